@@ -1,0 +1,33 @@
+# `make demo` and `make test` need nothing but Python 3.11, git and make.
+PYTHON3 ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-done
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+# The constraints file is the lock: exact versions of everything, so that every machine installs the same.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(PYTHON) -m pipeline.demo demo/checkpoint
+	@$(PYTHON) jobs/caption.py --config configs/demo.yaml
+
+test: $(STAMP)
+	$(PYTHON) -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(STAMP)
+	$(PYTHON) -m benchmarks
+
+clean:
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache

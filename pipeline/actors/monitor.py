@@ -1,0 +1,25 @@
+"""The actor that counts: replicas tell it what they answered, the driver asks it for the totals."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+
+class Monitor:
+    """Totals of a running job. Not the truth of the output (a block that Ray runs twice counts twice): the display's."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._agreement: dict[str, dict[str, int]] = {}
+
+    def report(self, replica: str, counts: Counter[str], agreement: dict[str, int]) -> None:
+        """Add a block's counts, and replace a replica's agreement counters, which only grow."""
+        self._counts.update(counts)
+        self._agreement[replica] = agreement
+
+    def totals(self) -> tuple[Counter[str], Counter[str]]:
+        """Counts over all blocks, and agreement over all replicas."""
+        agreement: Counter[str] = Counter()
+        for counters in self._agreement.values():
+            agreement.update(counters)
+        return self._counts, agreement

@@ -1,0 +1,80 @@
+"""What every script in `jobs/` does around its work: arguments, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.config import Settings, load_settings
+from pipeline.errors import JobError
+
+#: Exit code of a job that was pointless from the start: configuration, input, output or checkpoint.
+EXIT_POINTLESS = 2
+
+T = TypeVar("T", bound=Settings)
+
+
+def main(
+    description: str,
+    kind: type[T],
+    work: Callable[[T, bool], None],
+    arguments: Sequence[str] | None = None,
+    default_config: Path | None = None,
+) -> int:
+    """Parse arguments, load settings, do the work.
+
+    Args:
+        description: what the job does, for `--help`.
+        kind: its settings.
+        work: does it; takes the settings and whether this is a dry run.
+        arguments: the command line; None: the process's own.
+        default_config: the file used without `--config`; None: settings may come from `--set` alone.
+
+    Returns:
+        0, or 2 with one line on standard error that a person can act on.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", type=Path, default=default_config, metavar="FILE", help="YAML settings")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="a setting on top, e.g. input.limit=100; the value is read as YAML; may be given several times",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and say what would run; load no model")
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Tokenizers fork-safety warning: preparing actors tokenize in one thread anyway.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        work(load_settings(kind, parsed.config, parsed.assignments), parsed.dry_run)
+    except JobError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_POINTLESS
+    return 0
+
+
+def answer(task: str) -> Callable[[Settings, bool], None]:
+    """The work of `jobs/caption.py` and `jobs/vqa.py`."""
+
+    def work(settings: Settings, dry_run: bool) -> None:
+        from pipeline import job as jobs
+        from pipeline.io.storage import OutputFolder
+
+        checked = jobs.check_job(task, settings)  # type: ignore[arg-type]
+        if dry_run:
+            print(jobs.describe(checked))
+            return
+        console = jobs.console()
+        summary = jobs.run_job(checked)
+        jobs.show_answers(OutputFolder(summary.output), console)
+        summary.print(console)
+
+    return work

@@ -1,0 +1,267 @@
+"""Settings of every job: YAML files checked strictly, with `--set dotted.key=value` on top."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """A group of keys; unknown keys and values of the wrong kind are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelSettings(Settings):
+    """Which checkpoint runs, and how."""
+
+    base: str = Field(description="Qwen2-VL: Hub id, folder or fsspec URL; or a checkpoint that jobs/convert.py wrote")
+    adapter: str | None = Field(None, description="Awaker adapter: the same, or a pytorch_model.bin; null: plain Qwen2-VL")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of weights and arithmetic")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where the cluster has GPUs")
+    decode_route: Literal["released", "prefill"] = Field(
+        "released", description="released: decode routes by the prompt's words alone; prefill: keep the prefill's route"
+    )
+    top_k_experts: PositiveInt = Field(1, description="experts kept per gate")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; null: twice the rank")
+    min_pixels: PositiveInt | None = Field(None, description="least pixels of a resized image; null: the checkpoint's")
+    max_pixels: PositiveInt | None = Field(None, description="most pixels of a resized image; null: the checkpoint's")
+
+    @model_validator(mode="after")
+    def _pixels_are_ordered(self) -> ModelSettings:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        return self
+
+
+#: A column name, `auto` (use the column of the key's own name if there is one) or null (do not use one).
+ColumnName = str | None
+
+
+class ColumnSettings(Settings):
+    """Which input columns hold what. `auto`: the column of that very name, if the input has one."""
+
+    id: ColumnName = Field("auto", description="unique id of a row; none: <file name>#<row number>")
+    image: ColumnName = Field("auto", description="one image: bytes or struct {bytes, path}")
+    images: ColumnName = Field("auto", description="several images: list of bytes or of structs")
+    prompt: ColumnName = Field("auto", description="the question or instruction")
+    messages: ColumnName = Field("auto", description="a chat as JSON text: system, user and image parts")
+
+
+class InputSettings(Settings):
+    """What is read."""
+
+    path: str | list[str] = Field(description="Parquet: file, folder, glob or a list of them; local or any fsspec URL")
+    columns: ColumnSettings = Field(default_factory=ColumnSettings)
+    prompt: str | None = Field(None, description="one prompt for all rows, instead of a prompt column")
+    limit: PositiveInt | None = Field(None, description="take only the first rows, in the order of the sorted files")
+    missing_image: Literal["error", "text_only"] = Field(
+        "error", description="a row whose image is null: an error row, or answered from its text alone"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _paths_are_named(cls, value: str | list[str]) -> str | list[str]:
+        if not value or (isinstance(value, list) and not all(value)):
+            raise ValueError("is empty; expected a path or a list of paths")
+        return value
+
+
+class OutputSettings(Settings):
+    """What is written."""
+
+    path: str = Field(min_length=1, description="folder of the result: local or any fsspec URL")
+    token_ids: bool = Field(False, description="add the column token_ids")
+    routes: bool = Field(False, description="add the columns prefill_route, decode_route, prefill_gate, decode_gate")
+    rows_per_file: PositiveInt = Field(10_000, description="least rows of an output file, the last ones excepted")
+    overwrite: bool = Field(False, description="delete what an earlier run left in output.path first")
+
+
+class GenerationSettings(Settings):
+    """How answers are sampled. Unset keys: the checkpoint's generation_config.json, as transformers applies it."""
+
+    max_new_tokens: PositiveInt | None = Field(None, description="most tokens of an answer")
+    temperature: float | None = Field(None, ge=0, description="0: greedy; above 0: sample")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: Annotated[int, Field(ge=0)] | None = Field(None, description="0: all tokens")
+    repetition_penalty: float | None = Field(None, gt=0, description="over prompt and answer alike; 1: none")
+    stop: list[str] | None = Field(None, description="an answer ends before the first of these strings")
+    seed: int = Field(0, description="every row samples with a generator of its own, seeded with this")
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_text(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and not all(value):
+            raise ValueError("holds an empty string")
+        return value
+
+
+class EngineSettings(Settings):
+    """How a replica batches requests."""
+
+    batch_size: PositiveInt = Field(32, description="most requests that run together")
+    batch_tokens: PositiveInt = Field(65_536, description="most prompt and new tokens of the requests that run together")
+    waiting: PositiveInt = Field(128, description="requests a replica holds to choose a batch from")
+    group_by_expert: bool = Field(True, description="batch requests whose routes agree; off: in order of arrival")
+    max_rounds_waiting: PositiveInt = Field(8, description="a request passed over this often leads the next batch")
+
+
+class PreparationSettings(Settings):
+    """How CPU actors prepare rows."""
+
+    actors: PositiveInt | None = Field(None, description="most CPU actors; null: what the cluster has to spare")
+    rows_per_block: PositiveInt = Field(32, description="rows that travel together from reading to answering")
+
+
+class RaySettings(Settings):
+    """Which Ray cluster runs the job."""
+
+    address: str | None = Field(None, description="a cluster's address; null: RAY_ADDRESS, else a local one of our own")
+
+
+class JobSettings(Settings):
+    """Everything that `jobs/caption.py` and `jobs/vqa.py` take."""
+
+    # Validated even when absent, so that the message names the key that is missing inside.
+    model: ModelSettings = Field(default_factory=dict, validate_default=True)
+    input: InputSettings = Field(default_factory=dict, validate_default=True)
+    output: OutputSettings = Field(default_factory=dict, validate_default=True)
+    generation: GenerationSettings = Field(default_factory=GenerationSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    preparation: PreparationSettings = Field(default_factory=PreparationSettings)
+    replicas: PositiveInt = Field(1, description="model replicas; each has a GPU of its own where there are GPUs")
+    ray: RaySettings = Field(default_factory=RaySettings)
+
+
+class ConvertModelSettings(Settings):
+    """The checkpoint to convert."""
+
+    base: str = Field(description="Qwen2-VL: Hub id, folder or fsspec URL")
+    adapter: str | None = Field(None, description="Awaker adapter: the same, or a pytorch_model.bin; null: plain Qwen2-VL")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype to store; null: as stored, with q/k/v in float32 since their adapter is added there"
+    )
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; null: twice the rank")
+
+
+class ConvertOutputSettings(Settings):
+    """Where the converted checkpoint goes."""
+
+    path: str = Field(min_length=1, description="local folder, new or empty")
+    shard_bytes: PositiveInt = Field(1 << 30, description="a file is closed once it holds this much")
+
+
+class ConvertSettings(Settings):
+    """Everything that `jobs/convert.py` takes."""
+
+    model: ConvertModelSettings = Field(default_factory=dict, validate_default=True)
+    output: ConvertOutputSettings = Field(default_factory=dict, validate_default=True)
+
+
+T = TypeVar("T", bound=Settings)
+
+
+def load_settings(kind: type[T], file: Path | None, assignments: Sequence[str]) -> T:
+    """Read settings from a YAML file and `dotted.key=value` assignments.
+
+    Args:
+        kind: the settings to read.
+        file: the YAML file, or None for assignments alone.
+        assignments: each `dotted.key=value`; the value is read as YAML.
+
+    Raises:
+        ConfigError: one line that names the key, says what was expected and, for an unknown key, the nearest valid one.
+    """
+    # A group whose keys are all commented out reads as null.
+    values = {key: value for key, value in (_read_yaml(file) if file else {}).items() if value is not None}
+    for assignment in assignments:
+        _assign(values, assignment)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(kind, error)) from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {os.strerror(error.errno or 0)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: no valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {file}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {assignment}: expected dotted.key=value")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {text!r} is no valid YAML ({' '.join(str(error).split())})") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        # A group that the file leaves empty (`columns:`) reads as null.
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {key}: {parent!r} is a value, not a group of keys")
+    values[last] = value
+
+
+def _explain(kind: type[Settings], error: ValidationError) -> str:
+    lines = []
+    known = sorted(_dotted_keys(kind))
+    for detail in error.errors():
+        # Locations inside a union name its branches as well; only keys of ours belong in the message.
+        parts: list[str] = []
+        for part in map(str, detail["loc"]):
+            candidate = ".".join([*parts, part])
+            if detail["type"] == "extra_forbidden" or any(k == candidate or k.startswith(candidate + ".") for k in known):
+                parts.append(part)
+        key = ".".join(parts) or "configuration"
+        if detail["type"] == "extra_forbidden":
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            lines.append(f"{key}: unknown key; did you mean {nearest[0]}?")
+        elif detail["type"] == "missing":
+            lines.append(f"{key}: missing; set it in the file or with --set {key}=...")
+        else:
+            message = detail["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message[0].lower()}{message[1:]}, got {detail['input']!r}")
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        options = typing.get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
+        for option in options:
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                keys += _dotted_keys(option, f"{prefix}{name}.")
+    return keys
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def as_yaml(settings: Settings) -> str:
+    """The settings as YAML, every default spelled out."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""What `make demo` runs on: bundled photographs, and a checkpoint made on the spot."""

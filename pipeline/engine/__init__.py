@@ -1,0 +1,8 @@
+"""The engine: requests in, answers out. Knows the model and nothing of Ray, Parquet or storage."""
+
+from pipeline.engine.engine import Engine, EngineOptions
+from pipeline.engine.grouping import AgreementReport
+from pipeline.engine.sampling import Sampling
+from pipeline.engine.types import Answer, Request
+
+__all__ = ["AgreementReport", "Answer", "Engine", "EngineOptions", "Request", "Sampling"]

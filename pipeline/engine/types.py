@@ -1,0 +1,50 @@
+"""What crosses the engine's border."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pipeline.engine.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer.
+
+    Attributes:
+        input_ids: [T] int32, with one `<|image_pad|>` for each visual token.
+        span: (start, end), the positions whose mean embedding routes the request.
+        images: each [height, width, 3] uint8, resized to multiples of patch_size * merge_size.
+        sampling: how to sample the answer.
+    """
+
+    input_ids: np.ndarray
+    span: tuple[int, int]
+    images: tuple[np.ndarray, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request.
+
+    Attributes:
+        token_ids: the new tokens, the one that ended the answer included.
+        text: their text without special tokens, cut before the first stop string.
+        finish_reason: `stop` (an end token or a stop string) or `length`.
+        prompt_tokens: T, visual tokens included.
+        visual_tokens: tokens of the images.
+        prefill_gates: [G, E] float16 gate values of the prompt's pass; None without an adapter.
+        decode_gates: the same for the new tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    visual_tokens: int
+    prefill_gates: np.ndarray | None
+    decode_gates: np.ndarray | None

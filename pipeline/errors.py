@@ -1,0 +1,56 @@
+"""The errors a person can meet: one family ends the job (exit code 2), the other is the fate of a single row."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+
+class JobError(Exception):
+    """Something makes the whole job pointless; the message is one line that says what to do. Exit code 2."""
+
+
+class ConfigError(JobError):
+    """A configuration key is unknown, has a value of the wrong kind, or contradicts another."""
+
+
+class InputError(JobError):
+    """The input cannot be listed or read, or its schema does not fit the configuration."""
+
+
+class OutputError(JobError):
+    """The output cannot be written, or holds something that the job would damage."""
+
+
+class CheckpointError(JobError):
+    """The checkpoint is missing, is of another model, or has missing, extra or misshapen tensors."""
+
+
+#: Every code an `error` row can carry. docs: README, "Bad rows".
+RowErrorCode = Literal[
+    "image_decode",
+    "image_forbidden",
+    "image_missing",
+    "image_too_large",
+    "messages_invalid",
+    "prompt_missing",
+    "prompt_positions",
+    "prompt_too_long",
+    "generation",
+]
+
+
+class RowError(Exception):
+    """One row cannot be answered; the others go on.
+
+    Args:
+        code: One of the closed list above.
+        cause: What was wrong and with which field, for a person.
+    """
+
+    def __init__(self, code: RowErrorCode, cause: str) -> None:
+        super().__init__(code, cause)
+        self.code: RowErrorCode = code
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.cause}"

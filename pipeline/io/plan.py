@@ -1,0 +1,355 @@
+"""What a job will read: the shards, their rows and columns, checked from footers before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config import ColumnSettings, InputSettings
+from pipeline.errors import ConfigError, InputError
+from pipeline.io.storage import FileInfo, find_parquet_files, open_filesystem
+from pipeline.rows import OWN_PREFIX
+
+#: Footers and id columns are read by this many threads: object storage answers slowly, but many at once.
+LISTING_THREADS = 16
+
+#: Bytes of a Parquet column fetched at once: one request to object storage, and a bound on memory.
+READ_BUFFER = 8 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file.
+
+    Attributes:
+        file: where it is.
+        row_groups: rows of each row group.
+        rows: rows to take, from its beginning.
+    """
+
+    file: FileInfo
+    row_groups: tuple[int, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The input columns in use; None where there is none."""
+
+    id: str | None
+    image: str | None
+    images: str | None
+    prompt: str | None
+    messages: str | None
+
+    def named(self) -> list[str]:
+        """The columns that are read for their meaning."""
+        return [name for name in (self.id, self.image, self.images, self.prompt, self.messages) if name]
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """Everything known of the input before it is read.
+
+    Attributes:
+        shards: the files, with the rows to take of each; shards of which `input.limit` leaves nothing are not in it.
+        columns: the columns in use.
+        extras: extra input columns by the name they have in the output.
+        extras_schema: fields of the extra columns in the output.
+        prompt: one prompt for all rows, or None.
+        missing_image_is_error: whether a null image makes an error row.
+    """
+
+    shards: tuple[Shard, ...]
+    columns: Columns
+    extras: dict[str, str]
+    extras_schema: pa.Schema
+    prompt: str | None
+    missing_image_is_error: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows that will be answered."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def open_parquet(url: str) -> pq.ParquetFile:
+    """Open a Parquet file for reading a bounded amount at a time; closing it closes the file below."""
+    filesystem, path = open_filesystem(url)
+    # No cache of fsspec's: pyarrow asks for whole buffers, and reads no byte twice.
+    source = filesystem.open(path, "rb", **({} if "local" in _protocols(filesystem) else {"cache_type": "none"}))
+    return pq.ParquetFile(source, buffer_size=READ_BUFFER, pre_buffer=False)
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
+
+
+def plan_input(settings: InputSettings, reserved: frozenset[str]) -> InputPlan:
+    """List the shards, read their footers and settle which column is what.
+
+    Args:
+        settings: the `input` settings.
+        reserved: names of the output's own columns; extra input columns of such a name become `input_<name>`.
+
+    Raises:
+        InputError: nothing to read, an unreadable file, or columns that do not fit.
+        ConfigError: settings that contradict each other.
+    """
+    files = find_parquet_files(settings.path)
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        footers = list(pool.map(_read_footer, files))
+    schema = _unified_schema([(file, footer[1]) for file, footer in zip(files, footers, strict=True)])
+    columns = _settle_columns(settings, schema)
+    for file, (_, own) in zip(files, footers, strict=True):
+        if missing := [name for name in columns.named() if name not in own.names]:
+            raise InputError(f"input.columns: {file.url} has no column {missing[0]!r}; its columns: {_listed(own.names)}")
+    shards = [Shard(file, groups, sum(groups)) for file, (groups, _) in zip(files, footers, strict=True)]
+    shards = _limited(shards, settings.limit)
+    if not shards:
+        raise InputError(f"input.path: the {len(files)} Parquet files at {settings.path!r} hold no rows")
+    extras, extras_schema = _extra_columns(schema, columns, reserved)
+    return InputPlan(
+        shards=tuple(shards),
+        columns=columns,
+        extras=extras,
+        extras_schema=extras_schema,
+        prompt=settings.prompt,
+        missing_image_is_error=settings.missing_image == "error",
+    )
+
+
+def _read_footer(file: FileInfo) -> tuple[tuple[int, ...], pa.Schema]:
+    try:
+        with open_parquet(file.url) as parquet:
+            metadata = parquet.metadata
+            groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+            return groups, parquet.schema_arrow
+    except Exception as error:  # pyarrow and every fsspec backend have error types of their own
+        raise InputError(
+            f"input.path: cannot read {file.url} as Parquet ({type(error).__name__}: {error}); remove or repair it"
+        ) from error
+
+
+def _unified_schema(schemas: list[tuple[FileInfo, pa.Schema]]) -> pa.Schema:
+    unified = schemas[0][1].remove_metadata()
+    for file, schema in schemas[1:]:
+        if schema.equals(unified):
+            continue
+        try:
+            unified = pa.unify_schemas([unified, schema.remove_metadata()], promote_options="permissive")
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"input.path: the columns of {file.url} do not fit those of {schemas[0][0].url} ({error}); "
+                "bring the shards to one schema"
+            ) from error
+        except pa.ArrowTypeError as error:
+            raise InputError(f"input.path: {file.url} has another type for a column ({error})") from error
+    return unified
+
+
+def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
+    wanted = settings.columns
+    chosen: dict[str, str | None] = {}
+    for key in ColumnSettings.model_fields:
+        name = getattr(wanted, key)
+        if name == "auto":
+            chosen[key] = key if key in schema.names else None
+        elif name is not None and name not in schema.names:
+            near = difflib.get_close_matches(name, schema.names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"input.columns.{key}: the input has no column {name!r}{hint} Its columns: {_listed(schema.names)}"
+            )
+        else:
+            chosen[key] = name
+
+    explicit = [
+        key
+        for key, is_set in (
+            ("input.prompt", settings.prompt is not None),
+            ("input.columns.prompt", wanted.prompt not in ("auto", None)),
+            ("input.columns.messages", wanted.messages not in ("auto", None)),
+        )
+        if is_set
+    ]
+    if len(explicit) > 1:
+        raise ConfigError(f"{' and '.join(explicit)}: only one of them can say what to ask")
+    if explicit:  # what is set explicitly wins over what merely has the right name
+        if explicit[0] != "input.columns.prompt":
+            chosen["prompt"] = None
+        if explicit[0] != "input.columns.messages":
+            chosen["messages"] = None
+    elif chosen["prompt"] and chosen["messages"]:
+        raise InputError("input.columns: the input has both 'prompt' and 'messages'; set the one not to use to null")
+    elif not chosen["prompt"] and not chosen["messages"]:
+        raise InputError(
+            "input.columns: nothing to ask: the input has no column 'prompt' or 'messages'; set input.prompt, "
+            f"input.columns.prompt or input.columns.messages. Its columns: {_listed(schema.names)}"
+        )
+    if chosen["image"] and chosen["images"]:
+        raise InputError("input.columns: the input has both 'image' and 'images'; set the one not to use to null")
+    columns = Columns(**chosen)
+    _check_types(columns, schema)
+    return columns
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a type holds plain bytes."""
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def is_image_struct(kind: pa.DataType) -> bool:
+    """Whether a type is the Hugging Face form struct<bytes, path>."""
+    if not pa.types.is_struct(kind):
+        return False
+    at = kind.get_field_index("bytes")
+    return at >= 0 and is_binary(kind.field(at).type)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a type is a list of variable length."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _check_types(columns: Columns, schema: pa.Schema) -> None:
+    def kind(name: str) -> pa.DataType:
+        return schema.field(name).type
+
+    def is_text(t: pa.DataType) -> bool:
+        return pa.types.is_string(t) or pa.types.is_large_string(t)
+
+    checks = [
+        ("id", columns.id, lambda t: is_text(t) or pa.types.is_integer(t), "text or integers"),
+        ("image", columns.image, lambda t: is_binary(t) or is_image_struct(t), "bytes or struct<bytes, path>"),
+        (
+            "images",
+            columns.images,
+            lambda t: is_list(t) and (is_binary(t.value_type) or is_image_struct(t.value_type)),
+            "a list of bytes or of struct<bytes, path>",
+        ),
+        ("prompt", columns.prompt, is_text, "text"),
+        ("messages", columns.messages, is_text, "text (a chat as JSON)"),
+    ]
+    for key, name, fits, expected in checks:
+        if name is not None and not (fits(kind(name)) or pa.types.is_null(kind(name))):
+            raise InputError(f"input.columns.{key}: column {name!r} is {kind(name)}, expected {expected}")
+
+
+def _extra_columns(schema: pa.Schema, columns: Columns, reserved: frozenset[str]) -> tuple[dict[str, str], pa.Schema]:
+    extras: dict[str, str] = {}
+    fields = []
+    for field in schema:
+        kind = field.type.value_type if is_list(field.type) else field.type
+        if field.name in columns.named() or is_image_struct(kind):
+            continue
+        if field.name.startswith(OWN_PREFIX):
+            raise InputError(f"input.path: column {field.name!r} begins with {OWN_PREFIX!r}, which is ours; rename it")
+        name = f"input_{field.name}" if field.name in reserved else field.name
+        if name in extras or (name != field.name and name in schema.names):
+            raise InputError(f"input.path: column {field.name!r} would be written as {name!r}, which exists; rename it")
+        extras[name] = field.name
+        fields.append(field.with_name(name).remove_metadata())
+    return extras, pa.schema(fields)
+
+
+def _limited(shards: list[Shard], limit: int | None) -> list[Shard]:
+    taken = []
+    left = limit if limit is not None else sum(shard.rows for shard in shards)
+    for shard in shards:
+        rows = min(shard.rows, left)
+        if rows:
+            taken.append(replace(shard, rows=rows))
+        left -= rows
+    return taken
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+
+
+def check_ids_unique(plan: InputPlan) -> None:
+    """Read the id column, if there is one, and make sure that no id is null or stands twice.
+
+    Hashes of the ids go through files on disk, so memory does not grow with the number of rows; ids whose hashes meet
+    are compared themselves.
+
+    Raises:
+        InputError: names an id that stands twice, or a row without one.
+    """
+    column = plan.columns.id
+    if column is None:
+        return
+    buckets = 64
+    with tempfile.TemporaryDirectory(prefix="awaker-ids-") as folder, ThreadPoolExecutor(LISTING_THREADS) as pool:
+        files = [(Path(folder) / str(bucket)).open("wb") for bucket in range(buckets)]
+
+        def hashes(shard: Shard) -> list[np.ndarray]:
+            found = []
+            for ids in iter_ids(shard, column):
+                own = pd.util.hash_array(ids, categorize=False)
+                order = np.argsort(own % buckets, kind="stable")
+                found.append(own[order])
+            return found
+
+        for of_shard in pool.map(hashes, plan.shards):
+            for ordered in of_shard:
+                edges = np.searchsorted(ordered % buckets, np.arange(buckets + 1))
+                for file, start, end in zip(files, edges[:-1], edges[1:], strict=True):
+                    ordered[start:end].tofile(file)
+        suspects: set[int] = set()
+        for file in files:
+            file.close()
+            values, counts = np.unique(np.fromfile(file.name, dtype=np.uint64), return_counts=True)
+            suspects.update(values[counts > 1].tolist())
+            if len(suspects) > 1000:  # enough to name one
+                break
+    if suspects:
+        _name_duplicate(plan, column, suspects)
+
+
+def iter_ids(shard: Shard, column: str) -> Iterator[np.ndarray]:
+    """The ids of a shard's rows as text, a batch at a time: object arrays.
+
+    Raises:
+        InputError: a row has no id.
+    """
+    left = shard.rows
+    first = 0
+    with open_parquet(shard.file.url) as parquet:
+        for batch in parquet.iter_batches(batch_size=65_536, columns=[column]):
+            ids = batch.column(0)[:left]
+            if ids.null_count:
+                row = first + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
+                raise InputError(f"input.columns.id: {shard.file.url} row {row} has no id in column {column!r}")
+            yield pc.cast(ids, pa.string()).to_numpy(zero_copy_only=False)
+            first += len(ids)
+            left -= len(ids)
+            if left == 0:
+                return
+
+
+def _name_duplicate(plan: InputPlan, column: str, suspects: set[int]) -> None:
+    wanted = np.fromiter(suspects, dtype=np.uint64)
+    seen: dict[str, str] = {}
+    for shard in plan.shards:
+        for ids in iter_ids(shard, column):
+            for id_ in ids[np.isin(pd.util.hash_array(ids, categorize=False), wanted)]:
+                if id_ in seen:
+                    raise InputError(
+                        f"input.columns.id: id {id_!r} stands twice (in {seen[id_]} and {shard.file.url}); ids must be "
+                        "unique. Remove the duplicates, or set input.columns.id=null to use <file name>#<row number>"
+                    )
+                seen[id_] = os.fspath(shard.file.url)

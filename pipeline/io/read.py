@@ -1,0 +1,172 @@
+"""Reads shards as a Ray Data source: one block of rows after another, images taken out of whatever form they have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from pipeline.io.plan import InputPlan, Shard, is_list, open_parquet
+from pipeline.rows import ID, IMAGES, MESSAGES, PROMPT, READ_SCHEMA
+
+#: A read task takes row groups of one shard until it has this many rows: enough to be worth a task.
+ROWS_PER_TASK = 1024
+
+#: Bounds of a block: below, handling it costs more than its rows; above, it is Ray's own default.
+MIN_BLOCK_BYTES = 16 << 10
+MAX_BLOCK_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive row groups of a shard.
+
+    Attributes:
+        shard: the shard.
+        row_groups: their indices.
+        first_row: number of the first row within the shard.
+        rows: rows to take.
+    """
+
+    shard: Shard
+    row_groups: tuple[int, ...]
+    first_row: int
+    rows: int
+
+
+def pieces(shard: Shard) -> Iterator[Piece]:
+    """Cut a shard into what one read task takes."""
+    groups: list[int] = []
+    first = taken = 0
+    for index, rows in enumerate(shard.row_groups):
+        groups.append(index)
+        taken += rows
+        is_last = index == len(shard.row_groups) - 1 or first + taken >= shard.rows
+        if taken >= ROWS_PER_TASK or is_last:
+            yield Piece(shard, tuple(groups), first, min(taken, shard.rows - first))
+            groups, first, taken = [], first + taken, 0
+        if first >= shard.rows:
+            return
+
+
+def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[pa.Table]:
+    """Read a piece as tables of `READ_SCHEMA` plus the extra columns, `rows_per_block` rows at a time."""
+    columns = plan.columns
+    wanted = [*columns.named(), *plan.extras.values()]
+    left, row = piece.rows, piece.first_row
+    with open_parquet(piece.shard.file.url) as parquet:
+        present = [name for name in wanted if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(rows_per_block, row_groups=list(piece.row_groups), columns=present):
+            batch = batch.slice(0, left)
+            yield _as_read(batch, plan, piece.shard, row)
+            row += len(batch)
+            left -= len(batch)
+            if left == 0:
+                return
+
+
+def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, first_row: int) -> pa.Table:
+    count = len(batch)
+    columns = plan.columns
+
+    def text(name: str | None) -> pa.Array:
+        return pa.nulls(count, pa.string()) if name is None else batch.column(name).cast(pa.string())
+
+    if columns.id is None:
+        ids = pa.array([f"{shard.file.name}#{first_row + i}" for i in range(count)], pa.string())
+    else:
+        ids = text(columns.id)
+    if columns.image is not None:
+        images = _list_of_one(_bytes_of(batch.column(columns.image)))
+    elif columns.images is not None:
+        images = _list_of_bytes(batch.column(columns.images))
+    else:
+        images = pa.array([[]] * count, READ_SCHEMA.field(IMAGES).type)
+    prompts = pa.array([plan.prompt] * count, pa.string()) if plan.prompt is not None else text(columns.prompt)
+    arrays = {ID: ids, IMAGES: images, PROMPT: prompts, MESSAGES: text(columns.messages)}
+    for field in plan.extras_schema:
+        source = plan.extras[field.name]
+        # A shard may lack an extra column that others have.
+        has = source in batch.schema.names
+        arrays[field.name] = batch.column(source).cast(field.type) if has else pa.nulls(count, field.type)
+    return pa.table(arrays, schema=pa.schema([*READ_SCHEMA, *plan.extras_schema]))
+
+
+def _bytes_of(array: pa.Array) -> pa.Array:
+    """Image bytes of an array of bytes or of structs {bytes, path}."""
+    if pa.types.is_struct(array.type):
+        array = pc.struct_field(array, "bytes")
+    return array.cast(pa.large_binary())
+
+
+def _list_of_one(values: pa.Array) -> pa.Array:
+    offsets = pa.array(np.arange(len(values) + 1, dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, values, type=READ_SCHEMA.field(IMAGES).type, mask=values.is_null())
+
+
+def _list_of_bytes(array: pa.Array) -> pa.Array:
+    if not is_list(array.type):  # a column of nulls alone
+        return pa.nulls(len(array), READ_SCHEMA.field(IMAGES).type)
+    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    # flatten, not .values: it follows the array's offset and leaves out what null lists cover.
+    values = _bytes_of(array.flatten())
+    return pa.ListArray.from_arrays(offsets, values, type=READ_SCHEMA.field(IMAGES).type, mask=array.is_null())
+
+
+def block_bytes(plan: InputPlan, rows_per_block: int) -> int:
+    """Bytes that `rows_per_block` rows of the input take on average, within sensible bounds."""
+    stored = sum(shard.file.size for shard in plan.shards)
+    rows = sum(sum(shard.row_groups) for shard in plan.shards)
+    return min(max(stored * rows_per_block // rows, MIN_BLOCK_BYTES), MAX_BLOCK_BYTES)
+
+
+class ParquetShards(Datasource):
+    """The planned shards as a Ray Data source.
+
+    Ray's own `read_parquet` tells no row numbers, of which default ids are made, and puts image structs into blocks whose
+    32-bit offsets overflow.
+
+    Args:
+        plan: what to read.
+        rows_per_block: rows of a block.
+
+    Attributes:
+        pieces: what each read task reads.
+    """
+
+    def __init__(self, plan: InputPlan, rows_per_block: int) -> None:
+        super().__init__()
+        self._plan = plan
+        self._rows_per_block = rows_per_block
+        self.pieces = [piece for shard in plan.shards for piece in pieces(shard)]
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes on disk: images do not grow when read."""
+        return sum(shard.file.size for shard in self._plan.shards)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task for each piece; `parallelism` is Ray's wish, which pieces of shards need not follow."""
+        tasks = []
+        for piece in self.pieces:
+            file = piece.shard.file
+            size = round(file.size * piece.rows / sum(piece.shard.row_groups))
+            metadata = BlockMetadata(num_rows=piece.rows, size_bytes=size, input_files=[file.url], exec_stats=None)
+            tasks.append(ReadTask(self._reader(piece), metadata, per_task_row_limit=per_task_row_limit))
+        return tasks
+
+    def _reader(self, piece: Piece) -> Callable[[], Iterable[pa.Table]]:
+        plan, rows_per_block = self._plan, self._rows_per_block
+        # The task needs the plan's columns, not its thousands of other shards.
+        own = InputPlan(
+            (piece.shard,), plan.columns, plan.extras, plan.extras_schema, plan.prompt, plan.missing_image_is_error
+        )
+        return lambda: read_piece(piece, own, rows_per_block)

@@ -1,0 +1,158 @@
+"""Files on local disks and object storage, through fsspec."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import InputError, OutputError
+
+PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file found in the input.
+
+    Attributes:
+        url: where to open it, with its protocol.
+        name: its path below the folder (or glob) that was asked for: the file part of a row's default id.
+        size: bytes.
+    """
+
+    url: str
+    name: str
+    size: int
+
+
+def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a URL or local path, and the path within it."""
+    return fsspec.core.url_to_fs(url)
+
+
+def find_parquet_files(path: str | list[str]) -> list[FileInfo]:
+    """Find the Parquet files of a file, a folder (searched below, too), a glob, or a list of them; sorted by URL.
+
+    Names that begin with `_` or `.` are not data, by the convention of every Parquet reader.
+
+    Raises:
+        InputError: a path holds no Parquet file, cannot be listed, or two files would share a name.
+    """
+    found: dict[str, FileInfo] = {}
+    for one in [path] if isinstance(path, str) else path:
+        for file in _find(one):
+            found[file.url] = file
+    names: dict[str, str] = {}
+    for file in found.values():
+        if names.setdefault(file.name, file.url) != file.url:
+            raise InputError(
+                f"input.path: {names[file.name]} and {file.url} share the name {file.name!r}, from which row ids are "
+                "made; name their common folder instead, or an id column in input.columns.id"
+            )
+    return sorted(found.values(), key=lambda file: file.url)
+
+
+def _find(path: str) -> list[FileInfo]:
+    try:
+        filesystem, root = open_filesystem(path)
+        if "*" in path or "?" in path or "[" in path:
+            listing = {info["name"]: info for info in filesystem.glob(root, detail=True).values()}
+            # Names count from the folder before the first wildcard.
+            base = posixpath.dirname(root[: min(i for i in map(root.find, "*?[") if i >= 0)])
+            listing = {name: info for name, info in listing.items() if info["type"] == "file"}
+        elif filesystem.isfile(root):
+            listing, base = {root: filesystem.info(root)}, posixpath.dirname(root)
+        elif filesystem.isdir(root):
+            listing, base = filesystem.find(root, detail=True), root
+        else:
+            raise InputError(f"input.path: {path!r} does not exist; expected a Parquet file, a folder or a glob")
+    except InputError:
+        raise
+    except Exception as error:  # every fsspec backend has error types of its own
+        raise InputError(f"input.path: cannot list {path!r} ({type(error).__name__}: {error})") from error
+    files = []
+    for name, info in listing.items():
+        relative = name[len(base) :].lstrip("/")
+        hidden = any(part.startswith(("_", ".")) for part in relative.split("/"))
+        if name.endswith(PARQUET_SUFFIXES) and not hidden:
+            files.append(FileInfo(filesystem.unstrip_protocol(name), relative, info["size"]))
+    if not files:
+        raise InputError(f"input.path: no Parquet file at {path!r} ({len(listing)} files of other kinds)")
+    return files
+
+
+class OutputFolder:
+    """The folder that a job writes to. Picklable: write tasks open it again.
+
+    Args:
+        url: local path or fsspec URL.
+    """
+
+    #: Holds everything that is not a result; readers of Parquet folders pass over names that begin with `_`.
+    RUN_FOLDER = "_run"
+
+    def __init__(self, url: str) -> None:
+        self.url = os.path.abspath(os.path.expanduser(url)) if "://" not in url else url.rstrip("/")
+        self._filesystem, self._root = open_filesystem(self.url)
+
+    def prepare(self, overwrite: bool) -> None:
+        """Make sure that the folder can be written and holds no results yet.
+
+        Args:
+            overwrite: delete an earlier run's results and `_run/` first; nothing else.
+
+        Raises:
+            OutputError: it holds results and `overwrite` is off, or it cannot be written.
+        """
+        try:
+            is_there = self._filesystem.isdir(self._root)
+            results = self.results() if is_there else []
+            if results and not overwrite:
+                raise OutputError(
+                    f"output.path: {self.url} already holds {len(results)} Parquet files; choose another folder, or "
+                    "--set output.overwrite=true to replace them"
+                )
+            self._filesystem.makedirs(f"{self._root}/{self.RUN_FOLDER}", exist_ok=True)
+            for file in results:
+                self._filesystem.rm_file(file)
+            self.write(f"{self.RUN_FOLDER}/probe", b"")
+            self._filesystem.rm_file(f"{self._root}/{self.RUN_FOLDER}/probe")
+        except OutputError:
+            raise
+        except Exception as error:  # every fsspec backend has error types of its own
+            raise OutputError(f"output.path: cannot write to {self.url} ({type(error).__name__}: {error})") from error
+
+    def results(self) -> list[str]:
+        """Paths of the Parquet files that lie directly in the folder."""
+        self._filesystem.invalidate_cache()
+        listing = self._filesystem.ls(self._root, detail=False)
+        return sorted(name for name in listing if name.endswith(PARQUET_SUFFIXES))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file; a reader sees all of it or nothing.
+
+        Object stores show an object once its upload is complete. A local file is written beside and renamed.
+        """
+        target = f"{self._root}/{name}"
+        if not isinstance(self._filesystem, LocalFileSystem):
+            self._filesystem.pipe_file(target, data)
+            return
+        partial = Path(self._root) / self.RUN_FOLDER / f"{Path(name).name}.{os.getpid()}.partial"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(target)
+
+    def read(self, name: str) -> bytes:
+        """Read a whole file, by its name within the folder."""
+        return self._filesystem.cat_file(f"{self._root}/{name}")
+
+
+def total_size(files: Iterable[FileInfo]) -> int:
+    """Bytes of several files."""
+    return sum(file.size for file in files)

@@ -1,0 +1,213 @@
+"""The assembly: read, prepare, answer, write, as one Ray Data pipeline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from pipeline.config import JobSettings, as_yaml
+from pipeline.errors import ConfigError
+from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
+from pipeline.io.storage import OutputFolder
+from pipeline.io.write import RESERVED_COLUMNS, ParquetFolder, Written, output_schema
+from pipeline.model.checkpoint import Checkpoint, open_checkpoint
+from pipeline.model.prompt import PromptProcessor
+from pipeline.progress import ProgressDisplay, Summary
+from pipeline.resources import TASK_CPUS, Resources, share_cluster
+
+logger = logging.getLogger(__name__)
+
+Task = Literal["caption", "vqa"]
+
+#: Answers shown at the end of a job.
+SHOWN_ANSWERS = 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job whose settings, input, output and checkpoint have been checked; Ray has not started."""
+
+    task: Task
+    settings: JobSettings
+    plan: InputPlan
+    checkpoint: Checkpoint
+
+
+def check_job(task: Task, settings: JobSettings) -> Job:
+    """Check everything that can be checked without a cluster and without loading the model.
+
+    Raises:
+        JobError: the whole job would be pointless; the message says what to do.
+    """
+    model = settings.model
+    plan = plan_input(settings.input, RESERVED_COLUMNS)
+    if task == "caption" and plan.columns.messages is None and not (plan.columns.image or plan.columns.images):
+        raise ConfigError(
+            "input.columns.image: the input has no column 'image' or 'images', so there is nothing to caption; name the "
+            "column in input.columns.image or input.columns.images"
+        )
+    checkpoint = open_checkpoint(model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha)
+    PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
+    check_ids_unique(plan)
+    return Job(task, settings, plan, checkpoint)
+
+
+def describe(job: Job) -> str:
+    """What a dry run prints: the configuration, the shards, the columns and what would run."""
+    settings, plan, shape = job.settings, job.plan, job.checkpoint.shape
+    columns = plan.columns
+    lines = [
+        "# configuration",
+        as_yaml(settings).rstrip(),
+        "",
+        f"# input: {len(plan.shards)} shards, {plan.rows:,} rows",
+    ]
+    shown = plan.shards[:20]
+    lines += [f"{s.file.url}  {s.rows:,} rows  {s.file.size:,} bytes" for s in shown]
+    lines += [f"... and {len(plan.shards) - len(shown)} more"] if len(plan.shards) > len(shown) else []
+    asked = f"input.prompt {plan.prompt!r}" if plan.prompt is not None else f"column {columns.prompt or columns.messages!r}"
+    seen = f"column {columns.image or columns.images!r}" if columns.image or columns.images else "none"
+    ids = f"column {columns.id!r}" if columns.id else "<file name>#<row number>"
+    extras = ", ".join(o if o == i else f"{i} as {o}" for o, i in plan.extras.items()) or "none"
+    adapter = (
+        f"{shape.adapter.experts} experts of rank {shape.adapter.rank} and a global one"
+        if shape.adapter
+        else "no adapter (plain Qwen2-VL)"
+    )
+    lines += [
+        "",
+        "# columns",
+        f"id: {ids}",
+        f"prompt: {asked}",
+        f"images: {seen}",
+        f"passed through: {extras}",
+        f"output: {', '.join(output_schema(settings.output, plan.extras_schema).names)}",
+        "",
+        "# would run",
+        f"{job.task}: {plan.rows:,} rows on {settings.replicas} replica(s), model of {shape.layers} layers, {adapter}, "
+        f"{settings.model.dtype}, results to {settings.output.path}",
+    ]
+    return "\n".join(lines)
+
+
+def run_job(job: Job) -> Summary:
+    """Run a checked job on Ray.
+
+    Raises:
+        JobError: the output cannot be written, or the cluster does not fit the settings.
+    """
+    started = time.monotonic()
+    settings = job.settings
+    folder = OutputFolder(settings.output.path)
+    folder.prepare(settings.output.overwrite)
+    folder.write("_run/config.yaml", as_yaml(settings).encode())
+
+    import ray
+
+    started_here = _connect(settings.ray.address)
+    try:
+        available = ray.cluster_resources()
+        resources = share_cluster(settings, available.get("CPU", 1.0), available.get("GPU", 0.0))
+        begun = time.monotonic()
+        written, images, agreement = _run_stages(job, resources, folder)
+        ended = time.monotonic()
+    finally:
+        if started_here:
+            ray.shutdown()
+    summary = Summary(folder.url, written, images, ended - started, ended - begun, agreement)
+    folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
+    return summary
+
+
+def _connect(address: str | None) -> bool:
+    """Connect to Ray; True where a cluster was started for this job alone."""
+    import ray
+
+    # Ray would otherwise join whatever cluster it finds on this machine.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    ray.init(address=address, include_dashboard=None, logging_level=logging.WARNING, log_to_driver=True)
+    return address == "local"
+
+
+def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[Written, int, dict[str, int]]:
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    from pipeline.actors.monitor import Monitor
+    from pipeline.actors.prepare import Preparer
+    from pipeline.actors.replica import Replica
+    from pipeline.io.read import ParquetShards, block_bytes
+
+    settings, plan = job.settings, job.plan
+    rows_per_block = settings.preparation.rows_per_block
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # ours shows rows; Ray's show blocks
+    # Ray cuts blocks by bytes. `repartition` by rows would be a stage of its own that asks for a whole CPU.
+    context.target_max_block_size = block_bytes(plan, rows_per_block)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+    monitor = ray.remote(num_cpus=0)(Monitor).remote()
+    # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
+    in_flight = -(-(settings.engine.waiting + settings.engine.batch_size) // rows_per_block) + 1
+    source = ParquetShards(plan, rows_per_block)
+    sink = ParquetFolder(folder, output_schema(settings.output, plan.extras_schema), settings.output.rows_per_file)
+    dataset = (
+        ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces))
+        .map_batches(
+            Preparer,
+            fn_constructor_args=(settings, plan.columns, job.task == "caption"),
+            batch_size=rows_per_block,
+            batch_format="pyarrow",
+            num_cpus=resources.prepare_cpus,
+            compute=ActorPoolStrategy(min_size=1, max_size=resources.prepare_actors),
+        )
+        .map_batches(
+            Replica,
+            fn_constructor_args=(settings, plan.extras_schema, resources.device, resources.replica_threads, monitor),
+            batch_size=rows_per_block,
+            batch_format="pyarrow",
+            num_cpus=resources.replica_cpus,
+            num_gpus=resources.replica_gpus,
+            compute=ActorPoolStrategy(
+                size=settings.replicas,
+                max_tasks_in_flight_per_actor=in_flight,
+                max_concurrent_calls_per_actor=in_flight,
+            ),
+        )
+    )
+    with ProgressDisplay(monitor, plan.rows):
+        dataset.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
+    counts, agreement = ray.get(monitor.totals.remote())
+    return sink.written, counts["images"], dict(agreement)
+
+
+def show_answers(folder: OutputFolder, console: Console) -> None:
+    """Print the first answers, so that a person sees at once what came out."""
+    import io
+
+    first = next(iter(folder.results()), None)
+    if first is None:
+        return
+    table = pq.read_table(io.BytesIO(folder.read(os.path.basename(first))), columns=["id", "prompt", "text", "error"])
+    for row in table.slice(0, SHOWN_ANSWERS).to_pylist():
+        answer = f"! {row['error']}" if row["error"] else row["text"]
+        console.print(f"{row['id']}  {_short(row['prompt'])}\n    {_short(answer)}", markup=False, highlight=False)
+
+
+def _short(text: str | None, width: int = 140) -> str:
+    # Answers are untrusted: control characters would reach the terminal.
+    clean = "".join(c if c.isprintable() else " " for c in text or "")
+    return clean if len(clean) <= width else clean[: width - 1] + "…"
+
+
+def console() -> Console:
+    """Where a job prints: wide enough in a log that lines are not broken."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)

@@ -1,0 +1,161 @@
+"""Awaker2.5-VL (or plain Qwen2-VL) loaded on one device: the vision tower, the gates and the decoder as one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.decoder import Decoder, DecoderLayer, LayerGates
+from pipeline.model.experts import GateFactors, Mixture
+from pipeline.model.routing import Gates, Routes, expert_factors, route
+from pipeline.model.shape import GATES, ModelShape
+from pipeline.model.vision import Affine, VisionBlock, VisionTower, pixel_table
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        shape: its sizes.
+        embeddings: [vocabulary, hidden], the token embeddings.
+        vision: the vision tower.
+        gates: the stacked gates, None without an adapter.
+        decoder: the decoder.
+    """
+
+    shape: ModelShape
+    embeddings: Tensor
+    vision: VisionTower
+    gates: Gates | None
+    decoder: Decoder
+
+    @property
+    def device(self) -> torch.device:
+        """The device that everything lies on."""
+        return self.embeddings.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights and of the hidden states."""
+        return self.embeddings.dtype
+
+    def route(self, h: Tensor) -> Routes | None:
+        """Route requests by their mean prompt embeddings [R, hidden]; None without an adapter."""
+        if self.gates is None or self.shape.adapter is None:
+            return None
+        return route(h, self.gates, self.shape.adapter.top_k)
+
+    def layer_gates(
+        self, gates: Tensor | None, common: Sequence[int | None], token_counts: Tensor | None = None
+    ) -> list[LayerGates]:
+        """Prepare the factors of one step for every layer.
+
+        Args:
+            gates: [R, G, E] float16 gate values of the step's requests, None without an adapter.
+            common: for each of the G gates the expert all requests share, or None.
+            token_counts: [R] tokens of each request in a packed prefill; None in decode, one token each.
+        """
+        if gates is None or self.shape.adapter is None:
+            return [LayerGates(None, None)] * self.shape.layers
+        factors = expert_factors(gates, self.shape.adapter.scale)
+        if token_counts is not None:
+            factors = torch.repeat_interleave(factors, token_counts, dim=0)
+        by_gate = [GateFactors(f, c) for f, c in zip(factors.unbind(1), common, strict=True)]
+        return [LayerGates(*by_gate[i : i + len(GATES)]) for i in range(0, len(by_gate), len(GATES))]
+
+
+def load_model(checkpoint: Checkpoint, image_processor: Any, dtype: torch.dtype, device: torch.device) -> Model:
+    """Load a checked checkpoint.
+
+    Args:
+        checkpoint: what `open_checkpoint` returned. Serving tensors of the right dtype stay mapped from their file on
+            the CPU; others are built tensor by tensor, so the peak is the model plus one tensor.
+        image_processor: the checkpoint's image processor: mean, standard deviation and rescale factor.
+        dtype: dtype to run in.
+        device: where to load.
+    """
+    shape = checkpoint.shape
+    with checkpoint.files.reader() as reader:
+        tensors = {name: build(reader).to(device, dtype) for name, build in checkpoint.serving_tensors()}
+
+    def affine(name: str) -> Affine:
+        return Affine(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def mixture(name: str) -> Mixture:
+        if shape.adapter is None:
+            return Mixture(tensors[f"{name}.weight"], None, None, 0)
+        return Mixture(tensors[f"{name}.weight"], tensors[f"{name}.a"], tensors[f"{name}.b"], shape.adapter.rank)
+
+    block_parts = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
+    table = pixel_table(image_processor.image_mean, image_processor.image_std, image_processor.rescale_factor)
+    vision = VisionTower(
+        shape=shape.vision,
+        table=table.to(device),
+        patch_embedding=tensors["vision.patch_embedding.weight"],
+        blocks=tuple(
+            VisionBlock(*(affine(f"vision.blocks.{i}.{part}") for part in block_parts)) for i in range(shape.vision.depth)
+        ),
+        merger_norm=affine("vision.merger.norm"),
+        merger_in=affine("vision.merger.in"),
+        merger_out=affine("vision.merger.out"),
+    )
+    layers = tuple(
+        DecoderLayer(
+            input_norm=tensors[f"layers.{i}.input_norm.weight"],
+            qkv_weight=tensors[f"layers.{i}.qkv.weight"],
+            qkv_bias=tensors[f"layers.{i}.qkv.bias"],
+            o=mixture(f"layers.{i}.o"),
+            post_norm=tensors[f"layers.{i}.post_norm.weight"],
+            gate=mixture(f"layers.{i}.gate"),
+            up=mixture(f"layers.{i}.up"),
+            down=mixture(f"layers.{i}.down"),
+        )
+        for i in range(shape.layers)
+    )
+    embeddings = tensors["embeddings.weight"]
+    lm_head = embeddings if shape.tied_embeddings else tensors["lm_head.weight"]
+    gates = (
+        Gates(tensors["gates.norm"], tensors["gates.weight"], tensors["gates.bias"]) if shape.adapter is not None else None
+    )
+    return Model(shape, embeddings, vision, gates, Decoder(shape, layers, tensors["final_norm.weight"], lm_head))
+
+
+def rope_positions(input_ids: np.ndarray, grids: Sequence[tuple[int, int]], image_token_id: int) -> tuple[np.ndarray, int]:
+    """Rotary positions of one prompt.
+
+    Args:
+        input_ids: [T] token ids with one `image_token_id` for each visual token.
+        grids: for each image its visual tokens in height and width.
+        image_token_id: the id of `<|image_pad|>`.
+
+    Returns:
+        [3, T] int64 (temporal, height, width) and the position of the first new token. Text counts on in all three;
+        an image holds one temporal position and its rows and columns, and text goes on behind its longer side.
+        Source: transformers' `Qwen2VLModel.get_rope_index`.
+    """
+    positions = np.empty((3, len(input_ids)), dtype=np.int64)
+    at = next_position = 0
+    visual = np.flatnonzero(input_ids == image_token_id)
+    consumed = 0
+    for rows, columns in grids:
+        first = int(visual[consumed])
+        text = first - at
+        positions[:, at:first] = np.arange(next_position, next_position + text)
+        next_position += text
+        count = rows * columns
+        positions[0, first : first + count] = next_position
+        positions[1, first : first + count] = next_position + np.repeat(np.arange(rows), columns)
+        positions[2, first : first + count] = next_position + np.tile(np.arange(columns), rows)
+        next_position += max(rows, columns)
+        at = first + count
+        consumed += count
+    rest = len(input_ids) - at
+    positions[:, at:] = np.arange(next_position, next_position + rest)
+    return positions, next_position + rest

@@ -1,0 +1,114 @@
+"""The sizes of one model: Qwen2-VL's own, read from its config, and the adapter's, read from its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import CheckpointError
+
+#: The gates of a layer, in the order in which routes are flattened everywhere: [layer, gate].
+GATES = ("o_proj", "gate_proj")
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Sizes of the vision tower."""
+
+    depth: int
+    width: int
+    heads: int
+    mlp_width: int
+    channels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    rope_theta: float
+    activation: str
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one flattened patch: channels x frames x height x width."""
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Sizes and settings of the adapter: `experts` = E without the global one, `rank` = r, `scale` = alpha / r."""
+
+    experts: int
+    rank: int
+    top_k: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of the decoder, with its vision tower's and, where there is an adapter, the adapter's."""
+
+    layers: int
+    hidden: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    rms_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_positions: int
+    tied_embeddings: bool
+    vision: VisionShape
+    adapter: AdapterShape | None = None
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Values that one token holds in the key/value cache, over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelShape:
+        """Read the sizes from a transformers `Qwen2VLConfig`.
+
+        Raises:
+            CheckpointError: the config is not Qwen2-VL's, or asks for something this decoder does not compute.
+        """
+        if config.model_type != "qwen2_vl":
+            raise CheckpointError(
+                f"model.base: model_type is {config.model_type!r}, expected 'qwen2_vl' (Qwen2-VL and its finetunes)"
+            )
+        text, vision = config.text_config, config.vision_config
+        rope = text.rope_parameters
+        if rope.get("rope_type", "default") not in ("default", "mrope"):
+            raise CheckpointError(f"model.base: rope_type {rope['rope_type']!r} is not supported, expected 'default'")
+        if text.use_sliding_window:
+            raise CheckpointError("model.base: use_sliding_window is set; only full attention is supported")
+        if text.hidden_act != "silu":
+            raise CheckpointError(f"model.base: hidden_act is {text.hidden_act!r}, expected 'silu'")
+        vision_rope = getattr(vision, "rope_parameters", None) or {}
+        return cls(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            mlp_width=text.intermediate_size,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=text.hidden_size // text.num_attention_heads,
+            vocabulary=text.vocab_size,
+            rms_eps=text.rms_norm_eps,
+            rope_theta=float(rope["rope_theta"]),
+            mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
+            max_positions=text.max_position_embeddings,
+            tied_embeddings=bool(config.tie_word_embeddings),
+            vision=VisionShape(
+                depth=vision.depth,
+                width=vision.embed_dim,
+                heads=vision.num_heads,
+                mlp_width=int(vision.embed_dim * vision.mlp_ratio),
+                channels=vision.in_channels,
+                patch_size=vision.patch_size,
+                temporal_patch_size=vision.temporal_patch_size,
+                merge_size=vision.spatial_merge_size,
+                rope_theta=float(vision_rope.get("rope_theta", 10000.0)),
+                activation=vision.hidden_act,
+            ),
+        )

@@ -1,0 +1,229 @@
+"""Where a checkpoint lies and what is in its files: Hub ids, local folders and fsspec URLs become local tensor files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import fsspec
+import torch
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+
+#: Everything a model or adapter folder may contribute; other frameworks' weights on a Hub page are not fetched.
+FILE_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors", "pytorch_model*.bin")
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def cache_folder() -> Path:
+    """Folder for copies of remote checkpoints: $AWAKER_CACHE, else ~/.cache/awaker-batch."""
+    return Path(os.environ.get("AWAKER_CACHE", Path.home() / ".cache" / "awaker-batch"))
+
+
+def localise(location: str, key: str) -> Path:
+    """Bring a checkpoint location onto this machine.
+
+    Args:
+        location: a local folder or file, an fsspec URL of either, or a Hub id.
+        key: the configuration key, for messages.
+
+    Returns:
+        The local folder or file. Remote files are copied once and used again while their sizes agree.
+
+    Raises:
+        CheckpointError: nothing is found there.
+    """
+    path = Path(location).expanduser()
+    if path.exists():
+        return path
+    if "://" in location:
+        return _copy_from_url(location, key)
+    if _HUB_ID.fullmatch(location):
+        return _fetch_from_hub(location, key)
+    raise CheckpointError(f"{key}: {location!r} is no existing folder or file, no URL (scheme://...) and no Hub id")
+
+
+def _fetch_from_hub(repository: str, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(FILE_PATTERNS)))
+    except Exception as error:  # the hub client raises many unrelated types; each means the same to the user
+        raise CheckpointError(
+            f"{key}: {repository!r} is no local folder, and the Hub did not serve it ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); give a folder or check the network and HF_TOKEN"
+        ) from error
+
+
+def _copy_from_url(url: str, key: str) -> Path:
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+        root = root.rstrip("/")
+        names = {entry["name"]: entry for entry in filesystem.find(root, detail=True).values()}
+    except Exception as error:  # every fsspec backend has error types of its own
+        raise CheckpointError(f"{key}: cannot list {url!r} ({type(error).__name__}: {error})") from error
+    if not names:
+        raise CheckpointError(f"{key}: nothing found at {url!r}")
+    target = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:24]
+    is_file = list(names) == [root]
+    for name, entry in names.items():
+        relative = Path(name).name if is_file else name[len(root) :].lstrip("/")
+        local = target / relative
+        if local.exists() and local.stat().st_size == entry["size"]:
+            continue
+        local.parent.mkdir(parents=True, exist_ok=True)
+        # Several replicas of one machine may copy at once: each writes its own file, the rename decides.
+        partial = local.with_name(f"{local.name}.{os.getpid()}.partial")
+        try:
+            filesystem.get_file(name, str(partial))
+            partial.replace(local)
+        except Exception as error:
+            raise CheckpointError(f"{key}: cannot copy {name!r} ({type(error).__name__}: {error})") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return target / Path(root).name if is_file else target
+
+
+class TensorReader(Protocol):
+    """Reads tensors by name while their files are open."""
+
+    def get(self, name: str) -> Tensor:
+        """The tensor as stored, mapped from the file where the format allows."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file says of one tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    stored_name: str
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+#: Names of transformers 5 and of the wrapped released model, brought to those of transformers 4.45.
+_RENAMES = (
+    (re.compile(r"^base_model\.model\."), ""),
+    (re.compile(r"^model\.language_model\."), "model."),
+    (re.compile(r"^model\.visual\."), "visual."),
+)
+
+
+def canonical_name(stored: str) -> str:
+    """The name that transformers 4.45 gives a tensor, whatever wrapper or version stored it."""
+    for pattern, replacement in _RENAMES:
+        stored = pattern.sub(replacement, stored, count=1)
+    return stored
+
+
+@dataclass
+class TensorFiles:
+    """The tensors of one checkpoint, spread over safetensors or pytorch files."""
+
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, location: Path, key: str) -> TensorFiles:
+        """List the tensors of a folder (safetensors before pytorch files) or of a single file, by canonical name.
+
+        Raises:
+            CheckpointError: no weights there, or a file that cannot be read.
+        """
+        files = [location] if location.is_file() else _weight_files(location, key)
+        found = cls(tuple(files))
+        for file in files:
+            try:
+                listing = _list_safetensors(file) if file.suffix == ".safetensors" else _list_pytorch(file)
+            except Exception as error:  # torch, pickle, zip and safetensors errors alike: the file is not usable
+                raise CheckpointError(
+                    f"{key}: cannot read {file} as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
+                ) from error
+            for stored, shape, dtype in listing:
+                found.tensors[canonical_name(stored)] = TensorInfo(shape, dtype, file, stored)
+        return found
+
+    @contextmanager
+    def reader(self) -> Iterator[TensorReader]:
+        """Open the files for reading; what was read must be copied or dropped before the mapping can go."""
+        yield _Reader(self.tensors)
+
+
+def _weight_files(folder: Path, key: str) -> list[Path]:
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        files = sorted(folder.glob(pattern))
+        index = next(iter(folder.glob("*.safetensors.index.json" if "safe" in pattern else "*.bin.index.json")), None)
+        if files and index is not None:
+            named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+            if missing := sorted(path.name for path in named if not path.exists()):
+                raise CheckpointError(f"{key}: {folder} lacks {len(missing)} files that its index names: {missing[:3]}")
+            files = sorted(named)
+        if files:
+            return files
+    raise CheckpointError(f"{key}: {folder} holds no weights (*.safetensors or pytorch_model*.bin)")
+
+
+def _list_safetensors(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
+        return [(n, tuple(s.get_shape()), _SAFETENSORS_DTYPES.get(s.get_dtype(), torch.uint8)) for n, s in slices.items()]
+
+
+def _load_pytorch(file: Path) -> dict[str, Tensor]:
+    # mmap: a tensor's bytes are read when it is used, and only then. weights_only: a pickle may run code otherwise.
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _list_pytorch(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pytorch(file).items()]
+
+
+class _Reader:
+    """Opens each file once, when a tensor of it is first asked for."""
+
+    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
+        self._tensors = tensors
+        self._open: dict[Path, object] = {}
+
+    def get(self, name: str) -> Tensor:
+        info = self._tensors[name]
+        if info.file not in self._open:
+            if info.file.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                self._open[info.file] = safe_open(str(info.file), framework="pt")
+            else:
+                self._open[info.file] = _load_pytorch(info.file)
+        handle = self._open[info.file]
+        return handle[info.stored_name] if isinstance(handle, dict) else handle.get_tensor(info.stored_name)  # type: ignore[attr-defined]
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,165 @@
+"""What a person sees while a job runs, and at its end: a live line in a terminal, one line every so often in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pipeline.io.write import Written
+
+#: Seconds between two looks at the totals in a terminal, and between two lines in a log.
+TERMINAL_INTERVAL = 0.5
+LOG_INTERVAL = 10.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+class ProgressDisplay:
+    """Shows rows, rate and time left until it is closed.
+
+    Args:
+        monitor: the `Monitor` actor's handle.
+        rows: rows that the job will answer.
+    """
+
+    def __init__(self, monitor: Any, rows: int) -> None:
+        self._monitor = monitor
+        self._rows = rows
+        self._first: tuple[float, int] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        if sys.stderr.isatty():
+            self._run_in_terminal()
+        else:
+            self._run_in_log()
+
+    def _totals(self) -> Counter[str]:
+        import ray
+
+        return ray.get(self._monitor.totals.remote())[0]
+
+    def _run_in_terminal(self) -> None:
+        columns = (
+            TextColumn("answering"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rows  {task.fields[rate]}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=self._rows, rate="loading the model")
+            closing = False
+            while not closing:
+                closing = self._stop.wait(TERMINAL_INTERVAL)
+                totals = self._totals()
+                progress.update(task, completed=totals["rows"], rate=self._rate(totals))
+
+    def _run_in_log(self) -> None:
+        while not self._stop.wait(LOG_INTERVAL):
+            totals = self._totals()
+            print(f"progress: {totals['rows']}/{self._rows} rows  {self._rate(totals)}", file=sys.stderr, flush=True)
+
+    def _rate(self, totals: Counter[str]) -> str:
+        """Rate and time left, counted from the first answers: loading the model is no sign of the pace."""
+        rows, now = totals["rows"], time.monotonic()
+        if rows == 0:
+            return "loading the model"
+        if self._first is None:
+            self._first = (now, rows)
+        elapsed, since = now - self._first[0], rows - self._first[1]
+        errors = f"  {totals['errors']} errors" if totals["errors"] else ""
+        if elapsed < 1 or since == 0:
+            return f"first answers{errors}"
+        rate = since / elapsed
+        return f"{rate:.1f} rows/s  {duration((self._rows - rows) / rate)} left{errors}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a job ended.
+
+    Attributes:
+        output: where the results are.
+        written: what was written, from the files' own rows.
+        images: images answered about.
+        seconds: the whole job; `answering_seconds`: from the start of the stages, models already loading.
+        agreement: the counters of `AgreementReport`, over all replicas.
+    """
+
+    output: str
+    written: Written
+    images: int
+    seconds: float
+    answering_seconds: float
+    agreement: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `_run/summary.json`."""
+        written = self.written
+        return {
+            "output": self.output,
+            "files": written.files,
+            "rows": written.rows,
+            "ok": written.rows - written.errors.total(),
+            "errors": dict(written.errors.most_common()),
+            "images": self.images,
+            "prompt_tokens": written.prompt_tokens,
+            "visual_tokens": written.visual_tokens,
+            "new_tokens": written.new_tokens,
+            "seconds": round(self.seconds, 3),
+            "answering_seconds": round(self.answering_seconds, 3),
+            "images_per_second": round(self.images / self.answering_seconds, 3),
+            "new_tokens_per_second": round(written.new_tokens / self.answering_seconds, 3),
+            "agreement": self._agreement(),
+        }
+
+    def _agreement(self) -> dict[str, float]:
+        pairs = self.agreement.get("pairs", 0)
+        return {n: round(c / pairs, 4) for n, c in self.agreement.items() if n != "pairs"} if pairs else {}
+
+    def print(self, console: Console) -> None:
+        """Print it for a person; the same in a log."""
+        facts = self.as_dict()
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_row("rows", f"{facts['rows']:,} ({facts['ok']:,} ok, {facts['rows'] - facts['ok']:,} errors)")
+        for code, count in facts["errors"].items():
+            table.add_row(f"  {code}", f"{count:,}")
+        table.add_row("images", f"{self.images:,}, {facts['images_per_second']:.2f} a second")
+        table.add_row(
+            "tokens",
+            f"{facts['new_tokens']:,} new, {facts['new_tokens_per_second']:.1f} a second; {facts['prompt_tokens']:,} in "
+            f"prompts ({facts['visual_tokens']:,} visual)",
+        )
+        if agreement := facts["agreement"]:
+            for phase in ("prefill", "decode"):
+                table.add_row(
+                    f"{phase} experts",
+                    f"{agreement[phase]:.1%} of (request, gate) pairs ran on their batch's majority expert; "
+                    f"{agreement[f'{phase}_in_order']:.1%} in order of arrival",
+                )
+        table.add_row("time", f"{duration(self.seconds)} in all, {duration(self.answering_seconds)} of it in the stages")
+        table.add_row("results", f"{facts['files']} Parquet files in {self.output}")
+        console.print(table, soft_wrap=True, highlight=False)

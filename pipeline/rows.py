@@ -1,0 +1,124 @@
+"""What a row is between the stages: the columns that travel from reading to preparing to answering to writing.
+
+Columns of our own begin with `awaker:`, so that they never meet a column of the input's; all others are the input's extra
+columns, under the names they have in the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+OWN_PREFIX = "awaker:"
+
+ID = "awaker:id"
+IMAGES = "awaker:images"
+PROMPT = "awaker:prompt"
+MESSAGES = "awaker:messages"
+
+#: What reading adds to the extra columns. Images are encoded bytes; a null list is a missing image.
+#: large_binary: with 32-bit offsets, blocks of more than 2 GiB of images could not be put together.
+READ_SCHEMA = pa.schema(
+    [
+        pa.field(ID, pa.string()),
+        pa.field(IMAGES, pa.list_(pa.large_binary())),
+        pa.field(PROMPT, pa.string()),
+        pa.field(MESSAGES, pa.string()),
+    ]
+)
+
+ERROR = "awaker:error"
+INPUT_IDS = "awaker:input_ids"
+SPAN = "awaker:span"
+PIXELS = "awaker:pixels"
+SIZES = "awaker:sizes"
+
+#: What preparing makes of them: uint8 pixels instead of image files.
+PREPARED_SCHEMA = pa.schema(
+    [
+        pa.field(ID, pa.string()),
+        pa.field(PROMPT, pa.string()),
+        pa.field(ERROR, pa.string()),
+        pa.field(INPUT_IDS, pa.list_(pa.int32())),
+        pa.field(SPAN, pa.list_(pa.int32(), 2)),
+        pa.field(PIXELS, pa.list_(pa.large_binary())),
+        pa.field(SIZES, pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PreparedRow:
+    """A row that is ready for a replica, or whose error is known.
+
+    Attributes:
+        id: its id.
+        prompt: its question, as the output shows it.
+        error: None, or `code: cause`; then there is nothing else.
+        input_ids: [T] int32.
+        span: the positions that route it.
+        images: each [height, width, 3] uint8.
+    """
+
+    id: str
+    prompt: str | None
+    error: str | None = None
+    input_ids: np.ndarray | None = None
+    span: tuple[int, int] | None = None
+    images: tuple[np.ndarray, ...] = ()
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of its pixels."""
+        return sum(image.nbytes for image in self.images)
+
+
+def own_columns_dropped(table: pa.Table) -> pa.Table:
+    """The extra columns of a table."""
+    return table.select([name for name in table.column_names if not name.startswith(OWN_PREFIX)])
+
+
+def with_own_columns(extras: pa.Table, own: pa.Table) -> pa.Table:
+    """Put our columns in front of the extra ones; both tables have the same rows."""
+    for name in extras.column_names:
+        own = own.append_column(extras.schema.field(name), extras[name])
+    return own
+
+
+def prepared_table(rows: Sequence[PreparedRow]) -> pa.Table:
+    """Rows as a table of `PREPARED_SCHEMA`."""
+    return pa.table(
+        {
+            ID: [row.id for row in rows],
+            PROMPT: [row.prompt for row in rows],
+            ERROR: [row.error for row in rows],
+            INPUT_IDS: [row.input_ids for row in rows],
+            SPAN: [row.span for row in rows],
+            PIXELS: [[image.tobytes() for image in row.images] for row in rows],
+            SIZES: [[side for image in row.images for side in image.shape[:2]] for row in rows],
+        },
+        schema=PREPARED_SCHEMA,
+    )
+
+
+def prepared_rows(table: pa.Table) -> list[PreparedRow]:
+    """The rows of a table of `PREPARED_SCHEMA`; pixels are views of the table's memory."""
+    rows = []
+    columns = (table[name] for name in (ID, PROMPT, ERROR, INPUT_IDS, SPAN, PIXELS, SIZES))
+    for id_, prompt, error, ids, span, pixels, sizes in zip(*columns, strict=True):
+        if error.is_valid:
+            rows.append(PreparedRow(id_.as_py(), prompt.as_py(), error.as_py()))
+            continue
+        sides = sizes.as_py()
+        images = tuple(
+            np.frombuffer(buffer.as_buffer(), dtype=np.uint8).reshape(height, width, 3)
+            for buffer, height, width in zip(pixels.values, sides[::2], sides[1::2], strict=True)
+        )
+        start, end = span.as_py()
+        rows.append(
+            PreparedRow(id_.as_py(), prompt.as_py(), None, ids.values.to_numpy().astype(np.int32), (start, end), images)
+        )
+    return rows
