@@ -128,9 +128,11 @@ def run_job(job: Job) -> Summary:
 
 
 def _connect(address: str | None) -> bool:
-    """Connect to Ray; True where a cluster was started for this job alone."""
+    """Connect to Ray, unless this process is connected already; True where a cluster was started for this job alone."""
     import ray
 
+    if ray.is_initialized():
+        return False
     # Ray would otherwise join whatever cluster it finds on this machine.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     ray.init(address=address, include_dashboard=None, logging_level=logging.WARNING, log_to_driver=True)
