@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import pipeline.compat  # noqa: F401 - before transformers imports torchvision
+
 # Before torch and ray are imported anywhere: two cores are shared by the tests and by the actors they start.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -193,6 +193,8 @@ class Engine:
 
     def _encode_requests(self, requests: list[Request]) -> list[Encoded]:
         model, device = self._model, self._model.device
+        for request in requests:
+            self._check(request)
         images = [torch.from_numpy(np.array(image)).to(device) for request in requests for image in request.images]
         features = iter(model.vision.encode(images) if images else [])
         nothing = torch.empty(0, model.shape.hidden, dtype=model.dtype, device=device)
@@ -212,8 +214,6 @@ class Engine:
         for index, request in enumerate(requests):
             decode_at = index if self._options.decode_route == "prefill" else count + index
             room = model.shape.max_positions - len(request.input_ids)
-            if room < 1:
-                raise GenerationError(f"{len(request.input_ids)} prompt tokens fill the context")
             encoded.append(
                 Encoded(
                     request=request,
@@ -227,6 +227,20 @@ class Engine:
                 )
             )
         return encoded
+
+    def _check(self, request: Request) -> None:
+        """Refuse what would otherwise fail deep inside the model, or be answered wrongly."""
+        shape, ids = self._model.shape, request.input_ids
+        side = shape.vision.patch_size * shape.vision.merge_size
+        visual = sum((image.shape[0] // side) * (image.shape[1] // side) for image in request.images)
+        if not 0 < len(ids) < shape.max_positions:
+            raise GenerationError(f"{len(ids)} prompt tokens, expected 1 to {shape.max_positions - 1}")
+        if ids.min() < 0 or ids.max() >= shape.vocabulary:
+            raise GenerationError(f"a token id lies outside the vocabulary of {shape.vocabulary}")
+        if (placed := int((ids == self._image_token_id).sum())) != visual:
+            raise GenerationError(f"{placed} image tokens in the prompt, but {visual} visual tokens in its images")
+        if not 0 <= request.span[0] < request.span[1] <= len(ids):
+            raise GenerationError(f"the routing span {request.span} does not lie within {len(ids)} prompt tokens")
 
     def _choose(self) -> list[_Waiting]:
         options = self._options

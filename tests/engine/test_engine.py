@@ -1,0 +1,142 @@
+"""The engine's border: futures, callers side by side, and failures that stay with their request."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pipeline.engine.engine as engine_module
+from pipeline.engine import Engine
+from pipeline.engine.batch import GenerationError
+from pipeline.model.decoder import Decoder
+from pipeline.model.prompt import PromptProcessor
+from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from tests.prompts import as_request, engine_for, greedy, random_questions
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> tuple[Engine, PromptProcessor]:
+    base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
+    return engine_for(base, adapter, batch_size=4, waiting=8)
+
+
+def test_several_callers_share_one_engine(running: tuple[Engine, PromptProcessor]) -> None:
+    engine, processor = running
+    requests = [as_request(a, processor, greedy(5)) for a in random_questions(24, seed=0)]
+    with engine:
+        expected = [answer.token_ids for answer in engine.generate(requests)]
+        with ThreadPoolExecutor(6) as callers:
+            groups = callers.map(engine.generate, [requests[i::6] for i in range(6)])
+            answers = {i + 6 * k: a.token_ids for i, group in enumerate(groups) for k, a in enumerate(group)}
+    assert [answers[i] for i in range(24)] == expected
+
+
+def test_grouping_serves_more_pairs_by_the_majority_than_order_of_arrival(tmp_path: Path) -> None:
+    base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
+    engine, processor = engine_for(base, adapter, batch_size=4, waiting=48)
+    with engine:
+        engine.generate([as_request(a, processor, greedy(1)) for a in random_questions(96, seed=8)])
+        counts = engine.agreement.counts()
+    assert counts["prefill"] + counts["decode"] > counts["prefill_in_order"] + counts["decode_in_order"]
+
+
+def test_a_request_that_cannot_be_encoded_fails_alone(running: tuple[Engine, PromptProcessor]) -> None:
+    engine, processor = running
+    good = [as_request(a, processor, greedy(5)) for a in random_questions(6, seed=1)]
+    # One image fewer than its visual tokens ask for.
+    poisoned = replace(good[0], images=())
+    with engine:
+        expected = [a.token_ids for a in engine.generate(good)]
+        futures = [engine.submit(r) for r in (*good[:3], poisoned, *good[3:])]
+        with pytest.raises(GenerationError):
+            futures.pop(3).result()
+        assert [f.result().token_ids for f in futures] == expected
+
+
+def test_logits_that_are_not_finite_fail_their_request_alone(
+    running: tuple[Engine, PromptProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, processor = running
+    requests = [as_request(a, processor, greedy(5)) for a in random_questions(4, seed=2, images=(0,))]
+    requests = [replace(r, input_ids=np.append(r.input_ids, i).astype(np.int32)) for i, r in enumerate(requests)]
+    marker = engine._model.embeddings[2].clone()  # the last token of request 2
+    prefill = Decoder.prefill
+
+    def poisoned(self: Decoder, embeddings: torch.Tensor, *rest: object) -> torch.Tensor:
+        return prefill(self, torch.where((embeddings == marker).all(-1, keepdim=True), torch.nan, embeddings), *rest)
+
+    with engine:
+        expected = [a.token_ids for a in engine.generate(requests)]
+        monkeypatch.setattr(Decoder, "prefill", poisoned)
+        futures = [engine.submit(request) for request in requests]
+        with pytest.raises(GenerationError, match="new token 1 are not finite"):
+            futures.pop(2).result()
+        assert [f.result().token_ids for f in futures] == expected[:2] + expected[3:]
+
+
+def test_out_of_memory_runs_the_batch_in_halves(
+    running: tuple[Engine, PromptProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, processor = running
+    requests = [as_request(a, processor, greedy(5)) for a in random_questions(8, seed=3)]
+    run_batch = engine_module.run_batch
+    sizes = []
+
+    def short_of_memory(model: object, tokenizer: object, token: int, batch: list[object], done: object) -> None:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run_batch(model, tokenizer, token, batch, done)
+
+    with engine:
+        expected = [a.token_ids for a in engine.generate(requests)]
+        monkeypatch.setattr(engine_module, "run_batch", short_of_memory)
+        assert [a.token_ids for a in engine.generate(requests)] == expected
+    assert max(sizes) > 2
+
+
+def test_a_failed_engine_tells_everyone_who_waits(
+    running: tuple[Engine, PromptProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, processor = running
+    requests = [as_request(a, processor, greedy(5)) for a in random_questions(3, seed=4)]
+
+    def broken(*_: object, **__: object) -> list[int]:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(engine_module, "choose_batch", broken)
+    futures = [engine.submit(request) for request in requests]
+    for future in futures:
+        with pytest.raises(RuntimeError, match="the engine failed: a bug"):
+            future.result(timeout=30)
+    with pytest.raises(RuntimeError):
+        engine.submit(requests[0])
+
+
+def test_a_closed_engine_answers_what_it_has_and_takes_no_more(running: tuple[Engine, PromptProcessor]) -> None:
+    engine, processor = running
+    request = as_request(random_questions(1, seed=5)[0], processor, greedy(3))
+    future = engine.submit(request)
+    engine.close()
+    assert len(future.result(timeout=0).token_ids) == 3
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(request)
+
+
+def test_a_prompt_near_the_context_gets_what_room_is_left(tmp_path: Path) -> None:
+    from pipeline.hub_folder import FolderShape
+
+    base, adapter = write_random_checkpoint(tmp_path, RandomShape(base=FolderShape(max_positions=64)), seed=3)
+    engine, processor = engine_for(base, adapter)
+    asked = random_questions(1, seed=1, images=(0,))[0]
+    asked = replace(asked, question=asked.question + " a" * 20)
+    with engine:
+        request = as_request(asked, processor, greedy(100))
+        answer = engine.generate([request])[0]
+    assert len(answer.token_ids) == 64 - len(request.input_ids)
+    assert answer.finish_reason == "length"

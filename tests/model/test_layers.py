@@ -1,0 +1,158 @@
+"""The decoder, the gates and the vision tower against the released code's own numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, Qwen2VLForConditionalGeneration
+
+from pipeline.model.awaker import Model, load_model, rope_positions
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.decoder import KVCache
+from pipeline.model.vision import cut_patches, pixel_table
+
+
+class NoImageProcessor:
+    """The layers' checkpoint has no processor: its images are patches already."""
+
+    image_mean = (0.0, 0.0, 0.0)
+    image_std = (1.0, 1.0, 1.0)
+    rescale_factor = 1.0
+
+
+@pytest.fixture(scope="module")
+def model(golden: Path) -> Model:
+    folder = golden / "layers"
+    checkpoint = open_checkpoint(str(folder), str(folder / "pytorch_model.bin"))
+    return load_model(checkpoint, NoImageProcessor, torch.float32, torch.device("cpu"))
+
+
+def cases(golden: Path, name: str) -> list[dict[str, np.ndarray]]:
+    """The requests of a golden case, padding taken off."""
+    data = np.load(golden / "layers" / f"{name}.npz")
+    config = json.loads((golden / "layers" / "config.json").read_text())
+    image = patch = 0
+    found = []
+    for row in range(len(data["input_ids"])):
+        padding = int((data["attention_mask"][row] == 0).sum())
+        ids = data["input_ids"][row][padding:]
+        images = int((ids == config["vision_start_token_id"]).sum())
+        grids = data["image_grid_thw"][image : image + images, 1:] if images else np.zeros((0, 2), int)
+        patches = int(grids.prod(1).sum())
+        found.append(
+            {
+                "ids": ids,
+                "span": data["prompt_pos"][row] - padding,
+                "grids": grids,
+                "patches": data["pixel_values"][patch : patch + patches] if images else np.zeros((0, 1176), np.float32),
+                "new": data["sequences"][row][data["input_ids"].shape[1] :],
+                "logits": data["logits"][:, row],
+                "gates": data["gates"][:, :, :, row].reshape(len(data["gates"]), -1, data["gates"].shape[-1]),
+            }
+        )
+        image, patch = image + images, patch + patches
+    return found
+
+
+@pytest.mark.parametrize("name", ["text_only", "one_image", "two_images", "batch"])
+@torch.inference_mode()
+def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, name: str) -> None:
+    requests = cases(golden, name)
+    config = json.loads((golden / "layers" / "config.json").read_text())
+    ids = [torch.from_numpy(r["ids"]) for r in requests]
+    merged, prefill_h, decode_h, positions, next_positions = [], [], [], [], []
+    for request, tokens in zip(requests, ids, strict=True):
+        words = model.embeddings[tokens]
+        embeddings = words.clone()
+        if len(request["grids"]):
+            grids = [tuple(map(int, grid)) for grid in request["grids"]]
+            embeddings[tokens == config["image_token_id"]] = torch.cat(
+                model.vision.encode_patches(torch.from_numpy(request["patches"]), grids)
+            )
+        span = slice(*request["span"])
+        merged.append(embeddings)
+        prefill_h.append(embeddings[span].mean(0))
+        decode_h.append(words[span].mean(0))
+        rope, following = rope_positions(request["ids"], request["grids"] // 2, config["image_token_id"])
+        positions.append(rope)
+        next_positions.append(following)
+
+    prefill, decode = model.route(torch.stack(prefill_h)), model.route(torch.stack(decode_h))
+    for row, request in enumerate(requests):
+        np.testing.assert_allclose(prefill.gates[row].float(), request["gates"][0], atol=1e-3)
+        np.testing.assert_allclose(decode.gates[row].float(), request["gates"][1], atol=1e-3)
+
+    lengths = [len(tokens) for tokens in ids]
+    steps = len(requests[0]["logits"])
+    cache = KVCache(model.shape, len(ids), max(lengths) + steps, torch.float32, torch.device("cpu"))
+    unshared = [None] * prefill.top.shape[1]
+    counts = torch.tensor(lengths)
+    logits = model.decoder.prefill(
+        torch.cat(merged),
+        torch.from_numpy(np.concatenate(positions, axis=1)),
+        lengths,
+        model.layer_gates(prefill.gates, unshared, counts),
+        cache,
+    )
+    gates = model.layer_gates(decode.gates, unshared)
+    for step in range(steps):
+        for row, request in enumerate(requests):
+            np.testing.assert_allclose(logits[row], request["logits"][step], atol=1e-4)
+        if step == steps - 1:
+            break
+        tokens = torch.tensor([int(r["new"][step]) for r in requests])
+        rope = (torch.tensor(next_positions) + step).expand(3, -1)
+        logits = model.decoder.decode(
+            model.embeddings[tokens], rope, counts + step, max(lengths) + step, gates, cache
+        )
+
+
+@torch.inference_mode()
+def test_vision_tower_equals_transformers(model: Model, golden: Path) -> None:
+    config = AutoConfig.from_pretrained(golden / "layers")
+    reference = Qwen2VLForConditionalGeneration(config).float().model.visual.eval()
+    state = torch.load(golden / "layers" / "pytorch_model.bin", weights_only=True)
+    prefix = "base_model.model.visual."
+    reference.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+    grids = [(2, 2), (4, 6), (10, 2)]
+    patches = torch.randn(sum(h * w for h, w in grids), 1176, generator=torch.Generator().manual_seed(0))
+    expected = reference(patches, torch.tensor([(1, *grid) for grid in grids])).pooler_output
+    torch.testing.assert_close(torch.cat(model.vision.encode_patches(patches, grids)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pixels_become_the_processors_floats_to_the_last_bit(model: Model) -> None:
+    mean, std, factor = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 1 / 255
+    table = pixel_table(mean, std, factor)
+    values = np.arange(256, dtype=np.uint8)
+    for channel in range(3):
+        scaled = (values.astype(np.float64) * factor).astype(np.float32)
+        expected = (scaled - np.float32(mean[channel])) / np.float32(std[channel])
+        assert table[channel].numpy().tobytes() == expected.tobytes()
+    image = np.random.default_rng(0).integers(0, 256, (28, 56, 3), dtype=np.uint8)
+    patches = cut_patches(torch.from_numpy(image), table, model.shape.vision)
+    assert patches.shape == (2 * 4, 1176)
+    # The second patch of the merger's order is the first row's right neighbour; the still image fills both frames.
+    second = patches[1].view(3, 2, 14, 14)
+    expected = torch.stack([table[c][torch.from_numpy(image[:14, 14:28, c]).long()] for c in range(3)])
+    assert torch.equal(second[:, 0], expected)
+    assert torch.equal(second[:, 1], expected)
+
+
+def test_rope_positions_equal_transformers(golden: Path) -> None:
+    config = AutoConfig.from_pretrained(golden / "layers")
+    reference = Qwen2VLForConditionalGeneration(config).model
+    pad = config.image_token_id
+    ids = np.array([1, 2, *[pad] * 6, 3, 4, 5, *[pad] * 4, 6])
+    grids = [(2, 3), (4, 1)]
+    ours, following = rope_positions(ids, grids, pad)
+    theirs, delta = reference.get_rope_index(
+        torch.from_numpy(ids)[None],
+        torch.from_numpy(ids == pad).int()[None],
+        image_grid_thw=torch.tensor([(1, 2 * h, 2 * w) for h, w in grids]),
+    )
+    assert np.array_equal(ours, theirs[:, 0].numpy())
+    assert following == len(ids) + int(delta)
