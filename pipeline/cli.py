@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +16,9 @@ from pipeline.errors import JobError
 #: Exit code of a job that was pointless from the start: configuration, input, output or checkpoint.
 EXIT_POINTLESS = 2
 
+#: Exit code after Ctrl-C, as shells have it.
+EXIT_INTERRUPTED = 130
+
 T = TypeVar("T", bound=Settings)
 
 
@@ -23,8 +26,6 @@ def main(
     description: str,
     kind: type[T],
     work: Callable[[T, bool], None],
-    arguments: Sequence[str] | None = None,
-    default_config: Path | None = None,
 ) -> int:
     """Parse arguments, load settings, do the work.
 
@@ -32,14 +33,12 @@ def main(
         description: what the job does, for `--help`.
         kind: its settings.
         work: does it; takes the settings and whether this is a dry run.
-        arguments: the command line; None: the process's own.
-        default_config: the file used without `--config`; None: settings may come from `--set` alone.
 
     Returns:
-        0, or 2 with one line on standard error that a person can act on.
+        0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, default=default_config, metavar="FILE", help="YAML settings")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings")
     parser.add_argument(
         "--set",
         action="append",
@@ -49,7 +48,7 @@ def main(
         help="a setting on top, e.g. input.limit=100; the value is read as YAML; may be given several times",
     )
     parser.add_argument("--dry-run", action="store_true", help="check and say what would run; load no model")
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Tokenizers fork-safety warning: preparing actors tokenize in one thread anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,6 +57,9 @@ def main(
     except JobError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_POINTLESS
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -71,6 +71,13 @@ class InputSettings(Settings):
         "error", description="a row whose image is null: an error row, or answered from its text alone"
     )
 
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_asks(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("is empty; expected a question or an instruction, or null for a column's")
+        return value
+
     @field_validator("path")
     @classmethod
     def _paths_are_named(cls, value: str | list[str]) -> str | list[str]:
@@ -160,7 +167,7 @@ class ConvertOutputSettings(Settings):
     """Where the converted checkpoint goes."""
 
     path: str = Field(min_length=1, description="local folder, new or empty")
-    shard_bytes: PositiveInt = Field(1 << 30, description="a file is closed once it holds this much")
+    shard_bytes: PositiveInt = Field(128 << 20, description="a file is closed once it holds this much")
 
 
 class ConvertSettings(Settings):
@@ -228,7 +235,8 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
 def _explain(kind: type[Settings], error: ValidationError) -> str:
     lines = []
     known = sorted(_dotted_keys(kind))
-    for detail in error.errors():
+    # Unknown keys first: a key that is missing may be one that was mistyped.
+    for detail in sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden"):
         # Locations inside a union name its branches as well; only keys of ours belong in the message.
         parts: list[str] = []
         for part in map(str, detail["loc"]):
@@ -241,6 +249,8 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
             lines.append(f"{key}: unknown key; did you mean {nearest[0]}?")
         elif detail["type"] == "missing":
             lines.append(f"{key}: missing; set it in the file or with --set {key}=...")
+        elif detail["type"] == "model_type":
+            lines.append(f"{key}: expected a group of keys, got {detail['input']!r}")
         else:
             message = detail["msg"].removeprefix("Value error, ")
             lines.append(f"{key}: {message[0].lower()}{message[1:]}, got {detail['input']!r}")

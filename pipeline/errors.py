@@ -32,6 +32,7 @@ RowErrorCode = Literal[
     "image_missing",
     "image_too_large",
     "messages_invalid",
+    "prompt_invalid",
     "prompt_missing",
     "prompt_positions",
     "prompt_too_long",

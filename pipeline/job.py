@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from pipeline.resources import TASK_CPUS, Resources, share_cluster
 logger = logging.getLogger(__name__)
 
 Task = Literal["caption", "vqa"]
+
+#: Seconds that a Ray cluster may take to accept a connection.
+REACH_SECONDS = 5.0
 
 #: Answers shown at the end of a job.
 SHOWN_ANSWERS = 6
@@ -54,6 +58,7 @@ def check_job(task: Task, settings: JobSettings) -> Job:
             "input.columns.image: the input has no column 'image' or 'images', so there is nothing to caption; name the "
             "column in input.columns.image or input.columns.images"
         )
+    OutputFolder(settings.output.path).check(settings.output.overwrite, (shard.file for shard in plan.shards))
     checkpoint = open_checkpoint(model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha)
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     check_ids_unique(plan)
@@ -107,7 +112,7 @@ def run_job(job: Job) -> Summary:
     started = time.monotonic()
     settings = job.settings
     folder = OutputFolder(settings.output.path)
-    folder.prepare(settings.output.overwrite)
+    folder.prepare()
     folder.write("_run/config.yaml", as_yaml(settings).encode())
 
     import ray
@@ -135,8 +140,35 @@ def _connect(address: str | None) -> bool:
         return False
     # Ray would otherwise join whatever cluster it finds on this machine.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    ray.init(address=address, include_dashboard=None, logging_level=logging.WARNING, log_to_driver=True)
+    _check_reachable(address)
+    _quieten_ray()
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"ray.address: cannot connect to {address!r} ({error})") from error
     return address == "local"
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself takes a minute and a half to give up on an address where nothing listens, and then ends the process."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(
+            f"ray.address: nothing answers at {address!r} ({error}); start the cluster, or leave ray.address and "
+            "RAY_ADDRESS unset for a local one"
+        ) from error
+
+
+def _quieten_ray() -> None:
+    """Keep away what Ray tells its developers, at warning level and above, in every job."""
+    # On the driver's C++ log, an error about actor arguments that Ray Data itself passes by reference.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name in ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[Written, int, dict[str, int]]:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from pipeline.io.write import Written
 #: Seconds between two looks at the totals in a terminal, and between two lines in a log.
 TERMINAL_INTERVAL = 0.5
 LOG_INTERVAL = 10.0
+
+#: Seconds to wait for the totals before showing the last ones again.
+ANSWER_TIMEOUT = 5.0
 
 
 def duration(seconds: float) -> str:
@@ -39,6 +43,7 @@ class ProgressDisplay:
         self._monitor = monitor
         self._rows = rows
         self._first: tuple[float, int] | None = None
+        self._totals: Counter[str] = Counter()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -56,10 +61,13 @@ class ProgressDisplay:
         else:
             self._run_in_log()
 
-    def _totals(self) -> Counter[str]:
+    def _look(self) -> Counter[str]:
+        """The totals; those of the last look where the cluster does not answer."""
         import ray
 
-        return ray.get(self._monitor.totals.remote())[0]
+        with suppress(ray.exceptions.RayError):
+            self._totals = ray.get(self._monitor.totals.remote(), timeout=ANSWER_TIMEOUT)[0]
+        return self._totals
 
     def _run_in_terminal(self) -> None:
         columns = (
@@ -74,12 +82,14 @@ class ProgressDisplay:
             closing = False
             while not closing:
                 closing = self._stop.wait(TERMINAL_INTERVAL)
-                totals = self._totals()
+                totals = self._look()
                 progress.update(task, completed=totals["rows"], rate=self._rate(totals))
 
     def _run_in_log(self) -> None:
-        while not self._stop.wait(LOG_INTERVAL):
-            totals = self._totals()
+        closing = False
+        while not closing:
+            closing = self._stop.wait(LOG_INTERVAL)
+            totals = self._look()
             print(f"progress: {totals['rows']}/{self._rows} rows  {self._rate(totals)}", file=sys.stderr, flush=True)
 
     def _rate(self, totals: Counter[str]) -> str:
@@ -91,6 +101,8 @@ class ProgressDisplay:
             self._first = (now, rows)
         elapsed, since = now - self._first[0], rows - self._first[1]
         errors = f"  {totals['errors']} errors" if totals["errors"] else ""
+        if rows >= self._rows:
+            return f"all answered{errors}"
         if elapsed < 1 or since == 0:
             return f"first answers{errors}"
         rate = since / elapsed

@@ -59,8 +59,9 @@ def share_cluster(settings: JobSettings, cpus: float, gpus: float) -> Resources:
         replica_cpus = min(cpus / 2 / replicas, cpus)
     replica_cpus = _floored(replica_cpus)
     spare = cpus - replicas * replica_cpus - RESERVED_CPUS
-    prepare_cpus = _floored(min(1.0, max(spare, TASK_CPUS)))
-    actors = settings.preparation.actors or max(1, int(spare / prepare_cpus))
+    spare = max(spare, TASK_CPUS)
+    actors = settings.preparation.actors or max(1, int(spare))
+    prepare_cpus = _floored(min(1.0, spare / actors))
     return Resources(
         device=device,
         replica_gpus=1 if device == "cuda" else 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pyarrow as pa
+from PIL import Image
 
 from pipeline.actors.conversation import from_messages, from_prompt
 from pipeline.actors.images import decode_image
@@ -45,7 +46,9 @@ class Preparer:
             settings.model.base, settings.model.min_pixels, settings.model.max_pixels
         )
         self._columns = columns
-        self._images_field = f"column {columns.image or columns.images!r}"
+        asked, shown = columns.messages or columns.prompt, columns.image or columns.images
+        self._asked_field = f"column {asked!r}" if asked else "input.prompt"
+        self._images_field = f"column {shown!r}" if shown else self._asked_field
         self._missing_image_is_error = settings.input.missing_image == "error"
         self._require_images = require_images
 
@@ -64,26 +67,36 @@ class Preparer:
                 start, ready, size = index + 1, [], 0
 
     def _prepare(self, id_: pa.Scalar, images: pa.Scalar, prompt: pa.Scalar, messages: pa.Scalar) -> PreparedRow:
-        row_id, asked = id_.as_py(), prompt.as_py()
+        row_id, asked = id_.as_py(), None
         try:
-            decoded = [decode_image(data, self._images_field) for data in self._image_bytes(images)]
-            if self._columns.messages is not None:
-                conversation, asked = from_messages(messages.as_py(), decoded)
+            if self._columns.messages is None:
+                asked = _text(prompt, self._asked_field)  # before the images: an error row shows its prompt
+            decoded = list(self._decoded(images))
+            if self._columns.messages is None:
+                conversation = from_prompt(asked, decoded, self._asked_field)
             else:
-                conversation = from_prompt(asked, decoded)
+                conversation, asked = from_messages(_text(messages, self._asked_field), decoded, self._asked_field)
             prepared = self._processor.prepare(conversation)
             if self._require_images and not prepared.images:
-                raise RowError("image_missing", "the row holds no image to caption")
+                raise RowError("image_missing", f"{self._images_field} holds no image to caption")
             return PreparedRow(row_id, asked, None, prepared.input_ids, prepared.span, prepared.images)
         except RowError as error:
             return PreparedRow(row_id, asked, str(error))
 
-    def _image_bytes(self, images: pa.Scalar) -> Iterator[bytes]:
+    def _decoded(self, images: pa.Scalar) -> Iterator[Image.Image]:
         if not images.is_valid:
             if self._missing_image_is_error:
                 raise RowError("image_missing", f"{self._images_field} is null or has no bytes")
             return
         for number, image in enumerate(images.values):
+            field = f"image {number} of {self._images_field}" if self._columns.images else self._images_field
             if not image.is_valid:
-                raise RowError("image_missing", f"image {number} of {self._images_field} is null or has no bytes")
-            yield image.as_buffer().to_pybytes()
+                raise RowError("image_missing", f"{field} is null or has no bytes")
+            yield decode_image(image.as_buffer().to_pybytes(), field)
+
+
+def _text(value: pa.Scalar, field: str) -> str | None:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:  # Parquet files of other writers may call any bytes a string
+        raise RowError("prompt_invalid", f"{field} is no valid UTF-8 ({error})") from error

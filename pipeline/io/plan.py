@@ -7,9 +7,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import ColumnSettings, InputSettings
 from pipeline.errors import ConfigError, InputError
-from pipeline.io.storage import FileInfo, find_parquet_files, open_filesystem
+from pipeline.io.storage import FileInfo, find_parquet_files, open_filesystem, protocols
 from pipeline.rows import OWN_PREFIX
 
 #: Footers and id columns are read by this many threads: object storage answers slowly, but many at once.
@@ -85,16 +85,17 @@ class InputPlan:
         return sum(shard.rows for shard in self.shards)
 
 
-def open_parquet(url: str) -> pq.ParquetFile:
-    """Open a Parquet file for reading a bounded amount at a time; closing it closes the file below."""
+@contextmanager
+def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file for reading a bounded amount at a time."""
     filesystem, path = open_filesystem(url)
     # No cache of fsspec's: pyarrow asks for whole buffers, and reads no byte twice.
-    source = filesystem.open(path, "rb", **({} if "local" in _protocols(filesystem) else {"cache_type": "none"}))
-    return pq.ParquetFile(source, buffer_size=READ_BUFFER, pre_buffer=False)
-
-
-def _protocols(filesystem: Any) -> tuple[str, ...]:
-    return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
+    uncached = {} if "local" in protocols(filesystem) else {"cache_type": "none"}
+    with (
+        filesystem.open(path, "rb", **uncached) as source,
+        pq.ParquetFile(source, buffer_size=READ_BUFFER, pre_buffer=False) as parquet,
+    ):
+        yield parquet
 
 
 def plan_input(settings: InputSettings, reserved: frozenset[str]) -> InputPlan:
@@ -116,6 +117,8 @@ def plan_input(settings: InputSettings, reserved: frozenset[str]) -> InputPlan:
     for file, (_, own) in zip(files, footers, strict=True):
         if missing := [name for name in columns.named() if name not in own.names]:
             raise InputError(f"input.columns: {file.url} has no column {missing[0]!r}; its columns: {_listed(own.names)}")
+    if columns.id is None:
+        _check_names(files)
     shards = [Shard(file, groups, sum(groups)) for file, (groups, _) in zip(files, footers, strict=True)]
     shards = _limited(shards, settings.limit)
     if not shards:
@@ -131,6 +134,17 @@ def plan_input(settings: InputSettings, reserved: frozenset[str]) -> InputPlan:
     )
 
 
+def _check_names(files: list[FileInfo]) -> None:
+    """Two files of one name would give their rows the same ids."""
+    urls: dict[str, str] = {}
+    for file in files:
+        if urls.setdefault(file.name, file.url) != file.url:
+            raise InputError(
+                f"input.path: {urls[file.name]} and {file.url} share the name {file.name!r}, from which row ids are "
+                "made; name their common folder instead, or an id column in input.columns.id"
+            )
+
+
 def _read_footer(file: FileInfo) -> tuple[tuple[int, ...], pa.Schema]:
     try:
         with open_parquet(file.url) as parquet:
@@ -139,7 +153,7 @@ def _read_footer(file: FileInfo) -> tuple[tuple[int, ...], pa.Schema]:
             return groups, parquet.schema_arrow
     except Exception as error:  # pyarrow and every fsspec backend have error types of their own
         raise InputError(
-            f"input.path: cannot read {file.url} as Parquet ({type(error).__name__}: {error}); remove or repair it"
+            f"input.path: cannot read {file.url} as Parquet ({type(error).__name__}: {error}); repair or remove it"
         ) from error
 
 
@@ -150,13 +164,11 @@ def _unified_schema(schemas: list[tuple[FileInfo, pa.Schema]]) -> pa.Schema:
             continue
         try:
             unified = pa.unify_schemas([unified, schema.remove_metadata()], promote_options="permissive")
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise InputError(
                 f"input.path: the columns of {file.url} do not fit those of {schemas[0][0].url} ({error}); "
                 "bring the shards to one schema"
             ) from error
-        except pa.ArrowTypeError as error:
-            raise InputError(f"input.path: {file.url} has another type for a column ({error})") from error
     return unified
 
 
@@ -169,9 +181,9 @@ def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
             chosen[key] = key if key in schema.names else None
         elif name is not None and name not in schema.names:
             near = difflib.get_close_matches(name, schema.names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"did you mean {near[0]!r}? " if near else ""
             raise InputError(
-                f"input.columns.{key}: the input has no column {name!r}{hint} Its columns: {_listed(schema.names)}"
+                f"input.columns.{key}: the input has no column {name!r}; {hint}Its columns: {_listed(schema.names)}"
             )
         else:
             chosen[key] = name
@@ -200,7 +212,12 @@ def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
             f"input.columns.prompt or input.columns.messages. Its columns: {_listed(schema.names)}"
         )
     if chosen["image"] and chosen["images"]:
-        raise InputError("input.columns: the input has both 'image' and 'images'; set the one not to use to null")
+        if (wanted.image == "auto") == (wanted.images == "auto"):
+            raise ConfigError(
+                f"input.columns: {chosen['image']!r} (image) and {chosen['images']!r} (images) both hold images; set the "
+                "key of the one not to use to null"
+            )
+        chosen["image" if wanted.image == "auto" else "images"] = None
     columns = Columns(**chosen)
     _check_types(columns, schema)
     return columns
@@ -252,8 +269,7 @@ def _extra_columns(schema: pa.Schema, columns: Columns, reserved: frozenset[str]
     extras: dict[str, str] = {}
     fields = []
     for field in schema:
-        kind = field.type.value_type if is_list(field.type) else field.type
-        if field.name in columns.named() or is_image_struct(kind):
+        if field.name in columns.named() or _holds_images(field):
             continue
         if field.name.startswith(OWN_PREFIX):
             raise InputError(f"input.path: column {field.name!r} begins with {OWN_PREFIX!r}, which is ours; rename it")
@@ -263,6 +279,12 @@ def _extra_columns(schema: pa.Schema, columns: Columns, reserved: frozenset[str]
         extras[name] = field.name
         fields.append(field.with_name(name).remove_metadata())
     return extras, pa.schema(fields)
+
+
+def _holds_images(field: pa.Field) -> bool:
+    """Whether a column that is not in use holds images all the same: by its form, or by its name and bytes."""
+    kind = field.type.value_type if is_list(field.type) else field.type
+    return is_image_struct(kind) or (field.name in ("image", "images") and is_binary(kind))
 
 
 def _limited(shards: list[Shard], limit: int | None) -> list[Shard]:
@@ -324,13 +346,17 @@ def iter_ids(shard: Shard, column: str) -> Iterator[np.ndarray]:
     """The ids of a shard's rows as text, a batch at a time: object arrays.
 
     Raises:
-        InputError: a row has no id.
+        InputError: a row has no id, or none that is text.
     """
     left = shard.rows
     first = 0
     with open_parquet(shard.file.url) as parquet:
         for batch in parquet.iter_batches(batch_size=65_536, columns=[column]):
             ids = batch.column(0)[:left]
+            try:
+                ids.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise InputError(f"input.columns.id: {shard.file.url} has ids that are no valid UTF-8 ({error})") from error
             if ids.null_count:
                 row = first + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
                 raise InputError(f"input.columns.id: {shard.file.url} row {row} has no id in column {column!r}")

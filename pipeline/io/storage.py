@@ -15,6 +15,9 @@ from pipeline.errors import InputError, OutputError
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 
+#: fsspec's names of the storages whose folders are mere prefixes.
+OBJECT_STORES = frozenset({"s3", "gs", "abfs"})
+
 
 @dataclass(frozen=True)
 class FileInfo:
@@ -36,40 +39,37 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fsspec.core.url_to_fs(url)
 
 
+def protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    """The names that fsspec knows a filesystem by."""
+    return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
+
+
 def find_parquet_files(path: str | list[str]) -> list[FileInfo]:
     """Find the Parquet files of a file, a folder (searched below, too), a glob, or a list of them; sorted by URL.
 
     Names that begin with `_` or `.` are not data, by the convention of every Parquet reader.
 
     Raises:
-        InputError: a path holds no Parquet file, cannot be listed, or two files would share a name.
+        InputError: a path holds no Parquet file or cannot be listed.
     """
     found: dict[str, FileInfo] = {}
     for one in [path] if isinstance(path, str) else path:
         for file in _find(one):
             found[file.url] = file
-    names: dict[str, str] = {}
-    for file in found.values():
-        if names.setdefault(file.name, file.url) != file.url:
-            raise InputError(
-                f"input.path: {names[file.name]} and {file.url} share the name {file.name!r}, from which row ids are "
-                "made; name their common folder instead, or an id column in input.columns.id"
-            )
     return sorted(found.values(), key=lambda file: file.url)
 
 
 def _find(path: str) -> list[FileInfo]:
     try:
         filesystem, root = open_filesystem(path)
-        if "*" in path or "?" in path or "[" in path:
-            listing = {info["name"]: info for info in filesystem.glob(root, detail=True).values()}
-            # Names count from the folder before the first wildcard.
-            base = posixpath.dirname(root[: min(i for i in map(root.find, "*?[") if i >= 0)])
-            listing = {name: info for name, info in listing.items() if info["type"] == "file"}
-        elif filesystem.isfile(root):
+        if filesystem.isfile(root):
             listing, base = {root: filesystem.info(root)}, posixpath.dirname(root)
         elif filesystem.isdir(root):
             listing, base = filesystem.find(root, detail=True), root
+        elif wildcards := [at for at in map(root.find, "*?[") if at >= 0]:
+            listing = {info["name"]: info for info in filesystem.glob(root, detail=True).values() if info["type"] == "file"}
+            # Names count from the folder before the first wildcard.
+            base = posixpath.dirname(root[: min(wildcards)])
         else:
             raise InputError(f"input.path: {path!r} does not exist; expected a Parquet file, a folder or a glob")
     except InputError:
@@ -101,36 +101,56 @@ class OutputFolder:
         self.url = os.path.abspath(os.path.expanduser(url)) if "://" not in url else url.rstrip("/")
         self._filesystem, self._root = open_filesystem(self.url)
 
-    def prepare(self, overwrite: bool) -> None:
-        """Make sure that the folder can be written and holds no results yet.
+    def check(self, overwrite: bool, inputs: Iterable[FileInfo]) -> None:
+        """Make sure that the job may write here; changes nothing.
 
         Args:
-            overwrite: delete an earlier run's results and `_run/` first; nothing else.
+            overwrite: results of an earlier run may be replaced.
+            inputs: what the job reads.
 
         Raises:
-            OutputError: it holds results and `overwrite` is off, or it cannot be written.
+            OutputError: an input lies in the folder, it holds results and `overwrite` is off, or it cannot be listed.
         """
+        within = self._filesystem.unstrip_protocol(self._root).rstrip("/") + "/"
+        if inside := next((file for file in inputs if file.url.startswith(within)), None):
+            raise OutputError(
+                f"output.path: {self.url} holds the input {inside.url}; choose another folder for the results"
+            )
         try:
-            is_there = self._filesystem.isdir(self._root)
-            results = self.results() if is_there else []
-            if results and not overwrite:
-                raise OutputError(
-                    f"output.path: {self.url} already holds {len(results)} Parquet files; choose another folder, or "
-                    "--set output.overwrite=true to replace them"
-                )
-            self._filesystem.makedirs(f"{self._root}/{self.RUN_FOLDER}", exist_ok=True)
-            for file in results:
+            results = self.results()
+        except Exception as error:  # every fsspec backend has error types of its own
+            raise OutputError(f"output.path: cannot list {self.url} ({type(error).__name__}: {error})") from error
+        if results and not overwrite:
+            raise OutputError(
+                f"output.path: {self.url} already holds {len(results)} Parquet files; choose another folder, or "
+                "--set output.overwrite=true to replace them"
+            )
+
+    def prepare(self) -> None:
+        """Make the folder, delete what an earlier run left (its results and `_run/`, nothing else) and try to write.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        run = f"{self._root}/{self.RUN_FOLDER}"
+        try:
+            if self._filesystem.isdir(run):
+                self._filesystem.rm(run, recursive=True)
+            for file in self.results():
                 self._filesystem.rm_file(file)
+            # An object store has no folders to make, but fsspec would make a bucket of a mistyped name.
+            if not OBJECT_STORES.intersection(protocols(self._filesystem)):
+                self._filesystem.makedirs(run, exist_ok=True)
             self.write(f"{self.RUN_FOLDER}/probe", b"")
-            self._filesystem.rm_file(f"{self._root}/{self.RUN_FOLDER}/probe")
-        except OutputError:
-            raise
+            self._filesystem.rm_file(f"{run}/probe")
         except Exception as error:  # every fsspec backend has error types of its own
             raise OutputError(f"output.path: cannot write to {self.url} ({type(error).__name__}: {error})") from error
 
     def results(self) -> list[str]:
-        """Paths of the Parquet files that lie directly in the folder."""
+        """Paths of the Parquet files that lie directly in the folder; none where there is no folder."""
         self._filesystem.invalidate_cache()
+        if not self._filesystem.isdir(self._root):
+            return []
         listing = self._filesystem.ls(self._root, detail=False)
         return sorted(name for name in listing if name.endswith(PARQUET_SUFFIXES))
 
@@ -151,8 +171,3 @@ class OutputFolder:
     def read(self, name: str) -> bytes:
         """Read a whole file, by its name within the folder."""
         return self._filesystem.cat_file(f"{self._root}/{name}")
-
-
-def total_size(files: Iterable[FileInfo]) -> int:
-    """Bytes of several files."""
-    return sum(file.size for file in files)

@@ -1,0 +1,128 @@
+"""Reading shards: every row once and in order, ids, images out of whatever form they have."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.io.plan import InputPlan
+from pipeline.io.read import ROWS_PER_TASK, ParquetShards, pieces, read_piece
+from pipeline.rows import ID, IMAGES, MESSAGES, PROMPT, READ_SCHEMA
+from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
+
+
+def read_all(plan: InputPlan, rows_per_block: int = 3) -> pa.Table:
+    tables = [t for shard in plan.shards for piece in pieces(shard) for t in read_piece(piece, plan, rows_per_block)]
+    assert all(0 < len(table) <= rows_per_block for table in tables)
+    return pa.concat_tables(tables)
+
+
+@given(
+    layouts=st.lists(st.lists(st.integers(0, 700), min_size=1, max_size=6), min_size=1, max_size=3).filter(
+        lambda layouts: sum(map(sum, layouts)) > 0
+    ),
+    limit=st.none() | st.integers(1, 3000),
+    rows_per_block=st.integers(1, 300),
+)
+@settings(max_examples=40, deadline=None)
+def test_pieces_cover_each_row_once_and_in_order(layouts: list[list[int]], limit: int | None, rows_per_block: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        expected = []
+        for number, groups in enumerate(layouts):
+            values = [f"{number}.{row}" for row in range(sum(groups))]
+            write_shard(Path(folder) / f"{number}.parquet", {"prompt": pa.array(values, pa.string())}, groups)
+            expected += [(f"{number}.parquet#{row}", value) for row, value in enumerate(values)]
+        plan = plan_of(folder, limit=limit)
+        table = read_all(plan, rows_per_block)
+        assert list(zip(table[ID].to_pylist(), table[PROMPT].to_pylist(), strict=True)) == expected[:limit]
+        source = ParquetShards(plan, rows_per_block)
+        assert sum(piece.rows for piece in source.pieces) == plan.rows == len(table)
+        for piece in source.pieces:  # a task is worth its while, and no longer than it has to be
+            assert piece.rows < ROWS_PER_TASK + max(piece.shard.row_groups)
+
+
+def test_small_row_groups_share_a_task_and_large_ones_have_their_own(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", {"prompt": ["?"] * 3000}, [100] * 10 + [1500, 500])
+    assert [piece.rows for piece in ParquetShards(plan_of(tmp_path), 32).pieces] == [2500, 500]
+
+
+PICTURES = [b"one", b"two", None, b"", b"five"]
+STRUCTS = [None if p is None else {"bytes": p, "path": "x.jpg"} for p in PICTURES]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(PICTURES, pa.binary()),
+        pa.array(PICTURES, pa.large_binary()),
+        pa.array(STRUCTS, IMAGE_STRUCT),
+        pa.array([{"bytes": p, "path": "x.jpg"} for p in PICTURES], IMAGE_STRUCT),
+        pa.array(STRUCTS, pa.struct([("path", pa.string()), ("bytes", pa.large_binary())])),
+    ],
+    ids=["bytes", "large bytes", "structs, null", "structs without bytes", "structs the other way round"],
+)
+def test_one_image_a_row_in_any_form(tmp_path: Path, column: pa.Array) -> None:
+    write_shard(tmp_path / "a.parquet", {"image": column, "prompt": ["?"] * 5}, [2, 3])
+    table = read_all(plan_of(tmp_path))
+    assert table[IMAGES].to_pylist() == [[b"one"], [b"two"], None, [b""], [b"five"]]
+
+
+LISTS = [[b"one", b"two"], None, [], [None, b"five"], [b"six"]]
+
+
+def as_structs(images: list[bytes | None] | None) -> list[dict | None] | None:
+    return None if images is None else [None if image is None else {"bytes": image, "path": ""} for image in images]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(LISTS, pa.list_(pa.binary())),
+        pa.array(LISTS, pa.large_list(pa.large_binary())),
+        pa.array([as_structs(images) for images in LISTS], pa.list_(IMAGE_STRUCT)),
+    ],
+    ids=["lists of bytes", "large lists", "lists of structs"],
+)
+def test_several_images_a_row_in_any_form(tmp_path: Path, column: pa.Array) -> None:
+    write_shard(tmp_path / "a.parquet", {"images": column, "prompt": ["?"] * 5}, [1, 4])
+    assert read_all(plan_of(tmp_path), 2)[IMAGES].to_pylist() == LISTS
+
+
+def test_a_column_of_nulls_alone_holds_missing_images(tmp_path: Path) -> None:
+    for name in ("image", "images"):
+        write_shard(tmp_path / name / "a.parquet", {name: pa.nulls(2), "prompt": ["?"] * 2})
+        assert read_all(plan_of(tmp_path / name))[IMAGES].to_pylist() == [None, None]
+
+
+def test_rows_without_an_image_column_have_no_images(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", {"prompt": ["?", "!"]})
+    assert read_all(plan_of(tmp_path))[IMAGES].to_pylist() == [[], []]
+
+
+def test_what_was_read_has_the_schema_of_every_block(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", {"id": [7], "image": [b"x"], "messages": pa.array(["[]"], pa.large_string())})
+    table = read_all(plan_of(tmp_path))
+    assert table.schema == READ_SCHEMA
+    assert table.to_pylist() == [{ID: "7", IMAGES: [b"x"], PROMPT: None, MESSAGES: "[]"}]
+
+
+def test_one_prompt_stands_in_every_row(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", {"prompt": ["a", "b"]})
+    table = read_all(plan_of(tmp_path, ask="Describe."))
+    assert table[PROMPT].to_pylist() == ["Describe."] * 2
+    assert table["input_prompt"].to_pylist() == ["a", "b"]
+
+
+def test_extra_columns_arrive_in_one_type_and_as_null_where_a_shard_lacks_them(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", {"prompt": ["a"], "score": pa.array([1], pa.int32()), "tags": [["x", "y"]]})
+    write_shard(tmp_path / "b.parquet", {"prompt": ["b"], "score": pa.array([1 << 40], pa.int64())})
+    table = read_all(plan_of(tmp_path))
+    assert table.select(["score", "tags"]).to_pylist() == [
+        {"score": 1, "tags": ["x", "y"]},
+        {"score": 1 << 40, "tags": None},
+    ]

@@ -1,0 +1,191 @@
+"""Settings: the fixed keys, strictness, `--set`, and the files in configs/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import ConvertSettings, JobSettings, as_yaml, load_settings
+from pipeline.errors import ConfigError
+
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+REQUIRED = ["model.base=base", "input.path=in", "output.path=out"]
+
+
+def load(*assignments: str, file: Path | None = None) -> JobSettings:
+    return load_settings(JobSettings, file, [*REQUIRED, *assignments])
+
+
+def value_at(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("model.base", "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"),
+        ("model.adapter", "s3://bucket/pytorch_model.bin", "s3://bucket/pytorch_model.bin"),
+        ("model.adapter", "null", None),
+        ("model.dtype", "float32", "float32"),
+        ("model.dtype", "bfloat16", "bfloat16"),
+        ("model.dtype", "float16", "float16"),
+        ("model.device", "auto", "auto"),
+        ("model.device", "cpu", "cpu"),
+        ("model.device", "cuda", "cuda"),
+        ("model.decode_route", "released", "released"),
+        ("model.decode_route", "prefill", "prefill"),
+        ("model.top_k_experts", "2", 2),
+        ("model.lora_alpha", "512", 512),
+        ("model.lora_alpha", "null", None),
+        ("model.min_pixels", "3136", 3136),
+        ("model.max_pixels", "1003520", 1003520),
+        ("input.path", "s3://b/shards/", "s3://b/shards/"),
+        ("input.path", "[a.parquet, 'b/*.parquet']", ["a.parquet", "b/*.parquet"]),
+        ("input.columns.id", "url", "url"),
+        ("input.columns.id", "null", None),
+        ("input.columns.image", "jpg", "jpg"),
+        ("input.columns.images", "pictures", "pictures"),
+        ("input.columns.prompt", "question", "question"),
+        ("input.columns.messages", "chat", "chat"),
+        ("input.prompt", "Describe this image.", "Describe this image."),
+        ("input.limit", "100", 100),
+        ("output.path", "s3://b/captions/", "s3://b/captions/"),
+        ("output.token_ids", "true", True),
+        ("output.routes", "true", True),
+        ("generation.max_new_tokens", "64", 64),
+        ("generation.temperature", "0", 0),
+        ("generation.temperature", "0.7", 0.7),
+        ("generation.top_p", "0.9", 0.9),
+        ("generation.top_k", "50", 50),
+        ("generation.repetition_penalty", "1.05", 1.05),
+        ("generation.stop", '["\\n", "。"]', ["\n", "。"]),
+        ("generation.seed", "7", 7),
+        ("replicas", "8", 8),
+        ("ray.address", "10.0.0.1:6379", "10.0.0.1:6379"),
+    ],
+)
+def test_a_fixed_key_takes_its_value_from_yaml_text(key: str, text: str, value: Any) -> None:
+    assert value_at(load(f"{key}={text}"), key) == value
+
+
+def test_defaults_of_the_fixed_keys() -> None:
+    settings = load()
+    assert settings.model.top_k_experts == 1
+    assert settings.model.decode_route == "released"
+    for key in ("model.adapter", "model.lora_alpha", "model.min_pixels", "model.max_pixels", "input.limit", "ray.address"):
+        assert value_at(settings, key) is None
+    unset = settings.generation.model_dump()
+    assert unset.pop("seed") == 0
+    assert set(unset.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("model.dtyp=float32", "model.dtyp: unknown key; did you mean model.dtype?"),
+        ("input.column.id=a", "input.column: unknown key; did you mean input.columns?"),
+        ("replica=2", "replica: unknown key; did you mean replicas?"),
+        ("generation.max_tokens=5", "generation.max_tokens: unknown key; did you mean generation.max_new_tokens?"),
+        ("replicas=two", "replicas: input should be a valid integer, got 'two'"),
+        ("replicas=0", "replicas: input should be greater than or equal to 1, got 0"),
+        ("replicas='2'", "replicas: input should be a valid integer, got '2'"),
+        ("output.routes=1", "output.routes: input should be a valid boolean, got 1"),
+        ("model.dtype=fp8", "model.dtype: input should be 'float32', 'bfloat16' or 'float16', got 'fp8'"),
+        ("model.base=null", "model.base: input should be a valid string, got None"),
+        ("model=base", "model: expected a group of keys, got 'base'"),
+        ("input.path=[]", "input.path: is empty; expected a path or a list of paths, got []"),
+        ("input.prompt=' '", "input.prompt: is empty; expected a question or an instruction, or null for a column's, got ' '"),
+        ("generation.top_p=1.5", "generation.top_p: input should be less than or equal to 1, got 1.5"),
+        ("generation.stop=['']", "generation.stop: holds an empty string, got ['']"),
+        ("generation.stop=end", "generation.stop: input should be a valid list, got 'end'"),
+        ("replicas", "--set replicas: expected dotted.key=value"),
+        (".a=1", "--set .a=1: expected dotted.key=value"),
+        ("model.base.x=1", "--set model.base.x: 'base' is a value, not a group of keys"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_the_key(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(assignment)
+    assert str(caught.value) == message
+
+
+def test_text_that_is_no_yaml_names_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"^--set generation.stop: '\[a' is no valid YAML .*$"):
+        load("generation.stop=[a")
+
+
+def test_min_pixels_above_max_pixels_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"^model: min_pixels 200 is above max_pixels 100"):
+        load("model.min_pixels=200", "model.max_pixels=100")
+
+
+@pytest.mark.parametrize("missing", ["model.base", "input.path", "output.path"])
+def test_a_missing_required_key_is_named(missing: str) -> None:
+    others = [assignment for assignment in REQUIRED if not assignment.startswith(missing)]
+    with pytest.raises(ConfigError) as caught:
+        load_settings(JobSettings, None, others)
+    assert str(caught.value) == f"{missing}: missing; set it in the file or with --set {missing}=..."
+
+
+def test_a_mistyped_required_key_is_named_before_the_missing_one() -> None:
+    with pytest.raises(ConfigError, match=r"^input.pth: unknown key; did you mean input.path\?; input.path: missing"):
+        load_settings(JobSettings, None, ["model.base=base", "input.pth=in", "output.path=out"])
+
+
+def test_set_goes_over_the_file_and_later_over_earlier(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("replicas: 2\ngeneration:\n  seed: 3\n  top_k: 5\ninput:\n  columns:\n")
+    settings = load("generation.seed=4", "input.columns.id=key", "replicas=3", "replicas=4", file=file)
+    assert (settings.replicas, settings.generation.seed, settings.generation.top_k) == (4, 4, 5)
+    assert settings.input.columns.id == "key"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [", "no valid YAML"),
+        (b"\xff\xfe\xfa", "no valid YAML"),
+        (b"- a\n- b\n", "expected keys and values, found list"),
+    ],
+)
+def test_a_file_that_is_no_settings_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^--config {file}: {message}[^\n]*$"):
+        load(file=file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: No such file or directory$"):
+        load(file=tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_the_files_in_configs_load(file: Path) -> None:
+    paths = [] if file.name == "demo.yaml" else ["input.path=in", "output.path=out"]
+    settings = load_settings(JobSettings, file, paths)
+    assert settings.model.base
+
+
+def test_configs_has_the_four_files() -> None:
+    assert {file.name for file in CONFIGS} == {"demo.yaml", "caption.yaml", "vqa.yaml", "awaker2.5-vl.yaml"}
+
+
+def test_settings_written_as_yaml_load_as_themselves(tmp_path: Path) -> None:
+    settings = load("generation.stop=['\\n', 描述]", "input.columns.id=null", "model.lora_alpha=16")
+    file = tmp_path / "config.yaml"
+    file.write_text(as_yaml(settings))
+    assert load_settings(JobSettings, file, []) == settings
+    assert yaml.safe_load(as_yaml(settings))["replicas"] == 1
+
+
+def test_convert_takes_base_adapter_and_output() -> None:
+    settings = load_settings(ConvertSettings, None, ["model.base=b", "model.adapter=a", "output.path=o"])
+    assert (settings.model.base, settings.model.adapter, settings.output.path) == ("b", "a", "o")
+    with pytest.raises(ConfigError, match=r"input: unknown key"):
+        load_settings(ConvertSettings, None, ["model.base=b", "output.path=o", "input.path=i"])
