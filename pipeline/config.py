@@ -75,7 +75,7 @@ class InputSettings(Settings):
     @classmethod
     def _prompt_asks(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
-            raise ValueError("is empty; expected a question or an instruction, or null for a column's")
+            raise ValueError("is empty; expected a question or an instruction, or null")
         return value
 
     @field_validator("path")

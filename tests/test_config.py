@@ -99,7 +99,7 @@ def test_defaults_of_the_fixed_keys() -> None:
         ("model.base=null", "model.base: input should be a valid string, got None"),
         ("model=base", "model: expected a group of keys, got 'base'"),
         ("input.path=[]", "input.path: is empty; expected a path or a list of paths, got []"),
-        ("input.prompt=' '", "input.prompt: is empty; expected a question or an instruction, or null for a column's, got ' '"),
+        ("input.prompt=' '", "input.prompt: is empty; expected a question or an instruction, or null, got ' '"),
         ("generation.top_p=1.5", "generation.top_p: input should be less than or equal to 1, got 1.5"),
         ("generation.stop=['']", "generation.stop: holds an empty string, got ['']"),
         ("generation.stop=end", "generation.stop: input should be a valid list, got 'end'"),

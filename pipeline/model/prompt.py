@@ -187,7 +187,7 @@ class PromptProcessor:
     def _resize(self, messages: Sequence[Message]) -> list[np.ndarray]:
         """Resize every image as process_vision_info and then the processor do: two bicubic steps at most."""
         from qwen_vl_utils import process_vision_info
-        from qwen_vl_utils.vision_process import smart_resize
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         try:
             images, videos = process_vision_info(list(messages))

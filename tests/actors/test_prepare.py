@@ -1,0 +1,168 @@
+"""The CPU actor prepares rows as the released README's snippet does: process_vision_info, chat template, processor."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from qwen_vl_utils import process_vision_info
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+
+from pipeline.actors.conversation import from_prompt
+from pipeline.actors.prepare import Preparer
+from pipeline.config import JobSettings
+from pipeline.io.plan import Columns
+from pipeline.model.prompt import PromptProcessor
+from pipeline.model.shape import ModelShape
+from pipeline.model.vision import cut_patches, pixel_table
+from pipeline.rows import READ_SCHEMA, PreparedRow, prepared_rows
+from tests.io.shards import picture
+
+#: Width and height of pictures: as they are, below min_pixels, above max_pixels, above qwen-vl-utils' own bound.
+SIZES = [(56, 84), (101, 67), (20, 31), (3, 500), (1500, 1100), (4200, 3200)]
+BOUNDS: list[dict[str, int]] = [
+    {},
+    {"max_pixels": 50_000},
+    {"min_pixels": 40_000},
+    {"min_pixels": 9_000, "max_pixels": 12_000},
+]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.open(io.BytesIO(picture(width, height, seed=width, form="BMP")))
+
+
+def released_inputs(base: Path, messages: list[dict[str, Any]], bounds: dict[str, int]) -> dict[str, torch.Tensor]:
+    processor = AutoProcessor.from_pretrained(base, **bounds)
+    # As in transformers 4.45: PIL resizes, numpy normalises.
+    processor.image_processor = AutoImageProcessor.from_pretrained(base, backend="pil", **bounds)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images, _ = process_vision_info(messages)
+    return dict(processor(text=[text], images=images, return_tensors="pt"))
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("size", SIZES[:5], ids=str)
+def test_tokens_and_pixels_equal_the_released_processor_to_the_last_bit(
+    golden: Path, size: tuple[int, int], bounds: dict[str, int]
+) -> None:
+    check_against_released(golden / "released" / "base", [noise(*size)], bounds)
+
+
+def test_a_picture_above_both_bounds_is_resized_twice_as_released(golden: Path) -> None:
+    check_against_released(golden / "released" / "base", [noise(*SIZES[5])], {})
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_pictures_of_every_mode_equal_the_released_processor(golden: Path, mode: str) -> None:
+    image = noise(90, 70).convert("I").convert("I;16") if mode == "I;16" else noise(90, 70).convert(mode)
+    check_against_released(golden / "released" / "base", [image], {})
+
+
+def test_several_pictures_and_none_equal_the_released_processor(golden: Path) -> None:
+    base = golden / "released" / "base"
+    check_against_released(base, [noise(*SIZES[0]), noise(*SIZES[1]), noise(*SIZES[2])], {})
+    check_against_released(base, [], {})
+
+
+def check_against_released(base: Path, images: list[Image.Image], bounds: dict[str, int]) -> None:
+    messages = from_prompt("How many circles are there? 有几个？", images, "column 'prompt'")
+    expected = released_inputs(base, messages, bounds)
+    processor = PromptProcessor.from_settings(str(base), bounds.get("min_pixels"), bounds.get("max_pixels"))
+    prompt = processor.prepare(messages)
+    assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
+    if not images:
+        assert prompt.images == ()
+        return
+    vision = ModelShape.from_config(AutoConfig.from_pretrained(base)).vision
+    settings = processor.image_processor
+    table = pixel_table(settings.image_mean, settings.image_std, settings.rescale_factor)
+    patches = torch.cat([cut_patches(torch.from_numpy(image.copy()), table, vision) for image in prompt.images])
+    assert torch.equal(patches, expected["pixel_values"])
+    grids = [(1, image.shape[0] // vision.patch_size, image.shape[1] // vision.patch_size) for image in prompt.images]
+    assert grids == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]
+
+
+def prepare(
+    golden: Path, rows: list[dict[str, Any]], *, require_images: bool = False, **columns: str | None
+) -> list[PreparedRow]:
+    settings = JobSettings.model_validate(
+        {"model": {"base": str(golden / "released" / "base")}, "input": {"path": "in"}, "output": {"path": "out"}}
+    )
+    chosen = Columns(**{"id": None, "image": None, "images": None, "prompt": "prompt", "messages": None, **columns})
+    names = {"id": "awaker:id", "images": "awaker:images", "prompt": "awaker:prompt", "messages": "awaker:messages"}
+    own = [{full: row.get(short) for short, full in names.items()} for row in rows]
+    table = pa.Table.from_pylist(own, schema=READ_SCHEMA).append_column("row", pa.array(range(len(rows))))
+    tables = list(Preparer(settings, chosen, require_images)(table))
+    whole = pa.concat_tables(tables)
+    assert whole["row"].to_pylist() == list(range(len(rows)))
+    return prepared_rows(whole)
+
+
+def test_each_row_has_its_own_fate(golden: Path) -> None:
+    good = picture()
+    rows = prepare(
+        golden,
+        [
+            {"id": "good", "prompt": "What?", "images": [good]},
+            {"id": "broken", "prompt": "What?", "images": [good, good[:500]]},
+            {"id": "null", "prompt": "What?", "images": None},
+            {"id": "null inside", "prompt": "What?", "images": [None]},
+            {"id": "mute", "prompt": "", "images": [good]},
+            {"id": "long", "prompt": "circle " * 5000, "images": [good]},
+            {"id": "thin", "prompt": "What?", "images": [picture(2, 900)]},
+            {"id": "pad", "prompt": "What is <|image_pad|>?", "images": [good]},
+            {"id": "text", "prompt": "What?", "images": []},
+        ],
+        images="pictures",
+    )
+    assert [row.id for row in rows if row.error is None] == ["good", "text"]
+    errors = {row.id: row.error for row in rows if row.error}
+    assert errors["broken"].startswith("image_decode: image 1 of column 'pictures' (500 bytes) is no readable image")
+    assert errors["null"] == "image_missing: column 'pictures' is null or has no bytes"
+    assert errors["null inside"] == "image_missing: image 0 of column 'pictures' is null or has no bytes"
+    assert errors["mute"] == "prompt_missing: column 'prompt' is empty"
+    assert errors["long"].startswith("prompt_too_long: ")
+    assert "the model's context is 4096" in errors["long"]
+    assert errors["thin"].startswith("image_decode: cannot resize an image (ValueError: absolute aspect ratio")
+    assert errors["pad"].startswith("prompt_positions: the prompt has 2 places for images but 1 images")
+    assert [row.prompt for row in rows][:3] == ["What?"] * 3
+    assert [len(row.images) for row in rows] == [1, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_caption_needs_an_image(golden: Path) -> None:
+    rows = prepare(golden, [{"id": "a", "prompt": "Describe.", "images": []}], require_images=True, images="pictures")
+    assert rows[0].error == "image_missing: column 'pictures' holds no image to caption"
+
+
+def test_a_prompt_that_is_no_utf8_is_an_error_of_its_row(golden: Path) -> None:
+    not_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    settings = JobSettings.model_validate(
+        {"model": {"base": str(golden / "released" / "base")}, "input": {"path": "in"}, "output": {"path": "out"}}
+    )
+    table = pa.table(
+        [pa.array(["a"]), pa.array([[]], READ_SCHEMA.field(1).type), not_utf8, pa.nulls(1, pa.string())], READ_SCHEMA
+    )
+    (prepared,) = Preparer(settings, Columns(None, None, None, "question", None), False)(table)
+    (row,) = prepared_rows(prepared)
+    assert row.error is not None
+    assert row.error.startswith("prompt_invalid: column 'question' is no valid UTF-8")
+
+
+def test_pixels_of_large_rows_travel_in_tables_of_bounded_size(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipeline.actors.prepare as module
+
+    monkeypatch.setattr(module, "TABLE_BYTES", 3 * 56 * 56 * 2)
+    rows = prepare(
+        golden, [{"id": str(i), "prompt": "What?", "images": [picture(seed=i)]} for i in range(5)], images="images"
+    )
+    assert [row.id for row in rows] == list("01234")
+    assert all(
+        np.array_equal(row.images[0], np.asarray(Image.open(io.BytesIO(picture(seed=i))))) for i, row in enumerate(rows)
+    )
