@@ -60,7 +60,7 @@ def write_random_checkpoint(folder: Path, shape: RandomShape, seed: int) -> tupl
         sizes = replace(sizes, adapter=AdapterShape(shape.experts, shape.rank, 1, 2.0))
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: random_tensor(name, size, generator).to(_stored_dtype(name, shape.dtype))
+        name: random_tensor(name, size, generator, _stored_dtype(name, shape.dtype))
         for name, size in released_shapes(sizes).items()
         if not (sizes.tied_embeddings and name == "lm_head.weight")
     }
@@ -83,19 +83,27 @@ def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".default." in name else dtype
 
 
-def random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A tensor at the scale that its place in the model asks for, float32."""
-    values = torch.randn(size, generator=generator)
+def random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """A tensor at the scale that its place in the model asks for.
+
+    Large tensors repeat their first 2^20 values: checkpoints of gigabytes are for measuring, and should not take minutes.
+    """
+    count = math.prod(size)
+    scale, shift = _scale(name, size)
+    drawn = (torch.randn(min(count, 1 << 20), generator=generator) * scale + shift).to(dtype)
+    return drawn.repeat(-(-count // len(drawn)))[:count].view(size)
+
+
+def _scale(name: str, size: tuple[int, ...]) -> tuple[float, float]:
+    """Standard deviation and mean of a tensor's values."""
+    is_bias = name.endswith("bias")
     if "norm" in name.rsplit(".", 2)[-2] or ".ln" in name:
-        return values * 0.1 + (1.0 if name.endswith("weight") else 0.0)
-    if name.endswith("bias"):
-        return values * 0.1
+        return 0.1, 0.0 if is_bias else 1.0
+    if is_bias:
+        return 0.1, 0.0
     if "embed_tokens" in name:
-        return values * 0.5
-    if "w_gate" in name:
-        return values * 2.0 / math.sqrt(size[1])
-    if ".lora_" in name:
-        return values * 0.5 / math.sqrt(size[1])
-    if name == "lm_head.weight":
-        return values * 2.0 / math.sqrt(size[1])
-    return values / math.sqrt(math.prod(size[1:]))
+        return 0.5, 0.0
+    inputs = math.prod(size[1:])
+    if "w_gate" in name or name == "lm_head.weight":
+        return 2.0 / math.sqrt(inputs), 0.0
+    return (0.5 if ".lora_" in name else 1.0) / math.sqrt(inputs), 0.0

@@ -15,6 +15,9 @@ from pipeline.errors import OutputError
 from pipeline.model.checkpoint import SERVING_FORMAT, SERVING_MANIFEST, Checkpoint
 from pipeline.model.sources import sha256_of
 
+#: Source bytes that may lie mapped in memory at a time.
+MAPPED_BYTES = 32 << 20
+
 #: Files of the base folder that a replica needs beside the weights.
 _KEPT_SUFFIXES = (".json", ".txt", ".jinja", ".model")
 
@@ -36,7 +39,7 @@ def convert(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, sha
         checkpoint: a checked checkpoint in the released format (or plain Qwen2-VL).
         folder: a new or empty folder; the manifest is written last, so a folder without one is not a checkpoint.
         dtype: dtype to store; None keeps each tensor's own, and q/k/v as the float32 sum that folding makes.
-        shard_bytes: a file is closed once its tensors reach this. Peak memory is about two files' worth, or two of the
+        shard_bytes: a file is closed once its tensors reach this. Peak memory is about one file's worth, or two of the
             largest tensor.
 
     Raises:
@@ -56,17 +59,23 @@ def convert(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, sha
         sizes.append(sum(t.nbytes for t in shard.values()))
         shard.clear()
 
-    for name, build in checkpoint.serving_tensors():
-        # A reader for each tensor: pages of the source that were read leave memory with their mapping.
+    tensors = checkpoint.serving_tensors()
+    while True:
+        mapped = 0
+        # What was read leaves memory with its mapping, so the source is opened anew every so often.
         with checkpoint.files.reader() as reader:
-            tensor = build(reader)
-            if dtype is not None:
-                tensor = tensor.to(dtype)
-            # A copy of its own: safetensors refuses views, and a view would keep the source mapped.
-            shard[name] = tensor.clone(memory_format=torch.contiguous_format)
-            del tensor
-        if sum(t.nbytes for t in shard.values()) >= shard_bytes:
-            close_shard()
+            for name, build in tensors:
+                tensor = build(reader) if dtype is None else build(reader).to(dtype)
+                # A copy of its own: safetensors refuses views, and a view would keep the source mapped.
+                shard[name] = tensor.clone(memory_format=torch.contiguous_format)
+                mapped += tensor.nbytes
+                del tensor
+                if sum(t.nbytes for t in shard.values()) >= shard_bytes:
+                    close_shard()
+                if mapped >= MAPPED_BYTES:
+                    break
+            else:
+                break
     if shard:
         close_shard()
 

@@ -120,7 +120,9 @@ def test_plain_qwen2_vl_equals_transformers(tmp_path: Path) -> None:
         answers = engine.generate([as_request(a, processor, greedy(12)) for a in asked])
     for question, answer in zip(asked, answers, strict=True):
         inputs = as_transformers_inputs(question, base)
-        expected = reference.generate(inputs, (0, 1), max_new_tokens=12, do_sample=False, eos_token_id=None, repetition_penalty=1.0)
+        expected = reference.generate(
+            inputs, (0, 1), max_new_tokens=12, do_sample=False, eos_token_id=None, repetition_penalty=1.0
+        )
         assert list(answer.token_ids) == expected
         assert answer.prefill_gates is None
 
@@ -131,9 +133,7 @@ def test_requests_of_different_lengths_leave_and_the_others_go_on(tmp_path: Path
     lengths = [1, 40, 3, 17, 2, 2, 25, 9]
     engine, processor = engine_for(base, adapter, batch_size=8)
     with engine:
-        together = engine.generate(
-            [as_request(a, processor, greedy(n)) for a, n in zip(asked, lengths, strict=True)]
-        )
+        together = engine.generate([as_request(a, processor, greedy(n)) for a, n in zip(asked, lengths, strict=True)])
         alone = [engine.generate([as_request(a, processor, greedy(n))])[0] for a, n in zip(asked, lengths, strict=True)]
     assert [len(answer.token_ids) for answer in together] == lengths
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]

@@ -25,9 +25,7 @@ def test_a_batch_fits_its_bounds_and_never_starves_anyone(
     room: tuple[np.ndarray, list[int], list[int], int, int],
 ) -> None:
     routes, tokens, rounds, batch_size, batch_tokens = room
-    chosen = choose_batch(
-        routes, tokens, rounds, batch_size=batch_size, batch_tokens=batch_tokens, max_rounds=4
-    )
+    chosen = choose_batch(routes, tokens, rounds, batch_size=batch_size, batch_tokens=batch_tokens, max_rounds=4)
     assert 1 <= len(chosen) <= batch_size
     assert chosen == sorted(set(chosen))
     assert len(chosen) == 1 or len(chosen) * max(tokens[i] for i in chosen) <= batch_tokens

@@ -106,9 +106,7 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
             break
         tokens = torch.tensor([int(r["new"][step]) for r in requests])
         rope = (torch.tensor(next_positions) + step).expand(3, -1)
-        logits = model.decoder.decode(
-            model.embeddings[tokens], rope, counts + step, max(lengths) + step, gates, cache
-        )
+        logits = model.decoder.decode(model.embeddings[tokens], rope, counts + step, max(lengths) + step, gates, cache)
 
 
 @torch.inference_mode()

@@ -1,0 +1,67 @@
+"""What benchmarks share: measuring a process's memory, timing, and where figures go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+#: Runs a script and prints its own peak memory at the end. VmHWM, not ru_maxrss: a child starts with its parent's.
+_MEASURED = """
+import re, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], file=sys.stderr)
+"""
+
+
+def peak_memory(command: Sequence[str]) -> int:
+    """Run `python SCRIPT ARGUMENT...` in the repository; its peak resident memory in bytes.
+
+    Raises:
+        RuntimeError: the script failed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
+    found = re.findall(r"peak (\d+)", done.stderr)
+    return int(found[-1]) * 1024
+
+
+def median_seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Median wall-clock seconds of `repeats` runs after one warm-up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def save(name: str, figures: dict[str, Any]) -> None:
+    """Keep a benchmark's figures, with where and when they were measured."""
+    where = {"date": datetime.now(UTC).date().isoformat(), "cpus": os.cpu_count(), "machine": platform.machine()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**where, **figures}, indent=2) + "\n")
+
+
+def mebibytes(size: float) -> str:
+    """Bytes as MiB."""
+    return f"{size / 2**20:,.0f} MiB"
