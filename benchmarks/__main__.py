@@ -29,7 +29,8 @@ def main(names: list[str]) -> None:
         print("\n".join(lines), flush=True)
         where = json.loads((RESULTS / f"{name}.json").read_text())
         measured = f"Measured {where['date']} on {where['cpus']} CPU cores ({where['machine']})."
-        sections[name] = "\n".join([f"## {name}", "", module.__doc__.strip(), "", measured, "", *lines, ""])
+        question = (module.__doc__ or name).strip()
+        sections[name] = "\n".join([f"## {name}", "", question, "", measured, "", *lines, ""])
     order = sorted(sections, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
     page.write_text("\n".join([HEADER, *(sections[name] for name in order)]))
 

@@ -71,7 +71,7 @@ def greedy(new_tokens: int, **settings: Any) -> Sampling:
     return Sampling(max_new_tokens=new_tokens, eos_token_ids=(), **settings)
 
 
-def engine_for(base: Path, adapter: Path | None, **options: Any):  # noqa: ANN201 - (Engine, PromptProcessor)
+def engine_for(base: Path, adapter: Path | None, **options: Any) -> tuple[Any, PromptProcessor]:
     """An engine over a checkpoint, on the CPU, and its prompt processor."""
     from pipeline.engine import Engine, EngineOptions
     from pipeline.model.awaker import load_model
