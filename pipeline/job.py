@@ -155,7 +155,7 @@ def _check_reachable(address: str) -> None:
     if not colon or not port.isdecimal():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
     except OSError as error:
         raise ConfigError(
             f"ray.address: nothing answers at {address!r} ({error}); start the cluster, or leave ray.address and "
@@ -164,9 +164,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _quieten_ray() -> None:
-    """Keep away what Ray tells its developers, at warning level and above, in every job."""
-    # On the driver's C++ log, an error about actor arguments that Ray Data itself passes by reference.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    """Keep away the warnings that Ray gives in every job about its own defaults."""
     for name in ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

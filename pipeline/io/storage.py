@@ -92,14 +92,23 @@ class OutputFolder:
 
     Args:
         url: local path or fsspec URL.
+
+    Raises:
+        OutputError: there is no such protocol, or nothing behind it.
     """
 
     #: Holds everything that is not a result; readers of Parquet folders pass over names that begin with `_`.
     RUN_FOLDER = "_run"
 
     def __init__(self, url: str) -> None:
-        self.url = os.path.abspath(os.path.expanduser(url)) if "://" not in url else url.rstrip("/")
-        self._filesystem, self._root = open_filesystem(self.url)
+        scheme, colon, rest = url.partition("://")
+        self.url = f"{scheme}{colon}{rest.rstrip('/')}" if colon else os.path.abspath(os.path.expanduser(url))
+        try:
+            self._filesystem, self._root = open_filesystem(self.url)
+        except Exception as error:  # an unknown protocol, or a backend that cannot be set up
+            raise OutputError(f"output.path: cannot open {url!r} ({type(error).__name__}: {error})") from error
+        if not self._root:
+            raise OutputError(f"output.path: {url!r} names no bucket or folder")
 
     def check(self, overwrite: bool, inputs: Iterable[FileInfo]) -> None:
         """Make sure that the job may write here; changes nothing.

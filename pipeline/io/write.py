@@ -109,7 +109,7 @@ class ParquetFolder(Datasink[Written]):
         table = pa.concat_tables(tables)
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="zstd")
-        self._folder.write(f"part-{ctx.task_idx:05d}.parquet", buffer.getvalue())  # type: ignore[attr-defined]
+        self._folder.write(f"part-{ctx.task_idx:05d}.parquet", buffer.getvalue().to_pybytes())  # type: ignore[attr-defined]
         return Written.count(table)
 
     def on_write_complete(self, write_result: WriteResult[Written]) -> None:

@@ -81,6 +81,12 @@ def test_a_path_that_cannot_be_a_folder_is_an_error(tmp_path: Path) -> None:
         OutputFolder(str(tmp_path / "file")).prepare()
 
 
+@pytest.mark.parametrize(("url", "message"), [("s4://bucket/out", "Protocol not known: s4"), ("s3://", "names no bucket")])
+def test_a_url_that_leads_nowhere_is_an_error(url: str, message: str) -> None:
+    with pytest.raises(OutputError, match=f"^output.path: .*{message}"):
+        OutputFolder(url)
+
+
 def test_any_fsspec_url_works() -> None:
     folder = OutputFolder("memory://bucket/out/")
     folder.prepare()

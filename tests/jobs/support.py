@@ -1,0 +1,113 @@
+"""Runs jobs for tests: the scripts as processes of their own, or the same job on the session's cluster."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import JobSettings, load_settings
+from pipeline.job import Task, check_job, run_job
+from pipeline.progress import Summary
+
+ROOT = Path(__file__).parents[2]
+
+#: No job of these tests takes longer, on two busy cores.
+TIMEOUT = 150
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a script ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float = 0.0
+
+
+def run_script(name: str, *arguments: str, **environment: str) -> Finished:
+    """`python jobs/<name>.py <arguments>` as a person types it, its output going to files."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, f"jobs/{name}.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
+
+
+def run_script_here(
+    name: str, arguments: list[str], capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
+) -> Finished:
+    """The same script in this process, which has imported everything already; it must not come as far as Ray."""
+    patch.setattr(sys, "argv", [f"jobs/{name}.py", *arguments])
+    patch.setattr("pipeline.job._connect", lambda address: pytest.fail("the job went on to Ray"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    return Finished(ended.value.code, out, err)  # type: ignore[arg-type]
+
+
+def sets(assignments: dict[str, Any]) -> list[str]:
+    """Settings as `--set` arguments."""
+    return [argument for key, value in assignments.items() for argument in ("--set", f"{key}={value}")]
+
+
+def run_on_cluster(task: Task, assignments: dict[str, Any]) -> Summary:
+    """Check and run a job on the Ray connection of this process."""
+    return run_job(check_job(task, load_settings(JobSettings, None, [f"{k}={v}" for k, v in assignments.items()])))
+
+
+def released_model(golden: Path) -> dict[str, Any]:
+    """Settings of the golden checkpoint, exact."""
+    folder = golden / "released"
+    return {
+        "model.base": folder / "base",
+        "model.adapter": folder / "adapter" / "pytorch_model.bin",
+        "model.dtype": "float32",
+        "model.device": "cpu",
+        "generation.max_new_tokens": 24,
+        "output.token_ids": "true",
+        "output.routes": "true",
+    }
+
+
+def expected_rows(golden: Path) -> list[dict[str, Any]]:
+    """The golden rows, with what the released code answered."""
+    return pq.read_table(golden / "released" / "expected.parquet").to_pylist()
+
+
+def results(path: Path) -> dict[str, dict[str, Any]]:
+    """The output by id."""
+    rows = pq.read_table(path).to_pylist()
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def assert_as_released(row: dict[str, Any], expected: dict[str, Any]) -> None:
+    """An output row says what the released code said, by the same experts."""
+    assert (row["status"], row["error"]) == ("ok", None)
+    assert row["token_ids"] == expected["token_ids"]
+    assert row["text"] == expected["text"]
+    assert row["new_tokens"] == len(expected["token_ids"])
+    assert row["prompt_tokens"] == len(expected["input_ids"])
+    assert row["visual_tokens"] == expected["n_visual_tokens"]
+    for phase in ("prefill", "decode"):
+        gates = expected[f"{phase}_gates"]
+        by_gate = [gates[start : start + 4] for start in range(0, len(gates), 4)]
+        assert row[f"{phase}_route"] == [values.index(max(values)) for values in by_gate]
+        assert row[f"{phase}_gate"] == pytest.approx([max(values) for values in by_gate], abs=1e-3)

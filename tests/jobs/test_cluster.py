@@ -1,0 +1,119 @@
+"""Jobs on a running cluster: submitted to its head node, interrupted, and sent to one that is not there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipeline.demo.__main__ import main as make_demo_checkpoint
+from tests.conftest import RayCluster
+from tests.io.shards import picture, write_shard
+from tests.jobs.support import ROOT, TIMEOUT, released_model, results, run_script, sets
+
+#: What a job needs of the repository, and .gitignore, which says what not to upload.
+UPLOADED = ("pipeline", "jobs", "configs", "pyproject.toml", ".gitignore")
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    """The repository's code in a folder of its own, beside things that must not be uploaded."""
+    for name in UPLOADED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    for heavy in (".venv/lib/torch.so", "demo/checkpoint/pytorch_model.bin", "pipeline/__pycache__/job.pyc"):
+        (folder / heavy).parent.mkdir(parents=True, exist_ok=True)
+        (folder / heavy).write_bytes(os.urandom(1 << 20))
+    return folder
+
+
+def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(tmp_path: Path, ray_cluster: RayCluster) -> None:
+    import ray
+
+    make_demo_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "repository").mkdir()
+    repository = copy_of_the_repository(tmp_path / "repository")
+    settings = {
+        "model.base": tmp_path / "checkpoint" / "base",
+        "model.adapter": tmp_path / "checkpoint" / "adapter",
+        "output.path": tmp_path / "captions",
+        "generation.max_new_tokens": 8,
+    }
+    command = ["job", "submit", "--address", ray_cluster.dashboard, "--working-dir", "."]
+    script = [sys.executable, "jobs/caption.py", "--config", "configs/demo.yaml", *sets(settings)]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("ray")), *command, "--", *script],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"rows +8 \(8 ok, 0 errors\)", done.stdout)
+
+    captions = results(tmp_path / "captions")
+    assert {row["status"] for row in captions.values()} == {"ok"}
+    assert all(
+        row["visual_tokens"] > 100 and row["prompt"] == "Describe this image in detail." for row in captions.values()
+    )
+    shards = sorted((ROOT / "pipeline/demo/photographs").glob("*.parquet"))
+    expected = [id_ for shard in shards for id_ in pq.read_table(shard)["id"].to_pylist()]
+    assert sorted(captions) == sorted(expected)
+
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    uploads = [p for p in session.glob("runtime_resources/working_dir_files/_ray_pkg_*") if p.is_dir()]
+    files = {str(path.relative_to(upload)) for upload in uploads for path in upload.rglob("*") if path.is_file()}
+    assert "jobs/caption.py" in files
+    assert not [name for name in files if name.startswith((".venv/", "demo/"))]
+
+
+def test_ctrl_c_ends_a_job_soon_and_in_one_line(golden: Path, tmp_path: Path, ray_cluster: RayCluster) -> None:
+    rows = 3000
+    write_shard(tmp_path / "in" / "a.parquet", {"image": [picture()] * rows, "prompt": ["Describe this image."] * rows})
+    settings = {**released_model(golden), "input.path": tmp_path / "in", "output.path": tmp_path / "out"}
+    with subprocess.Popen(
+        [sys.executable, "jobs/vqa.py", *sets(settings)],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": ray_cluster.address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as job:
+        assert job.stderr is not None
+        lines = []
+        for line in job.stderr:  # pytest's own time limit ends a job that never comes to this
+            lines.append(line)
+            if "progress: " in line:
+                break
+        job.send_signal(signal.SIGINT)
+        sent = time.monotonic()
+        out, err = job.communicate(timeout=60)
+    assert time.monotonic() - sent < 30
+    assert job.returncode == 130
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in "".join(lines) + err
+    assert out == ""
+    assert list((tmp_path / "out").glob("*.parquet")) == []
+
+
+def test_a_cluster_that_is_not_there_is_one_line_within_seconds(golden: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "in" / "a.parquet", {"prompt": ["What?"]})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # bound, and nothing listens
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        settings = {**released_model(golden), "input.path": tmp_path / "in", "output.path": tmp_path / "out"}
+        done = run_script("vqa", *sets({**settings, "ray.address": address}))
+    assert done.code == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: ray.address: nothing answers at '{address}'")
+    assert done.seconds < 30

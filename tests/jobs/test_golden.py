@@ -1,0 +1,146 @@
+"""The golden rows through whole jobs: what the released code said, alone, among bad rows, on several replicas."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from tests.conftest import RayCluster
+from tests.io.shards import IMAGE_STRUCT, picture, write_shard
+from tests.jobs.support import (
+    assert_as_released,
+    expected_rows,
+    released_model,
+    results,
+    run_on_cluster,
+    run_script,
+    sets,
+)
+
+PROGRESS = re.compile(
+    r"progress: \d+/10 rows  (loading the model|first answers|all answered|[\d.]+ rows/s  \d+:\d\d:\d\d left)"
+)
+
+
+def test_the_script_answers_as_released_and_reports_readably(golden: Path, tmp_path: Path) -> None:
+    settings = {
+        **released_model(golden),
+        "input.path": golden / "released" / "expected.parquet",
+        "input.columns.id": "null",
+        "output.path": tmp_path / "out",
+    }
+    done = run_script("vqa", *sets(settings), RAY_ADDRESS="")
+    assert done.code == 0, done.stderr
+    answers = results(tmp_path / "out")
+    for number, expected in enumerate(expected_rows(golden)):
+        assert_as_released(answers[f"expected.parquet#{number}"], expected)
+
+    # In a log: progress on standard error and nothing else there, the first answers and the summary on standard output.
+    # (Ray's C++ core warns of the way in which Ray Data itself starts its actors; nothing switches that off alone.)
+    lines = [line for line in done.stderr.splitlines() if "core_worker.cc" not in line]
+    assert [line for line in lines if not PROGRESS.fullmatch(line)] == []
+    assert lines[-1] == "progress: 10/10 rows  all answered"
+    assert "expected.parquet#0  Describe this image." in done.stdout
+    assert re.search(r"^rows +10 \(10 ok, 0 errors\)$", done.stdout, re.MULTILINE)
+    assert re.search(r"^tokens +240 new, [\d.]+ a second; 1,003 in prompts \(503 visual\)$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^results +1 Parquet files in {tmp_path}/out$", done.stdout, re.MULTILINE)
+    assert "\x1b" not in done.stdout + done.stderr
+
+    # The input's own columns arrive, renamed where they have names of ours; image bytes do not.
+    (row,) = [row for row in answers.values() if row["id"] == "expected.parquet#0"]
+    assert row["input_id"] == expected_rows(golden)[0]["id"]
+    assert row["input_token_ids"] == row["token_ids"]
+    assert "images" not in row
+
+
+def bad_rows(good: bytes) -> dict[str, tuple[dict[str, Any], str]]:
+    """Rows that cannot be answered, by id, and the error that each becomes."""
+
+    def row(prompt: str | None, *images: bytes | None) -> dict[str, Any]:
+        return {"prompt": prompt, "images": [{"bytes": image, "path": "somewhere.jpg"} for image in images]}
+
+    jpeg = picture(200, 200, form="JPEG")
+    return {
+        "broken JPEG": (row("What?", jpeg[: len(jpeg) // 2]), "image_decode: image 0 of column 'images' ("),
+        "second broken": (
+            row("What?", good, b"no image"),
+            "image_decode: image 1 of column 'images' (8 bytes) is no readable",
+        ),
+        "empty prompt": (row("", good), "prompt_missing: column 'prompt' is empty"),
+        "null prompt": (row(None, good), "prompt_missing: column 'prompt' is null"),
+        "null list": ({"prompt": "What?", "images": None}, "image_missing: column 'images' is null or has no bytes"),
+        "null in list": ({"prompt": "What?", "images": [None]}, "image_missing: image 0 of column 'images' is null"),
+        "no bytes": (row("What?", None), "image_missing: image 0 of column 'images' is null or has no bytes"),
+        "too long": (row("circle " * 5000, good), "prompt_too_long: "),
+        "placeholder": (row("What is <|image_pad|>?", good), "prompt_positions: "),
+    }
+
+
+def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
+    golden: Path, tmp_path: Path, ray_cluster: RayCluster
+) -> None:
+    good = {row["id"]: row for row in expected_rows(golden)}
+    bad = bad_rows(next(iter(good.values()))["images"][0])
+    rows = [
+        {
+            "id": row["id"],
+            "prompt": row["prompt"],
+            "images": [{"bytes": i, "path": None} for i in row["images"]],
+            "length": 24,
+        }
+        for row in good.values()
+    ]
+    rows += [{"id": id_, **row, "length": None} for id_, (row, _) in bad.items()]
+    np.random.default_rng(7).shuffle(rows)  # type: ignore[arg-type]
+    schema = pa.schema(
+        [("id", pa.string()), ("prompt", pa.string()), ("images", pa.list_(IMAGE_STRUCT)), ("length", pa.int32())]
+    )
+    for number, part in enumerate((rows[:5], rows[5:6], rows[6:])):
+        table = pa.Table.from_pylist(part, schema)
+        write_shard(tmp_path / f"in/{number}.parquet", dict(zip(table.column_names, table.columns, strict=True)))
+
+    summary = run_on_cluster(
+        "vqa",
+        {
+            **released_model(golden),
+            "input.path": tmp_path / "in",
+            "output.path": tmp_path / "out",
+            "output.rows_per_file": 8,
+            "preparation.rows_per_block": 2,
+            "engine.batch_size": 3,
+            "replicas": 2,
+        },
+    )
+
+    answers = results(tmp_path / "out")
+    assert set(answers) == set(good) | set(bad)
+    for id_, expected in good.items():
+        assert_as_released(answers[id_], expected)
+        assert answers[id_]["length"] == 24
+    for id_, (row, error) in bad.items():
+        assert answers[id_]["status"] == "error"
+        assert answers[id_]["error"].startswith(error)
+        assert answers[id_]["prompt"] == row["prompt"]
+        nothing = ("text", "finish_reason", "prompt_tokens", "visual_tokens", "new_tokens", "token_ids", "prefill_route")
+        assert [answers[id_][name] for name in nothing] == [None] * len(nothing)
+
+    codes = {"image_decode": 2, "prompt_missing": 2, "image_missing": 3, "prompt_too_long": 1, "prompt_positions": 1}
+    assert dict(summary.written.errors) == codes
+    told = json.loads((tmp_path / "out/_run/summary.json").read_text())
+    assert (told["rows"], told["ok"], told["errors"]) == (19, 10, codes)
+    assert told["new_tokens"] == sum(len(row["token_ids"]) for row in good.values())
+    assert told["images"] == sum(len(row["images"]) for row in good.values())
+    assert told["images_per_second"] > 0
+    assert set(told["agreement"]) >= {"prefill", "prefill_in_order", "decode", "decode_in_order"}
+
+    # Many blocks, few files, and any Parquet reader takes the folder as it is.
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(files) <= 4
+    assert files[0] == "_run"
+    assert ds.dataset(tmp_path / "out", format="parquet").count_rows() == 19
