@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from pipeline.io.write import Written
 
@@ -155,23 +154,30 @@ class Summary:
     def print(self, console: Console) -> None:
         """Print it for a person; the same in a log."""
         facts = self.as_dict()
-        table = Table(show_header=False, box=None, pad_edge=False)
-        table.add_row("rows", f"{facts['rows']:,} ({facts['ok']:,} ok, {facts['rows'] - facts['ok']:,} errors)")
-        for code, count in facts["errors"].items():
-            table.add_row(f"  {code}", f"{count:,}")
-        table.add_row("images", f"{self.images:,}, {facts['images_per_second']:.2f} a second")
-        table.add_row(
-            "tokens",
-            f"{facts['new_tokens']:,} new, {facts['new_tokens_per_second']:.1f} a second; {facts['prompt_tokens']:,} in "
-            f"prompts ({facts['visual_tokens']:,} visual)",
-        )
+        lines = [("rows", f"{facts['rows']:,} ({facts['ok']:,} ok, {facts['rows'] - facts['ok']:,} errors)")]
+        lines += [(f"  {code}", f"{count:,}") for code, count in facts["errors"].items()]
+        lines += [
+            ("images", f"{self.images:,}, {facts['images_per_second']:.2f} a second"),
+            (
+                "tokens",
+                f"{facts['new_tokens']:,} new, {facts['new_tokens_per_second']:.1f} a second; "
+                f"{facts['prompt_tokens']:,} in prompts ({facts['visual_tokens']:,} visual)",
+            ),
+        ]
         if agreement := facts["agreement"]:
-            for phase in ("prefill", "decode"):
-                table.add_row(
+            lines += [
+                (
                     f"{phase} experts",
                     f"{agreement[phase]:.1%} of (request, gate) pairs ran on their batch's majority expert; "
                     f"{agreement[f'{phase}_in_order']:.1%} in order of arrival",
                 )
-        table.add_row("time", f"{duration(self.seconds)} in all, {duration(self.answering_seconds)} of it in the stages")
-        table.add_row("results", f"{facts['files']} Parquet files in {self.output}")
-        console.print(table, soft_wrap=True, highlight=False)
+                for phase in ("prefill", "decode")
+            ]
+        files = f"{facts['files']} Parquet file{'' if facts['files'] == 1 else 's'}"
+        lines += [
+            ("time", f"{duration(self.seconds)} in all, {duration(self.answering_seconds)} of it in the stages"),
+            ("results", f"{files} in {self.output}"),
+        ]
+        width = max(len(name) for name, _ in lines)
+        for name, value in lines:
+            console.print(f"{name:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False)

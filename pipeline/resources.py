@@ -60,7 +60,8 @@ def share_cluster(settings: JobSettings, cpus: float, gpus: float) -> Resources:
     replica_cpus = _floored(replica_cpus)
     spare = cpus - replicas * replica_cpus - RESERVED_CPUS
     spare = max(spare, TASK_CPUS)
-    actors = settings.preparation.actors or max(1, int(spare))
+    # More actors than this would only take turns.
+    actors = min(settings.preparation.actors or max(1, int(spare)), int(spare / TASK_CPUS))
     prepare_cpus = _floored(min(1.0, spare / actors))
     return Resources(
         device=device,

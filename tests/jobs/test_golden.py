@@ -49,7 +49,7 @@ def test_the_script_answers_as_released_and_reports_readably(golden: Path, tmp_p
     assert "expected.parquet#0  Describe this image." in done.stdout
     assert re.search(r"^rows +10 \(10 ok, 0 errors\)$", done.stdout, re.MULTILINE)
     assert re.search(r"^tokens +240 new, [\d.]+ a second; 1,003 in prompts \(503 visual\)$", done.stdout, re.MULTILINE)
-    assert re.search(rf"^results +1 Parquet files in {tmp_path}/out$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^results +1 Parquet file in {tmp_path}/out$", done.stdout, re.MULTILINE)
     assert "\x1b" not in done.stdout + done.stderr
 
     # The input's own columns arrive, renamed where they have names of ours; image bytes do not.
