@@ -129,7 +129,7 @@ class PreparationSettings(Settings):
     """How CPU actors prepare rows."""
 
     actors: PositiveInt | None = Field(None, description="most CPU actors; null: what the cluster has to spare")
-    rows_per_block: PositiveInt = Field(32, description="rows that travel together from reading to answering")
+    rows_per_block: PositiveInt = Field(32, description="rows that are prepared and handed to a replica together")
 
 
 class RaySettings(Settings):

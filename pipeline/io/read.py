@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,7 @@ from pipeline.io.plan import InputPlan, Shard, is_list, open_parquet
 from pipeline.rows import ID, IMAGES, MESSAGES, PROMPT, READ_SCHEMA
 
 #: A read task takes row groups of one shard until it has this many rows: enough to be worth a task.
-ROWS_PER_TASK = 1024
-
-#: Bounds of a block: below, handling it costs more than its rows; above, it is Ray's own default.
-MIN_BLOCK_BYTES = 16 << 10
-MAX_BLOCK_BYTES = 128 << 20
+ROWS_PER_TASK = 256
 
 
 @dataclass(frozen=True)
@@ -120,13 +116,6 @@ def _list_of_bytes(array: pa.Array) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, values, type=READ_SCHEMA.field(IMAGES).type, mask=array.is_null())
 
 
-def block_bytes(plan: InputPlan, rows_per_block: int) -> int:
-    """Bytes that `rows_per_block` rows of the input take on average, within sensible bounds."""
-    stored = sum(shard.file.size for shard in plan.shards)
-    rows = sum(sum(shard.row_groups) for shard in plan.shards)
-    return min(max(stored * rows_per_block // rows, MIN_BLOCK_BYTES), MAX_BLOCK_BYTES)
-
-
 class ParquetShards(Datasource):
     """The planned shards as a Ray Data source.
 
@@ -166,7 +155,5 @@ class ParquetShards(Datasource):
     def _reader(self, piece: Piece) -> Callable[[], Iterable[pa.Table]]:
         plan, rows_per_block = self._plan, self._rows_per_block
         # The task needs the plan's columns, not its thousands of other shards.
-        own = InputPlan(
-            (piece.shard,), plan.columns, plan.extras, plan.extras_schema, plan.prompt, plan.missing_image_is_error
-        )
+        own = replace(plan, shards=(piece.shard,))
         return lambda: read_piece(piece, own, rows_per_block)

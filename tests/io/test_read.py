@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.io.plan import InputPlan
+from pipeline.io.plan import InputPlan, check_ids_unique
 from pipeline.io.read import ROWS_PER_TASK, ParquetShards, pieces, read_piece
 from pipeline.rows import ID, IMAGES, MESSAGES, PROMPT, READ_SCHEMA
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
@@ -48,7 +48,7 @@ def test_pieces_cover_each_row_once_and_in_order(layouts: list[list[int]], limit
 
 def test_small_row_groups_share_a_task_and_large_ones_have_their_own(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"prompt": ["?"] * 3000}, [100] * 10 + [1500, 500])
-    assert [piece.rows for piece in ParquetShards(plan_of(tmp_path), 32).pieces] == [2500, 500]
+    assert [piece.rows for piece in ParquetShards(plan_of(tmp_path), 32).pieces] == [300, 300, 300, 1600, 500]
 
 
 PICTURES = [b"one", b"two", None, b"", b"five"]
@@ -70,6 +70,30 @@ def test_one_image_a_row_in_any_form(tmp_path: Path, column: pa.Array) -> None:
     write_shard(tmp_path / "a.parquet", {"image": column, "prompt": ["?"] * 5}, [2, 3])
     table = read_all(plan_of(tmp_path))
     assert table[IMAGES].to_pylist() == [[b"one"], [b"two"], None, [b""], [b"five"]]
+
+
+def test_what_pandas_and_polars_write_reads_as_what_it_means(tmp_path: Path) -> None:
+    words = pa.array(["a", None, "a"])
+    write_shard(
+        tmp_path / "a.parquet",
+        {
+            "id": pa.array(["p", "q", "r"]).dictionary_encode(),
+            "prompt": words.cast(pa.string_view()),
+            "image": pa.array([b"x", None, b"y"], pa.binary_view()),
+            "kind": words.dictionary_encode(),
+            "tags": pa.array([["a"], None, []], pa.list_(pa.string_view())),
+        },
+    )
+    write_shard(tmp_path / "b.parquet", {"id": ["s"], "prompt": ["b"], "image": [b"z"], "kind": ["c"]})
+    plan = plan_of(tmp_path)
+    check_ids_unique(plan)
+    table = read_all(plan)
+    assert table[ID].to_pylist() == ["p", "q", "r", "s"]
+    assert table[PROMPT].to_pylist() == ["a", None, "a", "b"]
+    assert table[IMAGES].to_pylist() == [[b"x"], None, [b"y"], [b"z"]]
+    assert table["kind"].to_pylist() == ["a", None, "a", "c"]
+    assert table["kind"].type == pa.string()
+    assert table["tags"].to_pylist() == [["a"], None, [], None]
 
 
 LISTS = [[b"one", b"two"], None, [], [None, b"five"], [b"six"]]
