@@ -31,6 +31,10 @@ Task = Literal["caption", "vqa"]
 #: Seconds that a Ray cluster may take to accept a connection.
 REACH_SECONDS = 5.0
 
+#: Ray closes a block at this size. Handling a block costs it tens of milliseconds, so not one a row; and a replica's
+#: requests come from several, so not one for everything.
+BLOCK_BYTES = 16 << 20
+
 #: Answers shown at the end of a job.
 SHOWN_ANSWERS = 6
 
@@ -176,17 +180,18 @@ def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[W
     from pipeline.actors.monitor import Monitor
     from pipeline.actors.prepare import Preparer
     from pipeline.actors.replica import Replica
-    from pipeline.io.read import ParquetShards, block_bytes
+    from pipeline.io.read import ParquetShards
 
     settings, plan = job.settings, job.plan
     rows_per_block = settings.preparation.rows_per_block
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours shows rows; Ray's show blocks
     # Ray cuts blocks by bytes. `repartition` by rows would be a stage of its own that asks for a whole CPU.
-    context.target_max_block_size = block_bytes(plan, rows_per_block)
+    context.target_max_block_size = BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
-    monitor = ray.remote(num_cpus=0)(Monitor).remote()
+    # The display is not worth a job: should its node go away, counting starts anew.
+    monitor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).remote()
     # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
     in_flight = -(-(settings.engine.waiting + settings.engine.batch_size) // rows_per_block) + 1
     source = ParquetShards(plan, rows_per_block)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 import pipeline.compat  # noqa: F401 - before transformers imports torchvision
@@ -19,6 +22,9 @@ import pipeline.compat  # noqa: F401 - before transformers imports torchvision
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray's token authentication, for the head node and all who talk to it; read once, when ray is imported.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -39,13 +45,28 @@ class RayCluster:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_folder: Path) -> Iterator[RayCluster]:
-    """One local cluster for all tests that need Ray; its workers know the S3 server's address and credentials."""
+    """One head node for all tests that need Ray; its workers know the S3 server's address and credentials.
+
+    All ports are its own, since another Ray may run on this machine. Two cores are told to be four, so that two replicas
+    find room.
+    """
     import ray
 
-    # The dashboard serves `ray job submit`. Two cores are told to be four, so that two replicas find room.
-    context = ray.init(address="local", num_cpus=4, include_dashboard=True, log_to_driver=False)
-    yield RayCluster(context.address_info["address"], f"http://{context.dashboard_url}")
-    ray.shutdown()
+    port, dashboard, agent, client = _free_ports(4)
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--ray-client-server-port={client}", "--include-dashboard=true", "--disable-usage-stats"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
+        try:
+            _wait_for_port(port)
+            _wait_for_port(dashboard)
+            context = ray.init(address=f"127.0.0.1:{port}", log_to_driver=False, logging_level="ERROR")
+            yield RayCluster(context.address_info["address"], f"http://127.0.0.1:{dashboard}")
+            ray.shutdown()
+        finally:
+            # Asked to end, it would wait half a minute for its own parts.
+            for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+                process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +74,7 @@ def s3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A real S3 server with the bucket `bucket`, found through AWS_* variables; yields the folder of its plain files."""
     folder = tmp_path_factory.mktemp("s3")
     (folder / "bucket").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = _free_ports(1)
     key, secret = "AWAKERTESTKEY0123456", "awaker-test-secret"
     rclone = Path(sys.executable).with_name("rclone")
     command = [str(rclone), "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
@@ -75,8 +94,16 @@ def s3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             server.terminate()
 
 
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def _wait_for_port(port: int) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

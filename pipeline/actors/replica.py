@@ -72,12 +72,12 @@ class Replica:
         results = [row.error if future is None else next(answers) for row, future in zip(rows, futures, strict=True)]
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, GenerationError):
-                raise result  # the engine's failure, not the row's: Ray runs the block again elsewhere
+                raise result  # the engine's failure, not the row's: it ends the job
         errors = [
             str(RowError("generation", str(result))) if isinstance(result, GenerationError) else result
             for result in results
         ]
-        self._report(rows, errors)
+        await self._report(rows, errors)
         return self._output(rows, errors, own_columns_dropped(table))
 
     def _submit(self, row: PreparedRow) -> Future[Answer] | None:
@@ -85,7 +85,7 @@ class Replica:
             return None
         return self._engine.submit(Request(row.input_ids, row.span, row.images, self._sampling))
 
-    def _report(self, rows: list[PreparedRow], results: list[Any]) -> None:
+    async def _report(self, rows: list[PreparedRow], results: list[Any]) -> None:
         answers = [result for result in results if isinstance(result, Answer)]
         counts = Counter(
             rows=len(rows),
@@ -93,7 +93,8 @@ class Replica:
             images=sum(len(row.images) for row in rows),
             new_tokens=sum(len(answer.token_ids) for answer in answers),
         )
-        self._monitor.report.remote(self._name, counts, self._engine.agreement.counts())
+        # Awaited: once the last block is written, every block is counted.
+        await self._monitor.report.remote(self._name, counts, self._engine.agreement.counts())
 
     def _output(self, rows: list[PreparedRow], results: list[Any], extras: pa.Table) -> pa.Table:
         def column(value_of: Any) -> list[Any]:

@@ -69,7 +69,6 @@ class InputPlan:
         extras: extra input columns by the name they have in the output.
         extras_schema: fields of the extra columns in the output.
         prompt: one prompt for all rows, or None.
-        missing_image_is_error: whether a null image makes an error row.
     """
 
     shards: tuple[Shard, ...]
@@ -77,7 +76,6 @@ class InputPlan:
     extras: dict[str, str]
     extras_schema: pa.Schema
     prompt: str | None
-    missing_image_is_error: bool
 
     @property
     def rows(self) -> int:
@@ -130,7 +128,6 @@ def plan_input(settings: InputSettings, reserved: frozenset[str]) -> InputPlan:
         extras=extras,
         extras_schema=extras_schema,
         prompt=settings.prompt,
-        missing_image_is_error=settings.missing_image == "error",
     )
 
 
@@ -150,11 +147,24 @@ def _read_footer(file: FileInfo) -> tuple[tuple[int, ...], pa.Schema]:
         with open_parquet(file.url) as parquet:
             metadata = parquet.metadata
             groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-            return groups, parquet.schema_arrow
+            return groups, pa.schema([field.with_type(_plain(field.type)) for field in parquet.schema_arrow])
     except Exception as error:  # pyarrow and every fsspec backend have error types of their own
         raise InputError(
             f"input.path: cannot read {file.url} as Parquet ({type(error).__name__}: {error}); repair or remove it"
         ) from error
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """A type without the forms of storage that only some writers use: pandas' categories, Polars' views."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if is_list(kind) and (value := _plain(kind.value_type)) != kind.value_type:
+        return pa.list_(value)
+    return kind
 
 
 def _unified_schema(schemas: list[tuple[FileInfo, pa.Schema]]) -> pa.Schema:
@@ -225,7 +235,7 @@ def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
 
 def is_binary(kind: pa.DataType) -> bool:
     """Whether a type holds plain bytes."""
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def is_image_struct(kind: pa.DataType) -> bool:

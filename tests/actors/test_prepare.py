@@ -89,12 +89,20 @@ def check_against_released(base: Path, images: list[Image.Image], bounds: dict[s
     assert grids == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]
 
 
+def settings_of(golden: Path, missing_image: str = "error") -> JobSettings:
+    model, paths = {"base": str(golden / "released" / "base")}, {"path": "in", "missing_image": missing_image}
+    return JobSettings.model_validate({"model": model, "input": paths, "output": {"path": "out"}})
+
+
 def prepare(
-    golden: Path, rows: list[dict[str, Any]], *, require_images: bool = False, **columns: str | None
+    golden: Path,
+    rows: list[dict[str, Any]],
+    *,
+    require_images: bool = False,
+    missing_image: str = "error",
+    **columns: str | None,
 ) -> list[PreparedRow]:
-    settings = JobSettings.model_validate(
-        {"model": {"base": str(golden / "released" / "base")}, "input": {"path": "in"}, "output": {"path": "out"}}
-    )
+    settings = settings_of(golden, missing_image)
     chosen = Columns(**{"id": None, "image": None, "images": None, "prompt": "prompt", "messages": None, **columns})
     names = {"id": "awaker:id", "images": "awaker:images", "prompt": "awaker:prompt", "messages": "awaker:messages"}
     own = [{full: row.get(short) for short, full in names.items()} for row in rows]
@@ -136,6 +144,13 @@ def test_each_row_has_its_own_fate(golden: Path) -> None:
     assert [len(row.images) for row in rows] == [1, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
+def test_a_missing_image_may_leave_the_text_to_answer(golden: Path) -> None:
+    rows = [{"id": "a", "prompt": "What?", "images": None}, {"id": "b", "prompt": "What?", "images": [None]}]
+    null, null_inside = prepare(golden, rows, missing_image="text_only", images="pictures")
+    assert (null.error, null.images) == (None, ())
+    assert null_inside.error == "image_missing: image 0 of column 'pictures' is null or has no bytes"
+
+
 def test_a_caption_needs_an_image(golden: Path) -> None:
     rows = prepare(golden, [{"id": "a", "prompt": "Describe.", "images": []}], require_images=True, images="pictures")
     assert rows[0].error == "image_missing: column 'pictures' holds no image to caption"
@@ -143,9 +158,7 @@ def test_a_caption_needs_an_image(golden: Path) -> None:
 
 def test_a_prompt_that_is_no_utf8_is_an_error_of_its_row(golden: Path) -> None:
     not_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
-    settings = JobSettings.model_validate(
-        {"model": {"base": str(golden / "released" / "base")}, "input": {"path": "in"}, "output": {"path": "out"}}
-    )
+    settings = settings_of(golden)
     table = pa.table(
         [pa.array(["a"]), pa.array([[]], READ_SCHEMA.field(1).type), not_utf8, pa.nulls(1, pa.string())], READ_SCHEMA
     )

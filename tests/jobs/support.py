@@ -35,12 +35,12 @@ class Finished:
 
 
 def run_script(name: str, *arguments: str, **environment: str) -> Finished:
-    """`python jobs/<name>.py <arguments>` as a person types it, its output going to files."""
+    """`python jobs/<name>.py <arguments>` as a person types it, its output going to files; an empty variable is unset."""
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, f"jobs/{name}.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={name: value for name, value in {**os.environ, **environment}.items() if value},
         capture_output=True,
         text=True,
         timeout=TIMEOUT,

@@ -36,9 +36,25 @@ def copy_of_the_repository(folder: Path) -> Path:
     return folder
 
 
+def wait_until_jobs_are_taken(dashboard: str) -> None:
+    """A head node answers before the agent that runs its jobs is up."""
+    from ray.job_submission import JobSubmissionClient
+
+    end = time.monotonic() + 60
+    while True:
+        try:
+            JobSubmissionClient(dashboard).submit_job(entrypoint="true")
+            return
+        except RuntimeError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
 def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(tmp_path: Path, ray_cluster: RayCluster) -> None:
     import ray
 
+    wait_until_jobs_are_taken(ray_cluster.dashboard)
     make_demo_checkpoint(tmp_path / "checkpoint")
     (tmp_path / "repository").mkdir()
     repository = copy_of_the_repository(tmp_path / "repository")

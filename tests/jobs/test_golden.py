@@ -35,7 +35,7 @@ def test_the_script_answers_as_released_and_reports_readably(golden: Path, tmp_p
         "input.columns.id": "null",
         "output.path": tmp_path / "out",
     }
-    done = run_script("vqa", *sets(settings), RAY_ADDRESS="")
+    done = run_script("vqa", *sets(settings), RAY_ADDRESS="", RAY_AUTH_MODE="", RAY_AUTH_TOKEN="")
     assert done.code == 0, done.stderr
     answers = results(tmp_path / "out")
     for number, expected in enumerate(expected_rows(golden)):
