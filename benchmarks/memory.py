@@ -1,4 +1,4 @@
-"""Does a job's memory grow with its rows? Peaks of driver, workers and object store for 200 and for 5,000 rows."""
+"""Does a job's memory grow with its rows? Peaks of driver, workers and object store for 200, 2,500 and 5,000 rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.harness import ROOT, mebibytes, save
 from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
 
-ROWS = (200, 5_000)
+ROWS = (200, 2_500, 5_000)
 ROWS_PER_SHARD = 500
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -180,6 +181,15 @@ class ConvertSettings(Settings):
 T = TypeVar("T", bound=Settings)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2 and in everybody's head; PyYAML reads it as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def load_settings(kind: type[T], file: Path | None, assignments: Sequence[str]) -> T:
     """Read settings from a YAML file and `dotted.key=value` assignments.
 
@@ -203,7 +213,7 @@ def load_settings(kind: type[T], file: Path | None, assignments: Sequence[str]) 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"--config {file}: {os.strerror(error.errno or 0)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -218,7 +228,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {assignment}: expected dotted.key=value")
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = yaml.load(text, _Loader) if text else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: {text!r} is no valid YAML ({' '.join(str(error).split())})") from error
     *parents, last = key.split(".")

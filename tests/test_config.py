@@ -61,6 +61,7 @@ def value_at(settings: Any, key: str) -> Any:
         ("generation.temperature", "0", 0),
         ("generation.temperature", "0.7", 0.7),
         ("generation.top_p", "0.9", 0.9),
+        ("generation.top_p", "1e-3", 0.001),
         ("generation.top_k", "50", 50),
         ("generation.repetition_penalty", "1.05", 1.05),
         ("generation.stop", '["\\n", "。"]', ["\n", "。"]),
