@@ -97,6 +97,7 @@ def test_ctrl_c_ends_a_job_soon_and_in_one_line(golden: Path, tmp_path: Path, ra
     rows = 3000
     write_shard(tmp_path / "in" / "a.parquet", {"image": [picture()] * rows, "prompt": ["Describe this image."] * rows})
     settings = {**released_model(golden), "input.path": tmp_path / "in", "output.path": tmp_path / "out"}
+    settings["generation.max_new_tokens"] = 4000  # minutes of work: the job cannot end before it is interrupted
     with subprocess.Popen(
         [sys.executable, "jobs/vqa.py", *sets(settings)],
         cwd=ROOT,
