@@ -26,6 +26,7 @@ def main(
     description: str,
     kind: type[T],
     work: Callable[[T, bool], None],
+    default_config: Path | None = None,
 ) -> int:
     """Parse arguments, load settings, do the work.
 
@@ -33,12 +34,13 @@ def main(
         description: what the job does, for `--help`.
         kind: its settings.
         work: does it; takes the settings and whether this is a dry run.
+        default_config: the file used without `--config`; None: settings may come from `--set` alone.
 
     Returns:
         0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings")
+    parser.add_argument("--config", type=Path, default=default_config, metavar="FILE", help="YAML settings")
     parser.add_argument(
         "--set",
         action="append",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,11 @@ CHAT_TEMPLATE = (
 )
 
 
+#: CLIP's, which Qwen2-VL's processor normalises with.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 @dataclass(frozen=True)
 class FolderShape:
     """Sizes of a Qwen2-VL that is made here; the defaults are small enough for a test."""
@@ -82,13 +87,20 @@ def train_tokenizer(fragments: Iterable[str], size: int = 4000) -> Tokenizer:
     return tokenizer
 
 
-def write_hub_folder(folder: Path, tokenizer: Tokenizer, shape: FolderShape) -> None:
+#: How Qwen2-VL-7B-Instruct samples by default: in effect greedy, with a repetition penalty.
+QWEN_SAMPLING = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.01, "top_k": 1, "top_p": 0.001}
+
+
+def write_hub_folder(
+    folder: Path, tokenizer: Tokenizer, shape: FolderShape, sampling: Mapping[str, object] = QWEN_SAMPLING
+) -> None:
     """Write config, generation config, processor and tokenizer files.
 
     Args:
         folder: made if it is not there.
         tokenizer: what `train_tokenizer` returned.
         shape: the model's sizes; a `vocabulary` above the tokenizer's leaves ids that no text has.
+        sampling: what the generation config says beside the special tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ids = {token: tokenizer.get_vocab()[token] for token in SPECIAL_TOKENS}
@@ -136,16 +148,11 @@ def write_hub_folder(folder: Path, tokenizer: Tokenizer, shape: FolderShape) -> 
         "vision_token_id": ids["<|vision_pad|>"],
         "vocab_size": vocabulary,
     }
-    # The values of Qwen2-VL-7B-Instruct: in effect greedy with a repetition penalty.
     generation = {
         "bos_token_id": end,
-        "do_sample": True,
         "eos_token_id": [turn_end, end],
         "pad_token_id": end,
-        "repetition_penalty": 1.05,
-        "temperature": 0.01,
-        "top_k": 1,
-        "top_p": 0.001,
+        **sampling,
         "transformers_version": "4.45.0.dev0",
     }
     processor = {
@@ -153,9 +160,9 @@ def write_hub_folder(folder: Path, tokenizer: Tokenizer, shape: FolderShape) -> 
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_mean": list(IMAGE_MEAN),
         "image_processor_type": "Qwen2VLImageProcessor",
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_std": list(IMAGE_STD),
         "max_pixels": 12845056,
         "merge_size": 2,
         "min_pixels": 3136,

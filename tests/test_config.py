@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import ConvertSettings, JobSettings, as_yaml, load_settings
+from pipeline.config import ConvertSettings, JobSettings, Settings, as_yaml, load_settings
 from pipeline.errors import ConfigError
+from pipeline.scenes.dataset import ScenesSettings
+from pipeline.training.settings import TrainSettings
 
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
 REQUIRED = ["model.base=base", "input.path=in", "output.path=out"]
 
 
@@ -166,15 +168,28 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load(file=tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
-def test_the_files_in_configs_load(file: Path) -> None:
-    paths = [] if file.name == "demo.yaml" else ["input.path=in", "output.path=out"]
-    settings = load_settings(JobSettings, file, paths)
-    assert settings.model.base
+PATHS = ["input.path=in", "output.path=out"]
 
 
-def test_configs_has_the_four_files() -> None:
-    assert {file.name for file in CONFIGS} == {"demo.yaml", "caption.yaml", "vqa.yaml", "awaker2.5-vl.yaml"}
+@pytest.mark.parametrize(
+    ("file", "kind", "missing"),
+    [
+        ("demo.yaml", JobSettings, []),
+        ("caption.yaml", JobSettings, PATHS),
+        ("vqa.yaml", JobSettings, PATHS),
+        ("awaker2.5-vl.yaml", JobSettings, PATHS),
+        ("scenes.yaml", ScenesSettings, []),
+        ("train-small.yaml", TrainSettings, []),
+        ("train-qwen2-vl-7b.yaml", TrainSettings, ["data.path=in"]),
+    ],
+)
+def test_the_files_in_configs_load(file: str, kind: type[Settings], missing: list[str]) -> None:
+    load_settings(kind, CONFIGS / file, missing)
+
+
+def test_no_file_in_configs_is_left_out() -> None:
+    (parametrize,) = test_the_files_in_configs_load.pytestmark
+    assert {file for file, _, _ in parametrize.args[1]} == {path.name for path in CONFIGS.iterdir()}
 
 
 def test_settings_written_as_yaml_load_as_themselves(tmp_path: Path) -> None:

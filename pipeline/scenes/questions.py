@@ -1,0 +1,232 @@
+"""Turns a scene's truth into a prompt and its one right answer, for every task and both languages.
+
+Each task is a small function from (random source, language, objects) to a question, or None where the scene gives no
+unambiguous one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from pipeline.scenes import phrases
+from pipeline.scenes.phrases import NAMES, PROMPTS, name_thing, noun, plain
+from pipeline.scenes.world import COLOURS, GLYPHS, KINDS, Thing
+
+TASKS = ("caption", "counting", "colour", "shape", "size", "position", "yesno", "reading", "choice", "text")
+WITHOUT_IMAGE = ("text", "echo")
+# Lessons that appear in training only: reading a page of glyphs, and saying an answer word.
+LESSONS = ("page", "echo")
+# Below this distance in pixels, left of / above is not asked about.
+CLEAR_DISTANCE = 14
+_LETTERS = [g for g in GLYPHS if g.isalpha()]
+_SUCCESSORS = [(a, b) for a, b in pairwise(_LETTERS) if ord(b) - ord(a) == 1]
+
+
+class Question(NamedTuple):
+    """A prompt and the answer that counts as right."""
+
+    task: str
+    language: str
+    prompt: str
+    answer: str
+
+
+def ask(task: str, language: str, things: Sequence[Thing], size: tuple[int, int], rng: random.Random) -> Question | None:
+    """One question of `task` about a scene of `things` on an image of `size` (width, height); None if it offers none."""
+    found = _position(rng, language, things, size) if task == "position" else _ASKERS[task](rng, language, things)
+    return None if found is None else Question(task, language, *found)
+
+
+def _prompt(rng: random.Random, language: str, form: str, **fields: str) -> str:
+    prompt = plain(rng.choice(PROMPTS[language][form])).format(**fields)
+    task = form.partition(".")[0]
+    # The published suffix for short answers stands behind one English question in eight of the kinds it suits.
+    if language == "en" and task in ("counting", "colour", "shape", "reading") and rng.random() < 0.125:
+        prompt += phrases.SHORT_ANSWER
+    return prompt
+
+
+def _caption(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
+    return _prompt(rng, language, "caption"), phrases.caption(language, things)
+
+
+def _count(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, int]:
+    """What is counted, and how many there are. Mostly something that is there: zero is one answer among five."""
+    form = rng.choices(("shapes", "coloured", "objects", "characters"), (5, 4, 2, 1))[0]
+    if form == "objects":
+        return noun(language, form), len(things)
+    if form == "characters":
+        return noun(language, form), sum(t.kind == "glyph" for t in things)
+    attribute = "kind" if form == "shapes" else "colour"
+    counts = Counter(getattr(t, attribute) for t in things if form == "coloured" or t.kind != "glyph")
+    absent = [k for k in (KINDS if form == "shapes" else COLOURS) if k not in counts]
+    if not counts or rng.random() < 0.2:
+        value = rng.choice(absent)
+    else:
+        # The most frequent half of the time: else nearly every answer were 1.
+        value = max(counts, key=lambda k: counts[k]) if rng.random() < 0.5 else rng.choice(list(counts))
+    return noun(language, form, **{attribute: value}), counts[value]
+
+
+def _counting(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
+    what, count = _count(rng, language, things)
+    return _prompt(rng, language, "counting", noun=what), str(count)
+
+
+def _single(values: Sequence[str]) -> list[int]:
+    counts = Counter(values)
+    return [i for i, value in enumerate(values) if counts[value] == 1]
+
+
+def _unique_kind(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, Thing] | None:
+    """A shape that is the only one of its kind, named by its kind."""
+    single = [things[i] for i in _single([t.kind for t in things]) if things[i].kind != "glyph"]
+    if not single:
+        return None
+    thing = rng.choice(single)
+    return NAMES[language][thing.kind], thing
+
+
+def _colour(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str] | None:
+    found = _unique_kind(rng, language, things)
+    if found is None:
+        return None
+    return _prompt(rng, language, "colour", noun=found[0]), NAMES[language][found[1].colour]
+
+
+def _shape(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str] | None:
+    single = [things[i] for i in _single([t.colour for t in things]) if things[i].kind != "glyph"]
+    if not single:
+        return None
+    thing = rng.choice(single)
+    what = noun(language, "object", colour=thing.colour)
+    return _prompt(rng, language, "shape", noun=what), NAMES[language][thing.kind]
+
+
+def _size(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str] | None:
+    shapes = [t for t in things if t.kind != "glyph"]
+    if not shapes:
+        return None
+    thing = rng.choice(shapes)
+    return _prompt(rng, language, "size", noun=name_thing(language, thing)), NAMES[language][thing.size]
+
+
+def _position(rng: random.Random, language: str, things: Sequence[Thing], size: tuple[int, int]) -> tuple[str, str] | None:
+    """Where an object lies from another one, or (a third of the time) from the middle of the image."""
+    middle = Thing("", "", "", "", size[0] // 2, size[1] // 2, 0)
+    others = [middle] if len(things) == 1 or rng.random() < 1 / 3 else things
+    pairs = [
+        (a, b, axis)
+        for a in things
+        for b in others
+        for axis in ("x", "y")
+        if a is not b and abs(getattr(a, axis) - getattr(b, axis)) >= CLEAR_DISTANCE
+    ]
+    if not pairs:
+        return None
+    a, b, axis = rng.choice(pairs)
+    before, after = ("left", "right") if axis == "x" else ("above", "below")
+    answer = before if getattr(a, axis) < getattr(b, axis) else after
+    other = {"en": "image", "zh": "图片"}[language] if b is middle else name_thing(language, b)
+    return _prompt(rng, language, f"position.{axis}", noun=name_thing(language, a), other=other), NAMES[language][answer]
+
+
+def _yesno(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
+    """Is there such a shape? Half of the false ones take colour and kind from objects that are there."""
+    here = {(t.colour, t.kind) for t in things if t.kind != "glyph"}
+    if here and rng.random() < 0.5:
+        colour, kind = rng.choice(sorted(here))
+    else:
+        near = rng.random() < 0.5
+        colours = sorted({t.colour for t in things}) if near else list(COLOURS)
+        kinds = sorted({t.kind for t in things} - {"glyph"}) if near and rng.random() < 0.7 else list(KINDS)
+        absent = [(c, k) for c in colours for k in (kinds or KINDS) if (c, k) not in here]
+        colour, kind = rng.choice(absent or [(c, k) for c in COLOURS for k in KINDS if (c, k) not in here])
+    answer = "yes" if (colour, kind) in here else "no"
+    what = noun(language, "shape", colour=colour, kind=kind)
+    return _prompt(rng, language, "yesno", noun=what), NAMES[language][answer]
+
+
+def _reading(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str] | None:
+    glyphs = [t for t in things if t.kind == "glyph"]
+    if len(glyphs) == 1 and rng.random() < 0.7:
+        return _prompt(rng, language, "reading.only"), glyphs[0].character
+    single = _single([t.colour for t in glyphs])
+    if not single:
+        return None
+    thing = glyphs[rng.choice(single)]
+    return _prompt(rng, language, "reading.colour", colour=NAMES[language][thing.colour]), thing.character
+
+
+def _choice(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
+    """A colour, a count or a character to choose among four, in the published form."""
+    names = NAMES[language]
+    question, right, others = "", "", []
+    kind = rng.choice(("colour", "count", "reading"))
+    glyphs = [t for t in things if t.kind == "glyph"]
+    by_kind = _unique_kind(rng, language, things)
+    if kind == "colour" and by_kind is not None:
+        question, right = plain(PROMPTS[language]["colour"][0]).format(noun=by_kind[0]), names[by_kind[1].colour]
+        others = [names[c] for c in COLOURS if names[c] != right]
+    elif kind == "reading" and len(glyphs) == 1:
+        question, right = plain(PROMPTS[language]["reading.only"][0]), glyphs[0].character
+        others = [g for g in GLYPHS if g != right]
+    else:
+        what, count = _count(rng, language, things)
+        question, right = plain(PROMPTS[language]["counting"][0]).format(noun=what), str(count)
+        others = [str(n) for n in range(5) if n != count]
+    options = rng.sample(others, 3)
+    options.insert(rng.randrange(4), right)
+    lines = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=True))
+    instruction = plain(phrases.CHOICE_INSTRUCTIONS[language])
+    prompt = phrases.CHOICE.format(question=question, options=lines, instruction=instruction)
+    return prompt, "ABCD"[options.index(right)]
+
+
+def _text(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
+    """Small sums, comparisons and the alphabet: answers need no picture."""
+    kind = rng.choice(("plus", "minus", "next", "larger"))
+    if kind == "next":
+        letter, following = rng.choice(_SUCCESSORS)
+        return _prompt(rng, language, "text.next", a=letter), following
+    a, b = rng.randrange(10), rng.randrange(10)
+    if kind == "plus":
+        total = max(a, b)  # so that every sum has one digit
+        a = rng.randrange(total + 1)
+        return _prompt(rng, language, "text.plus", a=str(a), b=str(total - a)), str(total)
+    if kind == "minus":
+        a, b = max(a, b), min(a, b)
+        return _prompt(rng, language, "text.minus", a=str(a), b=str(b)), str(a - b)
+    if a == b:
+        b = (b + rng.randrange(1, 10)) % 10
+    return _prompt(rng, language, "text.larger", a=str(a), b=str(b)), str(max(a, b))
+
+
+def _page(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str] | None:
+    characters = "".join(t.character for t in things)
+    return (_prompt(rng, language, "page"), characters) if characters else None
+
+
+def _echo(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
+    word = rng.choice([*NAMES[language].values(), *GLYPHS])
+    return _prompt(rng, language, "echo", word=word), word
+
+
+_Asker = Callable[[random.Random, str, Sequence[Thing]], tuple[str, str] | None]
+_ASKERS: dict[str, _Asker] = {
+    "caption": _caption,
+    "counting": _counting,
+    "colour": _colour,
+    "shape": _shape,
+    "size": _size,
+    "yesno": _yesno,
+    "reading": _reading,
+    "choice": _choice,
+    "text": _text,
+    "page": _page,
+    "echo": _echo,
+}

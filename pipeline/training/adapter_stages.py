@@ -1,0 +1,107 @@
+"""The paper's three stages on a frozen base: what each trains and minimises.
+
+lora      I. a plain LoRA on all seven projections of every decoder layer.
+mixture   II. experts and gates in place of the LoRA of o, gate, up and down, with noise on the gates and two
+          load-balancing terms; q, k and v keep their LoRA and go on learning.
+instruct  III. the experts alone, gates and q, k, v frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import Qwen2VLForConditionalGeneration
+
+from pipeline.training.adapters import add_lora, lora_to_mixture, start_gates, train_only
+from pipeline.training.batches import Example, Packer
+from pipeline.training.data import Source
+from pipeline.training.forward import answer_logits, answer_loss, encode_images, input_embeddings
+from pipeline.training.loop import Losses, Stage, load_stage, run_stage
+from pipeline.training.measure import measure_accuracy
+from pipeline.training.mixture import Routing
+from pipeline.training.released import load_base, save_adapter
+from pipeline.training.settings import TrainSettings
+from pipeline.training.small_base import load_tokenizer
+
+TRAINED = {
+    "lora": ("lora_A", "lora_B"),
+    "mixture": ("lora_A", "lora_B", "lora_moe_", "w_gate", ".ln"),
+    "instruct": ("lora_moe_",),
+}
+# How many steps' requests the gates' first clustering looks at.
+GATE_SAMPLE_STEPS = 8
+
+
+def train_adapter(
+    settings: TrainSettings,
+    name: Literal["lora", "mixture", "instruct"],
+    source: Source,
+    measured: Sequence[Sequence[Example]],
+) -> None:
+    """Run one of the three stages; after each of the last two, `<output>/adapter` holds the released checkpoint.
+
+    `measured` is what accuracy is measured on at every save: batches of examples.
+    """
+    stage, device, sizes = getattr(settings.stages, name), torch.device(settings.device), settings.adapter
+    output = Path(settings.output)
+    base = Path(settings.base or output / "base")
+    packer = Packer(load_tokenizer(base))
+    alpha = sizes.alpha or 2 * sizes.rank
+    model = load_base(base, getattr(torch, settings.dtype))
+    add_lora(model, sizes.rank, alpha)
+    routing = None
+    if name != "lora":
+        routing = Routing(noise=stage.gate_noise if name == "mixture" else 0.0)
+        if name == "mixture":
+            load_stage(model, output / "lora.pt")
+        lora_to_mixture(model, sizes.rank, alpha, sizes.experts, sizes.top_k, routing)
+    model.to(device)
+    if name == "mixture":
+        start_gates(model, sample_routing_vectors(model, packer, source, device), settings.seed)
+    if name == "instruct":
+        load_stage(model, output / "mixture.pt")
+    train_only(model, TRAINED[name])
+    model.train()
+
+    def losses(step: int) -> Losses:
+        packed = packer.pack(source.examples(step), one_question_per_row=routing is not None).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                visual = encode_images(model, packed)
+            found = {"answers": answer_loss(answer_logits(model, packed, visual, routing), packed)}
+        if routing is not None and routing.noise:
+            found["balance"] = stage.balance_loss * torch.stack(routing.balance).mean()
+        return found
+
+    def measure() -> dict[str, float]:
+        model.eval()
+        noise = 0.0
+        if routing is not None:
+            noise, routing.noise = routing.noise, 0.0
+        found = measure_accuracy(model, packer, measured, routing, device).figures()
+        if routing is not None:
+            save_adapter(model, output / "adapter", sizes.experts, torch.bfloat16)
+            routing.noise = noise
+        model.train()
+        return found
+
+    run_stage(Stage(name, stage, model, losses, measure), output, settings.save_every, settings.report_every)
+
+
+@torch.inference_mode()
+def sample_routing_vectors(
+    model: Qwen2VLForConditionalGeneration, packer: Packer, source: Source, device: torch.device
+) -> Tensor:
+    """Routing vectors [R, 2, hidden] (prefill, decode) of the questions of a few steps."""
+    found = []
+    for step in range(GATE_SAMPLE_STEPS):
+        packed = packer.pack(source.examples(step), one_question_per_row=True).to(device)
+        routing = Routing()
+        embeddings = input_embeddings(model, packed, encode_images(model, packed))
+        routing.read(*embeddings, packed.span, packed.answer_start)
+        found.append(routing.h)
+    return torch.cat(found)

@@ -1,0 +1,238 @@
+"""Packs examples (an image and questions about it) into the tensors of one training step.
+
+A row is `[prefix | question | question | ...]`. The prefix is the system turn and the picture; every question attends to
+the prefix and to itself, at the positions it would have on its own, so one pass over the picture serves all of them.
+A question without a picture sees only the system turn. Where experts are routed by the whole prompt, rows hold one
+question each, because the picture's own keys and values then depend on the question (`split_questions`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pipeline.hub_folder import IMAGE_MEAN, IMAGE_STD
+from pipeline.scenes.questions import Question
+from pipeline.scenes.world import COLOURS, GLYPHS, KINDS, Thing
+
+PATCH, MERGE, TEMPORAL = 14, 2, 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image, uint8 [height, width, 3] with sides that are multiples of 28 (None: no picture), and questions about it.
+
+    `sees_image` says for each question whether its prompt holds the picture. `things` is what the picture shows, where
+    that is known.
+    """
+
+    pixels: NDArray[np.uint8] | None
+    questions: Sequence[Question]
+    sees_image: Sequence[bool]
+    things: Sequence[Thing] = ()
+
+
+@dataclass
+class Packed:
+    """The tensors of one step; R rows of L tokens, Q questions with T scored tokens together, I images."""
+
+    input_ids: Tensor  # int64 [R, L]
+    positions: Tensor  # int64 [3, R, L]: M-RoPE's time, height and width
+    segment: Tensor  # int64 [R, L]: 0 prefix, 1.. questions, -1 padding
+    reach: Tensor  # int64 [R, L]: how many tokens of the prefix this token may attend to
+    image_slots: Tensor  # int64 [V]: flat places in [R*L] which hold a visual token...
+    image_index: Tensor  # int64 [V]: ...and which of the visual tokens of all images it is
+    pixel_values: Tensor | None  # float32 [patches, 1176]
+    grid: Tensor | None  # int64 [I, 3]: time, height and width in patches
+    sights: Tensor  # int64 [visual tokens of all images, len(SIGHTS)]: what stands there (see `sights_of`)
+    scored: Tensor  # int64 [T]: flat places in [R*L] whose next token is part of an answer
+    targets: Tensor  # int64 [T]: that token
+    weights: Tensor  # float32 [T]: its share in the loss
+    question: Tensor  # int64 [T]: the question it belongs to
+    span: Tensor  # int64 [R, 2]: prompt_pos of the row's first question, for the gates
+    answer_start: Tensor  # int64 [R]: from here on tokens are fed back one by one, on the decode route
+    questions: list[Question]
+
+    def to(self, device: torch.device) -> Packed:
+        """The same step on another device."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    def attention(self) -> Tensor:
+        """Who attends to whom: bool [R, 1, L, L]."""
+        length = self.input_ids.shape[1]
+        place = torch.arange(length, device=self.input_ids.device)
+        same = self.segment[:, :, None] == self.segment[:, None, :]
+        prefix = (self.segment[:, None, :] == 0) & (place < self.reach[:, :, None])
+        return ((same | prefix) & (place <= place[:, None]))[:, None]
+
+
+def split_questions(examples: Sequence[Example]) -> list[tuple[int, Example]]:
+    """One row per question, each with the index of the image it came with."""
+    return [
+        (i, replace(example, questions=[q], sees_image=[sees]))
+        for i, example in enumerate(examples)
+        for q, sees in zip(example.questions, example.sees_image, strict=True)
+    ]
+
+
+class Packer:
+    """Writes examples as chat turns in the released template and packs them; it knows the tokenizer, no model."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+        (self.pad,), (self.image_pad,) = self.ids("<|endoftext|>"), self.ids("<|image_pad|>")
+        self.system = self.ids("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+        self.vision = (self.ids("<|vision_start|>"), self.ids("<|vision_end|>"))
+        self.turn = self.ids("<|im_end|>\n<|im_start|>assistant\n")
+        self.end = self.ids("<|im_end|>")
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids; remembered while they are few, since prompts repeat far more often than they differ."""
+        ids = self._known.get(text)
+        if ids is None:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if len(self._known) < 200_000:
+                self._known[text] = ids
+        return ids
+
+    def pack(self, examples: Sequence[Example], one_question_per_row: bool) -> Packed:
+        """The step's tensors for `examples`; images are cut into patches once, however many rows show them."""
+        rows = split_questions(examples) if one_question_per_row else list(enumerate(examples))
+        if one_question_per_row:
+            # Without other questions behind the same prefix, a row without picture need not carry one.
+            rows = [(i, e if e.sees_image[0] else replace(e, pixels=None)) for i, e in rows]
+        grids = [None if e.pixels is None else (e.pixels.shape[0] // PATCH, e.pixels.shape[1] // PATCH) for e in examples]
+        tokens = [0 if g is None else g[0] * g[1] // MERGE**2 for g in grids]
+        first_token = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64)
+
+        built = [_Row(self, example) for _, example in rows]
+        length = max(len(row.ids) for row in built)
+        count = len(built)
+        input_ids = np.full((count, length), self.pad, np.int64)
+        positions = np.zeros((3, count, length), np.int64)
+        segment = np.full((count, length), -1, np.int64)
+        reach = np.zeros((count, length), np.int64)
+        slots, index, scored, targets, weights, question = [], [], [], [], [], []
+        questions: list[Question] = []
+        for r, (row, (image, _)) in enumerate(zip(built, rows, strict=True)):
+            n = len(row.ids)
+            input_ids[r, :n], segment[r, :n], reach[r, :n] = row.ids, row.segment, row.reach
+            positions[:, r, :n] = row.positions
+            if row.image_length:
+                slots.append(r * length + row.image_start + np.arange(row.image_length))
+                index.append(first_token[image] + np.arange(row.image_length))
+            for q, (_, places, ids) in enumerate(row.answers):
+                scored.append(r * length + places)
+                targets.append(ids)
+                # Between a mean over tokens, in which captions drown short answers, and one over questions.
+                weights.append(np.full(len(ids), len(ids) ** -0.5, np.float32))
+                question.append(np.full(len(ids), len(questions) + q))
+            questions += [asked for asked, _, _ in row.answers]
+        pixels = [torch.from_numpy(patches(e.pixels)) for e in examples if e.pixels is not None]
+        empty = np.zeros(0, np.int64)
+        return Packed(
+            input_ids=torch.from_numpy(input_ids),
+            positions=torch.from_numpy(positions),
+            segment=torch.from_numpy(segment),
+            reach=torch.from_numpy(reach),
+            image_slots=torch.from_numpy(np.concatenate(slots or [empty])),
+            image_index=torch.from_numpy(np.concatenate(index or [empty])),
+            pixel_values=torch.cat(pixels) if pixels else None,
+            grid=torch.tensor([(1, *g) for g in grids if g is not None]) if pixels else None,
+            sights=torch.from_numpy(np.concatenate([sights_of(e) for e in examples if e.pixels is not None] or [empty])),
+            scored=torch.from_numpy(np.concatenate(scored or [empty])),
+            targets=torch.from_numpy(np.concatenate(targets or [empty])),
+            weights=torch.from_numpy(np.concatenate(weights or [empty.astype(np.float32)])),
+            question=torch.from_numpy(np.concatenate(question or [empty])),
+            span=torch.tensor([row.span for row in built]),
+            answer_start=torch.tensor([row.answer_start for row in built]),
+            questions=questions,
+        )
+
+
+class _Row:
+    """One packed row while it is put together."""
+
+    def __init__(self, packer: Packer, example: Example) -> None:
+        system = packer.system
+        ids = list(system)
+        position = [np.tile(np.arange(len(ids)), (3, 1))]
+        self.image_start = self.image_length = 0
+        start, end = packer.vision
+        after_prefix = len(ids)
+        if example.pixels is not None:
+            height, width = (side // (PATCH * MERGE) for side in example.pixels.shape[:2])
+            self.image_start, self.image_length = len(ids) + 1, height * width
+            ids += [*start, *[packer.image_pad] * self.image_length, *end]
+            # M-RoPE: a picture's tokens share one time and spread in height and width; text goes on behind the longer side.
+            base = len(system) + 1
+            grid = np.stack([np.zeros((height, width), np.int64), *np.mgrid[0:height, 0:width]]).reshape(3, -1)
+            after_prefix = base + max(height, width) + 1
+            ends = np.array([[len(system)], [after_prefix - 1]])
+            position += [np.tile(ends[0], (3, 1)), grid + base, np.tile(ends[1], (3, 1))]
+        prefix = len(ids)
+        segment, reach = [0] * prefix, [prefix] * prefix
+        self.answers: list[tuple[Question, NDArray[np.int64], NDArray[np.int64]]] = []
+        self.span = (0, 0)
+        self.answer_start = 0
+        for number, (asked, sees) in enumerate(zip(example.questions, example.sees_image, strict=True), 1):
+            prompt, answer = packer.ids(asked.prompt), packer.ids(asked.answer) + packer.end
+            turn = [*prompt, *packer.turn]
+            if not self.answers:
+                # released-model.md: from the first <|vision_start|>, or behind "<|im_start|>user" and its line end
+                # where there is none, to the second <|im_end|>.
+                first = len(system) if sees else len(ids) - 1
+                self.span = (first, len(ids) + len(prompt))
+                self.answer_start = len(ids) + len(turn)
+            places = len(ids) + len(turn) - 1 + np.arange(len(answer))
+            self.answers.append((asked, places, np.array(answer)))
+            # The last token of an answer is never fed back.
+            new = [*turn, *answer[:-1]]
+            begin = after_prefix if sees else len(system)
+            position.append(np.tile(begin + np.arange(len(new)), (3, 1)))
+            ids += new
+            segment += [number] * len(new)
+            reach += [prefix if sees else len(system)] * len(new)
+        self.ids, self.segment, self.reach = ids, segment, reach
+        self.positions = np.concatenate(position, axis=1)
+
+
+def patches(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Patches float32 [n, 1176] of an image uint8 [height, width, 3], ordered as Qwen2-VL's image processor does.
+
+    2 x 2 neighbours stand together; within a patch come channel, frame (a picture is shown twice), row, column.
+    """
+    height, width = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
+    mean, deviation = np.array(IMAGE_MEAN, np.float32), np.array(IMAGE_STD, np.float32)
+    scaled: NDArray[np.float32] = ((pixels.astype(np.float32) / 255 - mean) / deviation).astype(np.float32, copy=False)
+    cut = scaled.reshape(height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3)
+    ordered = cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(height * width, 3, 1, PATCH * PATCH)
+    return np.repeat(ordered, TEMPORAL, axis=2).reshape(height * width, -1)
+
+
+# What a visual token can be asked about directly, and how many answers there are; 0 is "nothing has its centre here".
+SIGHTS = {"kind": 1 + len(KINDS) + len(GLYPHS), "colour": 1 + len(COLOURS), "size": 4}
+
+
+def sights_of(example: Example) -> NDArray[np.int64]:
+    """For each visual token of an example's picture, the kind, colour and size of the object centred in its 28 x 28 pixels.
+
+    int64 [tokens, 3], numbered as SIGHTS says.
+    """
+    assert example.pixels is not None
+    side = PATCH * MERGE
+    height, width = (length // side for length in example.pixels.shape[:2])
+    found = np.zeros((height, width, len(SIGHTS)), np.int64)
+    for thing in example.things:
+        kind = KINDS.index(thing.kind) if thing.kind != "glyph" else len(KINDS) + GLYPHS.index(thing.character)
+        size = ("", "small", "big").index(thing.size)
+        found[thing.y // side, thing.x // side] = (1 + kind, 1 + list(COLOURS).index(thing.colour), 1 + size)
+    return found.reshape(height * width, -1)
