@@ -139,6 +139,13 @@ class RaySettings(Settings):
     address: str | None = Field(None, description="a cluster's address; null: RAY_ADDRESS, else a local one of our own")
 
 
+class EvaluateSettings(Settings):
+    """Whether answers are compared with a truth column of the input."""
+
+    truth: str | None = Field(None, description="extra input column with the right answer; null: nothing is compared")
+    by: list[str] = Field(default_factory=list, description="extra input columns; accuracy is given for each group of them")
+
+
 class JobSettings(Settings):
     """Everything that `jobs/caption.py` and `jobs/vqa.py` take."""
 
@@ -149,6 +156,7 @@ class JobSettings(Settings):
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     preparation: PreparationSettings = Field(default_factory=PreparationSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     replicas: PositiveInt = Field(1, description="model replicas; each has a GPU of its own where there are GPUs")
     ray: RaySettings = Field(default_factory=RaySettings)
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipeline.config import JobSettings, as_yaml
 from pipeline.errors import ConfigError
+from pipeline.io.accuracy import Truth
 from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
 from pipeline.io.storage import OutputFolder
 from pipeline.io.write import RESERVED_COLUMNS, ParquetFolder, Written, output_schema
@@ -46,6 +47,7 @@ class Job:
     task: Task
     settings: JobSettings
     plan: InputPlan
+    truth: Truth | None
     checkpoint: Checkpoint
 
 
@@ -57,6 +59,7 @@ def check_job(task: Task, settings: JobSettings) -> Job:
     """
     model = settings.model
     plan = plan_input(settings.input, RESERVED_COLUMNS)
+    truth = Truth.from_settings(settings.evaluate, plan.extras)
     if task == "caption" and plan.columns.messages is None and not (plan.columns.image or plan.columns.images):
         raise ConfigError(
             "input.columns.image: the input has no column 'image' or 'images', so there is nothing to caption; name the "
@@ -66,7 +69,7 @@ def check_job(task: Task, settings: JobSettings) -> Job:
     checkpoint = open_checkpoint(model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha)
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     check_ids_unique(plan)
-    return Job(task, settings, plan, checkpoint)
+    return Job(task, settings, plan, truth, checkpoint)
 
 
 def describe(job: Job) -> str:
@@ -195,7 +198,9 @@ def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[W
     # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
     in_flight = -(-(settings.engine.waiting + settings.engine.batch_size) // rows_per_block) + 1
     source = ParquetShards(plan, rows_per_block)
-    sink = ParquetFolder(folder, output_schema(settings.output, plan.extras_schema), settings.output.rows_per_file)
+    sink = ParquetFolder(
+        folder, output_schema(settings.output, plan.extras_schema), settings.output.rows_per_file, job.truth
+    )
     dataset = (
         ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces))
         .map_batches(

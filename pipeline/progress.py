@@ -145,7 +145,15 @@ class Summary:
             "images_per_second": round(self.images / self.answering_seconds, 3),
             "new_tokens_per_second": round(written.new_tokens / self.answering_seconds, 3),
             "agreement": self._agreement(),
+            "accuracy": self._accuracy(),
         }
+
+    def _accuracy(self) -> list[dict[str, Any]]:
+        accuracy = self.written.accuracy
+        return [
+            {"group": list(group), "rows": asked, "right": accuracy.right[group], "share": round(accuracy.share(group), 4)}
+            for group, asked in sorted(accuracy.asked.items())
+        ]
 
     def _agreement(self) -> dict[str, float]:
         pairs = self.agreement.get("pairs", 0)
@@ -164,6 +172,16 @@ class Summary:
                 f"{facts['prompt_tokens']:,} in prompts ({facts['visual_tokens']:,} visual)",
             ),
         ]
+        if accuracy := self.written.accuracy.asked:
+            right = self.written.accuracy.right.total()
+            lines.append(
+                ("right answers", f"{right:,} of {accuracy.total():,} rows with a truth, {right / accuracy.total():.1%}")
+            )
+            lines += [
+                (f"  {' '.join(entry['group'])}", f"{entry['right']:,} of {entry['rows']:,}, {entry['share']:.1%}")
+                for entry in facts["accuracy"]
+                if entry["group"]
+            ]
         if agreement := facts["agreement"]:
             lines += [
                 (

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from ray.data.datasource import Datasink, WriteResult
 
 from pipeline.config import OutputSettings
+from pipeline.io.accuracy import Accuracy, Truth
 from pipeline.io.storage import OutputFolder
 
 _COLUMNS = [
@@ -54,6 +55,7 @@ class Written:
         visual_tokens: tokens of the images.
         new_tokens: tokens of the answers.
         errors: error rows by code.
+        accuracy: answers against the truth, where there is one.
     """
 
     files: int = 0
@@ -62,6 +64,7 @@ class Written:
     visual_tokens: int = 0
     new_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    accuracy: Accuracy = field(default_factory=Accuracy)
 
     def __add__(self, other: Written) -> Written:
         return Written(
@@ -71,14 +74,16 @@ class Written:
             self.visual_tokens + other.visual_tokens,
             self.new_tokens + other.new_tokens,
             self.errors + other.errors,
+            self.accuracy + other.accuracy,
         )
 
     @classmethod
-    def count(cls, table: pa.Table) -> Written:
+    def count(cls, table: pa.Table, truth: Truth | None = None) -> Written:
         """Count a table of the output's schema."""
         errors = pc.drop_null(table["error"]).to_pylist()
         prompt, visual, new = (pc.sum(table[n]).as_py() or 0 for n in ("prompt_tokens", "visual_tokens", "new_tokens"))
-        return cls(1, len(table), prompt, visual, new, Counter(error.split(":", 1)[0] for error in errors))
+        accuracy = truth.count(table) if truth else Accuracy()
+        return cls(1, len(table), prompt, visual, new, Counter(error.split(":", 1)[0] for error in errors), accuracy)
 
 
 class ParquetFolder(Datasink[Written]):
@@ -90,13 +95,15 @@ class ParquetFolder(Datasink[Written]):
         folder: where to write.
         schema: columns of the result.
         rows_per_file: least rows of a file; the last ones have fewer.
+        truth: what to compare answers with, or None.
 
     Attributes:
         written: after the job, what lies in the output.
     """
 
-    def __init__(self, folder: OutputFolder, schema: pa.Schema, rows_per_file: int) -> None:
+    def __init__(self, folder: OutputFolder, schema: pa.Schema, rows_per_file: int, truth: Truth | None) -> None:
         self._folder = folder
+        self._truth = truth
         self._schema = schema
         self._rows_per_file = rows_per_file
         self.written = Written()
@@ -110,7 +117,7 @@ class ParquetFolder(Datasink[Written]):
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="zstd")
         self._folder.write(f"part-{ctx.task_idx:05d}.parquet", buffer.getvalue().to_pybytes())  # type: ignore[attr-defined]
-        return Written.count(table)
+        return Written.count(table, self._truth)
 
     def on_write_complete(self, write_result: WriteResult[Written]) -> None:
         """Add up what the tasks wrote."""

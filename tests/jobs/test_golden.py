@@ -34,6 +34,8 @@ def test_the_script_answers_as_released_and_reports_readably(golden: Path, tmp_p
         "input.path": golden / "released" / "expected.parquet",
         "input.columns.id": "null",
         "output.path": tmp_path / "out",
+        "evaluate.truth": "text",
+        "evaluate.by": "[n_visual_tokens]",
     }
     done = run_script("vqa", *sets(settings), RAY_ADDRESS="", RAY_AUTH_MODE="", RAY_AUTH_TOKEN="")
     assert done.code == 0, done.stderr
@@ -49,6 +51,8 @@ def test_the_script_answers_as_released_and_reports_readably(golden: Path, tmp_p
     assert "expected.parquet#0  Describe this image." in done.stdout
     assert re.search(r"^rows +10 \(10 ok, 0 errors\)$", done.stdout, re.MULTILINE)
     assert re.search(r"^tokens +240 new, [\d.]+ a second; 1,003 in prompts \(503 visual\)$", done.stdout, re.MULTILINE)
+    assert re.search(r"^right answers +10 of 10 rows with a truth, 100.0%$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  54 +2 of 2, 100.0%$", done.stdout, re.MULTILINE)
     assert re.search(rf"^results +1 Parquet file in {tmp_path}/out$", done.stdout, re.MULTILINE)
     assert "\x1b" not in done.stdout + done.stderr
 
