@@ -6,31 +6,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-from benchmarks.harness import mebibytes, peak_memory, save
-from pipeline.hub_folder import FolderShape
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from benchmarks.harness import cpu_shape, mebibytes, peak_memory, save
+from pipeline.random_checkpoint import write_random_checkpoint
 
 #: 1.07 B parameters: the decoder of the CPU benchmark four times as deep.
-SHAPE = RandomShape(
-    base=FolderShape(
-        layers=48,
-        hidden=1024,
-        mlp_width=4096,
-        heads=16,
-        kv_heads=4,
-        mrope_section=(8, 12, 12),
-        vision_layers=8,
-        vision_width=512,
-        vision_heads=8,
-        vision_mlp_ratio=4,
-        vocabulary=8192,
-    ),
-    experts=4,
-    rank=64,
-    dtype=torch.bfloat16,
-)
+SHAPE = cpu_shape(layers=48)
 
 
 def main() -> list[str]:

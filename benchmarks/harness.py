@@ -6,14 +6,17 @@ import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from pipeline.hub_folder import FolderShape
+from pipeline.random_checkpoint import RandomShape
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +32,24 @@ finally:
 """
 
 
+def cpu_shape(layers: int) -> RandomShape:
+    """A model for two CPU cores, in bfloat16; 12 layers have 302 M parameters."""
+    base = FolderShape(
+        layers=layers,
+        hidden=1024,
+        mlp_width=4096,
+        heads=16,
+        kv_heads=4,
+        mrope_section=(8, 12, 12),
+        vision_layers=8,
+        vision_width=512,
+        vision_heads=8,
+        vision_mlp_ratio=4,
+        vocabulary=8192,
+    )
+    return RandomShape(base, experts=4, rank=64, dtype=torch.bfloat16)
+
+
 def peak_memory(command: Sequence[str]) -> int:
     """Run `python SCRIPT ARGUMENT...` in the repository; its peak resident memory in bytes.
 
@@ -42,17 +63,6 @@ def peak_memory(command: Sequence[str]) -> int:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
     found = re.findall(r"peak (\d+)", done.stderr)
     return int(found[-1]) * 1024
-
-
-def median_seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median wall-clock seconds of `repeats` runs after one warm-up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def save(name: str, figures: dict[str, Any]) -> None:

@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.harness import peak_memory
+from benchmarks.harness import cpu_shape, peak_memory
 from pipeline.errors import CheckpointError, ConfigError, OutputError
-from pipeline.hub_folder import FolderShape
 from pipeline.model.checkpoint import SERVING_MANIFEST, open_checkpoint, serving_shapes
 from pipeline.model.convert import convert
 from pipeline.model.sources import localise, sha256_of
@@ -191,24 +190,7 @@ def test_a_converted_checkpoint_guards_its_settings(golden: Path, tmp_path: Path
 
 
 #: Half a gigabyte in bfloat16; benchmarks/conversion.py measures two.
-LARGE = RandomShape(
-    base=FolderShape(
-        layers=12,
-        hidden=1024,
-        mlp_width=4096,
-        heads=16,
-        kv_heads=4,
-        mrope_section=(8, 12, 12),
-        vision_layers=8,
-        vision_width=512,
-        vision_heads=8,
-        vision_mlp_ratio=4,
-        vocabulary=8192,
-    ),
-    experts=4,
-    rank=64,
-    dtype=torch.bfloat16,
-)
+LARGE = cpu_shape(layers=12)
 
 LOAD_AND_TOUCH = """
 import re, sys, torch
