@@ -105,6 +105,8 @@ def test_ctrl_c_ends_a_job_soon_and_in_one_line(golden: Path, tmp_path: Path, ra
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts this test in the background has it ignore SIGINT, and the job would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as job:
         assert job.stderr is not None
         lines = []
