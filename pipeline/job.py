@@ -36,6 +36,9 @@ REACH_SECONDS = 5.0
 #: requests come from several, so not one for everything.
 BLOCK_BYTES = 16 << 20
 
+#: From this many ids on, reading them takes long enough to say so.
+MANY_IDS = 1_000_000
+
 #: Answers shown at the end of a job.
 SHOWN_ANSWERS = 6
 
@@ -68,6 +71,8 @@ def check_job(task: Task, settings: JobSettings) -> Job:
     OutputFolder(settings.output.path).check(settings.output.overwrite, (shard.file for shard in plan.shards))
     checkpoint = open_checkpoint(model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha)
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
+    if plan.columns.id and plan.rows >= MANY_IDS:
+        print(f"checking that {plan.rows:,} ids are unique", file=sys.stderr, flush=True)
     check_ids_unique(plan)
     return Job(task, settings, plan, truth, checkpoint)
 
