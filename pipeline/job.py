@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from pipeline.config import JobSettings, as_yaml
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, InputError
 from pipeline.io.accuracy import Truth
 from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
 from pipeline.io.storage import OutputFolder
@@ -119,7 +119,7 @@ def run_job(job: Job) -> Summary:
     """Run a checked job on Ray.
 
     Raises:
-        JobError: the output cannot be written, or the cluster does not fit the settings.
+        JobError: the output cannot be written, the cluster does not fit the settings, or the input changed meanwhile.
     """
     started = time.monotonic()
     settings = job.settings
@@ -141,6 +141,11 @@ def run_job(job: Job) -> Summary:
             ray.shutdown()
     summary = Summary(folder.url, written, images, ended - started, ended - begun, agreement)
     folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
+    if written.rows != job.plan.rows:
+        raise InputError(
+            f"input.path: {job.plan.rows:,} rows were counted at the start, but {written.rows:,} were answered: a shard "
+            f"changed while the job ran; {folder.url} is incomplete, run the job again"
+        )
     return summary
 
 

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pytest
 
+from pipeline.config import JobSettings, load_settings
+from pipeline.errors import InputError
+from pipeline.job import check_job, run_job
 from tests.conftest import RayCluster
 from tests.io.shards import IMAGE_STRUCT, picture, write_shard
 from tests.jobs.support import (
@@ -148,3 +152,14 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
     assert len(files) <= 4
     assert files[0] == "_run"
     assert ds.dataset(tmp_path / "out", format="parquet").count_rows() == 19
+
+
+def test_rows_that_go_missing_while_a_job_runs_are_an_error(golden: Path, tmp_path: Path, ray_cluster: RayCluster) -> None:
+    shard = tmp_path / "in" / "a.parquet"
+    write_shard(shard, {"prompt": ["What?"] * 5})
+    settings = {**released_model(golden), "input.path": shard, "output.path": tmp_path / "out"}
+    job = check_job("vqa", load_settings(JobSettings, None, [f"{key}={value}" for key, value in settings.items()]))
+    write_shard(shard, {"prompt": ["What?"] * 3})
+    with pytest.raises(InputError, match="5 rows were counted at the start, but 3 were answered"):
+        run_job(job)
+    assert len(results(tmp_path / "out")) == 3
