@@ -26,11 +26,6 @@ class VisionShape:
     rope_theta: float
     activation: str
 
-    @property
-    def patch_values(self) -> int:
-        """Values of one flattened patch: channels x frames x height x width."""
-        return self.channels * self.temporal_patch_size * self.patch_size**2
-
 
 @dataclass(frozen=True)
 class AdapterShape:
@@ -60,11 +55,6 @@ class ModelShape:
     tied_embeddings: bool
     vision: VisionShape
     adapter: AdapterShape | None = None
-
-    @property
-    def kv_values_per_token(self) -> int:
-        """Values that one token holds in the key/value cache, over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:

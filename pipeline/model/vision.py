@@ -69,26 +69,26 @@ def pixel_table(mean: Sequence[float], std: Sequence[float], rescale_factor: flo
     return torch.from_numpy(np.ascontiguousarray(table[..., 0], dtype=np.float32))
 
 
-def cut_patches(pixels: Tensor, table: Tensor, shape: VisionShape) -> Tensor:
+def cut_patches(pixels: Tensor, table: Tensor, patch: int, merge: int, frames: int) -> Tensor:
     """Normalise one image and cut it into flattened patches, in the merger's order.
 
     Args:
-        pixels: [height, width, channels] uint8; height and width are multiples of patch_size * merge_size.
+        pixels: [height, width, channels] uint8; height and width are multiples of patch * merge.
         table: `pixel_table`'s result, on the device of `pixels`.
-        shape: the tower's sizes.
+        patch: pixels of a patch's side.
+        merge: patches of a visual token's side.
+        frames: the tower's frames, which a still image fills alike.
 
     Returns:
-        [height / patch * width / patch, channels * frames * patch * patch] float32, the still image doubled into the
-        tower's two frames.
+        [height / patch * width / patch, channels * frames * patch * patch] float32.
     """
     height, width, channels = pixels.shape
-    patch, merge = shape.patch_size, shape.merge_size
     values = torch.stack([table[c][pixels[..., c].long()] for c in range(channels)])  # [C, H, W]
     cut = values.view(channels, height // patch // merge, merge, patch, width // patch // merge, merge, patch).permute(
         1, 4, 2, 5, 0, 3, 6
     )
-    doubled = cut.unsqueeze(5).expand(*cut.shape[:5], shape.temporal_patch_size, patch, patch)
-    return doubled.reshape(-1, shape.patch_values)
+    repeated = cut.unsqueeze(5).expand(*cut.shape[:5], frames, patch, patch)
+    return repeated.reshape(-1, channels * frames * patch**2)
 
 
 def rotary_angles(grid: tuple[int, int], shape: VisionShape, device: torch.device) -> Tensor:
@@ -140,7 +140,8 @@ class VisionTower:
         """
         patch = self.shape.patch_size
         grids = [(image.shape[0] // patch, image.shape[1] // patch) for image in images]
-        return self.encode_patches(torch.cat([cut_patches(image, self.table, self.shape) for image in images]), grids)
+        cut = (patch, self.shape.merge_size, self.shape.temporal_patch_size)
+        return self.encode_patches(torch.cat([cut_patches(image, self.table, *cut) for image in images]), grids)
 
     def encode_patches(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Encode images that are cut into patches already.

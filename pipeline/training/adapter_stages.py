@@ -82,7 +82,7 @@ def train_adapter(
         noise = 0.0
         if routing is not None:
             noise, routing.noise = routing.noise, 0.0
-        found = measure_accuracy(model, packer, measured, routing, device).figures()
+        found = measure_accuracy(model, packer, measured, routing, device)
         if routing is not None:
             save_adapter(model, output / "adapter", sizes.experts, torch.bfloat16)
             routing.noise = noise

@@ -107,7 +107,7 @@ def train_vision_and_base(settings: TrainSettings, name: Literal["vision", "base
         small.eval()
         figures = small.sight_accuracy(encode_images(model, packed), packed)
         if name == "base":
-            figures |= measure_accuracy(model, packer, batches, None, device).figures()
+            figures |= measure_accuracy(model, packer, batches, None, device)
         small.train()
         return figures
 

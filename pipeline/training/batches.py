@@ -18,10 +18,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline.hub_folder import IMAGE_MEAN, IMAGE_STD
+from pipeline.model.vision import cut_patches, pixel_table
 from pipeline.scenes.questions import Question
 from pipeline.scenes.world import COLOURS, GLYPHS, KINDS, Thing
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2
+_TABLE = pixel_table(IMAGE_MEAN, IMAGE_STD, 1 / 255)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Packer:
                 weights.append(np.full(len(ids), len(ids) ** -0.5, np.float32))
                 question.append(np.full(len(ids), len(questions) + q))
             questions += [asked for asked, _, _ in row.answers]
-        pixels = [torch.from_numpy(patches(e.pixels)) for e in examples if e.pixels is not None]
+        pixels = [patches(e.pixels) for e in examples if e.pixels is not None]
         empty = np.zeros(0, np.int64)
         return Packed(
             input_ids=torch.from_numpy(input_ids),
@@ -205,17 +207,9 @@ class _Row:
         self.positions = np.concatenate(position, axis=1)
 
 
-def patches(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Patches float32 [n, 1176] of an image uint8 [height, width, 3], ordered as Qwen2-VL's image processor does.
-
-    2 x 2 neighbours stand together; within a patch come channel, frame (a picture is shown twice), row, column.
-    """
-    height, width = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
-    mean, deviation = np.array(IMAGE_MEAN, np.float32), np.array(IMAGE_STD, np.float32)
-    scaled: NDArray[np.float32] = ((pixels.astype(np.float32) / 255 - mean) / deviation).astype(np.float32, copy=False)
-    cut = scaled.reshape(height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3)
-    ordered = cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(height * width, 3, 1, PATCH * PATCH)
-    return np.repeat(ordered, TEMPORAL, axis=2).reshape(height * width, -1)
+def patches(pixels: NDArray[np.uint8]) -> Tensor:
+    """Patches float32 [n, 1176] of an image uint8 [height, width, 3], the very floats that a replica sees."""
+    return cut_patches(torch.tensor(pixels), _TABLE, PATCH, MERGE, TEMPORAL)
 
 
 # What a visual token can be asked about directly, and how many answers there are; 0 is "nothing has its centre here".

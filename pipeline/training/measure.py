@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
+from pipeline.io.accuracy import Accuracy
 from pipeline.scenes.questions import Question
 from pipeline.training.batches import Example, Packer
 from pipeline.training.forward import answer_logits, encode_images, exact_answers
 from pipeline.training.mixture import Routing
-
-
-@dataclass
-class Accuracy:
-    """Right answers and questions asked, by (task, language)."""
-
-    right: Counter[tuple[str, str]] = field(default_factory=Counter)
-    asked: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def share(self, task: str, language: str) -> float:
-        """Accuracy between 0 and 1 (NaN if nothing was asked)."""
-        asked = self.asked[task, language]
-        return self.right[task, language] / asked if asked else float("nan")
-
-    def figures(self) -> dict[str, float]:
-        """Accuracy under "task/language"."""
-        return {f"{t}/{lang}": round(self.share(t, lang), 4) for t, lang in sorted(self.asked)}
 
 
 @torch.inference_mode()
@@ -55,11 +37,11 @@ def measure_accuracy(
     batches: Sequence[Sequence[Example]],
     routing: Routing | None,
     device: torch.device,
-) -> Accuracy:
-    """Accuracy over batches of examples (see `answered_exactly`)."""
+) -> dict[str, float]:
+    """Accuracy between 0 and 1 over batches of examples (see `answered_exactly`), under "task/language"."""
     found = Accuracy()
     for examples in batches:
         for question, right in answered_exactly(model, packer, examples, routing, device):
             found.asked[question.task, question.language] += 1
             found.right[question.task, question.language] += right
-    return found
+    return {"/".join(group): round(found.share(group), 4) for group in sorted(found.asked)}

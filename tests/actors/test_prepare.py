@@ -83,7 +83,8 @@ def check_against_released(base: Path, images: list[Image.Image], bounds: dict[s
     vision = ModelShape.from_config(AutoConfig.from_pretrained(base)).vision
     settings = processor.image_processor
     table = pixel_table(settings.image_mean, settings.image_std, settings.rescale_factor)
-    patches = torch.cat([cut_patches(torch.from_numpy(image.copy()), table, vision) for image in prompt.images])
+    cut = (vision.patch_size, vision.merge_size, vision.temporal_patch_size)
+    patches = torch.cat([cut_patches(torch.from_numpy(image.copy()), table, *cut) for image in prompt.images])
     assert torch.equal(patches, expected["pixel_values"])
     grids = [(1, image.shape[0] // vision.patch_size, image.shape[1] // vision.patch_size) for image in prompt.images]
     assert grids == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]

@@ -131,7 +131,7 @@ def test_pixels_become_the_processors_floats_to_the_last_bit(model: Model) -> No
         expected = (scaled - np.float32(mean[channel])) / np.float32(std[channel])
         assert table[channel].numpy().tobytes() == expected.tobytes()
     image = np.random.default_rng(0).integers(0, 256, (28, 56, 3), dtype=np.uint8)
-    patches = cut_patches(torch.from_numpy(image), table, model.shape.vision)
+    patches = cut_patches(torch.from_numpy(image), table, patch=14, merge=2, frames=2)
     assert patches.shape == (2 * 4, 1176)
     # The second patch of the merger's order is the first row's right neighbour; the still image fills both frames.
     second = patches[1].view(3, 2, 14, 14)
