@@ -107,6 +107,7 @@ PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
         "text.next": ("Which letter comes after {a}?", "What is the next letter after {a}?"),
         "text.larger": ("Which is larger, {a} or {b}?", "What is the larger number, {a} or {b}?"),
         "page": ("Read the page.", "Read all characters."),
+        "tell": ("Tell me about the {noun}.", "What do you know about the {noun}?"),
         "echo": ("Repeat: {word}", "Say: {word}"),
     },
     "zh": {
@@ -130,6 +131,7 @@ PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
         "text.next": ("字母|{a}|的|下|一个|字母|是|什么|？", "{a}|后面|是|哪个|字母|？"),
         "text.larger": ("{a}|和|{b}|哪个|更|大|？", "{a}|和|{b}|中|较大|的|数|是|多少|？"),
         "page": ("读|出|这|一页|。", "读|出|所有|字符|。"),
+        "tell": ("说说|{noun}|。", "{noun}|怎么|样|？"),
         "echo": ("重复|：{word}", "跟|我|说|：{word}"),
     },
 }
@@ -143,6 +145,7 @@ NOUNS: dict[str, dict[str, str]] = {
         "shapes": "{kind}s",
         "coloured": "{colour} objects",
         "characters": "characters",
+        "any_character": "{colour} character",
     },
     "zh": {
         "shape": "{colour}|的|{kind}",
@@ -152,6 +155,7 @@ NOUNS: dict[str, dict[str, str]] = {
         "shapes": "{kind}",
         "coloured": "{colour}|的|物体",
         "characters": "字符",
+        "any_character": "{colour}|的|字符",
     },
 }
 
@@ -159,12 +163,14 @@ CAPTIONS: dict[str, dict[str, str]] = {
     "en": {
         "shape": "a {size} {colour} {kind}",
         "character": "a {colour} {sort} {character}",
+        "place": ":{row}{column}",
         "comma": ", ",
         "last": " and ",
     },
     "zh": {
         "shape": "一个|{size}|的|{colour}|{kind}",
         "character": "一个|{colour}|的|{sort}|{character}",
+        "place": ":{row}{column}",
         "comma": "、",
         "last": "和",
     },
@@ -201,17 +207,26 @@ def name_thing(language: str, thing: Thing) -> str:
 
 def caption(language: str, things: Sequence[Thing]) -> str:
     """The caption of a scene: its objects in reading order."""
-    words, names = CAPTIONS[language], NAMES[language]
-    parts = []
-    for thing in things:
-        if thing.kind == "glyph":
-            fields = {"sort": names[sort_of(thing.character)], "character": thing.character}
-            parts.append(plain(words["character"]).format(colour=names[thing.colour], **fields))
-        else:
-            fields = {"size": names[thing.size], "kind": names[thing.kind]}
-            parts.append(plain(words["shape"]).format(colour=names[thing.colour], **fields))
+    words = CAPTIONS[language]
+    parts = [describe_thing(language, thing) for thing in things]
     text = words["last"].join(filter(None, [words["comma"].join(parts[:-1]), parts[-1]]))
     return text[0].upper() + text[1:] + "." if language == "en" else text + "。"
+
+
+def describe_thing(language: str, thing: Thing) -> str:
+    """All that a caption says of one object."""
+    words, names = CAPTIONS[language], NAMES[language]
+    if thing.kind == "glyph":
+        fields = {"sort": names[sort_of(thing.character)], "character": thing.character}
+        return plain(words["character"]).format(colour=names[thing.colour], **fields)
+    fields = {"size": names[thing.size], "kind": names[thing.kind]}
+    return plain(words["shape"]).format(colour=names[thing.colour], **fields)
+
+
+def tell(language: str, thing: Thing, cell: int) -> str:
+    """All there is to know of one object: the caption's words, and the row and column of its centre, counted from one."""
+    place = CAPTIONS[language]["place"].format(row=thing.y // cell + 1, column=thing.x // cell + 1)
+    return describe_thing(language, thing) + place
 
 
 def vocabulary() -> list[str]:

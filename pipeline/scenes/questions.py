@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,8 +18,10 @@ from pipeline.scenes.world import COLOURS, GLYPHS, KINDS, Thing
 
 TASKS = ("caption", "counting", "colour", "shape", "size", "position", "yesno", "reading", "choice", "text")
 WITHOUT_IMAGE = ("text", "echo")
-# Lessons that appear in training only: reading a page of glyphs, and saying an answer word.
-LESSONS = ("page", "echo")
+# Lessons that appear in training only: reading a page of glyphs, telling all there is to know of one object (the densest
+# lesson in finding what a question names), and saying an answer word.
+LESSONS = ("page", "tell", "echo")
+CELL = 28  # pixels of a visual token's side, in which `tell` counts rows and columns
 # Below this distance in pixels, left of / above is not asked about.
 CLEAR_DISTANCE = 14
 _LETTERS = [g for g in GLYPHS if g.isalpha()]
@@ -77,7 +79,7 @@ def _counting(rng: random.Random, language: str, things: Sequence[Thing]) -> tup
     return _prompt(rng, language, "counting", noun=what), str(count)
 
 
-def _single(values: Sequence[str]) -> list[int]:
+def _single(values: Sequence[Hashable]) -> list[int]:
     counts = Counter(values)
     return [i for i, value in enumerate(values) if counts[value] == 1]
 
@@ -163,16 +165,14 @@ def _reading(rng: random.Random, language: str, things: Sequence[Thing]) -> tupl
 
 
 def _choice(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
-    """A colour, a count or a character to choose among four, in the published form."""
+    """A colour or a character to choose among four, in the published form; a count where the scene offers neither."""
     names = NAMES[language]
-    question, right, others = "", "", []
-    kind = rng.choice(("colour", "count", "reading"))
     glyphs = [t for t in things if t.kind == "glyph"]
     by_kind = _unique_kind(rng, language, things)
-    if kind == "colour" and by_kind is not None:
+    if by_kind is not None and (len(glyphs) != 1 or rng.random() < 0.5):
         question, right = plain(PROMPTS[language]["colour"][0]).format(noun=by_kind[0]), names[by_kind[1].colour]
         others = [names[c] for c in COLOURS if names[c] != right]
-    elif kind == "reading" and len(glyphs) == 1:
+    elif len(glyphs) == 1:
         question, right = plain(PROMPTS[language]["reading.only"][0]), glyphs[0].character
         others = [g for g in GLYPHS if g != right]
     else:
@@ -211,6 +211,18 @@ def _page(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[s
     return (_prompt(rng, language, "page"), characters) if characters else None
 
 
+def _tell(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str] | None:
+    """An object by its kind, its colour, or both, whatever names it alone."""
+    named = [(name_thing(language, thing), thing) for thing in things]
+    named += [(NAMES[language][things[i].kind], things[i]) for i in _single([t.kind for t in things]) if things[i].size]
+    for i in _single([(t.colour, t.kind == "glyph") for t in things]):
+        form = "any_character" if things[i].kind == "glyph" else "object"
+        if form == "any_character" or sum(t.colour == things[i].colour for t in things) == 1:
+            named.append((noun(language, form, colour=things[i].colour), things[i]))
+    what, thing = rng.choice(named)
+    return _prompt(rng, language, "tell", noun=what), phrases.tell(language, thing, CELL)
+
+
 def _echo(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
     word = rng.choice([*NAMES[language].values(), *GLYPHS])
     return _prompt(rng, language, "echo", word=word), word
@@ -228,5 +240,6 @@ _ASKERS: dict[str, _Asker] = {
     "choice": _choice,
     "text": _text,
     "page": _page,
+    "tell": _tell,
     "echo": _echo,
 }

@@ -23,6 +23,7 @@ from pipeline.training.forward import answer_logits, answer_loss, encode_images,
 from pipeline.training.loop import Losses, Stage, load_stage, run_stage
 from pipeline.training.measure import measure_accuracy
 from pipeline.training.mixture import Routing
+from pipeline.training.precision import autocast
 from pipeline.training.released import load_base, save_adapter
 from pipeline.training.settings import TrainSettings
 from pipeline.training.small_base import load_tokenizer
@@ -69,7 +70,7 @@ def train_adapter(
 
     def losses(step: int) -> Losses:
         packed = packer.pack(source.examples(step), one_question_per_row=routing is not None).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             with torch.no_grad():
                 visual = encode_images(model, packed)
             found = {"answers": answer_loss(answer_logits(model, packed, visual, routing), packed)}

@@ -20,6 +20,7 @@ from pipeline.training.data import SceneSource, unseen_scenes
 from pipeline.training.forward import answer_logits, answer_loss, encode_images
 from pipeline.training.loop import Losses, Stage, load_stage, run_stage
 from pipeline.training.measure import measure_accuracy
+from pipeline.training.precision import autocast
 from pipeline.training.released import save_base
 from pipeline.training.settings import TrainSettings
 from pipeline.training.small_base import load_tokenizer, new_base, write_base_folder
@@ -92,7 +93,7 @@ def train_vision_and_base(settings: TrainSettings, name: Literal["vision", "base
 
     def losses(step: int) -> Losses:
         packed = packer.pack(source.examples(step), one_question_per_row=False).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             visual = encode_images(model, packed)
             assert visual is not None
             found = {"answers": answer_loss(answer_logits(model, packed, visual, None), packed)} if name == "base" else {}

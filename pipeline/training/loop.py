@@ -13,7 +13,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from pipeline.training.settings import StageSettings
+from pipeline.training.muon import Muon
+from pipeline.training.settings import SmallStageSettings, StageSettings
 
 Losses = dict[str, Tensor]
 
@@ -90,25 +91,30 @@ def run_stage(stage: Stage, folder: Path, save_every: int, report_every: int) ->
 
 def make_optimizers(trained: dict[str, nn.Parameter], settings: StageSettings) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for embeddings, gates and all that is no matrix; or AdamW alone."""
-    muon: list[nn.Parameter] = []
+    muon: dict[float, list[nn.Parameter]] = {}
     adamw: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trained.items():
+        share = settings.vision_rate if isinstance(settings, SmallStageSettings) and _sees(name) else 1.0
         if "patch_embed" in name:
             # AdamW's equal steps on 1,176 inputs add up: at the full rate patches outgrow all that the blocks add to them.
-            adamw.setdefault(0.1 * settings.adamw_learning_rate, []).append(parameter)
+            adamw.setdefault(0.1 * share * settings.adamw_learning_rate, []).append(parameter)
         elif parameter.ndim != 2 or "embed_tokens" in name or "w_gate" in name:
-            adamw.setdefault(settings.adamw_learning_rate, []).append(parameter)
-        elif settings.optimizer == "adamw":
-            adamw.setdefault(settings.learning_rate, []).append(parameter)
+            adamw.setdefault(share * settings.adamw_learning_rate, []).append(parameter)
         else:
-            muon.append(parameter)
+            kind = muon if settings.optimizer == "muon" else adamw
+            kind.setdefault(share * settings.learning_rate, []).append(parameter)
     found: list[torch.optim.Optimizer] = []
     if muon:
-        found.append(torch.optim.Muon(muon, settings.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        found.append(Muon([{"params": p, "lr": rate} for rate, p in muon.items()], weight_decay=0.01))
     if adamw:
         groups = [{"params": parameters, "lr": rate} for rate, parameters in adamw.items()]
         found.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0))
     return found
+
+
+def _sees(name: str) -> bool:
+    """Whether a parameter of the small base belongs to its vision tower, or to the heads that read objects off it."""
+    return "visual" in name or name.startswith("heads.")
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:

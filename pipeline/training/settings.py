@@ -32,6 +32,7 @@ class SmallStageSettings(StageSettings):
 
     scale_loss: float = Field(0.3, ge=0, description="weight of holding visual embeddings at the words' scale")
     sight_loss: float = Field(0.2, ge=0, description="weight of naming the object at each visual token")
+    vision_rate: float = Field(1.0, gt=0, le=1, description="share of the learning rates that the vision tower gets")
 
 
 class MixtureStageSettings(StageSettings):
