@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS
 
-NAMES = ("throughput", "grouping", "memory", "conversion")
+NAMES = ("throughput", "strategies", "grouping", "memory", "conversion")
 
 HEADER = """# What was measured
 

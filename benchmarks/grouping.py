@@ -68,8 +68,8 @@ def main() -> list[str]:
                 started = time.perf_counter()
                 engine.generate(asked)
                 seconds = time.perf_counter() - started
-            counts = engine.agreement.counts()
-            shares = {phase: counts[phase] / counts["pairs"] for phase in ("prefill", "decode")}
+            counts = engine.counts()
+            shares = {phase: counts[phase] / counts[f"{phase}_pairs"] for phase in ("prefill", "decode")}
             runs.append({"grouped": grouped, "requests": REQUESTS, "seconds": seconds, **shares})
     save("grouping", {"runs": runs})
     return [

@@ -119,11 +119,16 @@ class GenerationSettings(Settings):
 class EngineSettings(Settings):
     """How a replica batches requests."""
 
-    batch_size: PositiveInt = Field(32, description="most requests that run together")
-    batch_tokens: PositiveInt = Field(65_536, description="most prompt and new tokens of the requests that run together")
-    waiting: PositiveInt = Field(128, description="requests a replica holds to choose a batch from")
-    group_by_expert: bool = Field(True, description="batch requests whose routes agree; off: in order of arrival")
-    max_rounds_waiting: PositiveInt = Field(8, description="a request passed over this often leads the next batch")
+    batch_size: PositiveInt = Field(32, description="most requests that run at once")
+    batch_tokens: PositiveInt = Field(
+        65_536, description="tokens of prompts and answers that the key/value cache holds; bounds what runs at once"
+    )
+    step_tokens: PositiveInt = Field(2048, description="prompt tokens of one step; longer prompts take several")
+    waiting: PositiveInt = Field(128, description="requests a replica holds to choose from")
+    group_by_expert: bool = Field(True, description="start requests whose routes agree; off: in order of arrival")
+    max_rounds_waiting: PositiveInt = Field(8, description="a request passed over this often starts before the others")
+    vision_cache_bytes: int = Field(256 << 20, ge=0, description="visual tokens kept for images that come again")
+    answer_cache: int = Field(4096, ge=0, description="greedy answers kept for rows that come again")
 
 
 class PreparationSettings(Settings):

@@ -117,7 +117,7 @@ class Summary:
         written: what was written, from the files' own rows.
         images: images answered about.
         seconds: the whole job; `answering_seconds`: from the start of the stages, models already loading.
-        agreement: the counters of `AgreementReport`, over all replicas.
+        engines: the counters of all engines (`Engine.counts`).
     """
 
     output: str
@@ -125,7 +125,7 @@ class Summary:
     images: int
     seconds: float
     answering_seconds: float
-    agreement: dict[str, int]
+    engines: Counter[str]
 
     def as_dict(self) -> dict[str, Any]:
         """For `_run/summary.json`."""
@@ -144,6 +144,8 @@ class Summary:
             "answering_seconds": round(self.answering_seconds, 3),
             "images_per_second": round(self.images / self.answering_seconds, 3),
             "new_tokens_per_second": round(written.new_tokens / self.answering_seconds, 3),
+            "images_reused": self.engines["images_reused"],
+            "answers_reused": self.engines["answers_reused"],
             "agreement": self._agreement(),
             "accuracy": self._accuracy(),
         }
@@ -156,8 +158,13 @@ class Summary:
         ]
 
     def _agreement(self) -> dict[str, float]:
-        pairs = self.agreement.get("pairs", 0)
-        return {n: round(c / pairs, 4) for n, c in self.agreement.items() if n != "pairs"} if pairs else {}
+        """Shares of (request, gate) pairs on their group's commonest expert (`AgreementReport`)."""
+        return {
+            name: round(self.engines[name] / pairs, 4)
+            for phase in ("prefill", "decode")
+            if (pairs := self.engines[f"{phase}_pairs"])
+            for name in (phase, f"{phase}_in_order")
+        }
 
     def print(self, console: Console) -> None:
         """Print it for a person; the same in a log."""
@@ -182,11 +189,14 @@ class Summary:
                 for entry in facts["accuracy"]
                 if entry["group"]
             ]
+        if facts["images_reused"] or facts["answers_reused"]:
+            reused = f"{facts['images_reused']:,} images that came again, {facts['answers_reused']:,} answers to equal rows"
+            lines.append(("computed once", reused))
         if agreement := facts["agreement"]:
             lines += [
                 (
                     f"{phase} experts",
-                    f"{agreement[phase]:.1%} of (request, gate) pairs ran on their batch's majority expert; "
+                    f"{agreement[phase]:.1%} of (request, gate) pairs ran on their group's commonest expert; "
                     f"{agreement[f'{phase}_in_order']:.1%} in order of arrival",
                 )
                 for phase in ("prefill", "decode")

@@ -10,16 +10,16 @@ class Monitor:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._agreement: dict[str, dict[str, int]] = {}
+        self._engines: dict[str, Counter[str]] = {}
 
-    def report(self, replica: str, counts: Counter[str], agreement: dict[str, int]) -> None:
-        """Add a block's counts, and replace a replica's agreement counters, which only grow."""
+    def report(self, replica: str, counts: Counter[str], engine: Counter[str]) -> None:
+        """Add a block's counts, and replace a replica's engine counters, which only grow."""
         self._counts.update(counts)
-        self._agreement[replica] = agreement
+        self._engines[replica] = engine
 
     def totals(self) -> tuple[Counter[str], Counter[str]]:
-        """Counts over all blocks, and agreement over all replicas."""
-        agreement: Counter[str] = Counter()
-        for counters in self._agreement.values():
-            agreement.update(counters)
-        return self._counts, agreement
+        """Counts over all blocks, and those of all engines."""
+        engines: Counter[str] = Counter()
+        for counters in self._engines.values():
+            engines.update(counters)
+        return self._counts, engines

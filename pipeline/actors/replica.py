@@ -13,8 +13,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.config import JobSettings
-from pipeline.engine import Answer, Engine, EngineOptions, Request, Sampling
-from pipeline.engine.batch import GenerationError
+from pipeline.engine import Answer, Engine, EngineOptions, GenerationError, Request, Sampling
 from pipeline.errors import RowError
 from pipeline.io.write import output_schema
 from pipeline.model.awaker import load_model
@@ -94,7 +93,7 @@ class Replica:
             new_tokens=sum(len(answer.token_ids) for answer in answers),
         )
         # Awaited: once the last block is written, every block is counted.
-        await self._monitor.report.remote(self._name, counts, self._engine.agreement.counts())
+        await self._monitor.report.remote(self._name, counts, self._engine.counts())
 
     def _output(self, rows: list[PreparedRow], results: list[Any], extras: pa.Table) -> pa.Table:
         def column(value_of: Any) -> list[Any]:

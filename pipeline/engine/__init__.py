@@ -3,6 +3,6 @@
 from pipeline.engine.engine import Engine, EngineOptions
 from pipeline.engine.grouping import AgreementReport
 from pipeline.engine.sampling import Sampling
-from pipeline.engine.types import Answer, Request
+from pipeline.engine.types import Answer, GenerationError, Request
 
-__all__ = ["AgreementReport", "Answer", "Engine", "EngineOptions", "Request", "Sampling"]
+__all__ = ["AgreementReport", "Answer", "Engine", "EngineOptions", "GenerationError", "Request", "Sampling"]

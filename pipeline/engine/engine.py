@@ -1,21 +1,26 @@
-"""The replica's engine: takes requests from any number of callers, groups them by routed expert and answers them."""
+"""The replica's engine: takes requests from any number of callers, and answers them in steps that they join and leave."""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from pipeline.engine.batch import Encoded, GenerationError, merged_embeddings, run_batch
-from pipeline.engine.grouping import AgreementReport, choose_batch
-from pipeline.engine.types import Answer, Request
+from pipeline.engine.answers import finish
+from pipeline.engine.encode import Encoded, Encoder
+from pipeline.engine.extents import Extents
+from pipeline.engine.grouping import AgreementReport, choose
+from pipeline.engine.runner import Launched, Part, Runner, Running
+from pipeline.engine.sampling import NOT_FINITE
+from pipeline.engine.types import Answer, GenerationError, Request
 from pipeline.model.awaker import Model
 
 logger = logging.getLogger(__name__)
@@ -26,31 +31,54 @@ ENCODE_PATCHES = 16_384
 #: How long to wait for more requests before a batch that is not full starts.
 LINGER_SECONDS = 0.02
 
+#: Below this many tokens a step is not divided further: memory that does not suffice for so few never will.
+LEAST_STEP_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine batches. See `choose_batch` for the first five."""
+    """How an engine batches.
+
+    Attributes:
+        batch_size: requests that run at once.
+        batch_tokens: tokens of prompts and answers that the key/value cache holds; no request starts without room for
+            its longest answer.
+        step_tokens: prompt tokens of one step. A longer prompt is spread over several, and the others go on beside it.
+        waiting: encoded requests to choose from.
+        group_by_expert: start requests whose routes agree with what runs; off: in order of arrival.
+        max_rounds_waiting: a request passed over this often starts before the others.
+        vision_cache_bytes: visual tokens kept for images that come again.
+        answer_cache: greedy answers kept for rows that come again.
+        decode_route: which experts new tokens take.
+    """
 
     batch_size: int = 32
     batch_tokens: int = 65_536
+    step_tokens: int = 2048
     waiting: int = 128
     group_by_expert: bool = True
     max_rounds_waiting: int = 8
+    vision_cache_bytes: int = 256 << 20
+    answer_cache: int = 4096
     decode_route: Literal["released", "prefill"] = "released"
 
 
-@dataclass
-class _Waiting:
-    """A request with its future; encoded once it is among those that a batch is chosen from."""
+@dataclass(eq=False)
+class _Item:
+    """A request and everybody who waits for its answer; encoded before it is chosen, running once it has a slot."""
 
     request: Request
-    future: Future[Answer]
+    futures: list[Future[Answer]]
     rounds: int = 0
     encoded: Encoded | None = field(default=None, repr=False)
+    running: Running | None = field(default=None, repr=False)
 
 
 class Engine:
-    """Answers requests in batches, in a thread of its own.
+    """Answers requests in a thread of its own.
+
+    Requests join and leave between steps. Each step takes one new token of every running request and, while there is room,
+    parts of the prompts of new ones.
 
     Args:
         model: the loaded model.
@@ -66,10 +94,22 @@ class Engine:
     def __init__(self, model: Model, tokenizer: Any, image_token_id: int, options: EngineOptions | None = None) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._image_token_id = image_token_id
-        self._options = options or EngineOptions()
-        self._inbox: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._waiting: list[_Waiting] = []
+        self._options = options = options or EngineOptions()
+        self._encoder = Encoder(model, image_token_id, options.decode_route, options.vision_cache_bytes)
+        self._runner = Runner(model, options.batch_size, options.batch_tokens)
+        self._extents = Extents(options.batch_tokens)
+        self._slots = list(range(options.batch_size))
+        self._step_tokens = options.step_tokens
+        # On a GPU the next step is launched before the tokens of this one are read: the device never waits for the host.
+        self._ahead = 0 if model.device.type == "cpu" else 1
+        self._inbox: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._arrived: deque[_Item] = deque()
+        self._waiting: list[_Item] = []
+        self._running: list[_Item] = []
+        self._launched: deque[Launched] = deque()
+        self._by_key: dict[tuple[object, ...], _Item] = {}
+        self._answers: OrderedDict[tuple[object, ...], Answer] = OrderedDict()
+        self._answers_reused = 0
         self._closing = False
         self._failure: Exception | None = None
         self.agreement = AgreementReport()
@@ -84,8 +124,9 @@ class Engine:
         """
         if self._closing or self._failure:
             raise RuntimeError("the engine is closed" if self._closing else "the engine failed") from self._failure
+        _ = request.key  # images are hashed here, in the caller's thread
         future: Future[Answer] = Future()
-        self._inbox.put(_Waiting(request, future))
+        self._inbox.put(_Item(request, [future]))
         if self._failure:  # it failed in between: nobody reads the inbox any more
             self._abandon()
         return future
@@ -93,6 +134,15 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer requests, in their order."""
         return [future.result() for future in [self.submit(request) for request in requests]]
+
+    def counts(self) -> Counter[str]:
+        """What was done, and what did not have to be done; those of several replicas may be added."""
+        return Counter(
+            images_encoded=self._encoder.images_encoded,
+            images_reused=self._encoder.images_reused,
+            answers_reused=self._answers_reused,
+            **self.agreement.counts(),
+        )
 
     def close(self) -> None:
         """Answer what was submitted, then stop."""
@@ -111,10 +161,11 @@ class Engine:
         try:
             with torch.inference_mode():
                 open_for_more = True
-                while open_for_more or self._waiting:
+                while open_for_more or self._arrived or self._waiting or self._running:
                     open_for_more = self._receive(open_for_more)
-                    if self._waiting:
-                        self._run(self._choose())
+                    self._encode()
+                    self._admit()
+                    self._step()
         except Exception as error:
             # Not a request's fault. Nobody may wait for ever: every caller learns of it, and may start a new engine.
             logger.exception("the engine failed")
@@ -125,159 +176,216 @@ class Engine:
         """Give the engine's failure to everyone who waits."""
         while not self._inbox.empty():
             if (item := self._inbox.get()) is not None:
-                self._waiting.append(item)
-        for item in self._waiting:
-            if not item.future.done():
-                item.future.set_exception(RuntimeError(f"the engine failed: {self._failure}"))
+                self._arrived.append(item)
+        for item in [*self._arrived, *self._waiting, *self._running]:
+            self._fail(item, RuntimeError(f"the engine failed: {self._failure}"))
 
     def _receive(self, open_for_more: bool) -> bool:
-        """Take requests from the inbox until enough wait or none comes; False once the engine is closing."""
-        arrived: list[_Waiting] = []
-        while open_for_more and len(self._waiting) + len(arrived) < self._options.waiting:
-            idle = not self._waiting and not arrived
+        """Take what is in the inbox, as far as there is room to wait; False once the engine is closing.
+
+        Only an engine with nothing to run waits: for ever if it has nothing at all, else a moment for a fuller batch.
+        """
+        while open_for_more and len(self._waiting) + len(self._arrived) < self._options.waiting:
+            idle = not self._waiting and not self._arrived
             try:
-                item = self._inbox.get(timeout=None if idle else LINGER_SECONDS)
+                if self._running:
+                    item = self._inbox.get_nowait()
+                else:
+                    item = self._inbox.get(timeout=None if idle else LINGER_SECONDS)
             except queue.Empty:
                 break
             if item is None:
                 open_for_more = False
-            elif item.future.set_running_or_notify_cancel():
-                arrived.append(item)
-        self._encode(arrived)
+            elif item.futures[0].set_running_or_notify_cancel():
+                self._take_in(item)
         return open_for_more
 
-    def _encode(self, arrived: list[_Waiting]) -> None:
-        """Run the vision tower and the gates over new requests, a bounded number of patches at a time."""
-        chunk: list[_Waiting] = []
-        patches = 0
-        for item in arrived:
-            size = sum(image.shape[0] * image.shape[1] for image in item.request.images)
-            size //= self._model.shape.vision.patch_size**2
-            if chunk and patches + size > ENCODE_PATCHES:
-                self._encode_chunk(chunk)
-                chunk, patches = [], 0
-            chunk.append(item)
-            patches += size
-        if chunk:
-            self._encode_chunk(chunk)
-
-    def _encode_chunk(self, chunk: list[_Waiting]) -> None:
+    def _take_in(self, item: _Item) -> None:
+        """Queue a request, unless an equal one was answered or is on its way."""
+        key = item.request.key
+        if key is not None:
+            if key in self._answers:
+                self._answers.move_to_end(key)
+                self._answers_reused += 1
+                item.futures[0].set_result(self._answers[key])
+                return
+            if key in self._by_key:
+                self._answers_reused += 1
+                self._by_key[key].futures += item.futures
+                return
         try:
-            encoded = self._encode_requests([item.request for item in chunk])
-        except Exception as error:  # whatever one request of the chunk does must not reach the others
-            self._divide(chunk, error, self._encode_chunk)
+            self._encoder.check(item.request)
+            rows = len(item.request.input_ids) + item.request.sampling.max_new_tokens - 1
+            rows = min(rows, self._model.shape.max_positions - 1)
+            if rows > self._options.batch_tokens:
+                raise GenerationError(
+                    f"prompt and answer may take {rows} tokens, above engine.batch_tokens {self._options.batch_tokens}; "
+                    "raise it, or lower generation.max_new_tokens"
+                )
+        except GenerationError as error:
+            self._fail(item, error)
             return
+        if key is not None:
+            self._by_key[key] = item
+        self._arrived.append(item)
+
+    def _encode(self) -> None:
+        """Run the vision tower and the gates over new requests: all of them, or one bounded part while others run."""
+        while self._arrived:
+            chunk = [self._arrived.popleft()]
+            patches = self._encoder.patches(chunk[0].request)
+            while self._arrived and patches + (more := self._encoder.patches(self._arrived[0].request)) <= ENCODE_PATCHES:
+                chunk.append(self._arrived.popleft())
+                patches += more
+            self._narrow(chunk, self._encode_chunk, self._fail)
+            if self._running:
+                return
+
+    def _encode_chunk(self, chunk: list[_Item]) -> None:
+        encoded = self._encoder.encode([item.request for item in chunk])
         for item, result in zip(chunk, encoded, strict=True):
             item.encoded = result
             self._waiting.append(item)
-            if result.prefill_gates is not None:
-                self.agreement.arrived(result.prefill_top, result.decode_top)
+            if result.gates is not None:
+                self.agreement.arrived(result.routes)
 
-    def _divide(self, items: list[_Waiting], error: Exception, retry: Any) -> None:
-        """Narrow a failure down: run each half again, and give the error to a request that fails alone.
-
-        This is also the way out of a CUDA out-of-memory error: half the batch needs half the memory.
-        """
-        if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
-            raise error  # the device's context is lost: blaming one request after another would spoil them all
-        if len(items) == 1:
-            cause = f"{type(error).__name__}: {error}"
-            items[0].future.set_exception(error if isinstance(error, GenerationError) else GenerationError(cause))
+    def _admit(self) -> None:
+        """Start waiting requests in free slots."""
+        # A few at a time: single prompts would make steps too small to be worth it.
+        if not self._waiting or (self._running and len(self._slots) < max(1, self._options.batch_size // 8)):
             return
-        logger.warning("a batch of %d failed (%s); running its halves", len(items), error)
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-        half = len(items) // 2
-        retry(items[:half])
-        retry(items[half:])
-
-    def _encode_requests(self, requests: list[Request]) -> list[Encoded]:
-        model, device = self._model, self._model.device
-        for request in requests:
-            self._check(request)
-        images = [torch.from_numpy(np.array(image)).to(device) for request in requests for image in request.images]
-        features = iter(model.vision.encode(images) if images else [])
-        nothing = torch.empty(0, model.shape.hidden, dtype=model.dtype, device=device)
-        side = model.shape.vision.patch_size * model.shape.vision.merge_size
-        visual, prefill_h, decode_h = [], [], []
-        for request in requests:
-            own = torch.cat([next(features) for _ in request.images]) if request.images else nothing
-            ids = torch.from_numpy(request.input_ids.astype(np.int64)).to(device)
-            span = slice(*request.span)
-            visual.append(own)
-            prefill_h.append(merged_embeddings(model, ids, own, self._image_token_id)[span].mean(0))
-            decode_h.append(model.embeddings[ids[span]].mean(0))
-        routes = model.route(torch.stack([*prefill_h, *decode_h]))
-        count = len(requests)
-        top = np.zeros((2 * count, 0), np.int8) if routes is None else routes.top.to(torch.int8).cpu().numpy()
-        encoded = []
-        for index, request in enumerate(requests):
-            decode_at = index if self._options.decode_route == "prefill" else count + index
-            room = model.shape.max_positions - len(request.input_ids)
-            encoded.append(
-                Encoded(
-                    request=request,
-                    visual=visual[index],
-                    grids=tuple((image.shape[0] // side, image.shape[1] // side) for image in request.images),
-                    max_new_tokens=min(request.sampling.max_new_tokens, room),
-                    prefill_gates=None if routes is None else routes.gates[index],
-                    decode_gates=None if routes is None else routes.gates[decode_at],
-                    prefill_top=top[index],
-                    decode_top=top[decode_at],
-                )
-            )
-        return encoded
-
-    def _check(self, request: Request) -> None:
-        """Refuse what would otherwise fail deep inside the model, or be answered wrongly."""
-        shape, ids = self._model.shape, request.input_ids
-        side = shape.vision.patch_size * shape.vision.merge_size
-        visual = sum((image.shape[0] // side) * (image.shape[1] // side) for image in request.images)
-        if not 0 < len(ids) < shape.max_positions:
-            raise GenerationError(f"{len(ids)} prompt tokens, expected 1 to {shape.max_positions - 1}")
-        if ids.min() < 0 or ids.max() >= shape.vocabulary:
-            raise GenerationError(f"a token id lies outside the vocabulary of {shape.vocabulary}")
-        if (placed := int((ids == self._image_token_id).sum())) != visual:
-            raise GenerationError(f"{placed} image tokens in the prompt, but {visual} visual tokens in its images")
-        if not 0 <= request.span[0] < request.span[1] <= len(ids):
-            raise GenerationError(f"the routing span {request.span} does not lie within {len(ids)} prompt tokens")
-
-    def _choose(self) -> list[_Waiting]:
-        options = self._options
-        encoded = [item.encoded for item in self._waiting if item.encoded is not None]
-        routes = np.stack([np.concatenate([e.prefill_top, e.decode_top]) for e in encoded])
-        if not options.group_by_expert:
-            routes = routes[:, :0]
-        chosen = choose_batch(
-            routes,
-            [e.positions_needed for e in encoded],
-            [item.rounds for item in self._waiting],
-            batch_size=options.batch_size,
-            batch_tokens=options.batch_tokens,
-            max_rounds=options.max_rounds_waiting,
-        )
-        batch = [self._waiting[index] for index in chosen]
-        taken = set(chosen)
+        started = []
+        for index in self._choose():
+            item = self._waiting[index]
+            assert item.encoded is not None
+            start = self._extents.take(item.encoded.rows_needed)
+            if start is None:
+                if item.rounds >= self._options.max_rounds_waiting:
+                    break  # nobody overtakes it any more
+                continue
+            item.running = Running(item.encoded, self._slots.pop(), start)
+            self._runner.admit(item.running)
+            started.append(index)
+        if not started:
+            return
+        new = [self._waiting[index] for index in started]
+        taken = set(started)
         self._waiting = [item for index, item in enumerate(self._waiting) if index not in taken]
         for item in self._waiting:
             item.rounds += 1
-        return batch
-
-    def _run(self, items: list[_Waiting]) -> None:
-        batch = [item.encoded for item in items if item.encoded is not None]
+        self._running += new
         if self._model.gates is not None:
-            self.agreement.ran(np.stack([e.prefill_top for e in batch]), np.stack([e.decode_top for e in batch]))
-        self._run_items(items)
+            self.agreement.started(_routes(new), _routes(self._running))
 
-    def _run_items(self, items: list[_Waiting]) -> None:
-        def done(index: int, outcome: Answer | Exception) -> None:
-            if isinstance(outcome, Exception):
-                items[index].future.set_exception(outcome)
-            else:
-                items[index].future.set_result(outcome)
+    def _choose(self) -> list[int]:
+        options, adapter = self._options, self._model.shape.adapter
+        if adapter is None or not options.group_by_expert:
+            return list(range(min(len(self._slots), len(self._waiting))))
+        waiting, running = _routes(self._waiting), _routes(self._running)
+        return choose(
+            waiting.reshape(len(waiting), -1),
+            np.array([item.rounds for item in self._waiting]),
+            running.reshape(len(running), waiting[0].size),
+            experts=adapter.experts,
+            size=len(self._slots),
+            max_rounds=options.max_rounds_waiting,
+        )
 
+    def _step(self) -> None:
+        """One new token for every running request, and prompts as far as the budget goes."""
+        parts, budget = [], self._step_tokens
+        for item in self._running:
+            assert item.running is not None
+            if (left := item.running.prompt_left) and budget:
+                parts.append(Part(item.running, min(left, budget)))
+                budget -= parts[-1].tokens
+        wanting = [item.running for item in self._running if item.running is not None and item.running.wants_token]
+        parts += [Part(running, 0) for running in wanting]
+        if parts:
+            self._narrow(parts, self._launch, self._fail_part)
+        while len(self._launched) > (self._ahead if parts else 0):
+            self._collect(self._launched.popleft())
+        if any(item.running is not None and item.running.finished for item in self._running):
+            self._running = [item for item in self._running if item.running is not None and not item.running.finished]
+
+    def _launch(self, parts: list[Part]) -> None:
+        self._launched.append(self._runner.launch(parts))
+
+    def _narrow(self, items: list[Any], run: Callable[[list[Any]], None], fail: Callable[[Any, Exception], None]) -> None:
+        """Run, and if that fails narrow the failure down: each half again, until a request fails alone.
+
+        This is also the way out of a CUDA out-of-memory error: half a step needs half the memory.
+        """
         try:
-            batch = [item.encoded for item in items if item.encoded is not None]
-            run_batch(self._model, self._tokenizer, self._image_token_id, batch, done)
-        except Exception as error:  # narrowed down to the request that causes it
-            self._divide([item for item in items if not item.future.done()], error, self._run_items)
+            run(items)
+        except Exception as error:  # whatever one request does must not reach the others
+            if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+                raise  # the device's context is lost: blaming one request after another would spoil them all
+            short = isinstance(error, torch.OutOfMemoryError)
+            if short:
+                torch.cuda.empty_cache()
+                self._step_tokens = max(LEAST_STEP_TOKENS, self._step_tokens // 2)
+            first = items[0]
+            if len(items) > 1:
+                half = len(items) // 2
+                halves = [items[:half], items[half:]]
+            elif short and isinstance(first, Part) and first.tokens > LEAST_STEP_TOKENS:
+                # The rest of the prompt comes with the next step.
+                halves = [[replace(first, tokens=first.tokens // 2)]]
+            else:
+                cause = f"{type(error).__name__}: {error}"
+                fail(first, error if isinstance(error, GenerationError) else GenerationError(cause))
+                return
+            logger.warning("a step for %d requests failed (%s); running its halves", len(items), error)
+            for part in halves:
+                self._narrow(part, run, fail)
+
+    def _collect(self, launched: Launched) -> None:
+        """Read a step's new tokens, and answer the requests that end with them."""
+        items = {id(item.running): item for item in self._running}
+        for running, token in zip(launched.running, launched.read(), strict=True):
+            if running.finished:
+                continue  # it ended while this step was on its way
+            item = items[id(running)]
+            if token == NOT_FINITE:
+                count = len(running.token_ids) + 1
+                self._fail(item, GenerationError(f"the logits of new token {count} are not finite"))
+                continue
+            running.token_ids.append(token)
+            answer = finish(running, self._tokenizer)
+            if answer is not None:
+                self._forget(item)
+                if item.request.key is not None:
+                    self._remember(item.request.key, answer)
+                for future in item.futures:
+                    future.set_result(answer)
+
+    def _remember(self, key: tuple[object, ...], answer: Answer) -> None:
+        self._answers[key] = answer
+        if len(self._answers) > self._options.answer_cache:
+            self._answers.popitem(last=False)
+
+    def _fail_part(self, part: Part, error: Exception) -> None:
+        self._fail(next(item for item in self._running if item.running is part.running), error)
+
+    def _fail(self, item: _Item, error: Exception) -> None:
+        self._forget(item)
+        for future in item.futures:
+            if not future.done():
+                future.set_exception(error)
+
+    def _forget(self, item: _Item) -> None:
+        """Free what a request holds. A step on its way may still write there; the next owner's steps come after it."""
+        if self._by_key.get(item.request.key or ()) is item:
+            del self._by_key[item.request.key or ()]
+        running = item.running
+        if running is not None and not running.finished:
+            running.finished = True
+            self._slots.append(running.slot)
+            self._extents.give_back(running.start, running.encoded.rows_needed)
+
+
+def _routes(items: Sequence[_Item]) -> np.ndarray:
+    """[N, 2, G] int8."""
+    routes = [item.encoded.routes for item in items if item.encoded is not None]
+    return np.stack(routes) if routes else np.zeros((0, 2, 0), np.int8)

@@ -1,4 +1,4 @@
-"""Which waiting requests run together: those whose routes agree, so that a layer runs one dense expert product."""
+"""Which waiting requests start next: those whose routes agree with what runs, so that experts are dense products."""
 
 from __future__ import annotations
 
@@ -8,112 +8,174 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+#: Requests that the commonest routes are taken from: enough to know them, few enough to cost nothing.
+_SAMPLE = 256
 
-def choose_batch(
-    routes: np.ndarray,
-    tokens: Sequence[int],
-    rounds: Sequence[int],
-    *,
-    batch_size: int,
-    batch_tokens: int,
-    max_rounds: int,
+
+@dataclass(frozen=True)
+class PackedRoutes:
+    """Routes of N requests with D decisions each, several decisions to a 64-bit word.
+
+    Attributes:
+        words: [N, words] uint64.
+        bits: bits of a decision.
+        ones: a word with the lowest bit of each decision set.
+    """
+
+    words: np.ndarray
+    bits: int
+    ones: np.uint64
+
+    @classmethod
+    def pack(cls, routes: np.ndarray, experts: int) -> PackedRoutes:
+        """Pack routes [N, D] int8 of decisions among `experts`."""
+        bits = next(b for b in (1, 2, 4, 8) if experts <= 1 << b)
+        per_word = 64 // bits
+        count, decisions = routes.shape
+        padded = np.zeros((count, -(-decisions // per_word), per_word), np.uint64)
+        padded.reshape(count, -1)[:, :decisions] = routes
+        shifts = np.arange(per_word, dtype=np.uint64) * np.uint64(bits)
+        ones = np.bitwise_or.reduce(np.uint64(1) << shifts)
+        return cls(np.bitwise_or.reduce(padded << shifts, axis=-1), bits, ones)
+
+    def differences(self, other: np.ndarray) -> np.ndarray:
+        """[N] int: in how many decisions each request differs from the packed route [words]."""
+        x = self.words ^ other
+        shift = 1
+        while shift < self.bits:
+            x |= x >> np.uint64(shift)
+            shift *= 2
+        return np.bitwise_count(x & self.ones).sum(-1, dtype=np.int64)
+
+
+def choose(
+    routes: np.ndarray, rounds: np.ndarray, running: np.ndarray, *, experts: int, size: int, max_rounds: int
 ) -> list[int]:
-    """Pick the waiting requests to run next.
+    """Order the waiting requests that should start next.
 
     Args:
-        routes: [N, D] int8, each waiting request's decisions, oldest request first.
-        tokens: cache positions each needs (prompt and new tokens).
-        rounds: how often each was passed over.
-        batch_size: most requests of a batch.
-        batch_tokens: most cache positions of a batch; slots are as long as the batch's longest request.
-        max_rounds: the oldest request passed over this often leads the batch: no one waits for ever.
+        routes: [N, D] int8, each waiting request's decisions (prompt's, then new tokens'), oldest request first.
+        rounds: [N] int, how often each was passed over.
+        running: [R, D] int8, the decisions of the requests that run; only the half for new tokens matters.
+        experts: E.
+        size: how many may start.
+        max_rounds: requests passed over this often come first, the oldest before the others, and the oldest of them
+            decides whom the rest should agree with: no one waits for ever.
 
     Returns:
-        Indices of the batch, oldest first; at least one, even if it alone is above `batch_tokens`.
+        At most `size` indices, the most wanted first.
     """
-    count = len(routes)
-    size = min(batch_size, count)
-    overdue = next((i for i in range(count) if rounds[i] >= max_rounds), None)
-    if overdue is not None:
-        agreement = _agreements(routes, routes[overdue : overdue + 1])[0]
-        leader = overdue
+    count, decisions = routes.shape
+    overdue = np.flatnonzero(rounds >= max_rounds)[:size]
+    if decisions == 0 or count <= size:
+        rest = np.setdiff1d(np.arange(count), overdue)
+        return [*overdue.tolist(), *rest.tolist()][:size]
+    packed = PackedRoutes.pack(routes, experts)
+    if len(overdue):
+        centre = routes[overdue[0]]
     else:
-        among = _agreements(routes, routes)
-        # The leader is the request whose `size` nearest agree with it most; ties go to the oldest.
-        nearest = np.partition(among, count - size, axis=1)[:, count - size :].sum(1)
-        leader = int(nearest.argmax())
-        agreement = among[leader]
-    agreement = agreement.astype(np.int64)
-    agreement[leader] = routes.shape[1] + 1
-    chosen: list[int] = []
-    longest = 0
-    for index in np.argsort(-agreement, kind="stable"):
-        longest_then = max(longest, tokens[index])
-        if chosen and (len(chosen) + 1) * longest_then > batch_tokens:
-            continue
-        chosen.append(int(index))
-        longest = longest_then
-        if len(chosen) == size:
-            break
-    return sorted(chosen)
+        centre = majority(routes[:_SAMPLE], experts)
+        if len(running):
+            half = decisions // 2
+            centre = np.concatenate([centre[:half], majority(running[:, half:], experts)])
+    order = _nearest(packed, centre, experts, size)
+    if not len(overdue):
+        # Once more around those found: the commonest decisions of all need not be anybody's.
+        found = majority(routes[order], experts)
+        if len(running):
+            found[decisions // 2 :] = centre[decisions // 2 :]
+        order = _nearest(packed, found, experts, size)
+    first = set(overdue.tolist())
+    return [*overdue.tolist(), *(i for i in order.tolist() if i not in first)][:size]
 
 
-def _agreements(routes: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """[len(of), N] int: in how many decisions two requests agree."""
-    return (of[:, None, :] == routes[None, :, :]).sum(-1, dtype=np.int32)
+def _nearest(packed: PackedRoutes, centre: np.ndarray, experts: int, size: int) -> np.ndarray:
+    """The `size` requests that differ least from a route [D], nearest first, the oldest of equals first."""
+    count = len(packed.words)
+    # Differences and age in one number: no two are equal.
+    rank = packed.differences(PackedRoutes.pack(centre[None], experts).words[0]) * count + np.arange(count)
+    nearest = np.argpartition(rank, size - 1)[:size]
+    return nearest[np.argsort(rank[nearest])]
 
 
-def common_experts(top: np.ndarray, top_k: int) -> list[int | None]:
-    """For each gate the expert that all requests [R, G] share, or None; never with more than one expert a gate."""
-    if top_k != 1:
-        return [None] * top.shape[1]
-    same = (top == top[0]).all(0)
-    return [int(expert) if shared else None for expert, shared in zip(top[0], same, strict=True)]
+def majority(routes: np.ndarray, experts: int) -> np.ndarray:
+    """[D]: the commonest decision of each column of routes [N, D]."""
+    counts = np.stack([(routes == expert).sum(0) for expert in range(experts)])
+    return counts.argmax(0).astype(routes.dtype)
 
 
-def majority_served(top: np.ndarray) -> int:
-    """How many (request, gate) pairs of a batch [R, G] are served by the batch's majority expert of that gate."""
-    return int(sum(np.bincount(column).max() for column in top.T))
+def majority_served(routes: np.ndarray) -> int:
+    """How many decisions of routes [N, D] are the commonest of their column."""
+    return int(sum(np.bincount(column).max() for column in routes.T)) if len(routes) else 0
 
 
 @dataclass
 class AgreementReport:
-    """How well grouping works: pairs of (request, gate) served by their batch's majority expert.
+    """How well grouping works, counted whenever requests start: decisions that are their group's commonest.
 
-    Attributes:
-        pairs: all pairs that ran, counted once for prefill and once for decode.
-        prefill: of these, prefill pairs served by the majority.
-        decode: the same for decode.
-        prefill_in_order: what batches of the same sizes in order of arrival would have served.
-        decode_in_order: the same for decode.
+    For prompts the group is what starts together, for new tokens all that runs from then on. `*_in_order` is what groups
+    of the same sizes in order of arrival would have had.
     """
 
-    pairs: int = 0
+    prefill_pairs: int = 0
     prefill: int = 0
-    decode: int = 0
     prefill_in_order: int = 0
+    decode_pairs: int = 0
+    decode: int = 0
     decode_in_order: int = 0
-    _arrivals: deque[tuple[np.ndarray, np.ndarray]] = field(default_factory=deque, repr=False)
+    _arrivals: deque[np.ndarray] = field(default_factory=deque, repr=False)
+    _recent: deque[np.ndarray] = field(default_factory=deque, repr=False)
 
-    def arrived(self, prefill: np.ndarray, decode: np.ndarray) -> None:
-        """Note a request's routes [G] in order of arrival."""
-        self._arrivals.append((prefill, decode))
+    def arrived(self, routes: np.ndarray) -> None:
+        """Note a request's routes [2, G] in order of arrival."""
+        self._arrivals.append(routes)
 
-    def ran(self, prefill: np.ndarray, decode: np.ndarray) -> None:
-        """Note the routes [R, G] of a batch that ran."""
-        in_order = [self._arrivals.popleft() for _ in range(len(prefill))]
-        self.pairs += prefill.size
-        self.prefill += majority_served(prefill)
-        self.decode += majority_served(decode)
-        self.prefill_in_order += majority_served(np.stack([p for p, _ in in_order]))
-        self.decode_in_order += majority_served(np.stack([d for _, d in in_order]))
+    def started(self, routes: np.ndarray, running: np.ndarray) -> None:
+        """Note the routes [N, 2, G] that start together, and those [R, 2, G] that run from then on, these included."""
+        for _ in range(len(routes)):
+            self._recent.append(self._arrivals.popleft())
+        while len(self._recent) > max(len(running), len(routes)):
+            self._recent.popleft()
+        in_order = np.stack(self._recent)
+        self.prefill_pairs += routes[:, 0].size
+        self.prefill += majority_served(routes[:, 0])
+        self.prefill_in_order += majority_served(in_order[-len(routes) :, 0])
+        self.decode_pairs += running[:, 1].size
+        self.decode += majority_served(running[:, 1])
+        self.decode_in_order += majority_served(in_order[-len(running) :, 1])
 
     def counts(self) -> dict[str, int]:
         """The counters by name; those of several replicas may be added."""
-        return {
-            "pairs": self.pairs,
-            "prefill": self.prefill,
-            "decode": self.decode,
-            "prefill_in_order": self.prefill_in_order,
-            "decode_in_order": self.decode_in_order,
-        }
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+def dense_and_sparse(
+    tops: np.ndarray, tokens: Sequence[int], experts: int, *, masked_below: int, majority_share: float
+) -> list[tuple[tuple[int, ...], dict[int, np.ndarray]]]:
+    """Choose for each gate which experts are computed for all of a step's tokens, and which for their own (`GateFactors`).
+
+    Args:
+        tops: [S, G] int8, the one expert of each request that has tokens in the step.
+        tokens: how many each has, in the order of the step.
+        experts: E.
+        masked_below: steps of fewer tokens compute every expert for every token.
+        majority_share: the expert that at least this share of the tokens chose is computed for all of them.
+
+    Returns:
+        For each gate the dense experts, and the token indices of each sparse one.
+    """
+    total = sum(tokens)
+    everyone = tuple(range(experts))
+    if total < masked_below:
+        shared = (tops == tops[0]).all(0)
+        return [((int(tops[0, g]),) if shared[g] else everyone, {}) for g in range(tops.shape[1])]
+    weights = np.asarray(tokens)
+    per_token = np.repeat(tops, weights, axis=0)  # [tokens, G]
+    found: list[tuple[tuple[int, ...], dict[int, np.ndarray]]] = []
+    for column, top in zip(per_token.T, tops.T, strict=True):
+        counts = np.bincount(top, weights, minlength=experts)
+        commonest = int(counts.argmax())
+        dense = (commonest,) if counts[commonest] >= majority_share * total else ()
+        others = [e for e in everyone if counts[e] and e not in dense]
+        found.append((dense, {e: np.flatnonzero(column == e) for e in others}))
+    return found

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 #: New tokens where neither settings nor checkpoint say: transformers' own default.
 DEFAULT_NEW_TOKENS = 20
@@ -77,65 +77,92 @@ def _first(*values: Any) -> Any:
 
 
 class Sampler:
-    """Samples for the requests of one batch.
+    """Samples for the requests that hold the engine's slots; nothing here waits for the device.
 
     Args:
-        sampling: each request's settings.
-        input_ids: each request's prompt [T] int64; the repetition penalty covers the prompt too.
+        slots: how many requests run at once.
         vocabulary: size of the logits.
         device: device of the logits.
     """
 
-    def __init__(
-        self, sampling: Sequence[Sampling], input_ids: Sequence[Tensor], vocabulary: int, device: torch.device
-    ) -> None:
-        self._sampling = list(sampling)
-        self._generators = [
-            None if s.greedy else torch.Generator(device=device).manual_seed(s.seed) for s in self._sampling
-        ]
-        self._penalties: Tensor | None = None
-        if any(s.repetition_penalty != 1.0 for s in self._sampling):
-            penalties = [s.repetition_penalty for s in self._sampling]
-            self._penalties = torch.tensor(penalties, device=device, dtype=torch.float32).unsqueeze(1)
-            self._seen = torch.zeros(len(penalties), vocabulary, dtype=torch.bool, device=device)
-            for row, ids in enumerate(input_ids):
-                self._seen[row, ids] = True
+    def __init__(self, slots: int, vocabulary: int, device: torch.device) -> None:
+        self._vocabulary, self._device = vocabulary, device
+        self._sampling: list[Sampling | None] = [None] * slots
+        self._generators: list[torch.Generator | None] = [None] * slots
+        self._penalty = torch.ones(slots, device=device)
+        self._temperature = torch.ones(slots, device=device)
+        self._top_k = torch.full((slots,), vocabulary, device=device)
+        self._tail = torch.zeros(slots, device=device)  # 1 - top_p
+        self._seen: Tensor | None = None  # bool [slots, vocabulary], made for the first request with a penalty
+        self._drawn: dict[int, Tensor] = {}
 
-    def sample(self, logits: Tensor) -> Tensor:
-        """Choose a token for each row of logits [requests, vocabulary] float32; `NOT_FINITE` where they are not.
+    def assign(self, slot: int, sampling: Sampling, input_ids: np.ndarray) -> None:
+        """Give a slot to a request; the repetition penalty covers its prompt too."""
+        self._sampling[slot] = sampling
+        self._generators[slot] = None
+        if not sampling.greedy:
+            self._generators[slot] = torch.Generator(device=self._device).manual_seed(sampling.seed)
+            self._temperature[slot] = sampling.temperature
+            self._top_k[slot] = sampling.top_k if 0 < sampling.top_k < self._vocabulary else self._vocabulary
+            self._tail[slot] = 1 - sampling.top_p
+        if sampling.repetition_penalty != 1.0 and self._seen is None:
+            self._seen = torch.zeros(len(self._sampling), self._vocabulary, dtype=torch.bool, device=self._device)
+        if self._seen is not None:
+            self._penalty[slot] = sampling.repetition_penalty
+            self._seen[slot] = False
+            prompt = torch.from_numpy(input_ids.astype(np.int64)).to(self._device, non_blocking=True)
+            self._seen[slot].index_fill_(0, prompt, True)
+
+    def sample(self, logits: Tensor, slots: Sequence[int], index: Tensor) -> Tensor:
+        """Choose a token for each row of logits.
+
+        Args:
+            logits: [requests, vocabulary] float32.
+            slots: the rows' slots, and as an int64 `index` [requests] on the device.
+            index: see `slots`.
 
         Returns:
-            [requests] int64.
+            [requests] int64; `NOT_FINITE` for a row whose logits are not finite.
         """
         finite = logits.isfinite().all(-1)
-        scores = logits
-        if self._penalties is not None:
-            penalised = torch.where(logits < 0, logits * self._penalties, logits / self._penalties)
-            scores = torch.where(self._seen, penalised, logits)
+        scores, seen = logits, None
+        if self._seen is not None:
+            seen = self._seen.index_select(0, index)
+            penalty = self._penalty.index_select(0, index).unsqueeze(1)
+            scores = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
         tokens = scores.argmax(-1)
-        for row, generator in enumerate(self._generators):
-            if generator is not None and bool(finite[row]):
-                tokens[row] = _draw(scores[row : row + 1], self._sampling[row], generator)
-        if self._penalties is not None:
-            self._seen.scatter_(1, tokens.unsqueeze(1), True)
+        rows = [row for row, slot in enumerate(slots) if self._generators[slot] is not None]
+        if rows:
+            at = torch.tensor(rows, device=self._device)
+            tokens.index_copy_(0, at, self._draw(scores.index_select(0, at), [slots[row] for row in rows]))
+        if self._seen is not None:
+            self._seen.index_put_((index, tokens), torch.ones((), dtype=torch.bool, device=self._device))
+        self._drawn.clear()
         return tokens.masked_fill(~finite, NOT_FINITE)
 
-    def keep(self, rows: Sequence[int], index: Tensor) -> None:
-        """Keep only some rows, given on the host and as an int64 index on the device."""
-        self._sampling = [self._sampling[row] for row in rows]
-        self._generators = [self._generators[row] for row in rows]
-        if self._penalties is not None:
-            self._penalties = self._penalties.index_select(0, index)
-            self._seen = self._seen.index_select(0, index)
+    def _draw(self, scores: Tensor, slots: list[int]) -> Tensor:
+        """Sample rows of scores with the warpers of transformers, in its order, and the draw of `torch.multinomial`."""
+        index = torch.tensor(slots, device=self._device)
+        scores = scores / self._temperature.index_select(0, index).unsqueeze(1)
+        settings = [self._sampling[slot] for slot in slots]
+        if any(s is not None and (s.top_k > 0 or s.top_p < 1.0) for s in settings):
+            scores = self._keep_probable(scores, index)
+        probabilities = scores.softmax(-1)
+        # A step that runs again after an error must not draw again.
+        for slot in slots:
+            if slot not in self._drawn:
+                noise = torch.empty(self._vocabulary, device=self._device)
+                self._drawn[slot] = noise.exponential_(generator=self._generators[slot])
+        return (probabilities / torch.stack([self._drawn[slot] for slot in slots])).argmax(-1)
 
-
-def _draw(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Sample one token from scores [1, vocabulary] with transformers' own warpers, in its order."""
-    unused = torch.empty(0)
-    if sampling.temperature != 1.0:
-        scores = TemperatureLogitsWarper(sampling.temperature)(unused, scores)
-    if sampling.top_k > 0:
-        scores = TopKLogitsWarper(sampling.top_k)(unused, scores)
-    if sampling.top_p < 1.0:
-        scores = TopPLogitsWarper(sampling.top_p)(unused, scores)
-    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[0, 0]
+    def _keep_probable(self, scores: Tensor, index: Tensor) -> Tensor:
+        """Top-k, then top-p: all other scores become -inf."""
+        top_k = self._top_k.index_select(0, index).unsqueeze(1)
+        tail = self._tail.index_select(0, index).unsqueeze(1)
+        rising, order = scores.sort(dim=-1, descending=False)
+        threshold = rising.gather(1, self._vocabulary - top_k)
+        rising = rising.masked_fill(rising < threshold, -torch.inf)
+        removed = (rising.softmax(-1).cumsum(-1) <= tail) & (tail > 0)
+        removed[:, -1] = False
+        removed |= rising == -torch.inf
+        return scores.masked_fill(removed.scatter(1, order, removed), -torch.inf)

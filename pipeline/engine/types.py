@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from pipeline.engine.sampling import Sampling
+
+
+class GenerationError(Exception):
+    """A request could not be answered; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,21 @@ class Request:
     span: tuple[int, int]
     images: tuple[np.ndarray, ...]
     sampling: Sampling
+
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
+        """What tells its images apart from others: size and every pixel."""
+        return tuple(
+            hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, salt=repr(image.shape[:2]).encode()).digest()
+            for image in self.images
+        )
+
+    @cached_property
+    def key(self) -> tuple[object, ...] | None:
+        """Equal for requests that get the same answer; None where chance decides."""
+        if not self.sampling.greedy:
+            return None
+        return (self.input_ids.tobytes(), self.span, self.digests, self.sampling)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.decoder import Decoder, DecoderLayer, LayerGates
 from pipeline.model.experts import GateFactors, Mixture
-from pipeline.model.routing import Gates, Routes, expert_factors, route
+from pipeline.model.routing import Gates, Routes, route
 from pipeline.model.shape import GATES, ModelShape
 from pipeline.model.vision import Affine, VisionBlock, VisionTower, pixel_table
 
@@ -52,23 +52,15 @@ class Model:
             return None
         return route(h, self.gates, self.shape.adapter.top_k)
 
-    def layer_gates(
-        self, gates: Tensor | None, common: Sequence[int | None], token_counts: Tensor | None = None
-    ) -> list[LayerGates]:
-        """Prepare the factors of one step for every layer.
+    def layer_gates(self, gates: Sequence[GateFactors]) -> list[LayerGates]:
+        """Hand the gates' factors for a step to their layers; none of them without an adapter.
 
         Args:
-            gates: [R, G, E] float16 gate values of the step's requests, None without an adapter.
-            common: for each of the G gates the expert all requests share, or None.
-            token_counts: [R] tokens of each request in a packed prefill; None in decode, one token each.
+            gates: one entry for each of the G gates, or nothing.
         """
-        if gates is None or self.shape.adapter is None:
+        if not gates:
             return [LayerGates(None, None)] * self.shape.layers
-        factors = expert_factors(gates, self.shape.adapter.scale)
-        if token_counts is not None:
-            factors = torch.repeat_interleave(factors, token_counts, dim=0)
-        by_gate = [GateFactors(f, c) for f, c in zip(factors.unbind(1), common, strict=True)]
-        return [LayerGates(*by_gate[i : i + len(GATES)]) for i in range(0, len(by_gate), len(GATES))]
+        return [LayerGates(*gates[i : i + len(GATES)]) for i in range(0, len(gates), len(GATES))]
 
 
 def load_model(checkpoint: Checkpoint, image_processor: Any, dtype: torch.dtype, device: torch.device) -> Model:
@@ -89,9 +81,8 @@ def load_model(checkpoint: Checkpoint, image_processor: Any, dtype: torch.dtype,
         return Affine(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
     def mixture(name: str) -> Mixture:
-        if shape.adapter is None:
-            return Mixture(tensors[f"{name}.weight"], None, None, 0)
-        return Mixture(tensors[f"{name}.weight"], tensors[f"{name}.a"], tensors[f"{name}.b"], shape.adapter.rank)
+        rank = shape.adapter.rank if shape.adapter else 0
+        return Mixture(tensors[f"{name}.stacked"], tensors.get(f"{name}.b"), rank)
 
     block_parts = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
     table = pixel_table(image_processor.image_mean, image_processor.image_std, image_processor.rescale_factor)

@@ -21,7 +21,7 @@ from pipeline.model.sources import TensorFiles, TensorReader, localise
 
 #: Written beside converted weights; its presence marks a folder as a serving checkpoint.
 SERVING_MANIFEST = "awaker_serving.json"
-SERVING_FORMAT = 1
+SERVING_FORMAT = 2
 
 #: Our name of each projection that has experts, and where it stands in a released layer.
 MIXTURES = {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -293,12 +293,12 @@ def recipes(shape: ModelShape) -> Iterator[Recipe]:
             yield Recipe(f"{to}.qkv.weight", tuple(f"{p}.weight" for p in qkv), _stack_rows)
         yield Recipe(f"{to}.qkv.bias", tuple(f"{p}.bias" for p in qkv), _stack_rows)
         for ours, theirs in MIXTURES.items():
-            yield Recipe(f"{to}.{ours}.weight", (f"{at}.{theirs}.weight",), _same)
+            names = _expert_names(adapter) if adapter else []
+            a = tuple(f"{at}.{theirs}.lora_moe_A.{e}.weight" for e in names)
+            b = tuple(f"{at}.{theirs}.lora_moe_B.{e}.weight" for e in names)
+            # One product over all of them (see `experts.Mixture`).
+            yield Recipe(f"{to}.{ours}.stacked", (*a, f"{at}.{theirs}.weight"), _stack_rows)
             if adapter:
-                names = _expert_names(adapter)
-                a = tuple(f"{at}.{theirs}.lora_moe_A.{e}.weight" for e in names)
-                b = tuple(f"{at}.{theirs}.lora_moe_B.{e}.weight" for e in names)
-                yield Recipe(f"{to}.{ours}.a", a, _stack_rows)
                 yield Recipe(f"{to}.{ours}.b", b, _stack_columns)
         yield Recipe(f"{to}.post_norm.weight", (f"{at}.post_attention_layernorm.weight",), _same)
     if adapter:

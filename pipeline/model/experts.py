@@ -19,33 +19,40 @@ from torch.nn.functional import linear
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights of one projection with its experts. The global expert is the last of the stacks.
+    """Weights of one projection with its experts.
 
     Attributes:
-        weight: [out, in].
-        a: [(E + 1) * rank, in], the experts' A stacked along rows; None without an adapter.
-        b: [out, (E + 1) * rank], the experts' B side by side; None without an adapter.
-        rank: r.
+        stacked: [(E + 1) * rank + out, in]: the experts' A, the global expert's A, then W. Products over a range of its
+            rows are products with several of them at once. Without an adapter it is W.
+        b: [out, (E + 1) * rank], the experts' B side by side, the global one last; None without an adapter.
+        rank: r; 0 without an adapter.
     """
 
-    weight: Tensor
-    a: Tensor | None
+    stacked: Tensor
     b: Tensor | None
     rank: int
 
 
 @dataclass(frozen=True)
 class GateFactors:
-    """What one gate contributes to a step, for the tokens of a batch.
+    """What one gate contributes to a step, and which experts are computed for which of its tokens.
+
+    The experts of `dense` are computed for every token, those of `sparse` for the tokens named there; a factor of zero
+    makes an expert's part vanish exactly. Every expert that a token chose must be in one of them. So with E experts:
+
+    - masked: all of them dense;
+    - majority: the expert that most tokens share dense, the others sparse;
+    - segments: all sparse.
 
     Attributes:
-        factors: [tokens, E + 1], float32: s * m * g_e, the global expert's s * (1 - m) last.
-        common_expert: the expert that every token routes to with top-1 routing, or None where they differ. It is known
-            on the host from the requests' routes, so choosing a strategy never waits for the device.
+        factors: [tokens, E + 1] in the hidden states' dtype: s * m * g_e, the global expert's s * (1 - m) last.
+        dense: experts computed for every token: one, none, or all E.
+        sparse: other experts, each with the int64 indices of its tokens.
     """
 
     factors: Tensor
-    common_expert: int | None
+    dense: tuple[int, ...]
+    sparse: tuple[tuple[int, Tensor], ...] = ()
 
 
 def mixture_linear(x: Tensor, mixture: Mixture, gate: GateFactors | None) -> Tensor:
@@ -58,21 +65,28 @@ def mixture_linear(x: Tensor, mixture: Mixture, gate: GateFactors | None) -> Ten
 
     Returns:
         [tokens, out], in the dtype of `x`.
-
-    Where all tokens share one expert the expansion is dense over that expert and the global one. Otherwise all experts
-    are computed and those a token did not choose are multiplied by zero: exact, and 41% more arithmetic at worst.
     """
-    out = linear(x, mixture.weight)
-    if gate is None or mixture.a is None or mixture.b is None:
-        return out
-    rank = mixture.rank
-    if gate.common_expert is None:
-        low = linear(x, mixture.a)
-        low = (low.view(*low.shape[:-1], -1, rank) * gate.factors.unsqueeze(-1).to(low.dtype)).flatten(-2)
-        return out.addmm_(low, mixture.b.t())
-    last = gate.factors.shape[-1] - 1
-    for expert in (gate.common_expert, last):
-        rows = slice(expert * rank, (expert + 1) * rank)
-        low = linear(x, mixture.a[rows]) * gate.factors[:, expert, None].to(x.dtype)
-        out.addmm_(low, mixture.b[:, rows].t())
+    stacked, b, rank = mixture.stacked, mixture.b, mixture.rank
+    if gate is None or b is None:
+        return linear(x, stacked)
+    experts = gate.factors.shape[-1] - 1
+    if len(gate.dense) == experts:
+        product = linear(x, stacked)
+        below = (experts + 1) * rank
+        low = product[:, :below].unflatten(-1, (-1, rank)) * gate.factors.unsqueeze(-1)
+        return product[:, below:].addmm_(low.flatten(-2), b.t())
+
+    def rows(expert: int) -> slice:
+        return slice(expert * rank, (expert + 1) * rank)
+
+    product = linear(x, stacked[experts * rank :])
+    out = product[:, rank:]
+    out.addmm_(product[:, :rank] * gate.factors[:, experts, None], b[:, rows(experts)].t())
+    for expert in gate.dense:
+        low = linear(x, stacked[rows(expert)]) * gate.factors[:, expert, None]
+        out.addmm_(low, b[:, rows(expert)].t())
+    for expert, tokens in gate.sparse:
+        factors = gate.factors[:, expert].index_select(0, tokens).unsqueeze(-1)
+        low = linear(x.index_select(0, tokens), stacked[rows(expert)]) * factors
+        out.index_add_(0, tokens, low @ b[:, rows(expert)].t())
     return out

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import pipeline.engine.engine as engine_module
-from pipeline.engine import Engine
-from pipeline.engine.batch import GenerationError
+from pipeline.engine import Engine, GenerationError
+from pipeline.engine.runner import Launched, Part, Runner
 from pipeline.model.decoder import Decoder
 from pipeline.model.prompt import PromptProcessor
 from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
@@ -22,7 +22,7 @@ from tests.prompts import as_request, engine_for, greedy, random_questions
 @pytest.fixture
 def running(tmp_path: Path) -> tuple[Engine, PromptProcessor]:
     base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
-    return engine_for(base, adapter, batch_size=4, waiting=8)
+    return engine_for(base, adapter, batch_size=4, waiting=8, answer_cache=0)
 
 
 def test_several_callers_share_one_engine(running: tuple[Engine, PromptProcessor]) -> None:
@@ -41,7 +41,7 @@ def test_grouping_serves_more_pairs_by_the_majority_than_order_of_arrival(tmp_pa
     engine, processor = engine_for(base, adapter, batch_size=4, waiting=48)
     with engine:
         engine.generate([as_request(a, processor, greedy(1)) for a in random_questions(96, seed=8)])
-        counts = engine.agreement.counts()
+        counts = engine.counts()
     assert counts["prefill"] + counts["decode"] > counts["prefill_in_order"] + counts["decode_in_order"]
 
 
@@ -65,39 +65,41 @@ def test_logits_that_are_not_finite_fail_their_request_alone(
     requests = [as_request(a, processor, greedy(5)) for a in random_questions(4, seed=2, images=(0,))]
     requests = [replace(r, input_ids=np.append(r.input_ids, i).astype(np.int32)) for i, r in enumerate(requests)]
     marker = engine._model.embeddings[2].clone()  # the last token of request 2
-    prefill = Decoder.prefill
+    step = Decoder.step
 
     def poisoned(self: Decoder, embeddings: torch.Tensor, *rest: object) -> torch.Tensor:
-        return prefill(self, torch.where((embeddings == marker).all(-1, keepdim=True), torch.nan, embeddings), *rest)
+        return step(self, torch.where((embeddings == marker).all(-1, keepdim=True), torch.nan, embeddings), *rest)
 
     with engine:
         expected = [a.token_ids for a in engine.generate(requests)]
-        monkeypatch.setattr(Decoder, "prefill", poisoned)
+        monkeypatch.setattr(Decoder, "step", poisoned)
         futures = [engine.submit(request) for request in requests]
         with pytest.raises(GenerationError, match="new token 1 are not finite"):
             futures.pop(2).result()
         assert [f.result().token_ids for f in futures] == expected[:2] + expected[3:]
 
 
-def test_out_of_memory_runs_the_batch_in_halves(
-    running: tuple[Engine, PromptProcessor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, processor = running
+def test_out_of_memory_runs_the_step_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
+    engine, processor = engine_for(*checkpoint, batch_size=4, waiting=8)
     requests = [as_request(a, processor, greedy(5)) for a in random_questions(8, seed=3)]
-    run_batch = engine_module.run_batch
+    launch = Runner.launch
     sizes = []
 
-    def short_of_memory(model: object, tokenizer: object, token: int, batch: list[object], done: object) -> None:
-        sizes.append(len(batch))
-        if len(batch) > 2:
+    def short_of_memory(self: Runner, parts: list[Part]) -> Launched:
+        sizes.append(sum(part.tokens or 1 for part in parts))
+        if sizes[-1] > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        run_batch(model, tokenizer, token, batch, done)
+        return launch(self, parts)
 
     with engine:
-        expected = [a.token_ids for a in engine.generate(requests)]
-        monkeypatch.setattr(engine_module, "run_batch", short_of_memory)
-        assert [a.token_ids for a in engine.generate(requests)] == expected
-    assert max(sizes) > 2
+        monkeypatch.setattr(Runner, "launch", short_of_memory)
+        answers = [a.token_ids for a in engine.generate(requests)]
+    monkeypatch.undo()
+    assert max(sizes) > 20
+    roomy, _ = engine_for(*checkpoint, batch_size=4, waiting=8)
+    with roomy:
+        assert answers == [a.token_ids for a in roomy.generate(requests)]
 
 
 def test_a_failed_engine_tells_everyone_who_waits(
@@ -109,7 +111,7 @@ def test_a_failed_engine_tells_everyone_who_waits(
     def broken(*_: object, **__: object) -> list[int]:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(engine_module, "choose_batch", broken)
+    monkeypatch.setattr(engine_module, "choose", broken)
     futures = [engine.submit(request) for request in requests]
     for future in futures:
         with pytest.raises(RuntimeError, match="the engine failed: a bug"):
@@ -140,3 +142,59 @@ def test_a_prompt_near_the_context_gets_what_room_is_left(tmp_path: Path) -> Non
         answer = engine.generate([request])[0]
     assert len(answer.token_ids) == 64 - len(request.input_ids)
     assert answer.finish_reason == "length"
+
+
+def test_equal_images_are_encoded_once_and_equal_rows_answered_once(tmp_path: Path) -> None:
+    base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
+    first, second = random_questions(2, seed=6, images=(1, 2))
+    asked = [first, second, first, replace(second, question="What is this?"), first]
+    plain, processor = engine_for(base, adapter, vision_cache_bytes=0, answer_cache=0, batch_size=1, waiting=1)
+    requests = [as_request(a, processor, greedy(4)) for a in asked]
+    with plain:
+        expected = [plain.generate([request])[0].token_ids for request in requests]
+    assert plain.counts()["images_encoded"] == 7
+    engine, _ = engine_for(base, adapter)
+    with engine:
+        assert [answer.token_ids for answer in engine.generate(requests)] == expected
+        assert engine.counts()["answers_reused"] == 2
+        assert engine.counts()["images_encoded"] == 3
+        assert engine.counts()["images_reused"] == 2
+        # Answers and visual tokens are kept for rows that come later.
+        assert engine.generate(requests[:1])[0].token_ids == expected[0]
+        assert engine.generate([replace(requests[1], sampling=greedy(3))])[0].token_ids == expected[1][:3]
+    counts = engine.counts()
+    assert (counts["answers_reused"], counts["images_encoded"], counts["images_reused"]) == (3, 3, 4)
+
+
+def test_sampled_answers_are_not_shared(running: tuple[Engine, PromptProcessor]) -> None:
+    engine, processor = running
+    request = as_request(random_questions(1, seed=5)[0], processor, replace(greedy(3), temperature=1.0))
+    with engine:
+        engine.generate([request, request])
+    assert engine.counts()["answers_reused"] == 0
+
+
+def test_a_request_longer_than_the_cache_is_told_what_to_raise(tmp_path: Path) -> None:
+    base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
+    engine, processor = engine_for(base, adapter, batch_tokens=100)
+    asked = random_questions(2, seed=1, images=(0,))
+    long, short = as_request(asked[0], processor, greedy(90)), as_request(asked[1], processor, greedy(2))
+    with engine:
+        futures = [engine.submit(long), engine.submit(short)]
+        with pytest.raises(GenerationError, match=r"above engine.batch_tokens 100; raise it"):
+            futures[0].result()
+        assert len(futures[1].result().token_ids) == 2
+
+
+def test_visual_tokens_kept_are_bounded() -> None:
+    from pipeline.engine.encode import VisionCache
+
+    cache = VisionCache(limit=3 * 4 * 8)
+    for key in (b"a", b"b", b"c"):
+        cache.put(key, torch.ones(4, 2))
+    assert cache.get(b"a") is not None
+    cache.put(b"d", torch.ones(4, 2))
+    assert cache.get(b"b") is None, "asked for longest ago"
+    assert cache.get(b"a") is not None
+    cache.put(b"e", torch.ones(100, 2))
+    assert cache.get(b"e") is None, "above the limit by itself"

@@ -75,9 +75,16 @@ def checkpoints(draw: st.DrawFn) -> tuple[RandomShape, int]:
     order=st.permutations(range(5)),
     decode_route=st.sampled_from(["released", "prefill"]),
     penalty=st.sampled_from([1.0, 1.3]),
+    step_tokens=st.sampled_from([5, 64, 2048]),
 )
 def test_any_checkpoint_batch_and_order_equals_the_reference(
-    checkpoint: tuple[RandomShape, int], seed: int, batch_size: int, order: list[int], decode_route: str, penalty: float
+    checkpoint: tuple[RandomShape, int],
+    seed: int,
+    batch_size: int,
+    order: list[int],
+    decode_route: str,
+    penalty: float,
+    step_tokens: int,
 ) -> None:
     shape, top_k = checkpoint
     asked = random_questions(5, seed)
@@ -90,7 +97,8 @@ def test_any_checkpoint_batch_and_order_equals_the_reference(
         sampling = greedy(NEW_TOKENS, repetition_penalty=penalty)
         spans, expected = [], []
         for released, (a, b) in ((True, (base, adapter)), (False, (converted, None))):
-            engine, processor = engine_for(a, b, batch_size=batch_size, decode_route=decode_route, top_k=top_k)
+            options = {"batch_size": batch_size, "decode_route": decode_route, "step_tokens": step_tokens}
+            engine, processor = engine_for(a, b, top_k=top_k, **options)
             with engine:
                 requests = [as_request(asked[index], processor, sampling) for index in order]
                 answers = dict(zip(order, engine.generate(requests), strict=True))
@@ -131,7 +139,8 @@ def test_requests_of_different_lengths_leave_and_the_others_go_on(tmp_path: Path
     base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=2)
     asked = random_questions(8, seed=5, images=(2, 0, 1, 0))
     lengths = [1, 40, 3, 17, 2, 2, 25, 9]
-    engine, processor = engine_for(base, adapter, batch_size=8)
+    # A cache for a few of them at a time, and no answers kept: what runs alone runs again.
+    engine, processor = engine_for(base, adapter, batch_size=8, batch_tokens=150, answer_cache=0)
     with engine:
         together = engine.generate([as_request(a, processor, greedy(n)) for a, n in zip(asked, lengths, strict=True)])
         alone = [engine.generate([as_request(a, processor, greedy(n))])[0] for a, n in zip(asked, lengths, strict=True)]

@@ -1,67 +1,109 @@
-"""Batches are made of requests whose routes agree, no one waits for ever, and the report counts what ran."""
+"""Requests whose routes agree start together, no one waits for ever, and the report counts what ran."""
 
 from __future__ import annotations
+
+import time
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engine.grouping import AgreementReport, choose_batch, common_experts, majority_served
+from pipeline.engine.grouping import (
+    AgreementReport,
+    PackedRoutes,
+    choose,
+    dense_and_sparse,
+    majority,
+    majority_served,
+)
+
+NOBODY = np.zeros((0, 4), np.int8)
 
 
-@st.composite
-def waiting_rooms(draw: st.DrawFn) -> tuple[np.ndarray, list[int], list[int], int, int]:
-    count = draw(st.integers(1, 12))
-    routes = draw(
-        st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=count, max_size=count).map(np.array)
-    )
-    tokens = draw(st.lists(st.integers(1, 50), min_size=count, max_size=count))
-    rounds = draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
-    return routes, tokens, rounds, draw(st.integers(1, 6)), draw(st.integers(1, 200))
+def routes_of(count: int, decisions: int, experts: int) -> st.SearchStrategy[np.ndarray]:
+    row = st.lists(st.integers(0, experts - 1), min_size=decisions, max_size=decisions)
+    return st.lists(row, min_size=count, max_size=count).map(lambda rows: np.array(rows, np.int8).reshape(count, decisions))
 
 
-@given(waiting_rooms())
-def test_a_batch_fits_its_bounds_and_never_starves_anyone(
-    room: tuple[np.ndarray, list[int], list[int], int, int],
+@given(st.data(), st.integers(1, 12), st.integers(1, 5), st.integers(1, 6), st.integers(0, 3))
+def test_starters_fit_and_the_overdue_come_first(
+    data: st.DataObject, count: int, size: int, experts: int, running: int
 ) -> None:
-    routes, tokens, rounds, batch_size, batch_tokens = room
-    chosen = choose_batch(routes, tokens, rounds, batch_size=batch_size, batch_tokens=batch_tokens, max_rounds=4)
-    assert 1 <= len(chosen) <= batch_size
-    assert chosen == sorted(set(chosen))
-    assert len(chosen) == 1 or len(chosen) * max(tokens[i] for i in chosen) <= batch_tokens
-    overdue = [i for i, waited in enumerate(rounds) if waited >= 4]
-    assert not overdue or overdue[0] in chosen
+    routes = data.draw(routes_of(count, 4, experts))
+    rounds = np.array(data.draw(st.lists(st.integers(0, 6), min_size=count, max_size=count)))
+    chosen = choose(routes, rounds, data.draw(routes_of(running, 4, experts)), experts=experts, size=size, max_rounds=4)
+    assert len(chosen) == len(set(chosen)) == min(size, count)
+    overdue = [i for i, waited in enumerate(rounds) if waited >= 4][:size]
+    assert chosen[: len(overdue)] == overdue
 
 
-def test_requests_that_agree_run_together() -> None:
+@given(st.data(), st.integers(1, 9), st.sampled_from([1, 2, 3, 4, 5, 16, 17]), st.integers(1, 70))
+def test_packed_differences_are_those_of_the_routes(data: st.DataObject, count: int, experts: int, decisions: int) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    routes = rng.integers(0, experts, (count, decisions)).astype(np.int8)
+    other = rng.integers(0, experts, decisions).astype(np.int8)
+    packed = PackedRoutes.pack(routes, experts)
+    differences = packed.differences(PackedRoutes.pack(other[None], experts).words[0])
+    assert differences.tolist() == (routes != other).sum(1).tolist()
+
+
+def test_requests_that_agree_start_together() -> None:
     a, b = [0, 1, 2, 3], [3, 2, 1, 0]
     nearly_a = [0, 1, 2, 0]
-    routes = np.array([b, a, b, a, nearly_a, a, b])
-    limits = {"batch_tokens": 1000, "max_rounds": 100}
-    assert choose_batch(routes, [1] * 7, [0] * 7, batch_size=3, **limits) == [0, 2, 6]
-    assert choose_batch(routes, [1] * 7, [0] * 7, batch_size=4, **limits) == [1, 3, 4, 5]
-    # The overdue request leads, and takes its own kind along.
-    assert choose_batch(routes, [1] * 7, [0, 0, 0, 0, 100, 0, 0], batch_size=4, **limits) == [1, 3, 4, 5]
+    routes = np.array([b, a, b, a, nearly_a, a, b], np.int8)
+    fresh = np.zeros(7, int)
+    assert sorted(choose(routes, fresh, NOBODY, experts=4, size=4, max_rounds=9)) == [1, 3, 4, 5]
+    # Where prompts agree alike, those start whose new tokens share the experts of what runs.
+    same_prompt = np.array([[0, 1, 2, 3], [0, 1, 1, 0], [0, 1, 2, 3], [0, 1, 1, 0]], np.int8)
+    running = np.array([[3, 3, 1, 0], [2, 2, 1, 0]], np.int8)
+    assert choose(same_prompt, fresh[:4], running, experts=4, size=2, max_rounds=9) == [1, 3]
+    # The overdue request comes first, and takes its own kind along.
+    rounds = np.array([0, 0, 0, 0, 100, 0, 0])
+    assert choose(routes, rounds, NOBODY, experts=4, size=4, max_rounds=9) == [4, 1, 3, 5]
 
 
 def test_without_routes_the_oldest_come_first() -> None:
     nothing = np.zeros((5, 0), np.int8)
-    assert choose_batch(nothing, [1] * 5, [0] * 5, batch_size=3, batch_tokens=100, max_rounds=9) == [0, 1, 2]
+    assert choose(nothing, np.zeros(5, int), nothing[:0], experts=1, size=3, max_rounds=9) == [0, 1, 2]
 
 
-def test_common_experts_are_those_that_all_share() -> None:
-    top = np.array([[0, 2, 1], [0, 3, 1]])
-    assert common_experts(top, 1) == [0, None, 1]
-    assert common_experts(top, 2) == [None, None, None]
+def test_ten_thousand_waiting_requests_cost_a_few_milliseconds_at_most() -> None:
+    """Not a benchmark (see benchmarks/grouping.py): a cost that grew with the square would take seconds."""
+    rng = np.random.default_rng(0)
+    routes = rng.integers(0, 4, (10_000, 112)).astype(np.int8)
+    started = time.perf_counter()
+    choose(routes, np.zeros(10_000, int), routes[:64], experts=4, size=64, max_rounds=8)
+    assert time.perf_counter() - started < 1
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 4), st.sampled_from([0, 20]), st.sampled_from([0.0, 0.6, 1.1]))
+def test_every_token_has_its_expert_computed(
+    data: st.DataObject, requests: int, experts: int, masked_below: int, share: float
+) -> None:
+    tops = data.draw(routes_of(requests, 3, experts))
+    tokens = data.draw(st.lists(st.integers(1, 9), min_size=requests, max_size=requests))
+    plan = dense_and_sparse(tops, tokens, experts, masked_below=masked_below, majority_share=share)
+    per_token = np.repeat(tops, tokens, axis=0)
+    for gate, (dense, sparse) in enumerate(plan):
+        assert len(dense) in (0, 1, experts)
+        for token, expert in enumerate(per_token[:, gate]):
+            assert (int(expert) in dense) != (token in sparse.get(int(expert), ()))
 
 
 def test_the_report_compares_with_the_order_of_arrival() -> None:
-    a, b = np.array([0, 0]), np.array([1, 1])
+    a, b = np.array([[0, 0], [0, 0]]), np.array([[1, 1], [1, 1]])
     report = AgreementReport()
     for route in (a, b, a, b):
-        report.arrived(route, route)
-    report.ran(np.stack([a, a]), np.stack([a, a]))
-    report.ran(np.stack([b, b]), np.stack([b, b]))
-    counts = report.counts()
-    assert counts == {"pairs": 8, "prefill": 8, "decode": 8, "prefill_in_order": 4, "decode_in_order": 4}
-    assert majority_served(np.stack([a, a, b])) == 4
+        report.arrived(route)
+    report.started(np.stack([a, a]), np.stack([a, a]))
+    report.started(np.stack([b, b]), np.stack([b, b]))
+    assert report.counts() == {
+        "prefill_pairs": 8,
+        "prefill": 8,
+        "prefill_in_order": 4,
+        "decode_pairs": 8,
+        "decode": 8,
+        "decode_in_order": 4,
+    }
+    assert majority_served(np.stack([a, a, b])[:, 0]) == 4
+    assert majority(np.array([[0, 2], [0, 1], [3, 1]], np.int8), experts=4).tolist() == [0, 1]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
+from pipeline.model.attention import Chunk, KVCache, StepLayout
 from pipeline.model.awaker import Model, load_model, rope_positions
 from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.decoder import KVCache
+from pipeline.model.experts import GateFactors
+from pipeline.model.routing import expert_factors
 from pipeline.model.vision import cut_patches, pixel_table
 
 
@@ -88,17 +90,25 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
 
     lengths = [len(tokens) for tokens in ids]
     steps = len(requests[0]["logits"])
-    cache = KVCache(model.shape, len(ids), max(lengths) + steps, torch.float32, torch.device("cpu"))
-    unshared = [None] * prefill.top.shape[1]
-    counts = torch.tensor(lengths)
-    logits = model.decoder.prefill(
+    starts = [int(start) for start in np.cumsum([0, *lengths[:-1]]) + steps * np.arange(len(ids))]
+    cache = KVCache(model.shape, sum(lengths) + steps * len(ids), torch.float32, torch.device("cpu"))
+    everyone = tuple(range(model.shape.adapter.experts))
+
+    def factors(gates: torch.Tensor, tokens: list[int]) -> list[GateFactors]:
+        per_request = expert_factors(gates, model.shape.adapter.scale)
+        per_token = per_request.repeat_interleave(torch.tensor(tokens), 0)
+        return [GateFactors(f, everyone) for f in per_token.unbind(1)]
+
+    rows = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    chunks = tuple(Chunk(length, start, 0) for start, length in zip(starts, lengths, strict=True))
+    logits = model.decoder.step(
         torch.cat(merged),
         torch.from_numpy(np.concatenate(positions, axis=1)),
-        lengths,
-        model.layer_gates(prefill.gates, unshared, counts),
-        cache,
+        StepLayout(cache, torch.from_numpy(np.concatenate(rows)), chunks, (), ()),
+        model.layer_gates(factors(prefill.gates, lengths)),
+        torch.tensor(lengths).cumsum(0) - 1,
     )
-    gates = model.layer_gates(decode.gates, unshared)
+    gates = model.layer_gates(factors(decode.gates, [1] * len(ids)))
     for step in range(steps):
         for row, request in enumerate(requests):
             np.testing.assert_allclose(logits[row], request["logits"][step], atol=1e-4)
@@ -106,7 +116,10 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
             break
         tokens = torch.tensor([int(r["new"][step]) for r in requests])
         rope = (torch.tensor(next_positions) + step).expand(3, -1)
-        logits = model.decoder.decode(model.embeddings[tokens], rope, counts + step, max(lengths) + step, gates, cache)
+        filled = [length + step for length in lengths]
+        write = torch.tensor(starts) + torch.tensor(filled)
+        layout = StepLayout(cache, write, (), tuple(starts), tuple(n + 1 for n in filled))
+        logits = model.decoder.step(model.embeddings[tokens], rope, layout, gates, torch.arange(len(ids)))
 
 
 @torch.inference_mode()

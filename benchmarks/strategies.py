@@ -1,0 +1,101 @@
+"""Which way to compute the experts is fastest: all masked, the majority's dense, or segments; for prompts and new tokens?
+
+One decoder layer's four projections with experts, at the size of the CPU benchmark; "grouped" is nine tokens in ten on one
+expert, "mixed" an even spread. The engine's thresholds (`MASKED_BELOW` and `MAJORITY_SHARE` in engine/runner.py) come from
+this table.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import numpy as np
+import torch
+
+from benchmarks.harness import cpu_shape, save
+from pipeline.engine.grouping import dense_and_sparse
+from pipeline.model.experts import GateFactors, Mixture, mixture_linear
+
+REPEATS = 15
+#: Tokens of a step, and of each of its requests: prompts, then new tokens.
+STEPS = {
+    "prefill 1,024": (1024, 96),
+    "prefill 192": (192, 96),
+    "decode 128": (128, 1),
+    "decode 32": (32, 1),
+    "decode 8": (8, 1),
+}
+#: `masked_below` and `majority_share` that force a strategy.
+FORCED = {"masked": (1 << 30, 2.0), "majority": (0, 0.0), "segments": (0, 2.0)}
+
+
+def main() -> list[str]:
+    """Measure, save, and return lines for RESULTS.md."""
+    shape = cpu_shape(layers=1)
+    base, experts, rank = shape.base, shape.experts, shape.rank
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    native = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = torch.bfloat16 if native else torch.float32
+    torch.manual_seed(0)
+
+    def mixture(out: int, into: int) -> Mixture:
+        stacked = torch.randn((experts + 1) * rank + out, into, device=device, dtype=dtype) * 0.02
+        return Mixture(stacked, torch.randn(out, (experts + 1) * rank, device=device, dtype=dtype) * 0.02, rank)
+
+    width, wide = base.hidden, base.mlp_width
+    layer = [mixture(width, width), mixture(wide, width), mixture(wide, width), mixture(width, wide)]
+    rows, figures = [], []
+    for step, (tokens, each) in STEPS.items():
+        for spread, share in (("grouped", 0.9), ("mixed", 1 / experts)):
+            requests = -(-tokens // each)
+            rng = np.random.default_rng(0)
+            others = rng.integers(0, experts, requests)
+            tops = np.where(np.arange(requests) < round(share * requests), 0, others).astype(np.int8)[:, None]
+            counts = [min(each, tokens - i * each) for i in range(requests)]
+            factors = torch.zeros(tokens, experts + 1, device=device, dtype=dtype)
+            factors[torch.arange(tokens), torch.from_numpy(np.repeat(tops[:, 0], counts)).long()] = 1.5
+            factors[:, -1] = 0.25
+            times = {}
+            for name, (below, majority) in FORCED.items():
+                dense, sparse = dense_and_sparse(tops, counts, experts, masked_below=below, majority_share=majority)[0]
+                if name == "masked":
+                    dense = tuple(range(experts))
+                gate = GateFactors(factors, dense, tuple((e, torch.from_numpy(i).to(device)) for e, i in sparse.items()))
+                times[name] = 1000 * _median(layer, gate, tokens, device, dtype)
+            plain = 1000 * _median(layer, None, tokens, device, dtype)
+            measured = " | ".join(f"{milliseconds:.2f}" for milliseconds in (*times.values(), plain))
+            rows.append(f"| {step} | {spread} | {measured} |")
+            figures.append({"step": step, "spread": spread, **times, "without experts": plain})
+    save("strategies", {"device": device.type, "dtype": str(dtype), "milliseconds": figures})
+    return [
+        f"Milliseconds a layer, median of {REPEATS}, {device.type}, {str(dtype).removeprefix('torch.')}.",
+        "",
+        "| tokens | experts | masked | majority | segments | W alone |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+@torch.inference_mode()
+def _median(layer: list[Mixture], gate: GateFactors | None, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the four projections; without a gate, of their W alone."""
+    below = 0 if gate is not None else -layer[0].b.shape[1]  # type: ignore[union-attr]
+    if gate is None:
+        layer = [Mixture(m.stacked[-below:], None, 0) for m in layer]
+    inputs = [torch.randn(tokens, m.stacked.shape[1], device=device, dtype=dtype) for m in layer]
+    taken = []
+    for _ in range(REPEATS + 3):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for x, mixture in zip(inputs, layer, strict=True):
+            mixture_linear(x, mixture, gate)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[3:])
+
+
+if __name__ == "__main__":
+    print("\n".join(main()))

@@ -1,0 +1,37 @@
+"""From new tokens to an answer: when it ends, and its text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.engine.runner import Running
+from pipeline.engine.types import Answer
+
+
+def finish(running: Running, tokenizer: Any) -> Answer | None:
+    """The answer, if the last new token ended it."""
+    encoded, token_ids = running.encoded, running.token_ids
+    sampling = encoded.request.sampling
+    ended = token_ids[-1] in sampling.eos_token_ids or _stopped(token_ids, sampling.stop, tokenizer)
+    if not ended and len(token_ids) < encoded.max_new_tokens:
+        return None
+    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    cut = min((at for at in (text.find(stop) for stop in sampling.stop) if at >= 0), default=len(text))
+    return Answer(
+        token_ids=tuple(token_ids),
+        text=text[:cut],
+        finish_reason="stop" if ended else "length",
+        prompt_tokens=len(encoded.request.input_ids),
+        visual_tokens=len(encoded.visual),
+        prefill_gates=None if encoded.gates is None else encoded.gates[0],
+        decode_gates=None if encoded.gates is None else encoded.gates[1],
+    )
+
+
+def _stopped(token_ids: list[int], stops: tuple[str, ...], tokenizer: Any) -> bool:
+    if not stops:
+        return False
+    # A token holds at least one byte, so a stop string that just ended lies within this many tokens.
+    window = max(len(stop.encode()) for stop in stops) + 4
+    tail = tokenizer.decode(token_ids[-window:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return any(stop in tail for stop in stops)

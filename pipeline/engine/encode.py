@@ -1,0 +1,192 @@
+"""From a request to all that its prefill needs: visual tokens, rotary positions, and the experts of all its layers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.engine.types import GenerationError, Request
+from pipeline.model.awaker import Model, rope_positions
+from pipeline.model.routing import expert_factors
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A request whose images went through the vision tower and whose experts are known.
+
+    Attributes:
+        request: the request.
+        visual: [visual tokens, hidden] on the model's device; empty without images.
+        image_places: [visual tokens] int64, their places among the prompt's tokens.
+        positions: [3, T] int64, rotary positions of the prompt.
+        next_position: rotary position of the first new token.
+        max_new_tokens: most new tokens, within the model's context.
+        factors: [2, G, E + 1] on the model's device, the gates' factors for the prompt and for new tokens; None without
+            an adapter.
+        gates: [2, G, E] float16, the gate values; None without an adapter.
+        routes: [2, G] int8, the top expert of each gate; empty without an adapter.
+    """
+
+    request: Request
+    visual: Tensor
+    image_places: np.ndarray
+    positions: np.ndarray
+    next_position: int
+    max_new_tokens: int
+    factors: Tensor | None
+    gates: np.ndarray | None
+    routes: np.ndarray
+
+    @property
+    def rows_needed(self) -> int:
+        """Cache rows of prompt and new tokens; the last new token is never fed back."""
+        return len(self.request.input_ids) + self.max_new_tokens - 1
+
+
+class VisionCache:
+    """Visual tokens of the images seen last, by content: at most `limit` bytes of them."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: bytes) -> Tensor | None:
+        """An image's visual tokens, if it was seen lately."""
+        found = self._held.get(key)
+        if found is not None:
+            self._held.move_to_end(key)
+        return found
+
+    def put(self, key: bytes, visual: Tensor) -> None:
+        """Keep an image's visual tokens, at the cost of those not asked for longest."""
+        if visual.nbytes > self._limit or key in self._held:
+            return
+        # A copy of its own: a view would keep the visual tokens of its whole batch.
+        self._held[key] = visual.clone()
+        self._bytes += visual.nbytes
+        while self._bytes > self._limit:
+            self._bytes -= self._held.popitem(last=False)[1].nbytes
+
+
+class Encoder:
+    """Runs the vision tower and the gates.
+
+    Args:
+        model: the model.
+        image_token_id: the id of `<|image_pad|>`.
+        decode_route: which route new tokens take.
+        cache_bytes: most bytes of visual tokens kept for images that come again.
+    """
+
+    def __init__(
+        self, model: Model, image_token_id: int, decode_route: Literal["released", "prefill"], cache_bytes: int
+    ) -> None:
+        self._model = model
+        self._image_token_id = image_token_id
+        self._decode_route = decode_route
+        self._cache = VisionCache(cache_bytes)
+        self.images_encoded = self.images_reused = 0
+
+    def check(self, request: Request) -> None:
+        """Refuse what would otherwise fail deep inside the model, or be answered wrongly.
+
+        Raises:
+            GenerationError: what is wrong with the request.
+        """
+        shape, ids = self._model.shape, request.input_ids
+        side = shape.vision.patch_size * shape.vision.merge_size
+        visual = sum((image.shape[0] // side) * (image.shape[1] // side) for image in request.images)
+        if not 0 < len(ids) < shape.max_positions:
+            raise GenerationError(f"{len(ids)} prompt tokens, expected 1 to {shape.max_positions - 1}")
+        if ids.min() < 0 or ids.max() >= shape.vocabulary:
+            raise GenerationError(f"a token id lies outside the vocabulary of {shape.vocabulary}")
+        if (placed := int((ids == self._image_token_id).sum())) != visual:
+            raise GenerationError(f"{placed} image tokens in the prompt, but {visual} visual tokens in its images")
+        if not 0 <= request.span[0] < request.span[1] <= len(ids):
+            raise GenerationError(f"the routing span {request.span} does not lie within {len(ids)} prompt tokens")
+
+    def patches(self, request: Request) -> int:
+        """How many patches the vision tower would take for a request."""
+        pixels = sum(image.shape[0] * image.shape[1] for image in request.images)
+        return pixels // self._model.shape.vision.patch_size**2
+
+    def encode(self, requests: Sequence[Request]) -> list[Encoded]:
+        """Encode checked requests; equal images pass the vision tower once."""
+        model = self._model
+        features = self._visual(requests)
+        joined = [torch.cat([features[d] for d in r.digests]) if r.digests else None for r in requests]
+        # One product for the routes of all requests, all layers and both routes.
+        prefill_h, decode_h = [], []
+        for request, own in zip(requests, joined, strict=True):
+            ids = torch.from_numpy(request.input_ids.astype(np.int64)).to(model.device, non_blocking=True)
+            words = model.embeddings[ids]
+            start, end = request.span
+            decode_h.append(words[start:end].mean(0))
+            if own is not None:
+                words = words.index_copy(0, self._places(request, model.device), own)
+            prefill_h.append(words[start:end].mean(0))
+        if self._decode_route == "prefill":
+            decode_h = prefill_h
+        routes = model.route(torch.stack([*prefill_h, *decode_h]))
+        count = len(requests)
+        gates = factors = None
+        top = np.zeros((count, 2, 0), np.int8)
+        if routes is not None and model.shape.adapter is not None:
+            on_device = routes.gates.view(2, count, *routes.gates.shape[1:]).transpose(0, 1)
+            factors = expert_factors(on_device, model.shape.adapter.scale).to(model.dtype)
+            gates = on_device.cpu().numpy()
+            top = routes.top.to(torch.int8).cpu().numpy().reshape(2, count, -1).swapaxes(0, 1)
+        nothing = torch.empty(0, model.shape.hidden, dtype=model.dtype, device=model.device)
+        encoded = []
+        for index, (request, own) in enumerate(zip(requests, joined, strict=True)):
+            positions, following = rope_positions(request.input_ids, self._grids(request), self._image_token_id)
+            room = model.shape.max_positions - len(request.input_ids)
+            encoded.append(
+                Encoded(
+                    request=request,
+                    visual=nothing if own is None else own,
+                    image_places=np.flatnonzero(request.input_ids == self._image_token_id),
+                    positions=positions,
+                    next_position=following,
+                    max_new_tokens=min(request.sampling.max_new_tokens, room),
+                    factors=None if factors is None else factors[index],
+                    gates=None if gates is None else gates[index],
+                    routes=top[index],
+                )
+            )
+        return encoded
+
+    def _visual(self, requests: Sequence[Request]) -> dict[bytes, Tensor]:
+        """Visual tokens of all images of the requests, by digest."""
+        found: dict[bytes, Tensor] = {}
+        fresh: dict[bytes, np.ndarray] = {}
+        for request in requests:
+            for digest, image in zip(request.digests, request.images, strict=True):
+                known = found.get(digest)
+                if known is None and digest not in fresh and (known := self._cache.get(digest)) is not None:
+                    found[digest] = known
+                if known is not None or digest in fresh:
+                    self.images_reused += 1
+                else:
+                    fresh[digest] = image
+        if fresh:
+            images = [torch.from_numpy(np.array(image)).to(self._model.device) for image in fresh.values()]
+            for digest, visual in zip(fresh, self._model.vision.encode(images), strict=True):
+                found[digest] = visual
+                self._cache.put(digest, visual)
+            self.images_encoded += len(fresh)
+        return found
+
+    def _grids(self, request: Request) -> list[tuple[int, int]]:
+        side = self._model.shape.vision.patch_size * self._model.shape.vision.merge_size
+        return [(image.shape[0] // side, image.shape[1] // side) for image in request.images]
+
+    def _places(self, request: Request, device: torch.device) -> Tensor:
+        return torch.from_numpy(np.flatnonzero(request.input_ids == self._image_token_id)).to(device, non_blocking=True)

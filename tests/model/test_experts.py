@@ -1,0 +1,56 @@
+"""The three ways to compute a mixture equal the formula, token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.engine.grouping import dense_and_sparse
+from pipeline.model.experts import GateFactors, Mixture, mixture_linear
+from pipeline.model.routing import expert_factors
+
+OUT, IN, RANK = 7, 5, 3
+
+
+def formula(
+    x: torch.Tensor, w: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], factors: torch.Tensor
+) -> torch.Tensor:
+    """y = W x + sum of factor * B A x, one token and one expert at a time."""
+    out = []
+    for token, own in zip(x, factors, strict=True):
+        y = w @ token
+        for factor, down, up in zip(own, a, b, strict=True):
+            y = y + factor * (up @ (down @ token))
+        out.append(y)
+    return torch.stack(out)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 4), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 100), st.sampled_from([0, 99])
+)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.1], ids=["majority", "either", "segments"])
+def test_every_strategy_is_exact(share: float, experts: int, tokens: list[int], seed: int, masked_below: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=draw, dtype=torch.float64)
+
+    w, a, b = random(OUT, IN), list(random(experts + 1, RANK, IN)), list(random(experts + 1, OUT, RANK))
+    mixture = Mixture(torch.cat([*a, w]), torch.cat(b, dim=1), RANK)
+    tops = torch.randint(experts, (len(tokens), 1), generator=draw)
+    gates = torch.zeros(len(tokens), experts).scatter_(1, tops, torch.rand(len(tokens), 1, generator=draw)).half()
+    factors = expert_factors(gates, scale=2.0).double().repeat_interleave(torch.tensor(tokens), 0)
+    x = random(sum(tokens), IN)
+    plan = dense_and_sparse(tops.numpy().astype(np.int8), tokens, experts, masked_below=masked_below, majority_share=share)
+    dense, sparse = plan[0]
+    gate = GateFactors(factors, dense, tuple((e, torch.from_numpy(i)) for e, i in sparse.items()))
+    torch.testing.assert_close(mixture_linear(x, mixture, gate), formula(x, w, a, b, factors))
+
+
+def test_without_an_adapter_it_is_the_linear_layer() -> None:
+    w, x = torch.randn(OUT, IN), torch.randn(4, IN)
+    torch.testing.assert_close(mixture_linear(x, Mixture(w, None, 0), None), x @ w.T)
