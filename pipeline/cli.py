@@ -70,7 +70,6 @@ def answer(task: str) -> Callable[[Settings, bool], None]:
 
     def work(settings: Settings, dry_run: bool) -> None:
         from pipeline import job as jobs
-        from pipeline.io.storage import OutputFolder
 
         checked = jobs.check_job(task, settings)  # type: ignore[arg-type]
         if dry_run:
@@ -78,7 +77,7 @@ def answer(task: str) -> Callable[[Settings, bool], None]:
             return
         console = jobs.console()
         summary = jobs.run_job(checked)
-        jobs.show_answers(OutputFolder(summary.output), console)
+        jobs.show_answers(checked, console)
         summary.print(console)
 
     return work

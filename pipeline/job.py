@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from pipeline.config import JobSettings, as_yaml
 from pipeline.errors import ConfigError, InputError
-from pipeline.io.accuracy import Truth
+from pipeline.io.accuracy import Truth, is_right
 from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
 from pipeline.io.storage import OutputFolder
 from pipeline.io.write import RESERVED_COLUMNS, ParquetFolder, Written, output_schema
@@ -40,7 +41,7 @@ BLOCK_BYTES = 16 << 20
 MANY_IDS = 1_000_000
 
 #: Answers shown at the end of a job.
-SHOWN_ANSWERS = 6
+SHOWN_ANSWERS = 12
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,12 @@ def run_job(job: Job) -> Summary:
         available = ray.cluster_resources()
         resources = share_cluster(settings, available.get("CPU", 1.0), available.get("GPU", 0.0))
         begun = time.monotonic()
-        written, images, agreement = _run_stages(job, resources, folder)
+        written, images, engines = _run_stages(job, resources, folder)
         ended = time.monotonic()
     finally:
         if started_here:
             ray.shutdown()
-    summary = Summary(folder.url, written, images, ended - started, ended - begun, agreement)
+    summary = Summary(folder.url, written, images, ended - started, ended - begun, engines)
     folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
     if written.rows != job.plan.rows:
         raise InputError(
@@ -186,7 +187,7 @@ def _quieten_ray() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[Written, int, dict[str, int]]:
+def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[Written, int, Counter[str]]:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -237,21 +238,31 @@ def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[W
     )
     with ProgressDisplay(monitor, plan.rows):
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
-    counts, agreement = ray.get(monitor.totals.remote())
-    return sink.written, counts["images"], dict(agreement)
+    counts, engines = ray.get(monitor.totals.remote())
+    return sink.written, counts["images"], engines
 
 
-def show_answers(folder: OutputFolder, console: Console) -> None:
-    """Print the first answers, so that a person sees at once what came out."""
+def show_answers(job: Job, console: Console) -> None:
+    """Print a dozen answers from all over the first file, so that a person sees at once what came out."""
     import io
 
+    folder = OutputFolder(job.settings.output.path)
     first = next(iter(folder.results()), None)
     if first is None:
         return
-    table = pq.read_table(io.BytesIO(folder.read(os.path.basename(first))), columns=["id", "prompt", "text", "error"])
-    for row in table.slice(0, SHOWN_ANSWERS).to_pylist():
+    truth = [job.truth.column] if job.truth else []
+    table = pq.read_table(
+        io.BytesIO(folder.read(os.path.basename(first))), columns=["id", "prompt", "text", "error", *truth]
+    )
+    shown = min(SHOWN_ANSWERS, len(table))
+    for row in table.take([i * len(table) // shown for i in range(shown)]).to_pylist():
         answer = f"! {row['error']}" if row["error"] else row["text"]
-        console.print(f"{row['id']}  {_short(row['prompt'])}\n    {_short(answer)}", markup=False, highlight=False)
+        lines = [f"{row['id']}  {_short(row['prompt'])}", f"    {_short(answer)}"]
+        if job.truth and row[job.truth.column] is not None:
+            expected = str(row[job.truth.column])
+            verdict = "right" if is_right(row["text"], expected) else "wrong"
+            lines[1] += f"    [{verdict}; truth: {_short(expected)}]"
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _short(text: str | None, width: int = 140) -> str:

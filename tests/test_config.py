@@ -175,6 +175,7 @@ PATHS = ["input.path=in", "output.path=out"]
     ("file", "kind", "missing"),
     [
         ("demo.yaml", JobSettings, []),
+        ("demo-photographs.yaml", JobSettings, []),
         ("caption.yaml", JobSettings, PATHS),
         ("vqa.yaml", JobSettings, PATHS),
         ("awaker2.5-vl.yaml", JobSettings, PATHS),

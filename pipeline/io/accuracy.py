@@ -17,6 +17,11 @@ from pipeline.errors import InputError
 Group = tuple[str, ...]
 
 
+def is_right(answer: str | None, truth: str) -> bool:
+    """Whether an answer equals the truth, blanks around both aside; no answer is wrong."""
+    return answer is not None and answer.strip() == truth.strip()
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Rows with a truth, and those of them answered right, by group."""
@@ -74,5 +79,5 @@ class Truth:
         for group, answer, truth in zip(groups, table["text"].to_pylist(), truths.to_pylist(), strict=True):
             if truth is not None:
                 found.asked[group] += 1
-                found.right[group] += answer is not None and answer.strip() == truth.strip()
+                found.right[group] += is_right(answer, truth)
         return found

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -90,15 +94,22 @@ def write_scenes(settings: ScenesSettings) -> list[Path]:
         raise OutputError(f"output: {folder} is not empty; expected a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     shards = -(-settings.rows // settings.rows_per_shard)
-    written = []
-    for shard in track(range(shards), description="scenes"):
-        rows = min(settings.rows_per_shard, settings.rows - shard * settings.rows_per_shard)
-        file = folder / f"scenes-{shard:05d}-of-{shards:05d}.parquet"
-        partial = file.with_suffix(".partial")
-        pq.write_table(scene_table(settings, shard, rows), partial, row_group_size=1000)
-        partial.replace(file)
-        written.append(file)
-    return written
+    workers = min(shards, os.cpu_count() or 1)
+    if workers == 1:
+        return [_write_shard(settings, shards, shard) for shard in track(range(shards), description="scenes")]
+    # Compressing PNGs is most of the work. Spawned, not forked: the caller may hold threads.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        files = pool.map(partial(_write_shard, settings, shards), range(shards))
+        return list(track(files, total=shards, description="scenes"))
+
+
+def _write_shard(settings: ScenesSettings, shards: int, shard: int) -> Path:
+    rows = min(settings.rows_per_shard, settings.rows - shard * settings.rows_per_shard)
+    file = Path(settings.output) / f"scenes-{shard:05d}-of-{shards:05d}.parquet"
+    unfinished = file.with_suffix(".partial")
+    pq.write_table(scene_table(settings, shard, rows), unfinished, row_group_size=1000)
+    unfinished.replace(file)
+    return file
 
 
 def scene_table(settings: ScenesSettings, shard: int, rows: int) -> pa.Table:

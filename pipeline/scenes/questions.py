@@ -17,10 +17,10 @@ from pipeline.scenes.phrases import NAMES, PROMPTS, name_thing, noun, plain
 from pipeline.scenes.world import COLOURS, GLYPHS, KINDS, Thing
 
 TASKS = ("caption", "counting", "colour", "shape", "size", "position", "yesno", "reading", "choice", "text")
-WITHOUT_IMAGE = ("text", "echo")
+WITHOUT_IMAGE = ("text", "echo", "pick")
 # Lessons that appear in training only: reading a page of glyphs, telling all there is to know of one object (the densest
-# lesson in finding what a question names), and saying an answer word.
-LESSONS = ("page", "tell", "echo")
+# lesson in finding what a question names), saying an answer word, and finding it among options.
+LESSONS = ("page", "tell", "echo", "pick")
 CELL = 28  # pixels of a visual token's side, in which `tell` counts rows and columns
 # Below this distance in pixels, left of / above is not asked about.
 CLEAR_DISTANCE = 14
@@ -179,6 +179,10 @@ def _choice(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple
         what, count = _count(rng, language, things)
         question, right = plain(PROMPTS[language]["counting"][0]).format(noun=what), str(count)
         others = [str(n) for n in range(5) if n != count]
+    return _among_options(rng, language, question, right, others)
+
+
+def _among_options(rng: random.Random, language: str, question: str, right: str, others: Sequence[str]) -> tuple[str, str]:
     options = rng.sample(others, 3)
     options.insert(rng.randrange(4), right)
     lines = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=True))
@@ -228,6 +232,12 @@ def _echo(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[s
     return _prompt(rng, language, "echo", word=word), word
 
 
+def _pick(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
+    group = rng.choice((list(COLOURS), list(GLYPHS)))
+    word, *others = (NAMES[language].get(name, name) for name in rng.sample(group, 4))
+    return _among_options(rng, language, _prompt(rng, language, "echo", word=word), word, others)
+
+
 _Asker = Callable[[random.Random, str, Sequence[Thing]], tuple[str, str] | None]
 _ASKERS: dict[str, _Asker] = {
     "caption": _caption,
@@ -242,4 +252,5 @@ _ASKERS: dict[str, _Asker] = {
     "page": _page,
     "tell": _tell,
     "echo": _echo,
+    "pick": _pick,
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 
 from pipeline.training.adapters import train_only
-from pipeline.training.batches import SIGHTS, Packed, Packer
+from pipeline.training.batches import SIGHTS, Packed, Packer, sight_words
 from pipeline.training.data import SceneSource, unseen_scenes
 from pipeline.training.forward import answer_logits, answer_loss, encode_images
 from pipeline.training.loop import Losses, Stage, load_stage, run_stage
@@ -40,14 +40,49 @@ def scale_loss(visual: Tensor, words: Tensor) -> Tensor:
     return (visual.float().pow(2).mean(-1).sqrt() / target).log().pow(2).mean()
 
 
+class SightHead(nn.Module):
+    """Reads one sight (kind, colour or size) off visual tokens, with the words' own embeddings as its classes.
+
+    A visual token thus comes to lie near the words for what it shows, in both languages: a question's "circle" finds the
+    circles as soon as the decoder compares anything with anything, instead of having to learn each word's match alone.
+    """
+
+    def __init__(self, words: list[list[int]], width: int) -> None:
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(len(words)))
+        # Answers without a word ("nothing is here") have a vector of their own.
+        wordless = [index for index, ids in enumerate(words) if not ids]
+        self.own = nn.Parameter(0.1 * torch.randn(len(wordless), width))
+        self.register_buffer("wordless", torch.tensor(wordless), persistent=False)
+        shares = [(index, token, 1 / len(ids)) for index, ids in enumerate(words) for token in ids]
+        rows, tokens, share = zip(*shares, strict=True)
+        self.register_buffer("rows", torch.tensor(rows), persistent=False)
+        self.register_buffer("tokens", torch.tensor(tokens), persistent=False)
+        self.register_buffer("share", torch.tensor(share), persistent=False)
+
+    def forward(self, visual: Tensor, embeddings: Tensor) -> Tensor:
+        """Logits [V, answers] of visual tokens [V, hidden]; the embedding matrix is read, not taught."""
+        classes = embeddings.new_zeros(len(self.bias), embeddings.shape[1])
+        classes = classes.index_add(0, self.rows, embeddings.detach()[self.tokens] * self.share[:, None])
+        classes = classes.index_copy(0, self.wordless, self.own)
+        # Visual embeddings are held to the words' small scale; read them at scale 1.
+        read = nn.functional.rms_norm(visual.float(), visual.shape[-1:])
+        return self.sharpness.exp() * read @ classes.T + self.bias
+
+
 class SmallBase(nn.Module):
     """The base under training, with the heads that read objects off visual tokens; the heads do not outlive training."""
 
-    def __init__(self, model: Qwen2VLForConditionalGeneration) -> None:
+    def __init__(self, model: Qwen2VLForConditionalGeneration, packer: Packer) -> None:
         super().__init__()
         self.model = model
         width = model.get_input_embeddings().weight.shape[1]
-        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in SIGHTS.items()})
+        self.heads = nn.ModuleDict({name: SightHead(sight_words(packer, name), width) for name in SIGHTS})
+
+    def _read(self, visual: Tensor) -> list[Tensor]:
+        words = self.model.get_input_embeddings().weight
+        return [head(visual, words) for head in self.heads.values()]
 
     def sight_loss(self, visual: Tensor, packed: Packed) -> Tensor:
         """Cross entropy of naming kind, colour and size of what stands at each visual token.
@@ -55,21 +90,21 @@ class SmallBase(nn.Module):
         Tokens that hold something weigh, together, as much as those that hold nothing.
         """
         loss = visual.new_zeros((), dtype=torch.float32)
-        # Visual embeddings are held to the words' small scale; the heads read them at scale 1.
-        read = nn.functional.rms_norm(visual.float(), visual.shape[-1:])
-        for column, head in enumerate(self.heads.values()):
+        for column, logits in enumerate(self._read(visual)):
             truth = packed.sights[:, column]
-            each = nn.functional.cross_entropy(head(read), truth, reduction="none")
+            each = nn.functional.cross_entropy(logits, truth, reduction="none")
             loss = loss + each[truth > 0].mean() + each[truth == 0].mean()
         return loss
 
     @torch.inference_mode()
     def sight_accuracy(self, visual: Tensor, packed: Packed) -> dict[str, float]:
         """Share of objects whose kind, colour and size are named right."""
-        read = nn.functional.rms_norm(visual.float(), visual.shape[-1:])
         truth = packed.sights
         held = truth[:, 0] > 0
-        right = {n: head(read).argmax(-1) == truth[:, c] for c, (n, head) in enumerate(self.heads.items())}
+        right = {
+            n: logits.argmax(-1) == truth[:, c]
+            for c, (n, logits) in enumerate(zip(SIGHTS, self._read(visual), strict=True))
+        }
         return {f"sight/{n}": round(float(r[held].float().mean()), 4) for n, r in right.items()}
 
 
@@ -82,13 +117,13 @@ def train_vision_and_base(settings: TrainSettings, name: Literal["vision", "base
     output = Path(settings.output)
     folder = output / "base"
     write_base_folder(folder, settings.shape)
-    small = SmallBase(new_base(folder, settings.seed)).to(device)
+    packer = Packer(load_tokenizer(folder))
+    small = SmallBase(new_base(folder, settings.seed), packer).to(device)
     if name == "base":
         load_stage(small, output / "vision.pt")
     model = small.model
     if name == "vision":
         train_only(small, ("model.visual", "heads"))
-    packer = Packer(load_tokenizer(folder))
     source = SceneSource(settings.seed, stage.images_per_step, stage.pages, stage.questions)
 
     def losses(step: int) -> Losses:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.hub_folder import IMAGE_MEAN, IMAGE_STD
 from pipeline.model.vision import cut_patches, pixel_table
+from pipeline.scenes.phrases import LANGUAGES, NAMES
 from pipeline.scenes.questions import Question
 from pipeline.scenes.world import COLOURS, GLYPHS, KINDS, Thing
 
@@ -212,21 +213,35 @@ def patches(pixels: NDArray[np.uint8]) -> Tensor:
     return cut_patches(torch.tensor(pixels), _TABLE, PATCH, MERGE, TEMPORAL)
 
 
-# What a visual token can be asked about directly, and how many answers there are; 0 is "nothing has its centre here".
-SIGHTS = {"kind": 1 + len(KINDS) + len(GLYPHS), "colour": 1 + len(COLOURS), "size": 4}
+# What a visual token can be asked about directly, and the answers: first "nothing has its centre here".
+SIGHTS: dict[str, tuple[str, ...]] = {
+    "kind": ("", *KINDS, *GLYPHS),
+    "colour": ("", *COLOURS),
+    "size": ("", "sizeless", "small", "big"),
+}
 
 
 def sights_of(example: Example) -> NDArray[np.int64]:
     """For each visual token of an example's picture, the kind, colour and size of the object centred in its 28 x 28 pixels.
 
-    int64 [tokens, 3], numbered as SIGHTS says.
+    int64 [tokens, 3], numbered as in SIGHTS.
     """
     assert example.pixels is not None
     side = PATCH * MERGE
     height, width = (length // side for length in example.pixels.shape[:2])
     found = np.zeros((height, width, len(SIGHTS)), np.int64)
     for thing in example.things:
-        kind = KINDS.index(thing.kind) if thing.kind != "glyph" else len(KINDS) + GLYPHS.index(thing.character)
-        size = ("", "small", "big").index(thing.size)
-        found[thing.y // side, thing.x // side] = (1 + kind, 1 + list(COLOURS).index(thing.colour), 1 + size)
+        seen = (thing.character or thing.kind, thing.colour, thing.size or "sizeless")
+        found[thing.y // side, thing.x // side] = [names.index(s) for names, s in zip(SIGHTS.values(), seen, strict=True)]
     return found.reshape(height * width, -1)
+
+
+def sight_words(packer: Packer, sight: str) -> list[list[int]]:
+    """The token ids of each answer of a SIGHTS entry, in both languages; none for an answer that has no word."""
+    found = []
+    for name in SIGHTS[sight]:
+        names = [NAMES[language].get(name, name) for language in LANGUAGES]
+        written = [form for word in names for form in (word, " " + word)] if name and name != "sizeless" else []
+        encoded = [packer.ids(form) for form in dict.fromkeys(written)]
+        found.append([ids[0] for ids in encoded if len(ids) == 1])
+    return found

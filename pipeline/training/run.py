@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.config import as_yaml
 from pipeline.training.adapter_stages import train_adapter
 from pipeline.training.base_stages import train_vision_and_base
 from pipeline.training.batches import Example
@@ -24,6 +25,7 @@ def train(settings: TrainSettings) -> None:
     torch.set_num_threads(settings.threads)
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(as_yaml(settings))
     for name in settings.run:
         if name == "vision" or name == "base":
             train_vision_and_base(settings, name)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline.demo.__main__ import main as make_demo_checkpoint
 from tests.conftest import RayCluster
 from tests.io.shards import picture, write_shard
 from tests.jobs.support import ROOT, TIMEOUT, released_model, results, run_script, sets
@@ -55,17 +54,14 @@ def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(tmp_path: P
     import ray
 
     wait_until_jobs_are_taken(ray_cluster.dashboard)
-    make_demo_checkpoint(tmp_path / "checkpoint")
     (tmp_path / "repository").mkdir()
     repository = copy_of_the_repository(tmp_path / "repository")
     settings = {
-        "model.base": tmp_path / "checkpoint" / "base",
-        "model.adapter": tmp_path / "checkpoint" / "adapter",
         "output.path": tmp_path / "captions",
         "generation.max_new_tokens": 8,
     }
     command = ["job", "submit", "--address", ray_cluster.dashboard, "--working-dir", "."]
-    script = [sys.executable, "jobs/caption.py", "--config", "configs/demo.yaml", *sets(settings)]
+    script = [sys.executable, "jobs/caption.py", "--config", "configs/demo-photographs.yaml", *sets(settings)]
     done = subprocess.run(
         [str(Path(sys.executable).with_name("ray")), *command, "--", *script],
         cwd=repository,
@@ -79,9 +75,7 @@ def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(tmp_path: P
 
     captions = results(tmp_path / "captions")
     assert {row["status"] for row in captions.values()} == {"ok"}
-    assert all(
-        row["visual_tokens"] > 100 and row["prompt"] == "Describe this image in detail." for row in captions.values()
-    )
+    assert all(10 <= row["visual_tokens"] <= 20 and row["prompt"] == "Describe this image." for row in captions.values())
     shards = sorted((ROOT / "pipeline/demo/photographs").glob("*.parquet"))
     expected = [id_ for shard in shards for id_ in pq.read_table(shard)["id"].to_pylist()]
     assert sorted(captions) == sorted(expected)

@@ -1,0 +1,136 @@
+"""The small Awaker that ships with the repository: what it says is right, in every way it can be run."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.config import JobSettings, load_settings
+from pipeline.engine import Engine, Sampling
+from pipeline.io.accuracy import is_right
+from pipeline.model.awaker import load_model
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.convert import convert
+from pipeline.model.prompt import PromptProcessor
+from pipeline.scenes.questions import TASKS
+from tests.conftest import RayCluster
+from tests.jobs.support import ROOT, results, run_on_cluster, run_script
+from tests.prompts import Asked, as_request
+
+DEMO = ROOT / "pipeline" / "demo"
+SMALL = DEMO / "awaker-small"
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[dict[str, Any]]:
+    """The demo's rows: prompts, pictures and true answers."""
+    return pq.read_table(DEMO / "scenes").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """What `make train` measured on thousands of other scenes."""
+    return json.loads((SMALL / "accuracy.json").read_text())
+
+
+def answers(base: Path, adapter: Path | None, dtype: torch.dtype, rows: list[dict[str, Any]]) -> list[str]:
+    """The engine's answers to all rows."""
+    checkpoint = open_checkpoint(str(base), str(adapter) if adapter else None)
+    processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
+    model = load_model(checkpoint, processor.image_processor, dtype, torch.device("cpu"))
+    requests = []
+    for row in rows:
+        pictures = () if row["image"] is None else (Image.open(io.BytesIO(row["image"])).convert("RGB"),)
+        requests.append(as_request(Asked(row["prompt"], pictures), processor, Sampling(64, (processor.special.im_end,))))
+    with Engine(model, processor.tokenizer, processor.special.image_pad) as engine:
+        return [result.text for result in engine.generate(requests)]
+
+
+@pytest.fixture(scope="module")
+def exact(scenes: list[dict[str, Any]]) -> list[str]:
+    """The answers at float32."""
+    return answers(SMALL / "base", SMALL / "adapter", torch.float32, scenes)
+
+
+def right(texts: list[str], rows: list[dict[str, Any]]) -> int:
+    """How many answers are right."""
+    return sum(is_right(text, row["answer"]) for text, row in zip(texts, rows, strict=True))
+
+
+def test_the_checkpoint_and_its_scenes_stay_small() -> None:
+    files = [f for folder in (SMALL, DEMO / "scenes") for f in folder.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 25_000_000
+
+
+def test_the_scenes_cover_every_task_in_both_languages(scenes: list[dict[str, Any]]) -> None:
+    counts = Counter((row["task"], row["language"]) for row in scenes)
+    assert len(scenes) == 200
+    assert counts.keys() == {(task, language) for task in TASKS for language in ("en", "zh")}
+
+
+def test_adapters_brought_what_the_base_cannot_do_and_use_their_experts(report: dict[str, Any]) -> None:
+    learned = report["mean_of_learned"]
+    assert learned["released"]["en"] - learned["base"]["en"] >= 30
+    assert sum(share >= 0.1 for share in report["expert_share"]) >= 3
+
+
+def test_the_engine_answers_the_scenes_as_well_as_the_report_says(
+    exact: list[str], scenes: list[dict[str, Any]], report: dict[str, Any]
+) -> None:
+    means = report["mean_of_tasks"]["released"]
+    expected = (means["en"] + means["zh"]) / 2
+    # 200 questions: the standard deviation of the share is about 1.5 points.
+    assert 100 * right(exact, scenes) / len(scenes) >= expected - 4.5
+
+
+def test_bfloat16_scores_within_a_point(exact: list[str], scenes: list[dict[str, Any]]) -> None:
+    half = answers(SMALL / "base", SMALL / "adapter", torch.bfloat16, scenes)
+    assert abs(right(half, scenes) - right(exact, scenes)) <= len(scenes) / 100
+
+
+def test_a_converted_checkpoint_says_the_same(exact: list[str], scenes: list[dict[str, Any]], tmp_path: Path) -> None:
+    convert(open_checkpoint(str(SMALL / "base"), str(SMALL / "adapter")), tmp_path / "converted", None, 1 << 20)
+    assert answers(tmp_path / "converted", None, torch.float32, scenes) == exact
+
+
+def test_two_replicas_say_the_same(
+    exact: list[str], scenes: list[dict[str, Any]], tmp_path: Path, ray_cluster: RayCluster
+) -> None:
+    given = load_settings(JobSettings, ROOT / "configs" / "demo.yaml", [])
+    summary = run_on_cluster(
+        "vqa",
+        {
+            "model.base": SMALL / "base",
+            "model.adapter": SMALL / "adapter",
+            "model.dtype": given.model.dtype,
+            "input.path": DEMO / "scenes",
+            "input.missing_image": given.input.missing_image,
+            "output.path": tmp_path / "out",
+            "generation.max_new_tokens": given.generation.max_new_tokens,
+            "evaluate.truth": given.evaluate.truth,
+            "evaluate.by": "[task]",
+            "replicas": 2,
+        },
+    )
+    found = results(tmp_path / "out")
+    assert [found[row["id"]]["text"] for row in scenes] == exact
+    assert summary.written.accuracy.right.total() == right(exact, scenes)
+
+
+def test_the_demo_shows_question_answer_truth_and_verdict(tmp_path: Path) -> None:
+    done = run_script(
+        "vqa", "--config", "configs/demo.yaml", "--set", f"output.path={tmp_path / 'answers'}", RAY_ADDRESS=""
+    )
+    assert done.code == 0, done.stderr
+    assert done.stdout.count("; truth: ") == 12
+    assert "[right; truth: " in done.stdout
+    for said in ("right answers", *(f"\n  {task} " for task in TASKS), "tokens", str(tmp_path / "answers")):
+        assert said in done.stdout
