@@ -17,9 +17,9 @@ from pipeline.model.awaker import Model
 from pipeline.model.experts import GateFactors
 
 #: Steps of fewer tokens compute every expert for every token (memory-bound anyway); above, an expert that this share of
-#: the tokens chose is computed for all of them. Measured by benchmarks/experts.py.
-MASKED_BELOW = 48
-MAJORITY_SHARE = 0.7
+#: the tokens chose is computed for all of them. See benchmarks/strategies.py.
+MASKED_BELOW = 16
+MAJORITY_SHARE = 0.3
 
 
 @dataclass(eq=False)
