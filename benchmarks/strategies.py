@@ -16,6 +16,7 @@ import torch
 from benchmarks.harness import cpu_shape, save
 from pipeline.engine.grouping import dense_and_sparse
 from pipeline.model.experts import GateFactors, Mixture, mixture_linear
+from pipeline.training.precision import products_dtype
 
 REPEATS = 15
 #: Tokens of a step, and of each of its requests: prompts, then new tokens.
@@ -35,8 +36,7 @@ def main() -> list[str]:
     shape = cpu_shape(layers=1)
     base, experts, rank = shape.base, shape.experts, shape.rank
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    native = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    dtype = torch.bfloat16 if native else torch.float32
+    dtype = products_dtype(device)
     torch.manual_seed(0)
 
     def mixture(out: int, into: int) -> Mixture:
@@ -80,9 +80,8 @@ def main() -> list[str]:
 @torch.inference_mode()
 def _median(layer: list[Mixture], gate: GateFactors | None, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of the four projections; without a gate, of their W alone."""
-    below = 0 if gate is not None else -layer[0].b.shape[1]  # type: ignore[union-attr]
     if gate is None:
-        layer = [Mixture(m.stacked[-below:], None, 0) for m in layer]
+        layer = [Mixture(m.stacked[m.b.shape[1] :], None, 0) for m in layer if m.b is not None]
     inputs = [torch.randn(tokens, m.stacked.shape[1], device=device, dtype=dtype) for m in layer]
     taken = []
     for _ in range(REPEATS + 3):

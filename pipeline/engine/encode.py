@@ -123,14 +123,16 @@ class Encoder:
         features = self._visual(requests)
         joined = [torch.cat([features[d] for d in r.digests]) if r.digests else None for r in requests]
         # One product for the routes of all requests, all layers and both routes.
+        places = [np.flatnonzero(request.input_ids == self._image_token_id) for request in requests]
         prefill_h, decode_h = [], []
-        for request, own in zip(requests, joined, strict=True):
+        for request, own, own_places in zip(requests, joined, places, strict=True):
             ids = torch.from_numpy(request.input_ids.astype(np.int64)).to(model.device, non_blocking=True)
             words = model.embeddings[ids]
             start, end = request.span
             decode_h.append(words[start:end].mean(0))
             if own is not None:
-                words = words.index_copy(0, self._places(request, model.device), own)
+                at = torch.from_numpy(own_places).to(model.device, non_blocking=True)
+                words = words.index_copy(0, at, own)
             prefill_h.append(words[start:end].mean(0))
         if self._decode_route == "prefill":
             decode_h = prefill_h
@@ -152,7 +154,7 @@ class Encoder:
                 Encoded(
                     request=request,
                     visual=nothing if own is None else own,
-                    image_places=np.flatnonzero(request.input_ids == self._image_token_id),
+                    image_places=places[index],
                     positions=positions,
                     next_position=following,
                     max_new_tokens=min(request.sampling.max_new_tokens, room),
@@ -187,6 +189,3 @@ class Encoder:
     def _grids(self, request: Request) -> list[tuple[int, int]]:
         side = self._model.shape.vision.patch_size * self._model.shape.vision.merge_size
         return [(image.shape[0] // side, image.shape[1] // side) for image in request.images]
-
-    def _places(self, request: Request, device: torch.device) -> Tensor:
-        return torch.from_numpy(np.flatnonzero(request.input_ids == self._image_token_id)).to(device, non_blocking=True)

@@ -376,8 +376,9 @@ class Engine:
 
     def _forget(self, item: _Item) -> None:
         """Free what a request holds. A step on its way may still write there; the next owner's steps come after it."""
-        if self._by_key.get(item.request.key or ()) is item:
-            del self._by_key[item.request.key or ()]
+        key = item.request.key
+        if key is not None and self._by_key.get(key) is item:
+            del self._by_key[key]
         running = item.running
         if running is not None and not running.finished:
             running.finished = True

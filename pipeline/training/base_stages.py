@@ -101,10 +101,8 @@ class SmallBase(nn.Module):
         """Share of objects whose kind, colour and size are named right."""
         truth = packed.sights
         held = truth[:, 0] > 0
-        right = {
-            n: logits.argmax(-1) == truth[:, c]
-            for c, (n, logits) in enumerate(zip(SIGHTS, self._read(visual), strict=True))
-        }
+        read = zip(SIGHTS, self._read(visual), truth.T, strict=True)
+        right = {name: logits.argmax(-1) == answers for name, logits, answers in read}
         return {f"sight/{n}": round(float(r[held].float().mean()), 4) for n, r in right.items()}
 
 
