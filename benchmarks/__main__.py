@@ -9,7 +9,18 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS
 
-NAMES = ("throughput", "strategies", "grouping", "memory", "conversion")
+NAMES = (
+    "throughput",
+    "job",
+    "preparation",
+    "overhead",
+    "shared_images",
+    "folding",
+    "strategies",
+    "grouping",
+    "memory",
+    "conversion",
+)
 
 HEADER = """# What was measured
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.harness import cpu_shape, mebibytes, peak_memory, save
+from benchmarks.harness import mebibytes, peak_memory, save
+from benchmarks.workloads import CPU_SHAPE
 from pipeline.random_checkpoint import write_random_checkpoint
 
 #: 1.07 B parameters: the decoder of the CPU benchmark four times as deep.
-SHAPE = cpu_shape(layers=48)
+SHAPE = replace(CPU_SHAPE, base=replace(CPU_SHAPE.base, layers=48))
 
 
 def main() -> list[str]:

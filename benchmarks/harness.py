@@ -6,17 +6,14 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from pipeline.hub_folder import FolderShape
-from pipeline.random_checkpoint import RandomShape
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -32,22 +29,18 @@ finally:
 """
 
 
-def cpu_shape(layers: int) -> RandomShape:
-    """A model for two CPU cores, in bfloat16; 12 layers have 302 M parameters."""
-    base = FolderShape(
-        layers=layers,
-        hidden=1024,
-        mlp_width=4096,
-        heads=16,
-        kv_heads=4,
-        mrope_section=(8, 12, 12),
-        vision_layers=8,
-        vision_width=512,
-        vision_heads=8,
-        vision_mlp_ratio=4,
-        vocabulary=8192,
-    )
-    return RandomShape(base, experts=4, rank=64, dtype=torch.bfloat16)
+REPEATS = 3
+
+
+def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Seconds that `work` takes: the median of several rounds, after one that warms up."""
+    work()
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
 def peak_memory(command: Sequence[str]) -> int:

@@ -13,7 +13,8 @@ import time
 import numpy as np
 import torch
 
-from benchmarks.harness import cpu_shape, save
+from benchmarks.harness import save
+from benchmarks.workloads import CPU_SHAPE
 from pipeline.engine.grouping import dense_and_sparse
 from pipeline.model.experts import GateFactors, Mixture, mixture_linear
 from pipeline.training.precision import products_dtype
@@ -33,8 +34,7 @@ FORCED = {"masked": (1 << 30, 2.0), "majority": (0, 0.0), "segments": (0, 2.0)}
 
 def main() -> list[str]:
     """Measure, save, and return lines for RESULTS.md."""
-    shape = cpu_shape(layers=1)
-    base, experts, rank = shape.base, shape.experts, shape.rank
+    base, experts, rank = CPU_SHAPE.base, CPU_SHAPE.experts, CPU_SHAPE.rank
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = products_dtype(device)
     torch.manual_seed(0)

@@ -119,16 +119,28 @@ class GenerationSettings(Settings):
 class EngineSettings(Settings):
     """How a replica batches requests."""
 
-    batch_size: PositiveInt = Field(32, description="most requests that run at once")
-    batch_tokens: PositiveInt = Field(
-        65_536, description="tokens of prompts and answers that the key/value cache holds; bounds what runs at once"
+    batch_size: PositiveInt | None = Field(
+        None, description="most requests that run at once; null: 32 on a CPU, 256 on a GPU"
     )
-    step_tokens: PositiveInt = Field(2048, description="prompt tokens of one step; longer prompts take several")
-    waiting: PositiveInt = Field(128, description="requests a replica holds to choose from")
+    batch_tokens: PositiveInt | None = Field(
+        None,
+        description="tokens of prompts and answers that the key/value cache holds, which bounds what runs at once; "
+        "null: 65,536 on a CPU, what the memory left by the model holds on a GPU",
+    )
+    step_tokens: PositiveInt | None = Field(
+        None, description="prompt tokens of one step, longer prompts take several; null: 512 on a CPU, 8,192 on a GPU"
+    )
+    waiting: PositiveInt | None = Field(
+        None, description="requests a replica holds to choose from; null: 128 on a CPU, 512 on a GPU"
+    )
     group_by_expert: bool = Field(True, description="start requests whose routes agree; off: in order of arrival")
     max_rounds_waiting: PositiveInt = Field(8, description="a request passed over this often starts before the others")
     vision_cache_bytes: int = Field(256 << 20, ge=0, description="visual tokens kept for images that come again")
     answer_cache: int = Field(4096, ge=0, description="greedy answers kept for rows that come again")
+    fold_experts: bool = Field(
+        False,
+        description="fold experts into the weights while all running rows share them (one prompt, one image size)",
+    )
 
 
 class PreparationSettings(Settings):

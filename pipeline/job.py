@@ -194,6 +194,7 @@ def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[W
     from pipeline.actors.monitor import Monitor
     from pipeline.actors.prepare import Preparer
     from pipeline.actors.replica import Replica
+    from pipeline.engine import EngineOptions, Sizes
     from pipeline.io.read import ParquetShards
 
     settings, plan = job.settings, job.plan
@@ -207,7 +208,8 @@ def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[W
     # The display is not worth a job: should its node go away, counting starts anew.
     monitor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).remote()
     # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
-    in_flight = -(-(settings.engine.waiting + settings.engine.batch_size) // rows_per_block) + 1
+    sizes = Sizes.of(EngineOptions(**settings.engine.model_dump()), resources.device)
+    in_flight = -(-(sizes.waiting + sizes.batch_size) // rows_per_block) + 1
     source = ParquetShards(plan, rows_per_block)
     sink = ParquetFolder(
         folder, output_schema(settings.output, plan.extras_schema), settings.output.rows_per_file, job.truth

@@ -146,6 +146,7 @@ class Summary:
             "new_tokens_per_second": round(written.new_tokens / self.answering_seconds, 3),
             "images_reused": self.engines["images_reused"],
             "answers_reused": self.engines["answers_reused"],
+            "folded_tokens": self.engines["folded_tokens"],
             "agreement": self._agreement(),
             "accuracy": self._accuracy(),
         }
@@ -192,6 +193,8 @@ class Summary:
         if facts["images_reused"] or facts["answers_reused"]:
             reused = f"{facts['images_reused']:,} images that came again, {facts['answers_reused']:,} answers to equal rows"
             lines.append(("computed once", reused))
+        if folded := facts["folded_tokens"]:
+            lines.append(("folded experts", f"{folded:,} new tokens"))
         if agreement := facts["agreement"]:
             lines += [
                 (

@@ -72,8 +72,9 @@ def test_durations_are_read_at_a_glance() -> None:
 def summary() -> Summary:
     written = Written(3, 1200, 90_000, 70_000, 24_000, Counter(image_decode=150, prompt_missing=50))
     engines = Counter(
-        prefill_pairs=8000, prefill=6000, prefill_in_order=4000, decode_pairs=4000, decode=3500, decode_in_order=1750
-    )
+        prefill_pairs=8000, prefill=6000, prefill_in_order=4000, decode_pairs=4000, decode=3500, decode_in_order=1750,
+        images_reused=400, answers_reused=20, folded_tokens=9000,
+    )  # fmt: skip
     return Summary("s3://b/out", written, 1000, 120.0, 100.0, engines)
 
 
@@ -93,6 +94,8 @@ def test_the_summary_reads_the_same_in_a_log(summary: Summary) -> None:
         "  prompt_missing  50",
         "images            1,000, 10.00 a second",
         "tokens            24,000 new, 240.0 a second; 90,000 in prompts (70,000 visual)",
+        "computed once     400 images that came again, 20 answers to equal rows",
+        "folded experts    9,000 new tokens",
         "prefill experts   75.0% of (request, gate) pairs ran on their group's commonest expert; 50.0% in order of arrival",
         "decode experts    87.5% of (request, gate) pairs ran on their group's commonest expert; 43.8% in order of arrival",
         "time              0:02:00 in all, 0:01:40 of it in the stages",

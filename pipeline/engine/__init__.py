@@ -1,8 +1,9 @@
 """The engine: requests in, answers out. Knows the model and nothing of Ray, Parquet or storage."""
 
-from pipeline.engine.engine import Engine, EngineOptions
+from pipeline.engine.engine import Engine
 from pipeline.engine.grouping import AgreementReport
+from pipeline.engine.options import EngineOptions, Sizes
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.types import Answer, GenerationError, Request
 
-__all__ = ["AgreementReport", "Answer", "Engine", "EngineOptions", "GenerationError", "Request", "Sampling"]
+__all__ = ["AgreementReport", "Answer", "Engine", "EngineOptions", "GenerationError", "Request", "Sampling", "Sizes"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pipeline.engine.types import GenerationError, Request
 from pipeline.model.awaker import Model, rope_positions
+from pipeline.model.ops import to_device
 from pipeline.model.routing import expert_factors
 
 
@@ -43,10 +45,54 @@ class Encoded:
     gates: np.ndarray | None
     routes: np.ndarray
 
+    @cached_property
+    def decode_key(self) -> bytes | None:
+        """Equal for requests whose new tokens take the same experts with the same weights; None without an adapter."""
+        return None if self.gates is None else self.gates[1].tobytes()
+
     @property
     def rows_needed(self) -> int:
         """Cache rows of prompt and new tokens; the last new token is never fed back."""
         return len(self.request.input_ids) + self.max_new_tokens - 1
+
+
+_NO_ROUTES = np.zeros((2, 0), np.int8)
+
+
+class Encoding:
+    """Requests on their way through the vision tower and the gates; their routes are the only thing the host waits for.
+
+    Args:
+        requests: the requests, still without gates and routes.
+        gates: [R, 2, G, E] float16 on the host, or on its way there; None without an adapter.
+        routes: [R, 2, G] int8, the same.
+    """
+
+    def __init__(self, requests: list[Encoded], gates: Tensor | None, routes: Tensor) -> None:
+        self._requests, self._gates, self._routes = requests, gates, routes
+        self._copied = torch.cuda.Event() if gates is not None and gates.is_pinned() else None
+        if self._copied is not None:
+            self._copied.record()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `finish` returns at once."""
+        return self._copied is None or self._copied.query()
+
+    def finish(self) -> list[Encoded]:
+        """The encoded requests; waits for the device if they are not ready."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        routes = self._routes.numpy()
+        gates = [None] * len(self._requests) if self._gates is None else self._gates.numpy()
+        return [replace(r, gates=g, routes=t) for r, g, t in zip(self._requests, gates, routes, strict=True)]
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 class VisionCache:
@@ -117,8 +163,8 @@ class Encoder:
         pixels = sum(image.shape[0] * image.shape[1] for image in request.images)
         return pixels // self._model.shape.vision.patch_size**2
 
-    def encode(self, requests: Sequence[Request]) -> list[Encoded]:
-        """Encode checked requests; equal images pass the vision tower once."""
+    def encode(self, requests: Sequence[Request]) -> Encoding:
+        """Launch the encoding of checked requests, without waiting for the device; equal images pass the tower once."""
         model = self._model
         features = self._visual(requests)
         joined = [torch.cat([features[d] for d in r.digests]) if r.digests else None for r in requests]
@@ -126,44 +172,46 @@ class Encoder:
         places = [np.flatnonzero(request.input_ids == self._image_token_id) for request in requests]
         prefill_h, decode_h = [], []
         for request, own, own_places in zip(requests, joined, places, strict=True):
-            ids = torch.from_numpy(request.input_ids.astype(np.int64)).to(model.device, non_blocking=True)
-            words = model.embeddings[ids]
+            words = model.embeddings[to_device(request.input_ids.astype(np.int64), model.device)]
             start, end = request.span
             decode_h.append(words[start:end].mean(0))
             if own is not None:
-                at = torch.from_numpy(own_places).to(model.device, non_blocking=True)
-                words = words.index_copy(0, at, own)
+                words = words.index_copy(0, to_device(own_places, model.device), own)
             prefill_h.append(words[start:end].mean(0))
         if self._decode_route == "prefill":
             decode_h = prefill_h
         routes = model.route(torch.stack([*prefill_h, *decode_h]))
         count = len(requests)
         gates = factors = None
-        top = np.zeros((count, 2, 0), np.int8)
+        top = torch.zeros(count, 2, 0, dtype=torch.int8)
         if routes is not None and model.shape.adapter is not None:
-            on_device = routes.gates.view(2, count, *routes.gates.shape[1:]).transpose(0, 1)
-            factors = expert_factors(on_device, model.shape.adapter.scale).to(model.dtype)
-            gates = on_device.cpu().numpy()
-            top = routes.top.to(torch.int8).cpu().numpy().reshape(2, count, -1).swapaxes(0, 1)
+            gates = routes.gates.view(2, count, *routes.gates.shape[1:]).transpose(0, 1)
+            factors = expert_factors(gates, model.shape.adapter.scale).to(model.dtype)
+            top = routes.top.to(torch.int8).view(2, count, -1).transpose(0, 1)
         nothing = torch.empty(0, model.shape.hidden, dtype=model.dtype, device=model.device)
-        encoded = []
-        for index, (request, own) in enumerate(zip(requests, joined, strict=True)):
-            positions, following = rope_positions(request.input_ids, self._grids(request), self._image_token_id)
-            room = model.shape.max_positions - len(request.input_ids)
-            encoded.append(
+        return Encoding(
+            [
                 Encoded(
                     request=request,
                     visual=nothing if own is None else own,
-                    image_places=places[index],
+                    image_places=own_places,
                     positions=positions,
                     next_position=following,
-                    max_new_tokens=min(request.sampling.max_new_tokens, room),
+                    max_new_tokens=min(request.sampling.max_new_tokens, model.shape.max_positions - len(request.input_ids)),
                     factors=None if factors is None else factors[index],
-                    gates=None if gates is None else gates[index],
-                    routes=top[index],
+                    gates=None,
+                    routes=_NO_ROUTES,
                 )
-            )
-        return encoded
+                for index, (request, own, own_places, (positions, following)) in enumerate(
+                    zip(requests, joined, places, map(self._rope_positions, requests), strict=True)
+                )
+            ],
+            None if gates is None else _copy_to_host(gates),
+            _copy_to_host(top),
+        )
+
+    def _rope_positions(self, request: Request) -> tuple[np.ndarray, int]:
+        return rope_positions(request.input_ids, self._grids(request), self._image_token_id)
 
     def _visual(self, requests: Sequence[Request]) -> dict[bytes, Tensor]:
         """Visual tokens of all images of the requests, by digest."""
@@ -179,8 +227,7 @@ class Encoder:
                 else:
                     fresh[digest] = image
         if fresh:
-            images = [torch.from_numpy(np.array(image)).to(self._model.device) for image in fresh.values()]
-            for digest, visual in zip(fresh, self._model.vision.encode(images), strict=True):
+            for digest, visual in zip(fresh, self._model.vision.encode(list(fresh.values())), strict=True):
                 found[digest] = visual
                 self._cache.put(digest, visual)
             self.images_encoded += len(fresh)

@@ -9,24 +9,27 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.engine.answers import finish
-from pipeline.engine.encode import Encoded, Encoder
+from pipeline.engine.encode import Encoded, Encoder, Encoding
 from pipeline.engine.extents import Extents
 from pipeline.engine.grouping import AgreementReport, choose
+from pipeline.engine.options import EngineOptions, Sizes
 from pipeline.engine.runner import Launched, Part, Runner, Running
 from pipeline.engine.sampling import NOT_FINITE
 from pipeline.engine.types import Answer, GenerationError, Request
+from pipeline.model.attention import token_bytes
 from pipeline.model.awaker import Model
 
 logger = logging.getLogger(__name__)
 
-#: Patches that the vision tower takes at once; bounds its activations (about 1 GB for the 7B model in bfloat16).
-ENCODE_PATCHES = 16_384
+#: Patches that the vision tower takes at once. On a GPU they bound its activations (about 1 GB for the 7B model in bfloat16);
+#: on a CPU they keep them in the processor's cache.
+ENCODE_PATCHES = {"cpu": 2048, "cuda": 16_384}
 
 #: How long to wait for more requests before a batch that is not full starts.
 LINGER_SECONDS = 0.02
@@ -35,32 +38,14 @@ LINGER_SECONDS = 0.02
 LEAST_STEP_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """How an engine batches.
+#: On a GPU the cache takes this share of the memory that the loaded model leaves; the rest is for the steps themselves.
+MEMORY_SHARE = 0.7
 
-    Attributes:
-        batch_size: requests that run at once.
-        batch_tokens: tokens of prompts and answers that the key/value cache holds; no request starts without room for
-            its longest answer.
-        step_tokens: prompt tokens of one step. A longer prompt is spread over several, and the others go on beside it.
-        waiting: encoded requests to choose from.
-        group_by_expert: start requests whose routes agree with what runs; off: in order of arrival.
-        max_rounds_waiting: a request passed over this often starts before the others.
-        vision_cache_bytes: visual tokens kept for images that come again.
-        answer_cache: greedy answers kept for rows that come again.
-        decode_route: which experts new tokens take.
-    """
 
-    batch_size: int = 32
-    batch_tokens: int = 65_536
-    step_tokens: int = 2048
-    waiting: int = 128
-    group_by_expert: bool = True
-    max_rounds_waiting: int = 8
-    vision_cache_bytes: int = 256 << 20
-    answer_cache: int = 4096
-    decode_route: Literal["released", "prefill"] = "released"
+def cache_tokens(model: Model) -> int:
+    """How many tokens' keys and values the free memory of the model's GPU holds."""
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, int(MEMORY_SHARE * free) // token_bytes(model.shape, model.dtype))
 
 
 @dataclass(eq=False)
@@ -95,15 +80,18 @@ class Engine:
         self._model = model
         self._tokenizer = tokenizer
         self._options = options = options or EngineOptions()
+        self._sizes = sizes = Sizes.of(options, model.device.type)
+        self._batch_tokens = sizes.batch_tokens or cache_tokens(model)
         self._encoder = Encoder(model, image_token_id, options.decode_route, options.vision_cache_bytes)
-        self._runner = Runner(model, options.batch_size, options.batch_tokens)
-        self._extents = Extents(options.batch_tokens)
-        self._slots = list(range(options.batch_size))
-        self._step_tokens = options.step_tokens
+        self._runner = Runner(model, sizes.batch_size, self._batch_tokens, options.fold_experts)
+        self._extents = Extents(self._batch_tokens)
+        self._slots = list(range(sizes.batch_size))
+        self._step_tokens = sizes.step_tokens
         # On a GPU the next step is launched before the tokens of this one are read: the device never waits for the host.
         self._ahead = 0 if model.device.type == "cpu" else 1
         self._inbox: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._arrived: deque[_Item] = deque()
+        self._encoding: deque[tuple[list[_Item], Encoding]] = deque()
         self._waiting: list[_Item] = []
         self._running: list[_Item] = []
         self._launched: deque[Launched] = deque()
@@ -141,6 +129,7 @@ class Engine:
             images_encoded=self._encoder.images_encoded,
             images_reused=self._encoder.images_reused,
             answers_reused=self._answers_reused,
+            folded_tokens=self._runner.folded_tokens,
             **self.agreement.counts(),
         )
 
@@ -161,7 +150,7 @@ class Engine:
         try:
             with torch.inference_mode():
                 open_for_more = True
-                while open_for_more or self._arrived or self._waiting or self._running:
+                while open_for_more or self._arrived or self._encoding or self._waiting or self._running:
                     open_for_more = self._receive(open_for_more)
                     self._encode()
                     self._admit()
@@ -177,7 +166,8 @@ class Engine:
         while not self._inbox.empty():
             if (item := self._inbox.get()) is not None:
                 self._arrived.append(item)
-        for item in [*self._arrived, *self._waiting, *self._running]:
+        encoding = [item for items, _ in self._encoding for item in items]
+        for item in [*self._arrived, *encoding, *self._waiting, *self._running]:
             self._fail(item, RuntimeError(f"the engine failed: {self._failure}"))
 
     def _receive(self, open_for_more: bool) -> bool:
@@ -185,8 +175,8 @@ class Engine:
 
         Only an engine with nothing to run waits: for ever if it has nothing at all, else a moment for a fuller batch.
         """
-        while open_for_more and len(self._waiting) + len(self._arrived) < self._options.waiting:
-            idle = not self._waiting and not self._arrived
+        while open_for_more and self._queued() < self._sizes.waiting:
+            idle = not self._queued()
             try:
                 if self._running:
                     item = self._inbox.get_nowait()
@@ -199,6 +189,9 @@ class Engine:
             elif item.futures[0].set_running_or_notify_cancel():
                 self._take_in(item)
         return open_for_more
+
+    def _queued(self) -> int:
+        return len(self._arrived) + sum(len(items) for items, _ in self._encoding) + len(self._waiting)
 
     def _take_in(self, item: _Item) -> None:
         """Queue a request, unless an equal one was answered or is on its way."""
@@ -217,9 +210,9 @@ class Engine:
             self._encoder.check(item.request)
             rows = len(item.request.input_ids) + item.request.sampling.max_new_tokens - 1
             rows = min(rows, self._model.shape.max_positions - 1)
-            if rows > self._options.batch_tokens:
+            if rows > self._batch_tokens:
                 raise GenerationError(
-                    f"prompt and answer may take {rows} tokens, above engine.batch_tokens {self._options.batch_tokens}; "
+                    f"prompt and answer may take {rows} tokens, above engine.batch_tokens {self._batch_tokens}; "
                     "raise it, or lower generation.max_new_tokens"
                 )
         except GenerationError as error:
@@ -231,28 +224,29 @@ class Engine:
 
     def _encode(self) -> None:
         """Run the vision tower and the gates over new requests: all of them, or one bounded part while others run."""
-        while self._arrived:
+        while self._arrived and not (self._running and self._encoding):
             chunk = [self._arrived.popleft()]
             patches = self._encoder.patches(chunk[0].request)
-            while self._arrived and patches + (more := self._encoder.patches(self._arrived[0].request)) <= ENCODE_PATCHES:
+            most = ENCODE_PATCHES[self._model.device.type]
+            while self._arrived and patches + (more := self._encoder.patches(self._arrived[0].request)) <= most:
                 chunk.append(self._arrived.popleft())
                 patches += more
             self._narrow(chunk, self._encode_chunk, self._fail)
-            if self._running:
-                return
+        while self._encoding and (not self._running or self._encoding[0][1].ready):
+            items, encoding = self._encoding.popleft()
+            for item, encoded in zip(items, encoding.finish(), strict=True):
+                item.encoded = encoded
+                self._waiting.append(item)
+                if encoded.gates is not None:
+                    self.agreement.arrived(encoded.routes)
 
     def _encode_chunk(self, chunk: list[_Item]) -> None:
-        encoded = self._encoder.encode([item.request for item in chunk])
-        for item, result in zip(chunk, encoded, strict=True):
-            item.encoded = result
-            self._waiting.append(item)
-            if result.gates is not None:
-                self.agreement.arrived(result.routes)
+        self._encoding.append((chunk, self._encoder.encode([item.request for item in chunk])))
 
     def _admit(self) -> None:
         """Start waiting requests in free slots."""
         # A few at a time: single prompts would make steps too small to be worth it.
-        if not self._waiting or (self._running and len(self._slots) < max(1, self._options.batch_size // 8)):
+        if not self._waiting or (self._running and len(self._slots) < max(1, self._sizes.batch_size // 8)):
             return
         started = []
         for index in self._choose():

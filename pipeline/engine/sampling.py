@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.model.ops import to_device
+
 #: New tokens where neither settings nor checkpoint say: transformers' own default.
 DEFAULT_NEW_TOKENS = 20
 
@@ -110,7 +112,7 @@ class Sampler:
         if self._seen is not None:
             self._penalty[slot] = sampling.repetition_penalty
             self._seen[slot] = False
-            prompt = torch.from_numpy(input_ids.astype(np.int64)).to(self._device, non_blocking=True)
+            prompt = to_device(input_ids.astype(np.int64), self._device)
             self._seen[slot].index_fill_(0, prompt, True)
 
     def sample(self, logits: Tensor, slots: Sequence[int], index: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ class Sampler:
         tokens = scores.argmax(-1)
         rows = [row for row, slot in enumerate(slots) if self._generators[slot] is not None]
         if rows:
-            at = torch.tensor(rows, device=self._device)
+            at = to_device(np.array(rows, np.int64), self._device)
             tokens.index_copy_(0, at, self._draw(scores.index_select(0, at), [slots[row] for row in rows]))
         if self._seen is not None:
             self._seen.index_put_((index, tokens), torch.ones((), dtype=torch.bool, device=self._device))
@@ -142,7 +144,7 @@ class Sampler:
 
     def _draw(self, scores: Tensor, slots: list[int]) -> Tensor:
         """Sample rows of scores with the warpers of transformers, in its order, and the draw of `torch.multinomial`."""
-        index = torch.tensor(slots, device=self._device)
+        index = to_device(np.array(slots, np.int64), self._device)
         scores = scores / self._temperature.index_select(0, index).unsqueeze(1)
         settings = [self._sampling[slot] for slot in slots]
         if any(s is not None and (s.top_k > 0 or s.top_p < 1.0) for s in settings):

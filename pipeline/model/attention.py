@@ -1,13 +1,17 @@
-"""Attention over the key/value cache: a chunk of a prompt against what precedes it, and single new tokens of many requests.
+"""Attention over packed sequences: images of the vision tower, and over the cache parts of prompts and single new tokens.
 
-The plain twins on torch's scaled-dot-product attention run anywhere and are what every faster kernel is tested against.
+The plain twins on torch's scaled-dot-product attention run anywhere and are what the CUDA forms are tested against:
+PyTorch's own flash attention for sequences, a Triton kernel for new tokens. No CUDA form waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,43 +23,79 @@ class KVCache:
     """Keys and values of all requests: one row a token, each request in a contiguous extent of rows.
 
     Attributes:
-        keys: [layers, rows, kv_heads, head_dim].
+        keys: [layers, rows + 1, kv_heads, head_dim]; the last row is nobody's, for what fills up a batch of fixed size.
         values: the same.
     """
 
     def __init__(self, shape: ModelShape, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        size = (shape.layers, rows, shape.kv_heads, shape.head_dim)
+        size = (shape.layers, rows + 1, shape.kv_heads, shape.head_dim)
         # Not cleared: only rows that were written are ever read, and untouched memory costs nothing on a CPU.
         self.keys = torch.empty(size, dtype=dtype, device=device)
         self.values = torch.empty(size, dtype=dtype, device=device)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens of one prompt in a step: `tokens` of them, behind `cached` ones in the extent that begins at row `start`."""
+def token_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Bytes that the cache takes for a token."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
 
-    tokens: int
-    start: int
-    cached: int
+
+@dataclass(frozen=True)
+class Sequences:
+    """Packed queries of several sequences, and the rows of keys that each may attend to.
+
+    Attributes:
+        queries: how many queries each sequence has; they follow one another.
+        starts: its first row of keys.
+        rows: how many rows of keys it has. Where attention is causal, the last query belongs to the last row.
+        on_device: queries' and keys' offsets, int32 [S + 1] each, and rows, int32 [S]; None on a CPU, which needs none.
+    """
+
+    queries: tuple[int, ...]
+    starts: tuple[int, ...]
+    rows: tuple[int, ...]
+    on_device: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        queries: Sequence[int],
+        starts: Sequence[int],
+        rows: Sequence[int],
+        upload: Callable[[np.ndarray], Tensor] | None,
+    ) -> Sequences:
+        """Describe sequences; `upload` takes an array to the device without waiting (None on a CPU)."""
+        on_device = None
+        if upload is not None:
+            offsets = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+            # Only starts are read from the keys' offsets where the numbers of rows are given; one more ends the array.
+            first = np.append(starts, 0).astype(np.int32)
+            counts = np.asarray(rows, np.int32)
+            on_device = (upload(offsets), upload(first), upload(counts))
+        return cls(tuple(queries), tuple(starts), tuple(rows), on_device)
 
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Which request a step's tokens belong to: first the chunks of prompts, then one new token for each decoding request.
+    """Which request a step's tokens belong to: first the parts of prompts, then one new token for each decoding request.
 
     Attributes:
         cache: keys and values.
         write: [tokens] int64, the cache row of each token.
-        chunks: the prompts' parts, in the order of the tokens.
-        starts: first row of each decoding request's extent.
-        lengths: rows each has filled, the new token's included.
+        chunks: the prompts' parts, in the order of the tokens; None without any.
+        starts: [decoding requests] int64, first row of each one's extent.
+        lengths: [decoding requests] int64, rows that each has filled, the new token's included.
     """
 
     cache: KVCache
     write: Tensor
-    chunks: tuple[Chunk, ...]
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
+    chunks: Sequences | None
+    starts: Tensor
+    lengths: Tensor
+
+    @cached_property
+    def extents(self) -> list[slice]:
+        """The filled rows of each decoding request; reading them from a device would wait for it."""
+        return [slice(s, s + n) for s, n in zip(self.starts.tolist(), self.lengths.tolist(), strict=True)]
 
 
 def attend(layout: StepLayout, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,56 +115,84 @@ def attend(layout: StepLayout, layer: int, q: Tensor, k: Tensor, v: Tensor) -> T
     keys.index_copy_(0, layout.write, k)
     values.index_copy_(0, layout.write, v)
     attended = []
-    at = 0
-    for chunk in layout.chunks:
-        own = slice(chunk.start, chunk.start + chunk.cached + chunk.tokens)
-        attended.append(attend_chunk(q[at : at + chunk.tokens], keys[own], values[own]))
-        at += chunk.tokens
-    if layout.starts:
-        attended.append(attend_decode(q[at:], keys, values, layout.starts, layout.lengths))
+    in_chunks = 0
+    if layout.chunks is not None:
+        in_chunks = sum(layout.chunks.queries)
+        attended.append(attend_sequences(q[:in_chunks], keys, values, layout.chunks, causal=True))
+    if len(layout.starts):
+        attended.append(attend_decode(q[in_chunks:], keys, values, layout))
     return torch.cat(attended) if len(attended) > 1 else attended[0]
 
 
-def attend_chunk(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The last tokens of a prompt so far, each against all tokens up to itself.
+def attend_sequences(q: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, *, causal: bool) -> Tensor:
+    """Each query against the rows of its own sequence.
 
     Args:
-        q: [tokens, heads, head_dim].
-        keys: [rows, kv_heads, head_dim], the chunk's own at the end.
+        q: [queries, heads, head_dim].
+        keys: [rows, kv_heads, head_dim].
         values: the same.
+        sequences: whose they are.
+        causal: a sequence's last query sees all its rows, the one before all but the last, and so on; else all see all.
 
     Returns:
-        [tokens, heads * head_dim].
+        [queries, heads * head_dim].
     """
-    tokens, rows = q.shape[0], keys.shape[0]
-    # With a batch dimension, which the CPU's fused kernel wants.
-    q, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, keys, values))
-    mask = None
-    if rows > tokens:
-        # `is_causal` would align the first query with the first key.
-        mask = torch.ones(tokens, rows, dtype=torch.bool, device=q.device).tril_(rows - tokens)
-    out = scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out[0].transpose(0, 1).flatten(1)
+    if q.is_cuda:
+        assert sequences.on_device is not None
+        query_offsets, key_offsets, rows = sequences.on_device
+        # The kernel reads a sequence's rows from its offset on, as many as `seqused_k` says, wherever the next begins.
+        most = (max(sequences.queries), max(sequences.rows))
+        found = torch.ops.aten._flash_attention_forward(
+            q, keys, values, query_offsets, key_offsets, *most, 0.0, causal, False, seqused_k=rows
+        )
+        return found[0].flatten(1)
+    attended = []
+    at = 0
+    for count, queries, start, rows in _alike(sequences):
+        own = slice(start, start + count * rows)
+        query, key, value = (
+            t.unflatten(0, (count, -1)).transpose(1, 2) for t in (q[at : at + count * queries], keys[own], values[own])
+        )
+        mask = None
+        if causal and rows > queries:
+            # `is_causal` would align the first query with the first key.
+            mask = torch.ones(queries, rows, dtype=torch.bool).tril_(rows - queries)
+        whole = causal and mask is None
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=whole, enable_gqa=True)
+        attended.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        at += count * queries
+    return torch.cat(attended) if len(attended) > 1 else attended[0]
 
 
-def attend_decode(q: Tensor, keys: Tensor, values: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def _alike(sequences: Sequences) -> Iterator[tuple[int, int, int, int]]:
+    """Runs of sequences of one size whose rows follow one another: (how many, queries, first row, rows) of each."""
+    ends = [0, *np.cumsum(sequences.rows).tolist()]
+    each = zip(sequences.queries, sequences.rows, sequences.starts, ends, strict=False)
+    for (queries, rows, _), run in groupby(((q, r, s - e, s) for q, r, s, e in each), key=lambda item: item[:3]):
+        members = list(run)
+        yield len(members), queries, members[0][3], rows
+
+
+def attend_decode(q: Tensor, keys: Tensor, values: Tensor, layout: StepLayout) -> Tensor:
     """One new token of each request against its whole extent so far.
 
     Args:
         q: [requests, heads, head_dim].
         keys: [all rows, kv_heads, head_dim].
         values: the same.
-        starts: each request's first row.
-        lengths: its filled rows, the new token's included.
+        layout: whose `starts` and `lengths` these are.
 
     Returns:
         [requests, heads * head_dim].
     """
+    if q.is_cuda:
+        from pipeline.model.kernels import decode_attention
+
+        return decode_attention(q, keys, values, layout.starts, layout.lengths)
     # The queries that share a key/value head stand in the place of query positions: no key is copied.
     grouped = q.unflatten(1, (keys.shape[1], -1)).unsqueeze(1)  # [requests, 1, kv_heads, group, head_dim]
     attended = []
-    for query, start, length in zip(grouped, starts, lengths, strict=True):
-        own = slice(start, start + length)
+    for query, own in zip(grouped, layout.extents, strict=True):
         key, value = keys[own].transpose(0, 1).unsqueeze(0), values[own].transpose(0, 1).unsqueeze(0)
         attended.append(scaled_dot_product_attention(query, key, value))
     return torch.cat(attended).flatten(1)

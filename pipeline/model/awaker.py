@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +73,20 @@ def load_model(checkpoint: Checkpoint, image_processor: Any, dtype: torch.dtype,
         dtype: dtype to run in.
         device: where to load.
     """
-    shape = checkpoint.shape
     with checkpoint.files.reader() as reader:
         tensors = {name: build(reader).to(device, dtype) for name, build in checkpoint.serving_tensors()}
+    table = pixel_table(image_processor.image_mean, image_processor.image_std, image_processor.rescale_factor)
+    return assemble(checkpoint.shape, tensors, table.to(device))
+
+
+def assemble(shape: ModelShape, tensors: Mapping[str, Tensor], table: Tensor) -> Model:
+    """Put a model together.
+
+    Args:
+        shape: its sizes.
+        tensors: all serving tensors by name (`checkpoint.serving_shapes`), of one dtype and on one device.
+        table: `pixel_table`'s result, on that device.
+    """
 
     def affine(name: str) -> Affine:
         return Affine(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
@@ -85,10 +96,9 @@ def load_model(checkpoint: Checkpoint, image_processor: Any, dtype: torch.dtype,
         return Mixture(tensors[f"{name}.stacked"], tensors.get(f"{name}.b"), rank)
 
     block_parts = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
-    table = pixel_table(image_processor.image_mean, image_processor.image_std, image_processor.rescale_factor)
     vision = VisionTower(
         shape=shape.vision,
-        table=table.to(device),
+        table=table,
         patch_embedding=tensors["vision.patch_embedding.weight"],
         blocks=tuple(
             VisionBlock(*(affine(f"vision.blocks.{i}.{part}") for part in block_parts)) for i in range(shape.vision.depth)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.model.attention import StepLayout, attend
 from pipeline.model.experts import GateFactors, Mixture, mixture_linear
+from pipeline.model.ops import add_rms_norm, rotate_, silu_multiply
 from pipeline.model.shape import ModelShape
 
 
@@ -39,12 +40,6 @@ class LayerGates:
     mlp: GateFactors | None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in float32, cast back before the weight, as the released code does."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
 def rotary(positions: Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the multimodal rotary embedding.
 
@@ -54,7 +49,7 @@ def rotary(positions: Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[Te
         dtype: dtype of the result.
 
     Returns:
-        Two tensors [tokens, 1, head_dim]: section i of the frequencies follows the positions of dimension i mod 3.
+        Two tensors [tokens, head_dim / 2]: section i of the frequencies follows the positions of dimension i mod 3.
     """
     dim = shape.head_dim
     steps = torch.arange(0, dim, 2, dtype=torch.int64, device=positions.device).float() / dim
@@ -62,13 +57,7 @@ def rotary(positions: Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[Te
     angles = positions[..., None].float() * inverse  # [3, tokens, head_dim / 2]
     sections = angles.split(shape.mrope_section, dim=-1)
     merged = torch.cat([section[i % 3] for i, section in enumerate(sections)], dim=-1)
-    both = torch.cat((merged, merged), dim=-1).unsqueeze(1)
-    return both.cos().to(dtype), both.sin().to(dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return merged.cos().to(dtype), merged.sin().to(dtype)
 
 
 @dataclass(frozen=True)
@@ -95,20 +84,21 @@ class Decoder:
         Returns:
             [requests, vocabulary] float32 logits.
         """
-        x = self._run(embeddings, *rotary(positions, self.shape, embeddings.dtype), gates, layout)
-        x = rms_norm(x.index_select(0, answered), self.final_norm, self.shape.rms_eps)
-        return F.linear(x, self.lm_head).float()
-
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, gates: list[LayerGates], layout: StepLayout) -> Tensor:
         shape = self.shape
-        sizes = [shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.kv_heads * shape.head_dim]
+        heads = [shape.heads, shape.kv_heads, shape.kv_heads]
+        cos, sin = rotary(positions, shape, embeddings.dtype)
+        x, delta = embeddings, None
         for index, (layer, gate) in enumerate(zip(self.layers, gates, strict=True)):
-            normed = rms_norm(x, layer.input_norm, shape.rms_eps)
-            qkv = F.linear(normed, layer.qkv_weight, layer.qkv_bias)
-            q, k, v = (t.view(t.shape[0], -1, shape.head_dim) for t in qkv.split(sizes, dim=-1))
-            attended = attend(layout, index, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
-            x = x + mixture_linear(attended, layer.o, gate.o)
-            normed = rms_norm(x, layer.post_norm, shape.rms_eps)
-            hidden = F.silu(mixture_linear(normed, layer.gate, gate.mlp)) * mixture_linear(normed, layer.up, gate.mlp)
-            x = x + mixture_linear(hidden, layer.down, gate.mlp)
-        return x
+            x, normed = add_rms_norm(x, delta, layer.input_norm, shape.rms_eps)
+            qkv = F.linear(normed, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, shape.head_dim))
+            q, k, v = qkv.split(heads, dim=1)
+            attended = attend(layout, index, rotate_(q, cos, sin), rotate_(k, cos, sin), v)
+            x, normed = add_rms_norm(x, mixture_linear(attended, layer.o, gate.o), layer.post_norm, shape.rms_eps)
+            hidden = silu_multiply(mixture_linear(normed, layer.gate, gate.mlp), mixture_linear(normed, layer.up, gate.mlp))
+            delta = mixture_linear(hidden, layer.down, gate.mlp)
+        # Only what is answered goes on to the vocabulary.
+        x = x.index_select(0, answered)
+        if delta is not None:
+            delta = delta.index_select(0, answered)
+        _, normed = add_rms_norm(x, delta, self.final_norm, shape.rms_eps)
+        return F.linear(normed, self.lm_head).float()

@@ -1,7 +1,7 @@
 """From a conversation to what the model reads: resized pixels, token ids and the prompt span. CPU only, no weights.
 
 This is the released README's own path (process_vision_info, chat template, processor) with one difference: pixels stay
-uint8, and are normalised and cut into patches on the model's device (`vision.cut_patches`).
+uint8, and are normalised and cut into patches on the model's device (`vision.cut_images`).
 """
 
 from __future__ import annotations

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.model.attention import Sequences, attend_sequences
+from pipeline.model.ops import quick_gelu_, rotate_, to_device
 from pipeline.model.shape import VisionShape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": quick_gelu_,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
@@ -69,52 +72,76 @@ def pixel_table(mean: Sequence[float], std: Sequence[float], rescale_factor: flo
     return torch.from_numpy(np.ascontiguousarray(table[..., 0], dtype=np.float32))
 
 
-def cut_patches(pixels: Tensor, table: Tensor, patch: int, merge: int, frames: int) -> Tensor:
-    """Normalise one image and cut it into flattened patches, in the merger's order.
+@lru_cache(maxsize=512)
+def _patches_of(grid: tuple[int, int], merge: int) -> np.ndarray:
+    """Row and column of each patch of an image, in the merger's order: int32 [patches, 2]."""
+    rows, columns = grid
+    places = np.moveaxis(np.mgrid[0:rows, 0:columns], 0, -1).astype(np.int32)
+    blocks = places.reshape(rows // merge, merge, columns // merge, merge, 2).swapaxes(1, 2)
+    return blocks.reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class PatchPlaces:
+    """The patches of several images in the merger's order.
+
+    Attributes:
+        grids: each image's patches in height and width.
+        places: [patches, 2] int32 on the tower's device, row and column of each patch within its image.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    places: Tensor
+
+    @classmethod
+    def of(cls, grids: Sequence[tuple[int, int]], merge: int, device: torch.device) -> PatchPlaces:
+        """Patches of images with these grids, for a merger of `merge` x `merge` patches."""
+        return cls(tuple(grids), to_device(np.concatenate([_patches_of(grid, merge) for grid in grids]), device))
+
+
+def cut_images(
+    images: Sequence[np.ndarray], table: Tensor, patch: int, merge: int, frames: int
+) -> tuple[Tensor, PatchPlaces]:
+    """Normalise images and cut them into flattened patches on the device of `table`: one gather for all of them.
 
     Args:
-        pixels: [height, width, channels] uint8; height and width are multiples of patch * merge.
-        table: `pixel_table`'s result, on the device of `pixels`.
+        images: each [height, width, channels] uint8; height and width are multiples of patch * merge.
+        table: `pixel_table`'s result.
         patch: pixels of a patch's side.
         merge: patches of a visual token's side.
         frames: the tower's frames, which a still image fills alike.
 
     Returns:
-        [height / patch * width / patch, channels * frames * patch * patch] float32.
+        [patches of all images, channels * frames * patch * patch] float32, and where they lie.
     """
-    height, width, channels = pixels.shape
-    values = torch.stack([table[c][pixels[..., c].long()] for c in range(channels)])  # [C, H, W]
-    cut = values.view(channels, height // patch // merge, merge, patch, width // patch // merge, merge, patch).permute(
-        1, 4, 2, 5, 0, 3, 6
-    )
-    repeated = cut.unsqueeze(5).expand(*cut.shape[:5], frames, patch, patch)
-    return repeated.reshape(-1, channels * frames * patch**2)
+    device = table.device
+    grids = [(image.shape[0] // patch, image.shape[1] // patch) for image in images]
+    patches = PatchPlaces.of(grids, merge, device)
+    counts = [rows * columns for rows, columns in grids]
+    # Pixels of all images stand in one list; an image's begin here, and a row of it is so many long.
+    begin = np.repeat(np.cumsum([0, *counts[:-1]]) * patch**2, counts).astype(np.int32)
+    width = np.repeat([columns * patch for _, columns in grids], counts).astype(np.int32)
+    first, step = to_device(np.stack([begin, width]), device)
+    pixels = to_device(np.concatenate([image.reshape(-1, image.shape[2]) for image in images]), device)
+    side = torch.arange(patch, device=device, dtype=torch.int32)
+    corner = first + (patches.places[:, 0] * step + patches.places[:, 1]) * patch
+    at = corner[:, None, None] + side[:, None] * step[:, None, None] + side  # [patches, patch, patch]
+    channels = pixels.shape[1]
+    values = pixels[at.flatten().long()].long() + 256 * torch.arange(channels, device=device)
+    cut = table.flatten()[values].view(-1, patch**2, channels).transpose(1, 2)
+    return cut.unsqueeze(2).expand(-1, -1, frames, -1).reshape(len(cut), -1), patches
 
 
-def rotary_angles(grid: tuple[int, int], shape: VisionShape, device: torch.device) -> Tensor:
-    """Angles of the axial rotary embedding of one image: [patches, head_dim / 2] float32, in the merger's order.
+def rotary_angles(places: Tensor, shape: VisionShape) -> Tensor:
+    """Angles of the axial rotary embedding: [patches, head_dim / 2] float32.
 
     Args:
-        grid: patches in height and width.
+        places: [patches, 2], row and column of each patch.
         shape: the tower's sizes.
-        device: where to compute them.
     """
-    merge = shape.merge_size
-    rows, columns = grid
-    shape4 = (rows // merge, merge, columns // merge, merge)
-    row = torch.arange(rows, device=device).view(shape4[0], merge, 1, 1).expand(shape4)
-    column = torch.arange(columns, device=device).view(1, 1, shape4[2], merge).expand(shape4)
-    positions = torch.stack([p.transpose(1, 2).flatten() for p in (row, column)], dim=1)  # [patches, 2]
     dim = shape.width // shape.heads // 2
-    inverse = 1.0 / (shape.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
-    return (positions[:, :, None].float() * inverse).flatten(1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [tokens, heads, head_dim] in float32, as the released code does at every dtype."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    steps = torch.arange(0, dim, 2, dtype=torch.float32, device=places.device) / dim
+    return (places[:, :, None].float() * (1.0 / (shape.rope_theta**steps))).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -129,40 +156,41 @@ class VisionTower:
     merger_in: Affine
     merger_out: Affine
 
-    def encode(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Encode images into visual tokens.
+    def encode(self, images: Sequence[np.ndarray]) -> list[Tensor]:
+        """Encode images into visual tokens; nothing here waits for the device.
 
         Args:
-            images: each [height, width, channels] uint8 on the tower's device.
+            images: each [height, width, channels] uint8; sides are multiples of patch * merge.
 
         Returns:
             For each image [height * width / (patch * merge)^2, hidden of the decoder].
         """
-        patch = self.shape.patch_size
-        grids = [(image.shape[0] // patch, image.shape[1] // patch) for image in images]
-        cut = (patch, self.shape.merge_size, self.shape.temporal_patch_size)
-        return self.encode_patches(torch.cat([cut_patches(image, self.table, *cut) for image in images]), grids)
+        shape = self.shape
+        return self.encode_patches(
+            *cut_images(images, self.table, shape.patch_size, shape.merge_size, shape.temporal_patch_size)
+        )
 
-    def encode_patches(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def encode_patches(self, cut: Tensor, patches: PatchPlaces) -> list[Tensor]:
         """Encode images that are cut into patches already.
 
         Args:
-            patches: [patches of all images, values of a patch] float32, image after image.
-            grids: each image's patches in height and width.
+            cut: [patches of all images, values of a patch] float32, image after image.
+            patches: where they lie.
 
         Returns:
-            As `encode`. The linear layers run over all images as one sequence without padding; attention stays within
-            an image.
+            As `encode`. All images run as one sequence without padding; attention stays within an image.
         """
         device, dtype = self.patch_embedding.device, self.patch_embedding.dtype
-        counts = [rows * columns for rows, columns in grids]
-        angles = torch.cat([rotary_angles(grid, self.shape, device) for grid in grids])
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        counts = [rows * columns for rows, columns in patches.grids]
+        starts = np.cumsum([0, *counts[:-1]]).tolist()
+        upload = partial(to_device, device=device) if device.type == "cuda" else None
+        sequences = Sequences.pack(counts, starts, counts, upload)
+        angles = rotary_angles(patches.places, self.shape)
         cos, sin = angles.cos(), angles.sin()
 
-        x = F.linear(patches.to(dtype), self.patch_embedding)
+        x = F.linear(cut.to(dtype), self.patch_embedding)
         for block in self.blocks:
-            x = x + block.proj.linear(self._attend(block.qkv.linear(block.norm1.norm(x)), cos, sin, counts))
+            x = x + block.proj.linear(self._attend(block.qkv.linear(block.norm1.norm(x)), cos, sin, sequences))
             hidden = ACTIVATIONS[self.shape.activation](block.fc1.linear(block.norm2.norm(x)))
             x = x + block.fc2.linear(hidden)
 
@@ -171,11 +199,6 @@ class VisionTower:
         out = self.merger_out.linear(F.gelu(self.merger_in.linear(merged)))
         return list(out.split([count // merge for count in counts]))
 
-    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, counts: list[int]) -> Tensor:
-        heads = self.shape.heads
-        q, k, v = qkv.view(qkv.shape[0], 3, heads, -1).unbind(1)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        # [heads, tokens, head_dim] per image, with a batch dimension that the CPU's fused kernel wants.
-        per_image = zip(*(t.transpose(0, 1).unsqueeze(0).split(counts, dim=2) for t in (q, k, v)), strict=True)
-        attended = [F.scaled_dot_product_attention(*triple) for triple in per_image]
-        return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences) -> Tensor:
+        q, k, v = qkv.unflatten(1, (3, self.shape.heads, -1)).unbind(1)
+        return attend_sequences(rotate_(q, cos, sin), rotate_(k, cos, sin), v, sequences, causal=False)

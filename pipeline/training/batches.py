@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline.hub_folder import IMAGE_MEAN, IMAGE_STD
-from pipeline.model.vision import cut_patches, pixel_table
+from pipeline.model.vision import cut_images, pixel_table
 from pipeline.scenes.phrases import LANGUAGES, NAMES
 from pipeline.scenes.questions import Question
 from pipeline.scenes.world import COLOURS, GLYPHS, KINDS, Thing
@@ -210,7 +210,7 @@ class _Row:
 
 def patches(pixels: NDArray[np.uint8]) -> Tensor:
     """Patches float32 [n, 1176] of an image uint8 [height, width, 3], the very floats that a replica sees."""
-    return cut_patches(torch.tensor(pixels), _TABLE, PATCH, MERGE, TEMPORAL)
+    return cut_images([pixels], _TABLE, PATCH, MERGE, TEMPORAL)[0]
 
 
 # What a visual token can be asked about directly, and the answers: first "nothing has its centre here".

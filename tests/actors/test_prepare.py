@@ -20,7 +20,7 @@ from pipeline.config import JobSettings
 from pipeline.io.plan import Columns
 from pipeline.model.prompt import PromptProcessor
 from pipeline.model.shape import ModelShape
-from pipeline.model.vision import cut_patches, pixel_table
+from pipeline.model.vision import cut_images, pixel_table
 from pipeline.rows import READ_SCHEMA, PreparedRow, prepared_rows
 from tests.io.shards import picture
 
@@ -84,7 +84,7 @@ def check_against_released(base: Path, images: list[Image.Image], bounds: dict[s
     settings = processor.image_processor
     table = pixel_table(settings.image_mean, settings.image_std, settings.rescale_factor)
     cut = (vision.patch_size, vision.merge_size, vision.temporal_patch_size)
-    patches = torch.cat([cut_patches(torch.from_numpy(image.copy()), table, *cut) for image in prompt.images])
+    patches, _ = cut_images(prompt.images, table, *cut)
     assert torch.equal(patches, expected["pixel_values"])
     grids = [(1, image.shape[0] // vision.patch_size, image.shape[1] // vision.patch_size) for image in prompt.images]
     assert grids == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.model.attention import Chunk, KVCache, StepLayout, attend
+from pipeline.model.attention import KVCache, Sequences, StepLayout, attend
 from pipeline.model.shape import ModelShape
 
 HEADS, KV_HEADS, DIM = 6, 2, 8
@@ -63,9 +63,13 @@ def test_chunks_and_single_tokens_equal_whole_attention(cuts: list[list[int]], s
         layout = StepLayout(
             cache,
             torch.from_numpy(write),
-            tuple(Chunk(cuts[i][turn], starts[i], done[i]) for i in chunked),
-            tuple(starts[i] for i in single),
-            tuple(done[i] + 1 for i in single),
+            Sequences.pack(
+                [cuts[i][turn] for i in chunked], [starts[i] for i in chunked], [parts[i].stop for i in chunked], None
+            )
+            if chunked
+            else None,
+            torch.tensor([starts[i] for i in single], dtype=torch.int64),
+            torch.tensor([done[i] + 1 for i in single], dtype=torch.int64),
         )
         q, k, v = (torch.cat([tensors[i][which][parts[i]] for i in order]) for which in range(3))
         out = attend(layout, 0, q, k, v).split([cuts[i][turn] for i in order])

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.harness import cpu_shape, peak_memory
+from benchmarks.harness import peak_memory
+from benchmarks.workloads import CPU_SHAPE
 from pipeline.errors import CheckpointError, ConfigError, OutputError
 from pipeline.model.checkpoint import SERVING_MANIFEST, open_checkpoint, serving_shapes
 from pipeline.model.convert import convert
@@ -190,7 +191,7 @@ def test_a_converted_checkpoint_guards_its_settings(golden: Path, tmp_path: Path
 
 
 #: Half a gigabyte in bfloat16; benchmarks/conversion.py measures two.
-LARGE = cpu_shape(layers=12)
+LARGE = CPU_SHAPE
 
 LOAD_AND_TOUCH = """
 import re, sys, torch

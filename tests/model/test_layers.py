@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
-from pipeline.model.attention import Chunk, KVCache, StepLayout
+from pipeline.model.attention import KVCache, Sequences, StepLayout
 from pipeline.model.awaker import Model, load_model, rope_positions
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.experts import GateFactors
 from pipeline.model.routing import expert_factors
-from pipeline.model.vision import cut_patches, pixel_table
+from pipeline.model.vision import PatchPlaces, cut_images, pixel_table
 
 
 class NoImageProcessor:
@@ -72,9 +72,9 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
         embeddings = words.clone()
         if len(request["grids"]):
             grids = [tuple(map(int, grid)) for grid in request["grids"]]
-            embeddings[tokens == config["image_token_id"]] = torch.cat(
-                model.vision.encode_patches(torch.from_numpy(request["patches"]), grids)
-            )
+            patches = PatchPlaces.of(grids, model.shape.vision.merge_size, torch.device("cpu"))
+            visual = model.vision.encode_patches(torch.from_numpy(request["patches"]), patches)
+            embeddings[tokens == config["image_token_id"]] = torch.cat(visual)
         span = slice(*request["span"])
         merged.append(embeddings)
         prefill_h.append(embeddings[span].mean(0))
@@ -100,11 +100,12 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
         return [GateFactors(f, everyone) for f in per_token.unbind(1)]
 
     rows = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    chunks = tuple(Chunk(length, start, 0) for start, length in zip(starts, lengths, strict=True))
+    chunks = Sequences.pack(lengths, starts, lengths, None)
+    none = torch.zeros(0, dtype=torch.int64)
     logits = model.decoder.step(
         torch.cat(merged),
         torch.from_numpy(np.concatenate(positions, axis=1)),
-        StepLayout(cache, torch.from_numpy(np.concatenate(rows)), chunks, (), ()),
+        StepLayout(cache, torch.from_numpy(np.concatenate(rows)), chunks, none, none),
         model.layer_gates(factors(prefill.gates, lengths)),
         torch.tensor(lengths).cumsum(0) - 1,
     )
@@ -118,7 +119,7 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
         rope = (torch.tensor(next_positions) + step).expand(3, -1)
         filled = [length + step for length in lengths]
         write = torch.tensor(starts) + torch.tensor(filled)
-        layout = StepLayout(cache, write, (), tuple(starts), tuple(n + 1 for n in filled))
+        layout = StepLayout(cache, write, None, torch.tensor(starts), torch.tensor(filled) + 1)
         logits = model.decoder.step(model.embeddings[tokens], rope, layout, gates, torch.arange(len(ids)))
 
 
@@ -132,7 +133,8 @@ def test_vision_tower_equals_transformers(model: Model, golden: Path) -> None:
     grids = [(2, 2), (4, 6), (10, 2)]
     patches = torch.randn(sum(h * w for h, w in grids), 1176, generator=torch.Generator().manual_seed(0))
     expected = reference(patches, torch.tensor([(1, *grid) for grid in grids])).pooler_output
-    torch.testing.assert_close(torch.cat(model.vision.encode_patches(patches, grids)), expected, atol=1e-5, rtol=1e-5)
+    visual = model.vision.encode_patches(patches, PatchPlaces.of(grids, 2, torch.device("cpu")))
+    torch.testing.assert_close(torch.cat(visual), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_pixels_become_the_processors_floats_to_the_last_bit(model: Model) -> None:
@@ -143,9 +145,13 @@ def test_pixels_become_the_processors_floats_to_the_last_bit(model: Model) -> No
         scaled = (values.astype(np.float64) * factor).astype(np.float32)
         expected = (scaled - np.float32(mean[channel])) / np.float32(std[channel])
         assert table[channel].numpy().tobytes() == expected.tobytes()
-    image = np.random.default_rng(0).integers(0, 256, (28, 56, 3), dtype=np.uint8)
-    patches = cut_patches(torch.from_numpy(image), table, patch=14, merge=2, frames=2)
-    assert patches.shape == (2 * 4, 1176)
+    rng = np.random.default_rng(0)
+    image, other = (rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((28, 56), (56, 28)))
+    patches, places = cut_images([image, other], table, patch=14, merge=2, frames=2)
+    assert patches.shape == (2 * 4 + 4 * 2, 1176)
+    assert places.grids == ((2, 4), (4, 2))
+    assert places.places[:8].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    assert torch.equal(patches[8:], cut_images([other], table, patch=14, merge=2, frames=2)[0])
     # The second patch of the merger's order is the first row's right neighbour; the still image fills both frames.
     second = patches[1].view(3, 2, 14, 14)
     expected = torch.stack([table[c][torch.from_numpy(image[:14, 14:28, c]).long()] for c in range(3)])

@@ -1,0 +1,103 @@
+"""How many images does one core prepare a second, and what does preparing beside it cost the engine?
+
+JPEGs of 1024 x 768 become about 1,000 visual tokens each.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.harness import median_seconds, save
+from benchmarks.workloads import DTYPE, load_random
+from pipeline.actors.conversation import from_prompt
+from pipeline.actors.images import decode_image
+from pipeline.hub_folder import FolderShape
+from pipeline.model.prompt import PromptProcessor
+from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+
+IMAGES = 40
+QUESTION = "Describe this image in detail."
+
+
+def photographs() -> list[bytes]:
+    """JPEGs with as much detail as photographs have: smooth, with some grain."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(IMAGES):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((1024, 768))
+        grain = rng.normal(0, 6, (768, 1024, 3))
+        buffer = io.BytesIO()
+        Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        made.append(buffer.getvalue())
+    return made
+
+
+def prepare(processor: PromptProcessor, images: list[bytes]) -> int:
+    """What the CPU actor does with rows of one image; visual tokens of the last."""
+    for image in images:
+        prompt = processor.prepare(from_prompt(QUESTION, [decode_image(image, "column 'image'")], "column 'prompt'"))
+    return len(prompt.input_ids)
+
+
+def _prepare_for_ever(base: str, images: list[bytes], rate: float, started: Any) -> None:
+    """Prepare `rate` images a second, as the engine's appetite asks."""
+    torch.set_num_threads(1)
+    processor = PromptProcessor.from_settings(base, None, None)
+    begun, done = time.perf_counter(), 0
+    started.set()
+    while True:
+        prepare(processor, [images[done % len(images)]])
+        done += 1
+        time.sleep(max(0.0, begun + done / rate - time.perf_counter()))
+
+
+def main() -> list[str]:
+    """Measure, save, and return lines for RESULTS.md."""
+    images = photographs()
+    with tempfile.TemporaryDirectory() as folder:
+        base, _ = write_random_checkpoint(Path(folder) / "small", RandomShape(FolderShape()), seed=0)
+        processor = PromptProcessor.from_settings(str(base), None, None)
+        torch.set_num_threads(1)
+        tokens = prepare(processor, images[:1])
+        rate = IMAGES / median_seconds(lambda: prepare(processor, images))
+        torch.set_num_threads(2)
+
+        # The engine at its own speed on images of this size, then with them being prepared beside it as fast as it eats.
+        loaded = load_random(Path(folder) / "large")
+        asked = [from_prompt(QUESTION, [decode_image(image, "image")], "prompt") for image in images[:8]]
+        requests = [loaded.request(messages, new_tokens=16) for messages in asked]
+
+        def work() -> None:
+            with loaded.engine(batch_size=8) as engine:
+                engine.generate(requests)
+
+        alone = median_seconds(work)
+        context = multiprocessing.get_context("spawn")
+        started = context.Event()
+        beside = context.Process(
+            target=_prepare_for_ever, args=(str(base), images, len(requests) / alone, started), daemon=True
+        )
+        beside.start()
+        started.wait()
+        together = median_seconds(work)
+        beside.terminate()
+    slower = together / alone - 1
+    save("preparation", {"dtype": str(DTYPE), "images_per_second_per_core": rate, "engine_slower": slower})
+    return [
+        f"- one core prepares {rate:.1f} images a second ({tokens:,} tokens with the prompt);",
+        f"- the engine (2 cores, {DTYPE}) takes {len(requests) / alone:.2f} such images a second, and is {slower:.1%} "
+        "slower with a process beside it that prepares as many.",
+    ]
+
+
+if __name__ == "__main__":
+    print("\n".join(main()))

@@ -1,0 +1,129 @@
+"""Models and requests that benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import pipeline.compat  # noqa: F401 - before transformers' processor imports torchvision
+from pipeline.engine import Engine, EngineOptions, Request, Sampling
+from pipeline.hub_folder import FolderShape
+from pipeline.model.awaker import Model, load_model
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.prompt import PromptProcessor
+from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.training.precision import products_dtype
+
+CPU = torch.device("cpu")
+#: bfloat16 where the processor multiplies it, else float32.
+DTYPE = products_dtype(CPU)
+
+#: A model for two CPU cores: 302 M parameters with its experts.
+CPU_SHAPE = RandomShape(
+    FolderShape(
+        layers=12,
+        hidden=1024,
+        mlp_width=4096,
+        heads=16,
+        kv_heads=4,
+        mrope_section=(8, 12, 12),
+        vision_layers=8,
+        vision_width=512,
+        vision_heads=8,
+        vision_mlp_ratio=4,
+        vocabulary=8192,
+    ),
+    experts=4,
+    rank=64,
+    dtype=torch.bfloat16,
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about one picture, answered with exactly `new_tokens` tokens."""
+
+    picture: Image.Image
+    question: str
+    new_tokens: int
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """As a conversation."""
+        content = [{"type": "image", "image": self.picture}, {"type": "text", "text": self.question}]
+        return [{"role": "user", "content": content}]
+
+
+def noise(rng: np.random.Generator, height: int, width: int) -> Image.Image:
+    """A picture that no other equals."""
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A random checkpoint with experts, loaded on the CPU."""
+
+    model: Model
+    processor: PromptProcessor
+
+    def engine(self, **options: Any) -> Engine:
+        """An engine over the model; no answer is kept, so that every round does all the work."""
+        options = {"answer_cache": 0, "vision_cache_bytes": 0, **options}
+        return Engine(self.model, self.processor.tokenizer, self.processor.special.image_pad, EngineOptions(**options))
+
+    def requests(self, asked: Sequence[Asked]) -> list[Request]:
+        """What a CPU actor and a replica make of the questions; no end token, so that all answers have their length."""
+        return [self.request(one.messages, one.new_tokens) for one in asked]
+
+    def request(self, messages: list[dict[str, Any]], new_tokens: int) -> Request:
+        """One conversation, answered with exactly `new_tokens` tokens."""
+        prompt = self.processor.prepare(messages)
+        return Request(prompt.input_ids, prompt.span, prompt.images, Sampling(new_tokens, eos_token_ids=()))
+
+
+def load_random(folder: Path, shape: RandomShape = CPU_SHAPE, dtype: torch.dtype = DTYPE) -> Loaded:
+    """Write a random checkpoint and load it on the CPU."""
+    base, adapter = write_random_checkpoint(folder, shape, seed=0)
+    checkpoint = open_checkpoint(str(base), str(adapter))
+    processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
+    return Loaded(load_model(checkpoint, processor.image_processor, dtype, CPU), processor)
+
+
+class Transformers:
+    """The peer: transformers' `generate` on the base model without experts, in static batches.
+
+    Args:
+        folder: where its random checkpoint goes.
+        shape: as ours; its experts are left out.
+        dtype: dtype to run in.
+    """
+
+    def __init__(self, folder: Path, shape: RandomShape = CPU_SHAPE, dtype: torch.dtype = DTYPE) -> None:
+        from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+        base, _ = write_random_checkpoint(folder, replace(shape, experts=0), seed=0)
+        self._model = Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=dtype).eval()
+        self._processor = AutoProcessor.from_pretrained(base)
+        self._processor.tokenizer.padding_side = "left"
+
+    def answer(self, asked: Sequence[Asked], batch_size: int) -> None:
+        """Answer all, images and tokenizing included; a batch runs until its longest answer is done."""
+        processor = self._processor
+        for first in range(0, len(asked), batch_size):
+            part = asked[first : first + batch_size]
+            texts = [processor.apply_chat_template(a.messages, tokenize=False, add_generation_prompt=True) for a in part]
+            inputs = processor(text=texts, images=[a.picture for a in part], padding=True, return_tensors="pt")
+            with torch.inference_mode():
+                self._model.generate(
+                    **inputs,
+                    do_sample=False,
+                    repetition_penalty=1.0,
+                    max_new_tokens=max(a.new_tokens for a in part),
+                    eos_token_id=None,
+                )

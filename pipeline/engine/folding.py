@@ -1,0 +1,93 @@
+"""Experts folded into the dense weights, for as long as all running requests share one route and its weights.
+
+The decode route comes from the prompt's words and the number of its visual tokens. Rows that ask one question about images
+of one size therefore share it, weights included, and W + sum of factor * B A can be computed once for all of them. Sums in
+another order round otherwise, so this is a setting, off by default (`engine.fold_experts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.encode import Encoded
+from pipeline.model.awaker import Model
+from pipeline.model.decoder import DecoderLayer
+from pipeline.model.experts import Mixture
+
+#: Folding costs about as much as a step or two; it starts once so many steps in a row could have used it.
+FOLD_AFTER = 4
+
+
+class FoldedExperts:
+    """A second copy of the projections with experts, in which one route's experts are folded.
+
+    The originals stay as they are, so requests of any other route run exactly as without folding. The copy lies in the
+    same memory whatever is folded: CUDA graphs may be captured over it.
+
+    Args:
+        model: the model; it has an adapter.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._layers = model.decoder.layers
+        self._folded: list[dict[str, Tensor]] = []
+        self.decoder = model.decoder  # with the folded layers, once there are any
+        self._key: bytes | None = None
+        self._wanted: bytes | None = None
+        self._steps = 0
+
+    def serves(self, decoding: Sequence[Encoded]) -> bool:
+        """Whether these requests may take their next tokens from `decoder`; folds their experts if they go on like this."""
+        keys = {encoded.decode_key for encoded in decoding}
+        if len(keys) != 1:
+            self._wanted = None
+            return False
+        (key,) = keys
+        if key == self._key:
+            return True
+        self._steps = self._steps + 1 if key == self._wanted else 1
+        self._wanted = key
+        if self._steps < FOLD_AFTER:
+            return False
+        self._fold(decoding[0])
+        self._key = key
+        return True
+
+    def _fold(self, encoded: Encoded) -> None:
+        if not self._folded:
+            names = ("o", "gate", "up", "down")
+            self._folded = [{n: torch.empty_like(_dense(getattr(layer, n))) for n in names} for layer in self._layers]
+            layers = zip(self._layers, self._folded, strict=True)
+            self.decoder = replace(self.decoder, layers=tuple(_with(layer, weights) for layer, weights in layers))
+        assert encoded.factors is not None
+        assert encoded.gates is not None
+        for index, (layer, weights) in enumerate(zip(self._layers, self._folded, strict=True)):
+            for name, into in weights.items():
+                gate = 2 * index + (name != "o")
+                experts = [*encoded.gates[1, gate].nonzero()[0].tolist(), encoded.gates.shape[-1]]
+                _fold_mixture(getattr(layer, name), encoded.factors[1, gate], experts, into)
+
+
+def _with(layer: DecoderLayer, weights: dict[str, Tensor]) -> DecoderLayer:
+    return replace(layer, **{name: Mixture(weight, None, 0) for name, weight in weights.items()})
+
+
+def _dense(mixture: Mixture) -> Tensor:
+    """W, of [out, in]."""
+    assert mixture.b is not None
+    return mixture.stacked[mixture.b.shape[1] :]
+
+
+def _fold_mixture(mixture: Mixture, factors: Tensor, experts: Sequence[int], into: Tensor) -> None:
+    """Write W + sum over `experts` of factor * B A into `into`: in float32, rounded once."""
+    assert mixture.b is not None
+    rank = mixture.rank
+    total = _dense(mixture).float()
+    for expert in experts:
+        own = slice(expert * rank, (expert + 1) * rank)
+        total = torch.addmm(total, mixture.b[:, own].float() * factors[expert].float(), mixture.stacked[own].float())
+    into.copy_(total)

@@ -1,0 +1,63 @@
+"""How an engine batches, and the sizes it takes where nobody says any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine batches.
+
+    Attributes:
+        batch_size: requests that run at once; None: 32 on a CPU, 256 on a GPU.
+        batch_tokens: tokens of prompts and answers that the key/value cache holds; no request starts without room for
+            its longest answer. None: 65,536 on a CPU, on a GPU what its free memory holds.
+        step_tokens: prompt tokens of one step. A longer prompt is spread over several, and the others go on beside it.
+            None: 512 on a CPU, 8,192 on a GPU.
+        waiting: encoded requests to choose from; None: 128 on a CPU, 512 on a GPU.
+        group_by_expert: start requests whose routes agree with what runs; off: in order of arrival.
+        max_rounds_waiting: a request passed over this often starts before the others.
+        vision_cache_bytes: visual tokens kept for images that come again.
+        answer_cache: greedy answers kept for rows that come again.
+        decode_route: which experts new tokens take.
+        fold_experts: fold experts into the dense weights while all running requests share them; needs memory for a second
+            copy of the projections that have experts, and rounds otherwise.
+    """
+
+    batch_size: int | None = None
+    batch_tokens: int | None = None
+    step_tokens: int | None = None
+    waiting: int | None = None
+    group_by_expert: bool = True
+    max_rounds_waiting: int = 8
+    vision_cache_bytes: int = 256 << 20
+    answer_cache: int = 4096
+    decode_route: Literal["released", "prefill"] = "released"
+    fold_experts: bool = False
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`EngineOptions`' sizes for one kind of device; only `batch_tokens` may be left to the device's memory (None)."""
+
+    batch_size: int
+    batch_tokens: int | None
+    step_tokens: int
+    waiting: int
+
+    @classmethod
+    def of(cls, options: EngineOptions, device: str) -> Sizes:
+        """Fill in what the options leave open, for a `cpu` or `cuda` device."""
+        usual = _ON_GPU if device == "cuda" else _ON_CPU
+        return cls(
+            batch_size=options.batch_size or usual.batch_size,
+            batch_tokens=options.batch_tokens or usual.batch_tokens,
+            step_tokens=options.step_tokens or usual.step_tokens,
+            waiting=options.waiting or usual.waiting,
+        )
+
+
+_ON_CPU = Sizes(batch_size=32, batch_tokens=65_536, step_tokens=512, waiting=128)
+_ON_GPU = Sizes(batch_size=256, batch_tokens=None, step_tokens=8192, waiting=512)

@@ -1,0 +1,196 @@
+"""Triton kernels for CUDA, each the equal of a plain function in `ops.py` or `attention.py`, which it is tested against.
+
+They fuse what PyTorch would run as several passes over memory; none of them waits for the device, so all of them may be
+captured in a CUDA graph. Under `TRITON_INTERPRET=1` they run on the CPU, for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Programs that keep every multiprocessor of an H100 or H200 (132) busy a few times over.
+_ENOUGH_PROGRAMS = 264
+_MOST_SPLITS = 64
+
+
+@triton.jit
+def _add_rms_norm(
+    x, delta, weight, out_sum, out, eps, x_stride, delta_stride, width, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
+    if HAS_DELTA:
+        # The sum is rounded as the residual stream is.
+        value = value + tl.load(delta + row * delta_stride + column, mask=inside, other=0.0)
+        tl.store(out_sum + row * width + column, value, mask=inside)
+    wide = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    normed = (wide * scale).to(value.dtype)
+    tl.store(out + row * width + column, normed * tl.load(weight + column, mask=inside, other=0.0), mask=inside)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `ops.add_rms_norm`; rows may be strided, columns not."""
+    rows, width = x.shape
+    normed = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    total = x if delta is None else torch.empty_like(normed)
+    if rows:
+        step = 0 if delta is None else delta.stride(0)
+        block = triton.next_power_of_2(width)
+        arguments = (x, x if delta is None else delta, weight, total, normed, eps, x.stride(0), step, width)
+        _add_rms_norm[(rows,)](*arguments, HAS_DELTA=delta is not None, BLOCK=block, num_warps=8 if block > 1024 else 4)
+    return total, normed
+
+
+@triton.jit
+def _silu_multiply(gate, up, out, gate_stride, up_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0)
+    wide = value.to(tl.float32)
+    silu = (wide / (1 + tl.exp(-wide))).to(value.dtype)
+    tl.store(out + row * width + column, silu * tl.load(up + row * up_stride + column, mask=inside, other=0.0), mask=inside)
+
+
+def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
+    """See `ops.silu_multiply`; rows may be strided, columns not."""
+    rows, width = gate.shape
+    out = torch.empty((rows, width), dtype=gate.dtype, device=gate.device)
+    if rows:
+        block = min(2048, triton.next_power_of_2(width))
+        grid = (rows, triton.cdiv(width, block))
+        _silu_multiply[grid](gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block)
+    return out
+
+
+@triton.jit
+def _quick_gelu(x, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    value = tl.load(x + at, mask=inside, other=0.0)
+    wide = value.to(tl.float32)
+    tl.store(x + at, (wide / (1 + tl.exp(-1.702 * wide))).to(value.dtype), mask=inside)
+
+
+def quick_gelu_(x: Tensor) -> Tensor:
+    """See `ops.quick_gelu_`; in place, on a contiguous tensor."""
+    if x.numel():
+        _quick_gelu[(triton.cdiv(x.numel(), 4096),)](x, x.numel(), BLOCK=4096, num_warps=8)
+    return x
+
+
+@triton.jit
+def _rotate(x, cos, sin, row_stride, head_stride, angle_stride, half, BLOCK: tl.constexpr):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < half
+    place = x + row * row_stride + head * head_stride + column
+    first, second = tl.load(place, mask=inside, other=0.0), tl.load(place + half, mask=inside, other=0.0)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    c = tl.load(cos + row * angle_stride + column, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + row * angle_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, (a * c - b * s).to(first.dtype), mask=inside)
+    tl.store(place + half, (b * c + a * s).to(first.dtype), mask=inside)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `ops.rotate_`."""
+    rows, heads, width = x.shape
+    if rows:
+        half = width // 2
+        arguments = (x, cos, sin, x.stride(0), x.stride(1), cos.stride(0), half)
+        _rotate[(rows, heads)](*arguments, BLOCK=triton.next_power_of_2(half), num_warps=1)
+    return x
+
+
+@triton.jit
+def _decode_part(
+    q, keys, values, starts, lengths, sums, maxima, totals, scale, q_stride, row_stride, head_stride, splits,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # One request, one key/value head with all its queries, one part of the request's rows.
+    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    length = tl.load(lengths + request)
+    start = tl.load(starts + request).to(tl.int64)
+    share = tl.cdiv(tl.cdiv(length, splits), ROWS) * ROWS
+    first = split * share
+    behind = tl.minimum(first + share, length)
+    member, column = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
+    real = (member < GROUP)[:, None] & (column < DIM)[None, :]
+    own = request.to(tl.int64) * q_stride + (head * GROUP + member)[:, None] * DIM + column[None, :]
+    query = tl.load(q + own, mask=real, other=0.0)
+    highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    attended = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
+    for at in range(first, behind, ROWS):
+        row = at + tl.arange(0, ROWS)
+        filled = row < behind
+        place = (start + row) * row_stride + head * head_stride
+        key = tl.load(keys + place[None, :] + column[:, None], mask=filled[None, :] & (column < DIM)[:, None], other=0.0)
+        score = tl.dot(query, key, input_precision="ieee") * scale
+        score = tl.where(filled[None, :], score, float("-inf"))
+        higher = tl.maximum(highest, tl.max(score, 1))
+        weight = tl.exp(score - higher[:, None])
+        fade = tl.exp(highest - higher)
+        value = tl.load(
+            values + place[:, None] + column[None, :], mask=filled[:, None] & (column < DIM)[None, :], other=0.0
+        )
+        attended = attended * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        total = total * fade + tl.sum(weight, 1)
+        highest = higher
+    part = ((request * heads + head) * splits + split).to(tl.int64) * GROUP
+    tl.store(sums + (part + member)[:, None] * DIM + column[None, :], attended, mask=real)
+    tl.store(maxima + part + member, highest, mask=member < GROUP)
+    tl.store(totals + part + member, total, mask=member < GROUP)
+
+
+@triton.jit
+def _decode_join(
+    sums, maxima, totals, out, splits,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    request, head, member = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    split, column = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
+    part = ((request * heads + head) * splits + split).to(tl.int64) * GROUP + member
+    highest = tl.load(maxima + part, mask=split < splits, other=float("-inf"))
+    weight = tl.exp(highest - tl.max(highest, 0))
+    total = tl.sum(weight * tl.load(totals + part, mask=split < splits, other=0.0), 0)
+    real = (split < splits)[:, None] & (column < DIM)[None, :]
+    value = tl.load(sums + part[:, None] * DIM + column[None, :], mask=real, other=0.0)
+    joined = tl.sum(value * weight[:, None], 0) / total
+    place = ((request * heads + head) * GROUP + member).to(tl.int64) * DIM + column
+    tl.store(out + place, joined.to(out.dtype.element_ty), mask=column < DIM)
+
+
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    """See `attention.attend_decode`; each request's rows are cut into parts that run side by side, then joined.
+
+    How many parts depends on the number of requests alone, never on their lengths, so that the same launch serves a CUDA
+    graph whatever it is replayed on. Source: "Flash-Decoding for long-context inference" (Dao et al. 2023).
+    """
+    requests, heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    splits = max(1, min(_MOST_SPLITS, _ENOUGH_PROGRAMS // (requests * kv_heads)))
+    parts = (requests, kv_heads, splits, group)
+    sums = torch.empty((*parts, dim), dtype=torch.float32, device=q.device)
+    maxima, totals = (torch.empty(parts, dtype=torch.float32, device=q.device) for _ in range(2))
+    out = torch.empty((requests, heads * dim), dtype=q.dtype, device=q.device)
+    dims = {"GROUP": group, "DIM": dim, "DIM_BLOCK": triton.next_power_of_2(dim)}
+    _decode_part[(requests, kv_heads, splits)](
+        q, keys, values, starts, lengths, sums, maxima, totals,
+        dim**-0.5, q.stride(0), keys.stride(0), keys.stride(1), splits,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(group)), ROWS=64, num_warps=4, num_stages=3, **dims,
+    )  # fmt: skip
+    _decode_join[(requests, kv_heads, group)](
+        sums, maxima, totals, out, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1, **dims
+    )
+    return out
