@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.engine.types import GenerationError, Request
 from pipeline.model.awaker import Model, rope_positions
-from pipeline.model.ops import to_device
+from pipeline.model.ops import HostCopy, to_device
 from pipeline.model.routing import expert_factors
 
 
@@ -64,35 +64,25 @@ class Encoding:
 
     Args:
         requests: the requests, still without gates and routes.
-        gates: [R, 2, G, E] float16 on the host, or on its way there; None without an adapter.
+        gates: [R, 2, G, E] float16 on the device; G and E are 0 without an adapter.
         routes: [R, 2, G] int8, the same.
     """
 
-    def __init__(self, requests: list[Encoded], gates: Tensor | None, routes: Tensor) -> None:
-        self._requests, self._gates, self._routes = requests, gates, routes
-        self._copied = torch.cuda.Event() if gates is not None and gates.is_pinned() else None
-        if self._copied is not None:
-            self._copied.record()
+    def __init__(self, requests: list[Encoded], gates: Tensor, routes: Tensor) -> None:
+        self._requests = requests
+        self._routed = HostCopy(gates, routes)
 
     @property
     def ready(self) -> bool:
         """Whether `finish` returns at once."""
-        return self._copied is None or self._copied.query()
+        return self._routed.ready
 
     def finish(self) -> list[Encoded]:
         """The encoded requests; waits for the device if they are not ready."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        routes = self._routes.numpy()
-        gates = [None] * len(self._requests) if self._gates is None else self._gates.numpy()
-        return [replace(r, gates=g, routes=t) for r, g, t in zip(self._requests, gates, routes, strict=True)]
-
-
-def _copy_to_host(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+        gates, routes = (tensor.numpy() for tensor in self._routed.wait())
+        routed = gates.size > 0
+        each = zip(self._requests, gates, routes, strict=True)
+        return [replace(r, gates=g if routed else None, routes=t) for r, g, t in each]
 
 
 class VisionCache:
@@ -182,8 +172,8 @@ class Encoder:
             decode_h = prefill_h
         routes = model.route(torch.stack([*prefill_h, *decode_h]))
         count = len(requests)
-        gates = factors = None
-        top = torch.zeros(count, 2, 0, dtype=torch.int8)
+        factors = None
+        gates, top = torch.zeros(count, 2, 0, 0, dtype=torch.float16), torch.zeros(count, 2, 0, dtype=torch.int8)
         if routes is not None and model.shape.adapter is not None:
             gates = routes.gates.view(2, count, *routes.gates.shape[1:]).transpose(0, 1)
             factors = expert_factors(gates, model.shape.adapter.scale).to(model.dtype)
@@ -206,8 +196,8 @@ class Encoder:
                     zip(requests, joined, places, map(self._rope_positions, requests), strict=True)
                 )
             ],
-            None if gates is None else _copy_to_host(gates),
-            _copy_to_host(top),
+            gates,
+            top,
         )
 
     def _rope_positions(self, request: Request) -> tuple[np.ndarray, int]:

@@ -27,8 +27,8 @@ from pipeline.model.awaker import Model
 
 logger = logging.getLogger(__name__)
 
-#: Patches that the vision tower takes at once. On a GPU they bound its activations (about 1 GB for the 7B model in bfloat16);
-#: on a CPU they keep them in the processor's cache.
+#: Patches that the vision tower takes at once. On a GPU they bound its activations (about 1 GB for the 7B model in
+#: bfloat16), on a CPU they keep them in the processor's cache.
 ENCODE_PATCHES = {"cpu": 2048, "cuda": 16_384}
 
 #: How long to wait for more requests before a batch that is not full starts.

@@ -18,7 +18,7 @@ from pipeline.model.attention import KVCache, Sequences, StepLayout
 from pipeline.model.awaker import Model
 from pipeline.model.decoder import Decoder
 from pipeline.model.experts import GateFactors
-from pipeline.model.ops import to_device
+from pipeline.model.ops import HostCopy, to_device
 
 #: Steps of fewer tokens compute every expert for every token, because reading the weights is what takes time there. By kind
 #: of device: the CPU's is measured (benchmarks/strategies.py), the GPU's is arithmetic.
@@ -75,14 +75,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Launched:
-    """New tokens that a step computes: [requests] int64 on the device, -1 where the logits are not finite."""
+    """New tokens that a step computes: [requests] int64, -1 where the logits are not finite."""
 
     running: tuple[Running, ...]
-    tokens: Tensor
+    tokens: HostCopy
 
     def read(self) -> list[int]:
-        """The tokens on the host; waits until the step has run."""
-        return self.tokens.tolist()
+        """The tokens; waits until this step has run, but not for steps launched after it."""
+        return self.tokens.wait()[0].tolist()
 
 
 class Runner:
@@ -165,7 +165,7 @@ class Runner:
             self._cached.index_copy_(0, at, count)
         for own in answering:
             own.asked += 1
-        return Launched(tuple(answering), tokens)
+        return Launched(tuple(answering), HostCopy(tokens))
 
     def _mixed_logits(self, parts: Sequence[Part], chunks: Sequence[Part], slot_index: Tensor) -> Tensor:
         """Logits [requests, vocabulary] of a step, with parts of prompts (`chunks`) or not; prompts' answers first."""

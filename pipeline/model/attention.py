@@ -137,7 +137,7 @@ def attend_sequences(q: Tensor, keys: Tensor, values: Tensor, sequences: Sequenc
     Returns:
         [queries, heads * head_dim].
     """
-    if q.is_cuda:
+    if q.is_cuda and q.dtype != torch.float32:  # flash attention knows half precision only
         assert sequences.on_device is not None
         query_offsets, key_offsets, rows = sequences.on_device
         # The kernel reads a sequence's rows from its offset on, as many as `seqused_k` says, wherever the next begins.
@@ -156,7 +156,7 @@ def attend_sequences(q: Tensor, keys: Tensor, values: Tensor, sequences: Sequenc
         mask = None
         if causal and rows > queries:
             # `is_causal` would align the first query with the first key.
-            mask = torch.ones(queries, rows, dtype=torch.bool).tril_(rows - queries)
+            mask = torch.ones(queries, rows, dtype=torch.bool, device=q.device).tril_(rows - queries)
         whole = causal and mask is None
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=whole, enable_gqa=True)
         attended.append(out.transpose(1, 2).flatten(2).flatten(0, 1))

@@ -20,6 +20,34 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+class HostCopy:
+    """Tensors on their way to the host, in stream order: what is launched later need not be waited for.
+
+    Args:
+        tensors: all on one device; on the CPU they are there at once.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._tensors = tensors
+        if tensors[0].is_cuda:
+            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+            self._tensors = tuple(host.copy_(t, non_blocking=True) for host, t in zip(pinned, tensors, strict=True))
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The tensors on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensors
+
+
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Add to the residual stream and normalise it: RMSNorm in float32, cast back before the weight, as released.
 
