@@ -85,14 +85,14 @@ class Decoder:
             [requests, vocabulary] float32 logits.
         """
         shape = self.shape
-        heads = [shape.heads, shape.kv_heads, shape.kv_heads]
+        rotated = shape.heads + shape.kv_heads
         cos, sin = rotary(positions, shape, embeddings.dtype)
         x, delta = embeddings, None
         for index, (layer, gate) in enumerate(zip(self.layers, gates, strict=True)):
             x, normed = add_rms_norm(x, delta, layer.input_norm, shape.rms_eps)
             qkv = F.linear(normed, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, shape.head_dim))
-            q, k, v = qkv.split(heads, dim=1)
-            attended = attend(layout, index, rotate_(q, cos, sin), rotate_(k, cos, sin), v)
+            q, k = rotate_(qkv[:, :rotated], cos, sin).split([shape.heads, shape.kv_heads], dim=1)
+            attended = attend(layout, index, q, k, qkv[:, rotated:])
             x, normed = add_rms_norm(x, mixture_linear(attended, layer.o, gate.o), layer.post_norm, shape.rms_eps)
             hidden = silu_multiply(mixture_linear(normed, layer.gate, gate.mlp), mixture_linear(normed, layer.up, gate.mlp))
             delta = mixture_linear(hidden, layer.down, gate.mlp)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -81,10 +82,12 @@ def mixture_linear(x: Tensor, mixture: Mixture, gate: GateFactors | None) -> Ten
 
     product = linear(x, stacked[experts * rank :])
     out = product[:, rank:]
-    out.addmm_(product[:, :rank] * gate.factors[:, experts, None], b[:, rows(experts)].t())
+    low, up = [product[:, :rank] * gate.factors[:, experts, None]], [b[:, rows(experts)]]
     for expert in gate.dense:
-        low = linear(x, stacked[rows(expert)]) * gate.factors[:, expert, None]
-        out.addmm_(low, b[:, rows(expert)].t())
+        low.append(linear(x, stacked[rows(expert)]) * gate.factors[:, expert, None])
+        up.append(b[:, rows(expert)])
+    # One pass over the output for all of them: at prefill that is what the experts cost.
+    out.addmm_(torch.cat(low, dim=1), torch.cat(up, dim=1).t())
     for expert, tokens in gate.sparse:
         factors = gate.factors[:, expert].index_select(0, tokens).unsqueeze(-1)
         low = linear(x.index_select(0, tokens), stacked[rows(expert)]) * factors

@@ -86,15 +86,18 @@ def quick_gelu_(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rotate(x, cos, sin, row_stride, head_stride, angle_stride, half, BLOCK: tl.constexpr):
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = tl.arange(0, BLOCK)
-    inside = column < half
-    place = x + row * row_stride + head * head_stride + column
+def _rotate(
+    x, cos, sin, row_stride, head_stride, angle_stride, heads, half, HEADS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr
+):
+    # All heads of a token: its angles are read once.
+    row = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, HEADS_BLOCK), tl.arange(0, HALF_BLOCK)
+    c = tl.load(cos + row * angle_stride + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + row * angle_stride + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    inside = (head < heads)[:, None] & (column < half)[None, :]
+    place = x + row * row_stride + head[:, None] * head_stride + column[None, :]
     first, second = tl.load(place, mask=inside, other=0.0), tl.load(place + half, mask=inside, other=0.0)
     a, b = first.to(tl.float32), second.to(tl.float32)
-    c = tl.load(cos + row * angle_stride + column, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(sin + row * angle_stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, (a * c - b * s).to(first.dtype), mask=inside)
     tl.store(place + half, (b * c + a * s).to(first.dtype), mask=inside)
 
@@ -104,8 +107,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rows, heads, width = x.shape
     if rows:
         half = width // 2
-        arguments = (x, cos, sin, x.stride(0), x.stride(1), cos.stride(0), half)
-        _rotate[(rows, heads)](*arguments, BLOCK=triton.next_power_of_2(half), num_warps=1)
+        blocks = {"HEADS_BLOCK": triton.next_power_of_2(heads), "HALF_BLOCK": triton.next_power_of_2(half)}
+        _rotate[(rows,)](x, cos, sin, x.stride(0), x.stride(1), cos.stride(0), heads, half, num_warps=4, **blocks)
     return x
 
 

@@ -200,5 +200,7 @@ class VisionTower:
         return list(out.split([count // merge for count in counts]))
 
     def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences) -> Tensor:
-        q, k, v = qkv.unflatten(1, (3, self.shape.heads, -1)).unbind(1)
-        return attend_sequences(rotate_(q, cos, sin), rotate_(k, cos, sin), v, sequences, causal=False)
+        heads = self.shape.heads
+        qkv = qkv.unflatten(1, (3 * heads, -1))
+        q, k = rotate_(qkv[:, : 2 * heads], cos, sin).split(heads, dim=1)
+        return attend_sequences(q, k, qkv[:, 2 * heads :], sequences, causal=False)
