@@ -20,6 +20,7 @@ from benchmarks.harness import median_seconds, save
 from benchmarks.workloads import DTYPE, load_random
 from pipeline.actors.conversation import from_prompt
 from pipeline.actors.images import decode_image
+from pipeline.config import ImageSettings
 from pipeline.hub_folder import FolderShape
 from pipeline.model.prompt import PromptProcessor
 from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
@@ -44,7 +45,7 @@ def photographs() -> list[bytes]:
 def prepare(processor: PromptProcessor, images: list[bytes]) -> int:
     """What the CPU actor does with rows of one image; visual tokens of the last."""
     for image in images:
-        prompt = processor.prepare(from_prompt(QUESTION, [decode_image(image, "column 'image'")], "column 'prompt'"))
+        prompt = processor.prepare(from_prompt(QUESTION, [decode_image(image, "image", ImageSettings())], "prompt"))
     return len(prompt.input_ids)
 
 
@@ -73,7 +74,7 @@ def main() -> list[str]:
 
         # The engine at its own speed on images of this size, then with them being prepared beside it as fast as it eats.
         loaded = load_random(Path(folder) / "large")
-        asked = [from_prompt(QUESTION, [decode_image(image, "image")], "prompt") for image in images[:8]]
+        asked = [from_prompt(QUESTION, [decode_image(image, "image", ImageSettings())], "prompt") for image in images[:8]]
         requests = [loaded.request(messages, new_tokens=16) for messages in asked]
 
         def work() -> None:

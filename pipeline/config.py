@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
@@ -84,6 +85,27 @@ class InputSettings(Settings):
     def _paths_are_named(cls, value: str | list[str]) -> str | list[str]:
         if not value or (isinstance(value, list) and not all(value)):
             raise ValueError("is empty; expected a path or a list of paths")
+        return value
+
+
+class ImageSettings(Settings):
+    """How image files are decoded."""
+
+    max_bytes: PositiveInt = Field(256 << 20, description="most bytes of an image file; a larger one is an error row")
+    max_pixels: PositiveInt = Field(178_956_970, description="most pixels before resizing; what a file declares is checked")
+    exif_orientation: bool = Field(True, description="turn photographs upright; off: as stored, as the released code does")
+    background: str = Field("white", description="what transparent pixels show: a colour's name or #rrggbb")
+    deep_pixels: Literal["scale", "clip"] = Field(
+        "scale", description="more than 8 bits a pixel: scaled to 8, or cut off at 255 as Pillow does (mostly white)"
+    )
+
+    @field_validator("background")
+    @classmethod
+    def _background_is_a_colour(cls, value: str) -> str:
+        try:
+            ImageColor.getrgb(value)
+        except ValueError as error:
+            raise ValueError("is no colour; expected a name such as white, or #rrggbb") from error
         return value
 
 
@@ -170,6 +192,7 @@ class JobSettings(Settings):
     model: ModelSettings = Field(default_factory=dict, validate_default=True)
     input: InputSettings = Field(default_factory=dict, validate_default=True)
     output: OutputSettings = Field(default_factory=dict, validate_default=True)
+    images: ImageSettings = Field(default_factory=ImageSettings)
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     preparation: PreparationSettings = Field(default_factory=PreparationSettings)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
 
-from pipeline.actors.images import decode_image
 from pipeline.errors import RowError
 from pipeline.model.prompt import Message
 
@@ -32,7 +31,11 @@ def from_prompt(prompt: str | None, images: Sequence[Image.Image], field: str) -
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
 
-def from_messages(text: str | None, images: Sequence[Image.Image], field: str) -> tuple[list[Message], str]:
+#: Decodes image bytes that came from a field, or raises `RowError`.
+Decode = Callable[[bytes, str], Image.Image]
+
+
+def from_messages(text: str | None, images: Sequence[Image.Image], field: str, decode: Decode) -> tuple[list[Message], str]:
     """A chat given as JSON: a list of turns with `role` and `content` (text, or a list of text and image parts).
 
     An image part without an image of its own takes the next image of the row; one with a `data:` URI, in Qwen's form
@@ -42,6 +45,7 @@ def from_messages(text: str | None, images: Sequence[Image.Image], field: str) -
         text: the chat.
         images: the row's images.
         field: where the chat came from, for messages.
+        decode: decodes embedded images.
 
     Returns:
         The conversation, and the text of its last user turn.
@@ -66,23 +70,23 @@ def from_messages(text: str | None, images: Sequence[Image.Image], field: str) -
             "and assistant in turn, ending with the user",
         )
     row_images = iter(images)
-    messages = [{"role": turn["role"], "content": _content(turn.get("content"), row_images)} for turn in turns]
+    messages = [{"role": turn["role"], "content": _content(turn.get("content"), row_images, decode)} for turn in turns]
     if left := len(list(row_images)):
         raise RowError("messages_invalid", f"{field} has no place for {left} of the row's {len(images)} images")
     return messages, _text_of(messages[-1])
 
 
-def _content(content: Any, row_images: Any) -> str | list[dict[str, Any]]:
+def _content(content: Any, row_images: Any, decode: Decode) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return _encodable(content)
     if not isinstance(content, list):
         raise RowError(
             "messages_invalid", f"the content of a turn in messages is {type(content).__name__}, expected text or parts"
         )
-    return [_part(part, row_images) for part in content]
+    return [_part(part, row_images, decode) for part in content]
 
 
-def _part(part: Any, row_images: Any) -> dict[str, Any]:
+def _part(part: Any, row_images: Any, decode: Decode) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": _encodable(part["text"])}
@@ -92,10 +96,10 @@ def _part(part: Any, row_images: Any) -> dict[str, Any]:
             raise RowError("image_missing", "messages has more image parts than the row has images")
         return {"type": "image", "image": image}
     if kind == "image":
-        return {"type": "image", "image": _embedded(part["image"])}
+        return {"type": "image", "image": _embedded(part["image"], decode)}
     if kind == "image_url":
         url = part.get("image_url")
-        return {"type": "image", "image": _embedded(url.get("url") if isinstance(url, dict) else url)}
+        return {"type": "image", "image": _embedded(url.get("url") if isinstance(url, dict) else url, decode)}
     raise RowError("messages_invalid", f"a part of messages has type {kind!r}, expected text, image or image_url")
 
 
@@ -108,7 +112,7 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _embedded(url: Any) -> Image.Image:
+def _embedded(url: Any, decode: Decode) -> Image.Image:
     if not isinstance(url, str) or not url.startswith("data:"):
         raise RowError(
             "image_forbidden", "messages names an image by path or URL; put it into the image column or a data: URI"
@@ -117,7 +121,7 @@ def _embedded(url: Any) -> Image.Image:
     if not comma or not header.endswith(";base64"):
         raise RowError("image_decode", "a data: URI in messages is not base64")
     try:
-        return decode_image(base64.b64decode(data, validate=True), "a data: URI in messages")
+        return decode(base64.b64decode(data, validate=True), "a data: URI in messages")
     except binascii.Error as error:
         raise RowError("image_decode", f"a data: URI in messages is no valid base64 ({error})") from error
 

@@ -1,43 +1,98 @@
-"""Encoded image bytes become decoded images, or the error of their row."""
+"""Encoded image bytes of untrusted origin become upright 8-bit RGB images, or the error of their row."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageColor, ImageOps
 
+from pipeline.config import ImageSettings
 from pipeline.errors import RowError
 
-#: Most pixels of an image before it is resized; a small file can declare any size. Pillow's own limit for an error.
-MAX_PIXELS = 178_956_970
 
-
-def decode_image(data: bytes, field: str) -> Image.Image:
-    """Decode one image completely.
+def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Image:
+    """Decode one image completely; of an animation or a stack of pages, the first.
 
     Args:
         data: an image file in any format that Pillow reads.
         field: where it came from, for messages.
+        settings: caps, and what becomes of rotated, transparent and deep images.
+
+    Returns:
+        An RGB image.
 
     Raises:
         RowError: `image_too_large` or `image_decode`.
     """
+    if len(data) > settings.max_bytes:
+        raise RowError("image_too_large", f"{field} has {len(data):,} bytes, above images.max_bytes {settings.max_bytes:,}")
     try:
         with warnings.catch_warnings():
-            # Our own limit decides, below; the warning would be printed for every such row.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Decoders warn about what they tolerate, once for every such row.
+            warnings.simplefilter("ignore")
+            # Pillow's own limit, an error from twice that on, also guards images within files (icons).
+            Image.MAX_IMAGE_PIXELS = (settings.max_pixels + 1) // 2
+            # Only the first frame is ever touched: counting frames would walk through a file that has no end.
             image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise RowError("image_too_large", f"{field} has {image.width} x {image.height} pixels, limit {MAX_PIXELS}")
-        # Only load() meets a truncated file; open() and verify() do not.
-        image.load()
-        return image
+            if (pixels := image.width * image.height) > settings.max_pixels:
+                raise RowError(
+                    "image_too_large",
+                    f"{field} has {image.width} x {image.height} = {pixels:,} pixels, above images.max_pixels "
+                    f"{settings.max_pixels:,}",
+                )
+            # Only load() meets a truncated file; open() and verify() do not.
+            image.load()
+            if settings.exif_orientation:
+                _turn_upright(image)
+            return to_rgb(image, settings)
     except RowError:
         raise
     except Image.DecompressionBombError as error:
-        raise RowError("image_too_large", f"{field}: {error}") from error
+        raise RowError("image_too_large", f"{field}: {error}; the limit is images.max_pixels") from error
     except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, ZeroDivisionError and more
-        raise RowError(
-            "image_decode", f"{field} ({len(data)} bytes) is no readable image ({type(error).__name__}: {error})"
-        ) from error
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RowError("image_decode", f"{field} ({len(data):,} bytes) is no readable image ({cause})") from error
+
+
+def _turn_upright(image: Image.Image) -> None:
+    # A damaged EXIF block raises any of many types; the pixels are sound all the same.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def to_rgb(image: Image.Image, settings: ImageSettings) -> Image.Image:
+    """An image of any mode as RGB.
+
+    Transparent pixels show `images.background`. More than 8 bits are scaled to 8 (`images.deep_pixels: clip` cuts them off
+    at 255, as Pillow's own conversion does).
+    """
+    mode = image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return image
+    if mode in ("I", "F") or mode.startswith("I;"):
+        return _shallow(np.asarray(image), scale=settings.deep_pixels == "scale").convert("RGB")
+    if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        layer = (image.convert("LA") if mode == "La" else image).convert("RGBA")
+        below = Image.new("RGB", image.size, ImageColor.getrgb(settings.background)[:3])
+        below.paste(layer, mask=layer.getchannel("A"))  # as qwen-vl-utils does for RGBA, to the last bit
+        return below
+    return image.convert("RGB")
+
+
+def _shallow(values: np.ndarray, *, scale: bool) -> Image.Image:
+    """Grey values of 16 or 32 bits as 8 bits.
+
+    The range of 16-bit files is theirs; 32-bit integers and floats do not say theirs, so the narrowest usual one that holds
+    the largest value is taken: 1 (floats), 255, 65,535, else that value itself.
+    """
+    grey = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    if scale:
+        largest = float(grey.max(initial=0.0))
+        usual = [65_535.0] if values.dtype.itemsize == 2 else [255.0, 65_535.0]
+        if np.issubdtype(values.dtype, np.floating):
+            usual.insert(0, 1.0)
+        grey = grey * (255.0 / next((top for top in usual if largest <= top), largest))
+    return Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))

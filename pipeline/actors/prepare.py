@@ -46,6 +46,7 @@ class Preparer:
             settings.model.base, settings.model.min_pixels, settings.model.max_pixels
         )
         self._columns = columns
+        self._image_settings = settings.images
         asked, shown = columns.messages or columns.prompt, columns.image or columns.images
         self._asked_field = f"column {asked!r}" if asked else "input.prompt"
         self._images_field = f"column {shown!r}" if shown else self._asked_field
@@ -75,13 +76,18 @@ class Preparer:
             if self._columns.messages is None:
                 conversation = from_prompt(asked, decoded, self._asked_field)
             else:
-                conversation, asked = from_messages(_text(messages, self._asked_field), decoded, self._asked_field)
+                conversation, asked = from_messages(
+                    _text(messages, self._asked_field), decoded, self._asked_field, self._decode
+                )
             prepared = self._processor.prepare(conversation)
             if self._require_images and not prepared.images:
                 raise RowError("image_missing", f"{self._images_field} holds no image to caption")
             return PreparedRow(row_id, asked, None, prepared.input_ids, prepared.span, prepared.images)
         except RowError as error:
             return PreparedRow(row_id, asked, str(error))
+
+    def _decode(self, data: bytes, field: str) -> Image.Image:
+        return decode_image(data, field, self._image_settings)
 
     def _decoded(self, images: pa.Scalar) -> Iterator[Image.Image]:
         if not images.is_valid:
@@ -92,7 +98,7 @@ class Preparer:
             field = f"image {number} of {self._images_field}" if self._columns.images else self._images_field
             if not image.is_valid:
                 raise RowError("image_missing", f"{field} is null or has no bytes")
-            yield decode_image(image.as_buffer().to_pybytes(), field)
+            yield self._decode(image.as_buffer().to_pybytes(), field)
 
 
 def _text(value: pa.Scalar, field: str) -> str | None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+from functools import partial
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from pipeline.actors.conversation import from_messages, from_prompt
+from pipeline.actors.images import decode_image
+from pipeline.config import ImageSettings
 from pipeline.errors import RowError
 from tests.io.shards import picture
 
 FIELD = "column 'chat'"
+DECODE = partial(decode_image, settings=ImageSettings())
 RED, BLUE = (Image.new("RGB", (28, 28), colour) for colour in ("red", "blue"))
 URI = "data:image/png;base64," + base64.b64encode(picture(30, 20)).decode()
 
@@ -35,7 +39,7 @@ def test_a_prompt_follows_its_images() -> None:
 
 @pytest.mark.parametrize(("prompt", "state"), [(None, "null"), ("", "empty"), (" \n", "empty")])
 def test_a_row_without_a_prompt_is_an_error(prompt: str | None, state: str) -> None:
-    for ask in (from_prompt, from_messages):
+    for ask in (from_prompt, partial(from_messages, decode=DECODE)):
         with pytest.raises(RowError) as caught:
             ask(prompt, [RED], FIELD)
         assert str(caught.value) == f"prompt_missing: column 'chat' is {state}"
@@ -48,7 +52,7 @@ def test_a_chat_keeps_its_turns_and_tells_its_last_question() -> None:
         {"role": "assistant", "content": [text("A circle.")]},
         user(text("Which"), {"type": "image", "image": None}, text("colour?")),
     ]
-    messages, asked = from_messages(json.dumps(turns), [RED, BLUE], FIELD)
+    messages, asked = from_messages(json.dumps(turns), [RED, BLUE], FIELD, DECODE)
     assert asked == "Which\ncolour?"
     assert messages == [
         {"role": "system", "content": "Be brief."},
@@ -59,7 +63,10 @@ def test_a_chat_keeps_its_turns_and_tells_its_last_question() -> None:
 
 
 def test_a_turn_may_be_plain_text() -> None:
-    assert from_messages('[{"role": "user", "content": "Hi"}]', [], FIELD) == ([{"role": "user", "content": "Hi"}], "Hi")
+    assert from_messages('[{"role": "user", "content": "Hi"}]', [], FIELD, DECODE) == (
+        [{"role": "user", "content": "Hi"}],
+        "Hi",
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +78,7 @@ def test_a_turn_may_be_plain_text() -> None:
     ],
 )
 def test_an_image_may_stand_in_the_chat_as_a_data_uri(part: dict[str, Any]) -> None:
-    messages, _ = from_messages(json.dumps([user(part, {"type": "image"}, text("Which is larger?"))]), [RED], FIELD)
+    messages, _ = from_messages(json.dumps([user(part, {"type": "image"}, text("Which is larger?"))]), [RED], FIELD, DECODE)
     first, second, _ = messages[0]["content"]
     assert first["image"].size == (30, 20)
     assert second["image"] is RED
@@ -109,7 +116,7 @@ def test_an_image_may_stand_in_the_chat_as_a_data_uri(part: dict[str, Any]) -> N
 )
 def test_a_chat_that_cannot_be_followed_is_an_error_of_its_row(turns: Any, code: str, cause: str) -> None:
     with pytest.raises(RowError) as caught:
-        from_messages(turns if isinstance(turns, str) else json.dumps(turns), [RED], FIELD)
+        from_messages(turns if isinstance(turns, str) else json.dumps(turns), [RED], FIELD, DECODE)
     assert caught.value.code == code
     assert cause in caught.value.cause
     assert "\n" not in str(caught.value)

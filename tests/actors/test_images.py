@@ -1,4 +1,4 @@
-"""Image files of untrusted origin become images, or the error of their row."""
+"""Image files of untrusted origin become upright 8-bit RGB images, or the error of their row."""
 
 from __future__ import annotations
 
@@ -6,13 +6,48 @@ import io
 import struct
 import warnings
 import zlib
+from functools import cache
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.actors.images import MAX_PIXELS, decode_image
+from pipeline.actors.images import decode_image, to_rgb
+from pipeline.config import ImageSettings
 from pipeline.errors import RowError
 from tests.io.shards import picture
+
+FIELD = "image 1 of column 'images'"
+
+
+def decode(data: bytes, **changes: Any) -> Image.Image:
+    return decode_image(data, FIELD, ImageSettings(**changes))
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def refused(data: bytes, **changes: Any) -> RowError | None:
+    """The error of the row, None for a sound image; nothing else may come of any bytes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would be printed for every such row
+        try:
+            image = decode(data, **changes)
+        except RowError as caught:
+            error = caught
+        else:
+            assert image.mode == "RGB"
+            return None
+    assert error.code in ("image_decode", "image_too_large")
+    assert error.cause.startswith(FIELD)
+    assert "\n" not in str(error)
+    return error
 
 
 def png_of_declared_size(width: int, height: int) -> bytes:
@@ -25,14 +60,17 @@ def png_of_declared_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_common_formats_are_decoded(form: str) -> None:
-    assert decode_image(picture(30, 20, form=form), "column 'image'").size == (30, 20)
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "ICO", "JPEG2000"])
+def test_formats_are_decoded(form: str) -> None:
+    image = decode(encoded(Image.new("RGB", (32, 24), "red"), form))
+    assert image.mode == "RGB"
+    if form != "ICO":  # icons are square
+        assert image.size == (32, 24)
 
 
 def test_png_pixels_are_exact() -> None:
     data = picture(30, 20)
-    assert decode_image(data, "column 'image'").tobytes() == Image.open(io.BytesIO(data)).tobytes()
+    assert decode(data).tobytes() == Image.open(io.BytesIO(data)).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -50,14 +88,133 @@ def test_png_pixels_are_exact() -> None:
     ids=["truncated JPEG", "truncated PNG", "a web page", "nothing", "144 megapixels", "196", "400", "4e12"],
 )
 def test_bytes_that_are_no_sound_image_are_errors_of_their_field(data: bytes, code: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a warning would be printed for every such row
-        with pytest.raises(RowError) as caught:
-            decode_image(data, "image 1 of column 'images'")
-    assert caught.value.code == code
-    assert caught.value.cause.startswith("image 1 of column 'images'")
-    assert "\n" not in str(caught.value)
+    error = refused(data)
+    assert error is not None
+    assert error.code == code
 
 
-def test_the_limit_is_the_largest_that_pillow_decodes_without_an_error() -> None:
-    assert 2 * (Image.MAX_IMAGE_PIXELS or 0) <= MAX_PIXELS <= 2 * (Image.MAX_IMAGE_PIXELS or 0) + 1
+def test_caps_are_settings() -> None:
+    data = picture(30, 20)
+    assert refused(data, max_pixels=600) is None
+    too_many = refused(data, max_pixels=599)
+    assert too_many is not None
+    assert "30 x 20 = 600 pixels, above images.max_pixels 599" in str(too_many)
+    too_long = refused(data, max_bytes=len(data) - 1)
+    assert too_long is not None
+    assert "above images.max_bytes" in str(too_long)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_every_truncation_is_sound_or_an_error(form: str) -> None:
+    whole = picture(12, 9, form=form)
+    ends = [refused(whole[:length]) is None for length in range(len(whole) + 1)]
+    assert ends[-1]
+    assert not any(ends[: len(whole) // 2])
+
+
+@cache
+def small_files() -> list[bytes]:
+    image = Image.new("RGB", (16, 12), "teal")
+    return [
+        encoded(image, form) for form in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "PCX", "SGI")
+    ]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.integers(0, 10), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), min_size=1, max_size=6))
+def test_headers_that_lie_are_sound_or_an_error(which: int, changes: list[tuple[int, int]]) -> None:
+    data = bytearray(small_files()[which])
+    for at, value in changes:
+        data[min(at, len(data) - 1)] = value
+    refused(bytes(data), max_pixels=1_000_000)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.new("RGB", (40, 20), "blue")
+    image.paste("yellow", (0, 0, 8, 8))  # as stored, in the upper left corner
+    data = encoded(image, "PNG", exif=exif)
+    upright = decode(data)
+    assert upright.size == ((40, 20) if orientation <= 4 else (20, 40))
+    right, bottom = upright.width - 1, upright.height - 1
+    corner = {1: (0, 0), 2: (right, 0), 3: (right, bottom), 4: (0, bottom)}
+    corner |= {5: (0, 0), 6: (right, 0), 7: (right, bottom), 8: (0, bottom)}
+    assert upright.getpixel(corner[orientation]) == (255, 255, 0)
+    assert decode(data, exif_orientation=False).size == (40, 20)
+
+
+def test_a_damaged_exif_block_costs_nothing_but_the_orientation() -> None:
+    data = encoded(Image.new("RGB", (40, 20)), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\xff\x01")
+    assert refused(data) is None
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "La", "RGBa"])
+def test_transparent_pixels_show_the_background(mode: str) -> None:
+    image = Image.new("RGBA", (4, 2), (0, 0, 0, 255))
+    image.paste((200, 10, 10, 0), (2, 0, 4, 2))
+    if mode == "P":
+        image = Image.new("P", (4, 2), 0)
+        image.putpalette([0, 0, 0, 200, 10, 10])
+        image.paste(1, (2, 0, 4, 2))
+        image.info["transparency"] = 1
+    elif mode == "PA":
+        image = image.convert("PA")
+    elif mode in ("LA", "La"):
+        image = image.convert("LA").convert(mode)
+    else:
+        image = image.convert(mode)
+    assert image.mode == mode
+    shown = to_rgb(image, ImageSettings())
+    assert [shown.getpixel(at) for at in ((0, 0), (3, 1))] == [(0, 0, 0), (255, 255, 255)]
+    assert to_rgb(image, ImageSettings(background="#102030")).getpixel((3, 1)) == (16, 32, 48)
+
+
+def test_a_background_must_be_a_colour() -> None:
+    with pytest.raises(ValueError, match="background"):
+        ImageSettings(background="bright")
+
+
+@pytest.mark.parametrize(
+    ("values", "grey"),
+    [
+        (np.array([[0, 257 * 100, 65_535]], np.uint16), [0, 100, 255]),
+        (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),
+        (np.array([[-5, 257 * 100, 65_535]], np.int32), [0, 100, 255]),
+        (np.array([[0, 1_000_000, 2_000_000]], np.int32), [0, 128, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[np.nan, 100.0, 255.0]], np.float32), [0, 100, 255]),
+    ],
+    ids=["16 bits", "8 bits in 32", "16 bits in 32", "more", "floats to 1", "floats to 255"],
+)
+def test_deep_images_are_scaled_not_cut_off(values: np.ndarray, grey: list[int]) -> None:
+    data = encoded(Image.fromarray(values), "TIFF")
+    assert [pixel[0] for pixel in np.asarray(decode(data))[0]] == grey
+    clipped = np.asarray(decode(data, deep_pixels="clip"))[0, :, 0]
+    assert clipped.tolist() == np.rint(np.nan_to_num(values[0]).clip(0, 255)).tolist()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "LAB"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    colour = {"1": 1, "L": 255, "CMYK": (0, 0, 0, 0), "YCbCr": (255, 128, 128), "LAB": (255, 128, 128)}[mode]
+    image = decode(encoded(Image.new(mode, (6, 4), colour), "TIFF"))
+    assert (image.mode, image.size) == ("RGB", (6, 4))
+    assert min(image.getpixel((3, 2))) >= 250  # white in every one of them
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_of_an_animation_the_first_frame_is_taken(form: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+    red, green, blue = decode(data).getpixel((8, 8))
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+def test_a_gif_without_end_takes_no_longer_than_its_first_frame() -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    # The second frame again and again, and never the trailer.
+    second = data[data.rindex(b"!\xf9") : -1]
+    assert refused(data[:-1] + second * 200_000) is None
