@@ -115,8 +115,11 @@ class OutputSettings(Settings):
     path: str = Field(min_length=1, description="folder of the result: local or any fsspec URL")
     token_ids: bool = Field(False, description="add the column token_ids")
     routes: bool = Field(False, description="add the columns prefill_route, decode_route, prefill_gate, decode_gate")
-    rows_per_file: PositiveInt = Field(10_000, description="least rows of an output file, the last ones excepted")
-    overwrite: bool = Field(False, description="delete what an earlier run left in output.path first")
+    rows_per_file: PositiveInt = Field(10_000, description="rows of an output file; fewer where commit_seconds comes first")
+    commit_seconds: float = Field(
+        60.0, gt=0, description="longest time that an answered row waits to be committed; a crash costs no more than this"
+    )
+    overwrite: bool = Field(False, description="delete what earlier runs left in output.path first, instead of going on")
 
 
 class GenerationSettings(Settings):

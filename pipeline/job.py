@@ -5,22 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import socket
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 import pyarrow.parquet as pq
 from rich.console import Console
 
 from pipeline.config import JobSettings, as_yaml
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, OutputError
 from pipeline.io.accuracy import Truth, is_right
+from pipeline.io.commits import OutputLog, done_rows
+from pipeline.io.lease import Lease
+from pipeline.io.manifest import Manifest
 from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
+from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
-from pipeline.io.write import RESERVED_COLUMNS, ParquetFolder, Written, output_schema
+from pipeline.io.write import RESERVED_COLUMNS, Written, output_schema
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
 from pipeline.progress import ProgressDisplay, Summary
@@ -53,6 +61,7 @@ class Job:
     plan: InputPlan
     truth: Truth | None
     checkpoint: Checkpoint
+    manifest: Manifest
 
 
 def check_job(task: Task, settings: JobSettings) -> Job:
@@ -69,13 +78,32 @@ def check_job(task: Task, settings: JobSettings) -> Job:
             "input.columns.image: the input has no column 'image' or 'images', so there is nothing to caption; name the "
             "column in input.columns.image or input.columns.images"
         )
-    OutputFolder(settings.output.path).check(settings.output.overwrite, (shard.file for shard in plan.shards))
+    OutputFolder(settings.output.path).check(shard.file for shard in plan.shards)
     checkpoint = open_checkpoint(model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha)
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     if plan.columns.id and plan.rows >= MANY_IDS:
         print(f"checking that {plan.rows:,} ids are unique", file=sys.stderr, flush=True)
     check_ids_unique(plan)
-    return Job(task, settings, plan, truth, checkpoint)
+    job = Job(task, settings, plan, truth, checkpoint, Manifest.of(task, settings, checkpoint_files(checkpoint), plan))
+    if not settings.output.overwrite:
+        check_may_go_on(job, OutputFolder(settings.output.path))
+    return job
+
+
+def check_may_go_on(job: Job, folder: OutputFolder) -> None:
+    """Make sure that what lies in the output, if anything, is the beginning of this very job.
+
+    Raises:
+        OutputError: results of a job that differed, or of nobody knows whom.
+    """
+    before = Manifest.load(folder)
+    if before is not None:
+        job.manifest.check_same(before, folder.url)
+    elif results := folder.results():
+        raise OutputError(
+            f"output.path: {folder.url} already holds {len(results)} Parquet files that no run of this program began; "
+            "choose another folder, or --set output.overwrite=true to replace them"
+        )
 
 
 def describe(job: Job) -> str:
@@ -117,37 +145,66 @@ def describe(job: Job) -> str:
 
 
 def run_job(job: Job) -> Summary:
-    """Run a checked job on Ray.
+    """Run a checked job on Ray, or what an earlier run of it left to do.
 
     Raises:
-        JobError: the output cannot be written, the cluster does not fit the settings, or the input changed meanwhile.
+        JobError: the output cannot be written, belongs to another run, the cluster does not fit the settings, or the input
+            changed meanwhile.
     """
     started = time.monotonic()
-    settings = job.settings
+    settings, plan = job.settings, job.plan
     folder = OutputFolder(settings.output.path)
-    folder.prepare()
-    folder.write("_run/config.yaml", as_yaml(settings).encode())
-
-    import ray
-
-    started_here = _connect(settings.ray.address)
+    folder.make()
+    run = run_name()
+    lease = Lease(folder, run, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    lease.take()
     try:
-        available = ray.cluster_resources()
-        resources = share_cluster(settings, available.get("CPU", 1.0), available.get("GPU", 0.0))
-        begun = time.monotonic()
-        written, images, engines = _run_stages(job, resources, folder)
-        ended = time.monotonic()
+        if settings.output.overwrite:
+            folder.clear()
+        check_may_go_on(job, folder)  # again, now that nobody else can write here
+        job.manifest.save(folder)
+        folder.write("_run/config.yaml", as_yaml(settings).encode())
+        log = OutputLog(folder, run)
+        rounds = _Rounds(job, folder, run)
+        commits = log.commits()
+        while missing := missing_rows(plan, done_rows(commits)):
+            left = sum(map(len, missing.values()))
+            if commits and left < plan.rows:
+                done = plan.rows - left
+                print(f"{done:,} of {plan.rows:,} rows are done; answering {left:,}", file=sys.stderr, flush=True)
+            rounds.run(missing)
+            commits = log.commits()
+            if sum(map(len, missing_rows(plan, done_rows(commits)).values())) >= left:
+                raise InputError(
+                    f"input.path: {plan.rows:,} rows were counted at the start, but {plan.rows - left:,} were answered: a "
+                    f"shard changed while the job ran; {folder.url} is incomplete, run the job again"
+                )
     finally:
-        if started_here:
-            ray.shutdown()
-    summary = Summary(folder.url, written, images, ended - started, ended - begun, engines)
+        lease.release()
+    written = sum((commit.written for commit in commits), Written())
+    summary = Summary(folder.url, written, rounds.answered, time.monotonic() - started, rounds.seconds, rounds.engines)
     folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
-    if written.rows != job.plan.rows:
-        raise InputError(
-            f"input.path: {job.plan.rows:,} rows were counted at the start, but {written.rows:,} were answered: a shard "
-            f"changed while the job ran; {folder.url} is incomplete, run the job again"
-        )
     return summary
+
+
+def missing_rows(plan: InputPlan, done: Mapping[str, RowSet]) -> dict[str, RowSet]:
+    """Rows of the plan that are not done, by shard; shards that are done are not in it."""
+    found = {}
+    for shard in plan.shards:
+        missing = RowSet.range(0, shard.rows) - done.get(shard.file.url, RowSet.empty())
+        if missing:
+            found[shard.file.url] = missing
+    return found
+
+
+def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
+    """Files that decide what a checkpoint answers: weights, configs, tokenizer, chat template."""
+    return [*checkpoint.files.files, *sorted(checkpoint.folder.glob("*.json"))]
+
+
+def run_name() -> str:
+    """A name that no other run has; later runs sort behind earlier ones."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
 def _connect(address: str | None) -> bool:
@@ -187,10 +244,45 @@ def _quieten_ray() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[Written, int, Counter[str]]:
+class _Rounds:
+    """Runs the stages over what is missing, and adds up what they say of themselves."""
+
+    def __init__(self, job: Job, folder: OutputFolder, run: str) -> None:
+        self._job, self._folder, self._run = job, folder, run
+        self.answered: Counter[str] = Counter()
+        self.seconds = 0.0
+        self.engines: Counter[str] = Counter()
+
+    def run(self, missing: dict[str, RowSet]) -> None:
+        """Answer and commit the missing rows, as far as nothing dies."""
+        import ray
+
+        settings = self._job.settings
+        started_here = _connect(settings.ray.address)
+        try:
+            available = ray.cluster_resources()
+            resources = share_cluster(settings, available.get("CPU", 1.0), available.get("GPU", 0.0))
+            begun = time.monotonic()
+            answered, engines = _run_stages(self._job, resources, self._folder, self._run, missing)
+            self.seconds += time.monotonic() - begun
+        finally:
+            if started_here:
+                ray.shutdown()
+        self.answered += answered
+        self.engines += engines
+
+
+def _run_stages(
+    job: Job,
+    resources: Resources,
+    folder: OutputFolder,
+    run: str,
+    missing: dict[str, RowSet],
+) -> tuple[Counter[str], Counter[str]]:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
+    from pipeline.actors.committer import CommitSettings, Committer
     from pipeline.actors.monitor import Monitor
     from pipeline.actors.prepare import Preparer
     from pipeline.actors.replica import Replica
@@ -210,9 +302,13 @@ def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[W
     # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
     sizes = Sizes.of(EngineOptions(**settings.engine.model_dump()), resources.device)
     in_flight = -(-(sizes.waiting + sizes.batch_size) // rows_per_block) + 1
-    source = ParquetShards(plan, rows_per_block)
-    sink = ParquetFolder(
-        folder, output_schema(settings.output, plan.extras_schema), settings.output.rows_per_file, job.truth
+    source = ParquetShards(plan, missing, rows_per_block)
+    committer = ray.remote(num_cpus=0, max_concurrency=8, max_restarts=-1, max_task_retries=-1)(Committer).remote(
+        folder,
+        run,
+        output_schema(settings.output, plan.extras_schema),
+        job.truth,
+        CommitSettings(settings.output.rows_per_file, settings.output.commit_seconds),
     )
     dataset = (
         ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces))
@@ -226,7 +322,14 @@ def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[W
         )
         .map_batches(
             Replica,
-            fn_constructor_args=(settings, plan.extras_schema, resources.device, resources.replica_threads, monitor),
+            fn_constructor_args=(
+                settings,
+                plan.extras_schema,
+                resources.device,
+                resources.replica_threads,
+                monitor,
+                committer,
+            ),
             batch_size=rows_per_block,
             batch_format="pyarrow",
             num_cpus=resources.replica_cpus,
@@ -238,10 +341,14 @@ def _run_stages(job: Job, resources: Resources, folder: OutputFolder) -> tuple[W
             ),
         )
     )
-    with ProgressDisplay(monitor, plan.rows):
-        dataset.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
+    rows = sum(map(len, missing.values()))
+    with ProgressDisplay(monitor, rows):
+        for _ in dataset.iter_internal_ref_bundles():
+            pass  # what comes out is how many rows each block committed
+    ray.get(committer.finish.remote())
+    ray.kill(committer)
     counts, engines = ray.get(monitor.totals.remote())
-    return sink.written, counts["images"], engines
+    return counts, engines
 
 
 def show_answers(job: Job, console: Console) -> None:

@@ -114,15 +114,15 @@ class Summary:
 
     Attributes:
         output: where the results are.
-        written: what was written, from the files' own rows.
-        images: images answered about.
+        written: what lies in the output, from the files' own rows; earlier runs of the job included.
+        answered: what this run answered: `images`, `new_tokens`.
         seconds: the whole job; `answering_seconds`: from the start of the stages, models already loading.
         engines: the counters of all engines (`Engine.counts`).
     """
 
     output: str
     written: Written
-    images: int
+    answered: Counter[str]
     seconds: float
     answering_seconds: float
     engines: Counter[str]
@@ -136,20 +136,23 @@ class Summary:
             "rows": written.rows,
             "ok": written.rows - written.errors.total(),
             "errors": dict(written.errors.most_common()),
-            "images": self.images,
+            "images": self.answered["images"],
             "prompt_tokens": written.prompt_tokens,
             "visual_tokens": written.visual_tokens,
             "new_tokens": written.new_tokens,
             "seconds": round(self.seconds, 3),
             "answering_seconds": round(self.answering_seconds, 3),
-            "images_per_second": round(self.images / self.answering_seconds, 3),
-            "new_tokens_per_second": round(written.new_tokens / self.answering_seconds, 3),
+            "images_per_second": self._rate("images"),
+            "new_tokens_per_second": self._rate("new_tokens"),
             "images_reused": self.engines["images_reused"],
             "answers_reused": self.engines["answers_reused"],
             "folded_tokens": self.engines["folded_tokens"],
             "agreement": self._agreement(),
             "accuracy": self._accuracy(),
         }
+
+    def _rate(self, what: str) -> float:
+        return round(self.answered[what] / self.answering_seconds, 3) if self.answering_seconds else 0.0
 
     def _accuracy(self) -> list[dict[str, Any]]:
         accuracy = self.written.accuracy
@@ -173,7 +176,7 @@ class Summary:
         lines = [("rows", f"{facts['rows']:,} ({facts['ok']:,} ok, {facts['rows'] - facts['ok']:,} errors)")]
         lines += [(f"  {code}", f"{count:,}") for code, count in facts["errors"].items()]
         lines += [
-            ("images", f"{self.images:,}, {facts['images_per_second']:.2f} a second"),
+            ("images", f"{facts['images']:,}, {facts['images_per_second']:.2f} a second"),
             (
                 "tokens",
                 f"{facts['new_tokens']:,} new, {facts['new_tokens_per_second']:.1f} a second; "

@@ -19,6 +19,11 @@ IMAGES = "awaker:images"
 PROMPT = "awaker:prompt"
 MESSAGES = "awaker:messages"
 
+#: Where a row comes from: the shard's URL, and its number in it. With them the output knows what it holds.
+SHARD = "awaker:shard"
+ROW = "awaker:row"
+PLACE_SCHEMA = pa.schema([pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64())])
+
 #: What reading adds to the extra columns. Images are encoded bytes; a null list is a missing image.
 #: large_binary: with 32-bit offsets, blocks of more than 2 GiB of images could not be put together.
 READ_SCHEMA = pa.schema(
@@ -79,6 +84,11 @@ class PreparedRow:
 def own_columns_dropped(table: pa.Table) -> pa.Table:
     """The extra columns of a table."""
     return table.select([name for name in table.column_names if not name.startswith(OWN_PREFIX)])
+
+
+def carried(table: pa.Table) -> pa.Table:
+    """What passes through every stage: the extra columns, and where the rows come from."""
+    return table.select([n for n in table.column_names if not n.startswith(OWN_PREFIX) or n in PLACE_SCHEMA.names])
 
 
 def with_own_columns(extras: pa.Table, own: pa.Table) -> pa.Table:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +69,8 @@ def ray_cluster(s3_folder: Path) -> Iterator[RayCluster]:
         finally:
             # Asked to end, it would wait half a minute for its own parts.
             for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 @pytest.fixture(scope="session")

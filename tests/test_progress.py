@@ -75,7 +75,7 @@ def summary() -> Summary:
         prefill_pairs=8000, prefill=6000, prefill_in_order=4000, decode_pairs=4000, decode=3500, decode_in_order=1750,
         images_reused=400, answers_reused=20, folded_tokens=9000,
     )  # fmt: skip
-    return Summary("s3://b/out", written, 1000, 120.0, 100.0, engines)
+    return Summary("s3://b/out", written, Counter(images=1000, new_tokens=24_000), 120.0, 100.0, engines)
 
 
 def test_the_summary_counts_rows_errors_images_and_tokens(summary: Summary) -> None:

@@ -19,7 +19,7 @@ from pipeline.rows import (
     MESSAGES,
     PROMPT,
     PreparedRow,
-    own_columns_dropped,
+    carried,
     prepared_table,
     with_own_columns,
 )
@@ -55,7 +55,7 @@ class Preparer:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Yield tables of `PREPARED_SCHEMA` plus the extra columns: each input row once, in order."""
-        extras = own_columns_dropped(table)
+        extras = carried(table)
         ready: list[PreparedRow] = []
         size = start = 0
         columns = [table[name] for name in (ID, IMAGES, PROMPT, MESSAGES)]

@@ -19,7 +19,7 @@ from pipeline.io.write import output_schema
 from pipeline.model.awaker import load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
-from pipeline.rows import PreparedRow, own_columns_dropped, prepared_rows
+from pipeline.rows import PLACE_SCHEMA, PreparedRow, carried, prepared_rows
 
 
 def load_engine(settings: JobSettings, device: torch.device) -> tuple[Engine, Sampling]:
@@ -51,19 +51,22 @@ class Replica:
         device: `cpu` or `cuda`.
         threads: torch threads on the CPU.
         monitor: the `Monitor` actor's handle.
+        committer: the `Committer` actor's.
     """
 
-    def __init__(self, settings: JobSettings, extras: pa.Schema, device: str, threads: int, monitor: Any) -> None:
+    def __init__(
+        self, settings: JobSettings, extras: pa.Schema, device: str, threads: int, monitor: Any, committer: Any
+    ) -> None:
         if device == "cpu":
             torch.set_num_threads(threads)
         self._settings = settings
-        self._schema = output_schema(settings.output, extras)
-        self._monitor = monitor
+        self._schema = pa.schema([*output_schema(settings.output, extras), *PLACE_SCHEMA])
+        self._monitor, self._committer = monitor, committer
         self._name = uuid.uuid4().hex
         self._engine, self._sampling = load_engine(settings, torch.device(device))
 
     async def __call__(self, table: pa.Table) -> pa.Table:
-        """Answer a block: each row once, in order, in the output's schema."""
+        """Answer a block and hand its rows, in the output's schema, to the committer; how many they were."""
         rows = prepared_rows(table)
         futures = [self._submit(row) for row in rows]
         outcomes = await asyncio.gather(*(asyncio.wrap_future(f) for f in futures if f is not None), return_exceptions=True)
@@ -77,7 +80,9 @@ class Replica:
             for result in results
         ]
         await self._report(rows, errors)
-        return self._output(rows, errors, own_columns_dropped(table))
+        # Awaited: a block counts as answered only once the committer has it.
+        new = await self._committer.take.remote(self._output(rows, errors, carried(table)))
+        return pa.table({"rows": [new]})
 
     def _submit(self, row: PreparedRow) -> Future[Answer] | None:
         if row.input_ids is None or row.span is None:

@@ -13,7 +13,8 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from pipeline.io.plan import InputPlan, Shard, is_list, open_parquet
-from pipeline.rows import ID, IMAGES, MESSAGES, PROMPT, READ_SCHEMA
+from pipeline.io.rowset import RowSet
+from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, READ_SCHEMA, ROW, SHARD
 
 #: A read task takes row groups of one shard until it has this many rows: enough to be worth a task.
 ROWS_PER_TASK = 256
@@ -26,48 +27,54 @@ class Piece:
     Attributes:
         shard: the shard.
         row_groups: their indices.
-        first_row: number of the first row within the shard.
+        first_row: number of the first group's first row within the shard.
         rows: rows to take.
     """
 
     shard: Shard
     row_groups: tuple[int, ...]
     first_row: int
-    rows: int
+    rows: RowSet
 
 
-def pieces(shard: Shard) -> Iterator[Piece]:
-    """Cut a shard into what one read task takes."""
+def pieces(shard: Shard, missing: RowSet) -> Iterator[Piece]:
+    """Cut what is missing of a shard into what one read task takes; row groups that hold nothing of it are not read."""
     groups: list[int] = []
-    first = taken = 0
+    begin = at = 0
     for index, rows in enumerate(shard.row_groups):
-        groups.append(index)
-        taken += rows
-        is_last = index == len(shard.row_groups) - 1 or first + taken >= shard.rows
-        if taken >= ROWS_PER_TASK or is_last:
-            yield Piece(shard, tuple(groups), first, min(taken, shard.rows - first))
-            groups, first, taken = [], first + taken, 0
-        if first >= shard.rows:
-            return
+        wanted = missing & RowSet.range(at, at + rows)
+        if wanted and not groups:
+            begin = at
+        if wanted:
+            groups.append(index)
+        at += rows
+        own = missing & RowSet.range(begin, at)
+        if groups and (not wanted or len(own) >= ROWS_PER_TASK or index == len(shard.row_groups) - 1):
+            yield Piece(shard, tuple(groups), begin, own)
+            groups = []
 
 
 def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[pa.Table]:
-    """Read a piece as tables of `READ_SCHEMA` plus the extra columns, `rows_per_block` rows at a time."""
+    """Read a piece as tables of `READ_SCHEMA` plus the extra columns, at most `rows_per_block` rows at a time."""
     columns = plan.columns
     wanted = [*columns.named(), *plan.extras.values()]
-    left, row = piece.rows, piece.first_row
+    at = piece.first_row
+    behind = piece.rows.intervals[-1][1]
     with open_parquet(piece.shard.file.url) as parquet:
         present = [name for name in wanted if name in parquet.schema_arrow.names]
         for batch in parquet.iter_batches(rows_per_block, row_groups=list(piece.row_groups), columns=present):
-            batch = batch.slice(0, left)
-            yield _as_read(batch, plan, piece.shard, row)
-            row += len(batch)
-            left -= len(batch)
-            if left == 0:
+            numbers = np.arange(at, at + len(batch))
+            chosen = piece.rows.contains(numbers)
+            if chosen.all():
+                yield _as_read(batch, plan, piece.shard, numbers)
+            elif chosen.any():
+                yield _as_read(batch.filter(pa.array(chosen)), plan, piece.shard, numbers[chosen])
+            at += len(batch)
+            if at >= behind:
                 return
 
 
-def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, first_row: int) -> pa.Table:
+def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.ndarray) -> pa.Table:
     count = len(batch)
     columns = plan.columns
 
@@ -75,7 +82,7 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, first_row: in
         return pa.nulls(count, pa.string()) if name is None else batch.column(name).cast(pa.string())
 
     if columns.id is None:
-        ids = pa.array([f"{shard.file.name}#{first_row + i}" for i in range(count)], pa.string())
+        ids = pa.array([f"{shard.file.name}#{number}" for number in numbers], pa.string())
     else:
         ids = text(columns.id)
     if columns.image is not None:
@@ -85,13 +92,14 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, first_row: in
     else:
         images = pa.array([[]] * count, READ_SCHEMA.field(IMAGES).type)
     prompts = pa.array([plan.prompt] * count, pa.string()) if plan.prompt is not None else text(columns.prompt)
-    arrays = {ID: ids, IMAGES: images, PROMPT: prompts, MESSAGES: text(columns.messages)}
+    place = {SHARD: pa.array([shard.file.url] * count, pa.string()), ROW: pa.array(numbers, pa.int64())}
+    arrays = {**place, ID: ids, IMAGES: images, PROMPT: prompts, MESSAGES: text(columns.messages)}
     for field in plan.extras_schema:
         source = plan.extras[field.name]
         # A shard may lack an extra column that others have.
         has = source in batch.schema.names
         arrays[field.name] = batch.column(source).cast(field.type) if has else pa.nulls(count, field.type)
-    return pa.table(arrays, schema=pa.schema([*READ_SCHEMA, *plan.extras_schema]))
+    return pa.table(arrays, schema=pa.schema([*PLACE_SCHEMA, *READ_SCHEMA, *plan.extras_schema]))
 
 
 def _bytes_of(array: pa.Array) -> pa.Array:
@@ -123,18 +131,20 @@ class ParquetShards(Datasource):
     32-bit offsets overflow.
 
     Args:
-        plan: what to read.
+        plan: the input.
+        missing: rows to read, by the shard's URL.
         rows_per_block: rows of a block.
 
     Attributes:
         pieces: what each read task reads.
     """
 
-    def __init__(self, plan: InputPlan, rows_per_block: int) -> None:
+    def __init__(self, plan: InputPlan, missing: dict[str, RowSet], rows_per_block: int) -> None:
         super().__init__()
         self._plan = plan
         self._rows_per_block = rows_per_block
-        self.pieces = [piece for shard in plan.shards for piece in pieces(shard)]
+        unread = [(shard, missing[shard.file.url]) for shard in plan.shards if shard.file.url in missing]
+        self.pieces = [piece for shard, rows in unread for piece in pieces(shard, rows)]
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes on disk: images do not grow when read."""
@@ -147,8 +157,8 @@ class ParquetShards(Datasource):
         tasks = []
         for piece in self.pieces:
             file = piece.shard.file
-            size = round(file.size * piece.rows / sum(piece.shard.row_groups))
-            metadata = BlockMetadata(num_rows=piece.rows, size_bytes=size, input_files=[file.url], exec_stats=None)
+            size = round(file.size * len(piece.rows) / sum(piece.shard.row_groups))
+            metadata = BlockMetadata(num_rows=len(piece.rows), size_bytes=size, input_files=[file.url], exec_stats=None)
             tasks.append(ReadTask(self._reader(piece), metadata, per_task_row_limit=per_task_row_limit))
         return tasks
 

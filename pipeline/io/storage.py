@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -27,11 +29,14 @@ class FileInfo:
         url: where to open it, with its protocol.
         name: its path below the folder (or glob) that was asked for: the file part of a row's default id.
         size: bytes.
+        version: what changes when its content does: an object's etag, a local file's time of change; empty if the storage
+            tells neither.
     """
 
     url: str
     name: str
     size: int
+    version: str = ""
 
 
 def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -81,10 +86,17 @@ def _find(path: str) -> list[FileInfo]:
         relative = name[len(base) :].lstrip("/")
         hidden = any(part.startswith(("_", ".")) for part in relative.split("/"))
         if name.endswith(PARQUET_SUFFIXES) and not hidden:
-            files.append(FileInfo(filesystem.unstrip_protocol(name), relative, info["size"]))
+            files.append(FileInfo(filesystem.unstrip_protocol(name), relative, info["size"], _version(info)))
     if not files:
         raise InputError(f"input.path: no Parquet file at {path!r} ({len(listing)} files of other kinds)")
     return files
+
+
+def _version(info: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created"):
+        if info.get(key) is not None:
+            return str(info[key]).strip('"')
+    return ""
 
 
 class OutputFolder:
@@ -110,15 +122,14 @@ class OutputFolder:
         if not self._root:
             raise OutputError(f"output.path: {url!r} names no bucket or folder")
 
-    def check(self, overwrite: bool, inputs: Iterable[FileInfo]) -> None:
+    def check(self, inputs: Iterable[FileInfo]) -> None:
         """Make sure that the job may write here; changes nothing.
 
         Args:
-            overwrite: results of an earlier run may be replaced.
             inputs: what the job reads.
 
         Raises:
-            OutputError: an input lies in the folder, it holds results and `overwrite` is off, or it cannot be listed.
+            OutputError: an input lies in the folder, or it cannot be listed.
         """
         within = self._filesystem.unstrip_protocol(self._root).rstrip("/") + "/"
         if inside := next((file for file in inputs if file.url.startswith(within)), None):
@@ -126,27 +137,36 @@ class OutputFolder:
                 f"output.path: {self.url} holds the input {inside.url}; choose another folder for the results"
             )
         try:
-            results = self.results()
+            self.results()
         except Exception as error:  # every fsspec backend has error types of its own
             raise OutputError(f"output.path: cannot list {self.url} ({type(error).__name__}: {error})") from error
-        if results and not overwrite:
-            raise OutputError(
-                f"output.path: {self.url} already holds {len(results)} Parquet files; choose another folder, or "
-                "--set output.overwrite=true to replace them"
-            )
 
-    def prepare(self) -> None:
-        """Make the folder, delete what an earlier run left (its results and `_run/`, nothing else) and try to write.
+    def clear(self) -> None:
+        """Delete what earlier runs left: results and all of `_run/` but the lock; nothing else.
+
+        Raises:
+            OutputError: something cannot be deleted.
+        """
+        run = f"{self._root}/{self.RUN_FOLDER}"
+        try:
+            # Results first: what is left of them after a crash still tells what it holds.
+            for file in self.results():
+                self._filesystem.rm_file(file)
+            if self._filesystem.isdir(run):
+                for file in self._filesystem.find(run):
+                    if not file.endswith("/lock.json"):
+                        self._filesystem.rm_file(file)
+        except Exception as error:  # every fsspec backend has error types of its own
+            raise OutputError(f"output.path: cannot clear {self.url} ({type(error).__name__}: {error})") from error
+
+    def make(self) -> None:
+        """Make the folder and try to write.
 
         Raises:
             OutputError: the folder cannot be written.
         """
         run = f"{self._root}/{self.RUN_FOLDER}"
         try:
-            if self._filesystem.isdir(run):
-                self._filesystem.rm(run, recursive=True)
-            for file in self.results():
-                self._filesystem.rm_file(file)
             # An object store has no folders to make, but fsspec would make a bucket of a mistyped name.
             if not OBJECT_STORES.intersection(protocols(self._filesystem)):
                 self._filesystem.makedirs(run, exist_ok=True)
@@ -173,9 +193,23 @@ class OutputFolder:
             self._filesystem.pipe_file(target, data)
             return
         partial = Path(self._root) / self.RUN_FOLDER / f"{Path(name).name}.{os.getpid()}.partial"
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (partial.parent, Path(target).parent):
+            folder.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
         partial.replace(target)
+
+    def names(self, folder: str) -> list[str]:
+        """Names, within the output folder, of the files directly in one of its folders; none where there is none."""
+        self._filesystem.invalidate_cache()
+        where = f"{self._root}/{folder}"
+        if not self._filesystem.isdir(where):
+            return []
+        return sorted(f"{folder}/{path.rsplit('/', 1)[-1]}" for path in self._filesystem.ls(where, detail=False))
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(f"{self._root}/{name}")
 
     def read(self, name: str) -> bytes:
         """Read a whole file, by its name within the folder."""

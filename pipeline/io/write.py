@@ -1,19 +1,17 @@
-"""Writes results as a Parquet folder, and counts what it wrote."""
+"""Columns of the output, and what is counted in a file of it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from ray.data.datasource import Datasink, WriteResult
 
 from pipeline.config import OutputSettings
 from pipeline.io.accuracy import Accuracy, Truth
-from pipeline.io.storage import OutputFolder
 
 _COLUMNS = [
     pa.field("id", pa.string()),
@@ -66,6 +64,24 @@ class Written:
     errors: Counter[str] = field(default_factory=Counter)
     accuracy: Accuracy = field(default_factory=Accuracy)
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        asked, right = self.accuracy.asked, self.accuracy.right
+        return {
+            "rows": self.rows,
+            "tokens": [self.prompt_tokens, self.visual_tokens, self.new_tokens],
+            "errors": dict(self.errors),
+            "accuracy": [[list(group), count, right[group]] for group, count in asked.items()],
+        }
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Written:
+        """What `as_dict` gave, of one file."""
+        asked = Counter({tuple(group): count for group, count, _ in told["accuracy"]})
+        right = Counter({tuple(group): count for group, _, count in told["accuracy"]})
+        prompt, visual, new = told["tokens"]
+        return cls(1, told["rows"], prompt, visual, new, Counter(told["errors"]), Accuracy(asked, right))
+
     def __add__(self, other: Written) -> Written:
         return Written(
             self.files + other.files,
@@ -84,50 +100,3 @@ class Written:
         prompt, visual, new = (pc.sum(table[n]).as_py() or 0 for n in ("prompt_tokens", "visual_tokens", "new_tokens"))
         accuracy = truth.count(table) if truth else Accuracy()
         return cls(1, len(table), prompt, visual, new, Counter(error.split(":", 1)[0] for error in errors), accuracy)
-
-
-class ParquetFolder(Datasink[Written]):
-    """Writes blocks of results into files of at least `rows_per_file` rows.
-
-    A file's name follows from its write task, so a task that Ray runs again replaces its own file and adds none.
-
-    Args:
-        folder: where to write.
-        schema: columns of the result.
-        rows_per_file: least rows of a file; the last ones have fewer.
-        truth: what to compare answers with, or None.
-
-    Attributes:
-        written: after the job, what lies in the output.
-    """
-
-    def __init__(self, folder: OutputFolder, schema: pa.Schema, rows_per_file: int, truth: Truth | None) -> None:
-        self._folder = folder
-        self._truth = truth
-        self._schema = schema
-        self._rows_per_file = rows_per_file
-        self.written = Written()
-
-    def write(self, blocks: Iterable[pa.Table], ctx: object) -> Written:
-        """Write the blocks of one task as one file."""
-        tables = [block.cast(self._schema) for block in blocks if len(block)]
-        if not tables:
-            return Written()
-        table = pa.concat_tables(tables)
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
-        self._folder.write(f"part-{ctx.task_idx:05d}.parquet", buffer.getvalue().to_pybytes())  # type: ignore[attr-defined]
-        return Written.count(table, self._truth)
-
-    def on_write_complete(self, write_result: WriteResult[Written]) -> None:
-        """Add up what the tasks wrote."""
-        self.written = sum((w for w in write_result.write_returns if w is not None), Written())
-
-    @property
-    def min_rows_per_write(self) -> int:
-        """Rows that Ray gathers for one task."""
-        return self._rows_per_file
-
-    def get_name(self) -> str:
-        """Name of the stage in Ray's displays."""
-        return "Parquet"

@@ -11,13 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.io.plan import InputPlan, check_ids_unique
-from pipeline.io.read import ROWS_PER_TASK, ParquetShards, pieces, read_piece
-from pipeline.rows import ID, IMAGES, MESSAGES, PROMPT, READ_SCHEMA
+from pipeline.io.read import ROWS_PER_TASK, ParquetShards, read_piece
+from pipeline.io.rowset import RowSet
+from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, READ_SCHEMA, ROW, SHARD
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 
 
+def everything(plan: InputPlan, rows_per_block: int = 3) -> ParquetShards:
+    return ParquetShards(plan, {s.file.url: RowSet.range(0, s.rows) for s in plan.shards}, rows_per_block)
+
+
 def read_all(plan: InputPlan, rows_per_block: int = 3) -> pa.Table:
-    tables = [t for shard in plan.shards for piece in pieces(shard) for t in read_piece(piece, plan, rows_per_block)]
+    tables = [t for piece in everything(plan, rows_per_block).pieces for t in read_piece(piece, plan, rows_per_block)]
     assert all(0 < len(table) <= rows_per_block for table in tables)
     return pa.concat_tables(tables)
 
@@ -40,15 +45,15 @@ def test_pieces_cover_each_row_once_and_in_order(layouts: list[list[int]], limit
         plan = plan_of(folder, limit=limit)
         table = read_all(plan, rows_per_block)
         assert list(zip(table[ID].to_pylist(), table[PROMPT].to_pylist(), strict=True)) == expected[:limit]
-        source = ParquetShards(plan, rows_per_block)
-        assert sum(piece.rows for piece in source.pieces) == plan.rows == len(table)
+        source = everything(plan, rows_per_block)
+        assert sum(len(piece.rows) for piece in source.pieces) == plan.rows == len(table)
         for piece in source.pieces:  # a task is worth its while, and no longer than it has to be
-            assert piece.rows < ROWS_PER_TASK + max(piece.shard.row_groups)
+            assert len(piece.rows) < ROWS_PER_TASK + max(piece.shard.row_groups)
 
 
 def test_small_row_groups_share_a_task_and_large_ones_have_their_own(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"prompt": ["?"] * 3000}, [100] * 10 + [1500, 500])
-    assert [piece.rows for piece in ParquetShards(plan_of(tmp_path), 32).pieces] == [300, 300, 300, 1600, 500]
+    assert [len(piece.rows) for piece in everything(plan_of(tmp_path)).pieces] == [300, 300, 300, 1600, 500]
 
 
 PICTURES = [b"one", b"two", None, b"", b"five"]
@@ -131,8 +136,10 @@ def test_rows_without_an_image_column_have_no_images(tmp_path: Path) -> None:
 def test_what_was_read_has_the_schema_of_every_block(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"id": [7], "image": [b"x"], "messages": pa.array(["[]"], pa.large_string())})
     table = read_all(plan_of(tmp_path))
-    assert table.schema == READ_SCHEMA
-    assert table.to_pylist() == [{ID: "7", IMAGES: [b"x"], PROMPT: None, MESSAGES: "[]"}]
+    assert table.schema == pa.schema([*PLACE_SCHEMA, *READ_SCHEMA])
+    assert table.to_pylist() == [
+        {SHARD: f"file://{tmp_path}/a.parquet", ROW: 0, ID: "7", IMAGES: [b"x"], PROMPT: None, MESSAGES: "[]"}
+    ]
 
 
 def test_one_prompt_stands_in_every_row(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from tests.io.shards import write_shard
 
 def test_a_new_folder_is_made_and_written(tmp_path: Path) -> None:
     folder = OutputFolder(str(tmp_path / "new" / "out"))
-    folder.check(False, [])
+    folder.check([])
     assert not (tmp_path / "new").exists()
-    folder.prepare()
+    folder.make()
     folder.write("part-0.parquet", b"data")
     folder.write("_run/summary.json", b"{}")
     assert folder.read("part-0.parquet") == b"data"
@@ -46,39 +46,29 @@ def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(tmp_path
     assert [Path(name).name for name in folder.results()] == ["part-0.parquet"]
 
 
-def test_results_of_an_earlier_run_are_refused_unless_they_may_be_replaced(tmp_path: Path) -> None:
+def test_clearing_deletes_results_and_run_folder_but_the_lock_and_nothing_else(tmp_path: Path) -> None:
     folder = OutputFolder(str(tmp_path))
-    folder.write("part-0.parquet", b"old")
-    with pytest.raises(OutputError, match=r"^output.path: .* already holds 1 Parquet files; .*output.overwrite=true"):
-        folder.check(False, [])
-    folder.check(True, [])
-    assert folder.read("part-0.parquet") == b"old"
-
-
-def test_preparing_deletes_results_and_run_folder_and_nothing_else(tmp_path: Path) -> None:
-    folder = OutputFolder(str(tmp_path))
-    for name in ("part-0.parquet", "_run/summary.json", "notes.txt"):
+    for name in ("part-0.parquet", "_run/summary.json", "_run/index/0.json", "_run/lock.json", "notes.txt"):
         folder.write(name, b"old")
     write_shard(tmp_path / "deeper" / "a.parquet", {"a": [1]})
-    folder.prepare()
+    folder.clear()
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert left == ["deeper/a.parquet", "notes.txt"]
+    assert left == ["_run/lock.json", "deeper/a.parquet", "notes.txt"]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_holds_the_input_is_refused(tmp_path: Path, overwrite: bool) -> None:
+def test_a_folder_that_holds_the_input_is_refused(tmp_path: Path) -> None:
     shard = FileInfo(f"file://{tmp_path}/shards/a.parquet", "a.parquet", 1)
     for path in (tmp_path, tmp_path / "shards"):
         with pytest.raises(OutputError, match=r"holds the input file://.*/shards/a.parquet; choose another folder"):
-            OutputFolder(str(path)).check(overwrite, [shard])
-    OutputFolder(str(tmp_path / "shard")).check(overwrite, [shard])
-    OutputFolder(str(tmp_path / "shards" / "out")).check(overwrite, [shard])
+            OutputFolder(str(path)).check([shard])
+    OutputFolder(str(tmp_path / "shard")).check([shard])
+    OutputFolder(str(tmp_path / "shards" / "out")).check([shard])
 
 
 def test_a_path_that_cannot_be_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"^output.path: cannot write to .*/file \((NotADirectory|FileExists)Error"):
-        OutputFolder(str(tmp_path / "file")).prepare()
+        OutputFolder(str(tmp_path / "file")).make()
 
 
 @pytest.mark.parametrize(("url", "message"), [("s4://bucket/out", "Protocol not known: s4"), ("s3://", "names no bucket")])
@@ -89,11 +79,11 @@ def test_a_url_that_leads_nowhere_is_an_error(url: str, message: str) -> None:
 
 def test_any_fsspec_url_works() -> None:
     folder = OutputFolder("memory://bucket/out/")
-    folder.prepare()
+    folder.make()
     folder.write("part-0.parquet", b"data")
     assert fsspec.filesystem("memory").cat_file("/bucket/out/part-0.parquet") == b"data"
     assert len(folder.results()) == 1
-    folder.prepare()
+    folder.clear()
     assert folder.results() == []
 
 

@@ -76,8 +76,10 @@ def test_chats_on_s3_are_answered_as_released_into_s3(golden: Path, s3_folder: P
     told = json.loads(storage.cat_file("bucket/answers/_run/summary.json"))
     assert (told["rows"], told["ok"], told["files"]) == (11, 10, 1)
 
-    with pytest.raises(OutputError, match="s3://bucket/answers already holds 1 Parquet files"):
-        run_on_cluster("vqa", settings)
+    files = storage.glob("bucket/answers/*.parquet")
+    assert run_on_cluster("vqa", settings).written.rows == 11  # it is done: nothing is answered or written again
+    storage.invalidate_cache()
+    assert storage.glob("bucket/answers/*.parquet") == files
     with pytest.raises(OutputError, match=r"cannot write to s3://no-such-bucket/out \(FileNotFoundError"):
         run_on_cluster("vqa", {**settings, "output.path": "s3://no-such-bucket/out"})
     with pytest.raises(InputError, match="'s3://bucket/nowhere/' does not exist"):

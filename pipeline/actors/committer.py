@@ -1,0 +1,122 @@
+"""The actor that writes: gathers answered rows, whatever order they come in, and commits them as output files."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.io.accuracy import Truth
+from pipeline.io.commits import OutputLog, done_rows
+from pipeline.io.lease import check_lock
+from pipeline.io.rowset import RowSet
+from pipeline.io.storage import OutputFolder
+from pipeline.rows import ROW, SHARD, own_columns_dropped
+
+
+@dataclass(frozen=True)
+class CommitSettings:
+    """When rows are committed: whichever comes first.
+
+    Attributes:
+        rows: rows of a file.
+        seconds: how long an answered row waits.
+    """
+
+    rows: int
+    seconds: float
+
+
+@dataclass
+class _Gathered:
+    tables: list[pa.Table] = field(default_factory=list)
+    rows: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
+    count: int = 0
+    since: float = 0.0
+
+
+class Committer:
+    """Writes output files. One of it lives in a run, so that every row has one place to go.
+
+    A row that comes again, because Ray ran its block twice, is dropped. Rows that were not yet committed when this actor
+    dies are lost with it and are missing afterwards: the run looks for them and answers them again.
+
+    Args:
+        folder: the output.
+        run: the run's name; it holds the output's lock.
+        schema: columns of the result.
+        truth: what to compare answers with, or None.
+        settings: when to commit.
+    """
+
+    def __init__(
+        self,
+        folder: OutputFolder,
+        run: str,
+        schema: pa.Schema,
+        truth: Truth | None,
+        settings: CommitSettings,
+    ) -> None:
+        self._folder, self._run, self._schema, self._truth, self._settings = folder, run, schema, truth, settings
+        self._log = OutputLog(folder, run)
+        # Read here, not handed over: started again, it must know what it committed before it died.
+        self._taken: dict[str, RowSet] = defaultdict(RowSet.empty, done_rows(self._log.commits()))
+        self._gathered = _Gathered()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._commit_in_time, name="commit", daemon=True).start()
+
+    def take(self, table: pa.Table) -> int:
+        """Take a block of answered rows; how many of them were new."""
+        with self._lock:
+            new = self._take(table)
+            if self._gathered.count >= self._settings.rows:
+                self._commit()
+        return new
+
+    def finish(self) -> None:
+        """Commit what is left."""
+        with self._lock:
+            self._commit()
+            self._log.index()
+
+    def _take(self, table: pa.Table) -> int:
+        shards = np.array(table[SHARD].to_pylist(), object)
+        numbers = table[ROW].to_numpy()
+        fresh = np.ones(len(table), bool)
+        for shard in dict.fromkeys(shards):
+            of_shard = np.flatnonzero(shards == shard)
+            own = numbers[of_shard]
+            first = np.zeros(len(own), bool)
+            first[np.unique(own, return_index=True)[1]] = True
+            fresh[of_shard] = first & ~self._taken[shard].contains(own)
+            rows = RowSet.of_rows(own[fresh[of_shard]])
+            self._taken[shard] |= rows
+            self._gathered.rows[shard] |= rows
+        new = int(fresh.sum())
+        if new:
+            if not self._gathered.count:
+                self._gathered.since = time.monotonic()
+            self._gathered.tables.append(own_columns_dropped(table.filter(pa.array(fresh))).cast(self._schema))
+            self._gathered.count += new
+        return new
+
+    def _commit(self) -> None:
+        gathered = self._gathered
+        if not gathered.count:
+            return
+        # A run that took the output over has planned these rows anew: they must not be written twice.
+        check_lock(self._folder, self._run)
+        rows = {shard: own for shard, own in gathered.rows.items() if own}
+        self._log.commit(pa.concat_tables(gathered.tables).combine_chunks(), rows, self._truth)
+        self._gathered = _Gathered()
+
+    def _commit_in_time(self) -> None:
+        while True:
+            time.sleep(min(1.0, self._settings.seconds / 4))
+            with self._lock:
+                if self._gathered.count and time.monotonic() - self._gathered.since >= self._settings.seconds:
+                    self._commit()

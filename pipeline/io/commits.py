@@ -1,0 +1,143 @@
+"""What is done: every output file says in its own footer which input rows it holds.
+
+A file appears whole or not at all, and with it the proof that its rows are done: there is no second step that a crash
+could come before. The index in `_run/index/` repeats what many footers say, so that a resume does not open every file;
+whatever it lacks is read from the footers, so losing it costs time alone.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import OutputError
+from pipeline.io.accuracy import Truth
+from pipeline.io.plan import open_parquet
+from pipeline.io.rowset import RowSet
+from pipeline.io.storage import OutputFolder
+from pipeline.io.write import Written
+
+#: Key of a file's footer under which its `Commit` stands, as JSON.
+FOOTER_KEY = b"awaker:commit"
+#: Files told in one object of the index.
+FILES_PER_INDEX = 64
+#: Footers and index objects are read by this many threads.
+READING_THREADS = 32
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What one output file holds.
+
+    Attributes:
+        file: its name.
+        rows: rows by the shard's URL.
+        written: what was counted in it.
+    """
+
+    file: str
+    rows: Mapping[str, RowSet]
+    written: Written
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = {shard: own.edges.tolist() for shard, own in self.rows.items()}
+        return {"file": self.file, "rows": rows, "written": self.written.as_dict()}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Commit:
+        """What `as_dict` gave."""
+        rows = {shard: RowSet(np.array(edges, np.int64)) for shard, edges in told["rows"].items()}
+        return cls(told["file"], rows, Written.from_dict(told["written"]))
+
+
+class OutputLog:
+    """The commits of an output folder.
+
+    Args:
+        folder: the output.
+        run: the name of this run; no other run of the folder has it.
+    """
+
+    def __init__(self, folder: OutputFolder, run: str) -> None:
+        self._folder = folder
+        # A writer that is started again within its run must not reuse names.
+        self._name = f"{run}-{secrets.token_hex(2)}"
+        self._made = 0
+        self._unindexed: list[Commit] = []
+
+    def commits(self) -> list[Commit]:
+        """All commits there are, of this run and of those before it.
+
+        Raises:
+            OutputError: the folder holds Parquet files of somebody else, or two files that hold the same row.
+        """
+        files = {path.rsplit("/", 1)[-1] for path in self._folder.results()}
+        known: dict[str, Commit] = {}
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            for told in pool.map(self._folder.read, self._folder.names("_run/index")):
+                for one in json.loads(told):
+                    if one["file"] in files:
+                        known[one["file"]] = Commit.from_dict(one)
+            for commit in pool.map(self._read_footer, sorted(files - known.keys())):
+                known[commit.file] = commit
+        return [known[file] for file in sorted(known)]
+
+    def _read_footer(self, file: str) -> Commit:
+        with open_parquet(f"{self._folder.url}/{file}") as parquet:
+            told = (parquet.schema_arrow.metadata or {}).get(FOOTER_KEY)
+        if told is None:
+            raise OutputError(
+                f"output.path: {self._folder.url}/{file} was not written by a run of this program; choose another folder"
+            )
+        return Commit.from_dict({"file": file, **json.loads(told)})
+
+    def commit(self, table: pa.Table, rows: Mapping[str, RowSet], truth: Truth | None) -> Commit:
+        """Write rows as one file: from then on they are done."""
+        commit = Commit(f"part-{self._name}-{self._made:05d}.parquet", rows, Written.count(table, truth))
+        told = {key: value for key, value in commit.as_dict().items() if key != "file"}
+        metadata = {**(table.schema.metadata or {}), FOOTER_KEY: json.dumps(told).encode()}
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
+        self._folder.write(commit.file, buffer.getvalue().to_pybytes())
+        self._made += 1
+        self._unindexed.append(commit)
+        if len(self._unindexed) >= FILES_PER_INDEX:
+            self.index()
+        return commit
+
+    def index(self) -> None:
+        """Tell the commits since the last time in one object of the index."""
+        if self._unindexed:
+            told = json.dumps([commit.as_dict() for commit in self._unindexed]).encode()
+            self._folder.write(f"_run/index/{self._name}-{self._made:05d}.json", told)
+            self._unindexed = []
+
+
+def done_rows(commits: Iterable[Commit]) -> dict[str, RowSet]:
+    """Rows that are done, by the shard's URL.
+
+    Raises:
+        OutputError: two files hold the same row.
+    """
+    own: dict[str, list[RowSet]] = defaultdict(list)
+    for commit in commits:
+        for shard, rows in commit.rows.items():
+            own[shard].append(rows)
+    done = {}
+    for shard, sets in own.items():
+        done[shard] = RowSet.of_intervals([pair for rows in sets for pair in rows.intervals])
+        if len(done[shard]) != sum(map(len, sets)):
+            raise OutputError(
+                f"output.path: rows of {shard} stand in more than one file; set output.overwrite to start again"
+            )
+    return done

@@ -1,0 +1,128 @@
+"""What a run was (settings, model, code, input): a resume under others is refused, and a result can be explained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import JobSettings
+from pipeline.errors import OutputError
+from pipeline.io.plan import InputPlan
+from pipeline.io.storage import OutputFolder
+
+MANIFEST = "_run/manifest.json"
+#: Settings that change how fast rows are answered, never what the answers are.
+FREE_SETTINGS = ("engine", "preparation", "ray", "replicas", "evaluate", "output")
+#: Of `output`, these decide what is written all the same.
+OUTPUT_COLUMNS = ("token_ids", "routes")
+#: Bytes at both ends of a checkpoint file that its digest reads: weights differ everywhere, and files have 22 GB.
+DIGEST_ENDS = 1 << 20
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What must be the same for a run to go on.
+
+    Attributes:
+        task: `caption` or `vqa`.
+        settings: what decides the answers, by dotted key.
+        model: digest of each file of the checkpoint.
+        shards: size, version and rows to take of each shard, by URL.
+        code: version of the program; told, not compared.
+    """
+
+    task: str
+    settings: Mapping[str, Any]
+    model: Mapping[str, str]
+    shards: Mapping[str, tuple[int, str, int]]
+    code: str
+
+    @classmethod
+    def of(cls, task: str, settings: JobSettings, model_files: Iterable[Path], plan: InputPlan) -> Manifest:
+        """The manifest of a job that is about to run."""
+        shards = {s.file.url: (s.file.size, s.file.version, s.rows) for s in plan.shards}
+        model = {path.name: _digest(path) for path in model_files}
+        return cls(task, _deciding(settings), model, shards, _code_version())
+
+    def save(self, folder: OutputFolder) -> None:
+        """Write it into the output."""
+        folder.write(MANIFEST, json.dumps(vars(self), indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: OutputFolder) -> Manifest | None:
+        """What an earlier run left; None where there was none."""
+        try:
+            told = json.loads(folder.read(MANIFEST))
+        except FileNotFoundError:
+            return None
+        told["shards"] = {name: tuple(facts) for name, facts in told["shards"].items()}
+        return cls(**told)
+
+    def check_same(self, before: Manifest, where: str) -> None:
+        """Make sure that an earlier run may go on as this one.
+
+        Raises:
+            OutputError: a list of what changed.
+        """
+        changes = [f"task: {before.task}, now {self.task}"] if before.task != self.task else []
+        changes += _changes(before.settings, self.settings)
+        changes += [f"model file {line}" for line in _changes(before.model, self.model)]
+        changes += [f"input shard {line}" for line in _changes(before.shards, self.shards)]
+        if changes:
+            more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+            raise OutputError(
+                f"output.path: {where} holds results of a run that differed ({'; '.join(changes[:_SHOWN])}{more}); "
+                "--set output.overwrite=true deletes them and starts again, another output.path keeps them"
+            )
+
+
+def _deciding(settings: JobSettings) -> dict[str, Any]:
+    told = settings.model_dump(mode="json")
+    found: dict[str, Any] = {f"output.{name}": told["output"][name] for name in OUTPUT_COLUMNS}
+    for group, values in told.items():
+        if group not in FREE_SETTINGS:
+            found |= {f"{group}.{key}": value for key, value in values.items()}
+    # Where the model runs is not what it says; nor is where a shard lies: the listing knows its content.
+    for key in ("model.device", "input.path"):
+        found.pop(key, None)
+    return found
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key in dict.fromkeys((*before, *now)):
+        if key not in now:
+            lines.append(f"{key} is gone")
+        elif key not in before:
+            lines.append(f"{key} is new")
+        elif before[key] != now[key]:
+            lines.append(f"{key} was {before[key]!r}, is {now[key]!r}")
+    return lines
+
+
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(DIGEST_ENDS))
+        file.seek(max(0, size - DIGEST_ENDS))
+        digest.update(file.read())
+    return digest.hexdigest()[:32]
+
+
+def _code_version() -> str:
+    root = Path(__file__).parents[2]
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown commit"
+    return f"{version('awaker-batch')} ({commit})"

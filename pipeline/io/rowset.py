@@ -1,0 +1,92 @@
+"""Sets of row numbers as intervals: what of a shard is done, in a few bytes however many rows that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Row numbers of one shard; immutable.
+
+    Attributes:
+        edges: [2 * intervals] int64, rising: first row of an interval, the row behind its last, and so on; intervals do not
+            touch.
+    """
+
+    edges: np.ndarray
+
+    @classmethod
+    def empty(cls) -> RowSet:
+        """No row."""
+        return cls(np.zeros(0, np.int64))
+
+    @classmethod
+    def range(cls, first: int, behind: int) -> RowSet:
+        """Rows `first` to `behind - 1`."""
+        return cls(np.array([first, behind] if behind > first else [], np.int64))
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[int] | np.ndarray) -> RowSet:
+        """The given rows, in any order, any of them more than once."""
+        numbers = np.unique(np.fromiter(rows, np.int64) if not isinstance(rows, np.ndarray) else rows.astype(np.int64))
+        if not len(numbers):
+            return cls.empty()
+        gaps = np.flatnonzero(np.diff(numbers) > 1)
+        first = numbers[np.concatenate([[0], gaps + 1])]
+        last = numbers[np.concatenate([gaps, [len(numbers) - 1]])]
+        return cls(np.stack([first, last + 1], axis=1).ravel())
+
+    @classmethod
+    def of_intervals(cls, intervals: Sequence[Sequence[int]]) -> RowSet:
+        """Intervals [first, behind] in any order; they may touch and overlap."""
+        pairs = np.array([pair for pair in intervals if pair[1] > pair[0]], np.int64).reshape(-1, 2)
+        if not len(pairs):
+            return cls.empty()
+        pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
+        reached = np.maximum.accumulate(pairs[:, 1])
+        starts = np.concatenate([[True], pairs[1:, 0] > reached[:-1]])
+        first = pairs[starts, 0]
+        behind = reached[np.concatenate([np.flatnonzero(starts)[1:] - 1, [len(pairs) - 1]])]
+        return cls(np.stack([first, behind], axis=1).ravel())
+
+    @property
+    def intervals(self) -> list[tuple[int, int]]:
+        """(first, behind) of each interval."""
+        return [(int(a), int(b)) for a, b in self.edges.reshape(-1, 2)]
+
+    def __len__(self) -> int:
+        return int((self.edges[1::2] - self.edges[::2]).sum())
+
+    def __bool__(self) -> bool:
+        return len(self.edges) > 0
+
+    def __iter__(self) -> Iterator[int]:
+        for first, behind in self.intervals:
+            yield from range(first, behind)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowSet) and np.array_equal(self.edges, other.edges)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __or__(self, other: RowSet) -> RowSet:
+        return RowSet.of_intervals([*self.intervals, *other.intervals])
+
+    def __and__(self, other: RowSet) -> RowSet:
+        return self - (self - other)
+
+    def __sub__(self, other: RowSet) -> RowSet:
+        if not other or not self:
+            return self
+        # Behind an edge of either set, a row is in the difference if it is inside the first and outside the second.
+        edges = np.unique(np.concatenate([self.edges, other.edges]))
+        inside = self.contains(edges[:-1]) & ~other.contains(edges[:-1])
+        return RowSet.of_intervals(np.stack([edges[:-1][inside], edges[1:][inside]], axis=1).tolist())
+
+    def contains(self, rows: np.ndarray) -> np.ndarray:
+        """Which of `rows` [N] are in the set: bool [N]."""
+        return np.searchsorted(self.edges, rows, side="right") % 2 == 1

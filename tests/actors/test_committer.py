@@ -1,0 +1,108 @@
+"""The committer: every row once, whatever comes twice, and nothing once another run holds the output."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.actors.committer import CommitSettings, Committer
+from pipeline.config import OutputSettings
+from pipeline.errors import OutputError
+from pipeline.io.commits import FILES_PER_INDEX, OutputLog, done_rows
+from pipeline.io.lease import LeaseLostError
+from pipeline.io.storage import OutputFolder
+from pipeline.io.write import output_schema
+from pipeline.rows import ROW, SHARD
+
+SCHEMA = output_schema(OutputSettings(path="out"), pa.schema([]))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> OutputFolder:
+    found = OutputFolder(str(tmp_path / "out"))
+    found.make()
+    found.write("_run/lock.json", b'{"run": "mine"}')
+    return found
+
+
+def committer(folder: OutputFolder, rows: int = 4, seconds: float = 60.0) -> Committer:
+    return Committer(folder, "mine", SCHEMA, None, CommitSettings(rows, seconds))
+
+
+def block(shard: str, *rows: int) -> pa.Table:
+    """Answered rows of a shard."""
+    count = len(rows)
+    columns = {name: pa.nulls(count, SCHEMA.field(name).type) for name in SCHEMA.names}
+    columns |= {"id": pa.array([f"{shard}#{row}" for row in rows]), "status": pa.array(["ok"] * count)}
+    return pa.table({**columns, SHARD: [shard] * count, ROW: pa.array(rows, pa.int64())})
+
+
+def ids(folder: OutputFolder) -> list[str]:
+    return [id_ for path in folder.results() for id_ in pq.read_table(path)["id"].to_pylist()]
+
+
+def test_rows_that_come_again_are_dropped(folder: OutputFolder) -> None:
+    writer = committer(folder)
+    assert writer.take(block("a", 0, 1, 2)) == 3
+    assert writer.take(block("a", 2, 1, 5)) == 1  # gathered, not yet committed
+    assert len(ids(folder)) == 4
+    assert writer.take(pa.concat_tables([block("a", 0, 7), block("b", 0, 0)])) == 2
+    writer.finish()
+    assert sorted(ids(folder)) == ["a#0", "a#1", "a#2", "a#5", "a#7", "b#0"]
+    done = done_rows(OutputLog(folder, "other").commits())
+    assert {shard: rows.intervals for shard, rows in done.items()} == {"a": [(0, 3), (5, 6), (7, 8)], "b": [(0, 1)]}
+
+
+def test_one_that_is_started_again_knows_what_it_committed_and_overwrites_nothing(folder: OutputFolder) -> None:
+    first = committer(folder, rows=2)
+    first.take(block("a", 0, 1))
+    first.take(block("a", 2))  # dies with it
+    again = committer(folder, rows=2)
+    assert again.take(block("a", 0, 1, 2, 3)) == 2
+    assert sorted(ids(folder)) == ["a#0", "a#1", "a#2", "a#3"]
+
+
+def test_a_row_waits_no_longer_than_it_may(folder: OutputFolder) -> None:
+    writer = committer(folder, rows=1000, seconds=0.2)
+    writer.take(block("a", 3))
+    assert ids(folder) == []
+    end = time.monotonic() + 10
+    while not ids(folder) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert ids(folder) == ["a#3"]
+
+
+def test_a_run_that_lost_the_output_writes_nothing_more(folder: OutputFolder) -> None:
+    writer = committer(folder)
+    folder.write("_run/lock.json", b'{"run": "another"}')
+    with pytest.raises(LeaseLostError, match="held by run another"):
+        writer.take(block("a", 0, 1, 2, 3))
+    assert ids(folder) == []
+
+
+def test_the_index_repeats_the_footers_and_may_be_lost(folder: OutputFolder) -> None:
+    writer = committer(folder, rows=1)
+    for row in range(FILES_PER_INDEX + 3):
+        writer.take(block("a", 2 * row))
+    assert len(folder.names("_run/index")) == 1
+    told = OutputLog(folder, "x").commits()
+    folder.remove(folder.names("_run/index")[0])
+    from_footers = OutputLog(folder, "x").commits()
+    assert [c.as_dict() for c in told] == [c.as_dict() for c in from_footers]
+    assert len(done_rows(told)["a"]) == FILES_PER_INDEX + 3
+
+
+def test_a_row_in_two_files_and_a_file_of_somebody_else_are_errors(folder: OutputFolder) -> None:
+    writer = committer(folder, rows=1)
+    writer.take(block("a", 0))
+    data = folder.read(Path(folder.results()[0]).name)
+    folder.write("copy.parquet", data)
+    with pytest.raises(OutputError, match="rows of a stand in more than one file"):
+        done_rows(OutputLog(folder, "x").commits())
+    pq.write_table(pa.table({"a": [1]}), Path(folder.url) / "copy.parquet")
+    with pytest.raises(OutputError, match=r"copy.parquet was not written by a run of this program"):
+        OutputLog(folder, "x").commits()

@@ -1,0 +1,32 @@
+"""Sets of rows behave as sets."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.io.rowset import RowSet
+
+ROWS = st.sets(st.integers(0, 30))
+
+
+@given(ROWS, ROWS)
+def test_rows_are_those_of_a_set(a: set[int], b: set[int]) -> None:
+    left, right = RowSet.of_rows(sorted(a)), RowSet.of_rows(np.array(sorted(b, reverse=True), np.int64))
+    assert list(left) == sorted(a)
+    assert len(left) == len(a)
+    assert bool(left) == bool(a)
+    assert list(left | right) == sorted(a | b)
+    assert list(left - right) == sorted(a - b)
+    assert list(left & right) == sorted(a & b)
+    assert left.contains(np.arange(35)).tolist() == [row in a for row in range(35)]
+    assert (left == right) == (a == b)
+    assert RowSet.of_intervals(left.intervals) == left
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=6))
+def test_intervals_may_touch_and_overlap(intervals: list[tuple[int, int]]) -> None:
+    found = RowSet.of_intervals(intervals)
+    assert list(found) == sorted({row for first, behind in intervals for row in range(first, behind)})
+    assert all(b < c for (_, b), (c, _) in zip(found.intervals, found.intervals[1:], strict=False))

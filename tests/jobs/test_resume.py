@@ -1,0 +1,131 @@
+"""A job that was killed goes on where it stopped; one that is finished does nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import OutputError
+from pipeline.io.lease import Lease, LeaseTimes
+from pipeline.io.storage import OutputFolder
+from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from tests.conftest import RayCluster
+from tests.io.shards import picture, write_shard
+from tests.jobs.support import ROOT, TIMEOUT, run_on_cluster, sets
+
+ROWS = 60
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a job over two shards of pictures."""
+    base, adapter = write_random_checkpoint(tmp_path / "model", RandomShape(), seed=1)
+    (tmp_path / "in").mkdir()
+    for shard in range(2):
+        images = pa.array([picture(28 + row, 40) for row in range(ROWS // 2)], pa.binary())
+        write_shard(tmp_path / "in" / f"{shard}.parquet", {"image": images}, [10] * (ROWS // 20))
+    return {
+        "model.base": base,
+        "model.adapter": adapter,
+        "model.dtype": "float32",
+        "input.path": tmp_path / "in",
+        "input.prompt": "What is it?",
+        "output.path": tmp_path / "out",
+        "output.commit_seconds": 0.5,
+        "generation.max_new_tokens": 12,
+        "generation.temperature": 0,
+    }
+
+
+def answers(folder: Path) -> dict[str, str]:
+    table = pq.read_table(folder, columns=["id", "text", "status"])
+    assert set(table["status"].to_pylist()) == {"ok"}
+    found = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+    assert len(found) == len(table)  # no row twice
+    return found
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """The output's files, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.glob("*.parquet"))}
+
+
+def test_a_job_goes_on_where_it_stopped(job: dict[str, Any], tmp_path: Path, ray_cluster: RayCluster) -> None:
+    run_on_cluster("caption", {**job, "output.rows_per_file": 7})
+    whole = answers(tmp_path / "out")
+    assert len(whole) == ROWS
+    # As if it had stopped half-way: every second file is not there, and the index tells of files that are gone.
+    for file in list(written(tmp_path / "out"))[1::2]:
+        file.unlink()
+    kept = written(tmp_path / "out")
+    lost = ROWS - sum(pq.read_metadata(path).num_rows for path in kept)
+    assert 0 < lost < ROWS
+
+    summary = run_on_cluster("caption", job)
+    assert summary.answered["images"] == lost
+    assert summary.written.rows == ROWS
+    after = written(tmp_path / "out")
+    assert after.items() >= kept.items()
+    assert answers(tmp_path / "out") == whole
+
+    # It is done now: nothing is answered or written again.
+    started = time.monotonic()
+    assert run_on_cluster("caption", job).written.rows == ROWS
+    assert time.monotonic() - started < 10
+    assert written(tmp_path / "out") == after
+
+    changed = {**job, "generation.max_new_tokens": 13, "model.dtype": "bfloat16"}
+    with pytest.raises(OutputError) as caught:
+        run_on_cluster("caption", changed)
+    changes = ("generation.max_new_tokens was 12, is 13", "model.dtype was 'float32', is 'bfloat16'")
+    for part in (*changes, "output.overwrite=true deletes them"):
+        assert part in str(caught.value)
+    assert written(tmp_path / "out") == after
+
+
+def test_a_killed_driver_leaves_whole_files_and_loses_nothing(job: dict[str, Any], tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "jobs/caption.py", *sets({**job, "output.rows_per_file": 5})]
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **quiet) as run:
+        while run.poll() is None and not written(tmp_path / "out"):
+            time.sleep(0.05)
+        run.send_signal(signal.SIGKILL)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(answers(tmp_path / "out")) == ROWS
+
+
+def test_a_second_run_on_one_output_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    folder = OutputFolder(str(tmp_path))
+    folder.make()
+    times = LeaseTimes(renew=0.1, expire=1.0, settle=0.05)
+    first = Lease(folder, "first", times)
+    first.take()
+    # As if it ran on another machine: its process cannot be looked at.
+    with pytest.raises(OutputError, match="run first on .* is writing"):
+        Lease(folder, "second", times).take()
+    first.release()
+    third = Lease(folder, "third", times)
+    third.take()
+    third.release()
+
+
+def test_a_dead_runs_lock_expires(tmp_path: Path) -> None:
+    folder = OutputFolder(str(tmp_path))
+    folder.make()
+    folder.write("_run/lock.json", b'{"run": "dead", "host": "elsewhere", "pid": 1, "renewals": 7}')
+    told: list[str] = []
+    lease = Lease(folder, "next", LeaseTimes(renew=0.1, expire=0.3, settle=0.05), told.append)
+    lease.take()
+    assert "locked by run dead on elsewhere" in told[0]
+    lease.release()
