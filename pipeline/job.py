@@ -27,7 +27,7 @@ from pipeline.io.lease import Lease
 from pipeline.io.manifest import Manifest
 from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
 from pipeline.io.rowset import RowSet
-from pipeline.io.storage import OutputFolder
+from pipeline.io.storage import OutputFolder, find_parquet_files
 from pipeline.io.write import RESERVED_COLUMNS, Written, output_schema
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
@@ -174,7 +174,9 @@ def run_job(job: Job) -> Summary:
                 print(f"{done:,} of {plan.rows:,} rows are done; answering {left:,}", file=sys.stderr, flush=True)
             rounds.run(missing)
             commits = log.commits()
-            if sum(map(len, missing_rows(plan, done_rows(commits)).values())) >= left:
+            after = sum(map(len, missing_rows(plan, done_rows(commits)).values()))
+            if after >= left or (after and input_changed(job)):
+                left = after
                 raise InputError(
                     f"input.path: {plan.rows:,} rows were counted at the start, but {plan.rows - left:,} were answered: a "
                     f"shard changed while the job ran; {folder.url} is incomplete, run the job again"
@@ -185,6 +187,12 @@ def run_job(job: Job) -> Summary:
     summary = Summary(folder.url, written, rounds.answered, time.monotonic() - started, rounds.seconds, rounds.engines)
     folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
     return summary
+
+
+def input_changed(job: Job) -> bool:
+    """Whether a shard is no longer what was planned."""
+    now = {(file.url, file.size, file.version) for file in find_parquet_files(job.settings.input.path)}
+    return any((s.file.url, s.file.size, s.file.version) not in now for s in job.plan.shards)
 
 
 def missing_rows(plan: InputPlan, done: Mapping[str, RowSet]) -> dict[str, RowSet]:

@@ -67,11 +67,14 @@ class Committer:
         self._taken: dict[str, RowSet] = defaultdict(RowSet.empty, done_rows(self._log.commits()))
         self._gathered = _Gathered()
         self._lock = threading.Lock()
+        self._failure: Exception | None = None
         threading.Thread(target=self._commit_in_time, name="commit", daemon=True).start()
 
     def take(self, table: pa.Table) -> int:
         """Take a block of answered rows; how many of them were new."""
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             new = self._take(table)
             if self._gathered.count >= self._settings.rows:
                 self._commit()
@@ -80,6 +83,8 @@ class Committer:
     def finish(self) -> None:
         """Commit what is left."""
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             self._commit()
             self._log.index()
 
@@ -119,4 +124,8 @@ class Committer:
             time.sleep(min(1.0, self._settings.seconds / 4))
             with self._lock:
                 if self._gathered.count and time.monotonic() - self._gathered.since >= self._settings.seconds:
-                    self._commit()
+                    try:
+                        self._commit()
+                    except Exception as error:  # whoever comes next hears of it; there is nobody here to tell
+                        self._failure = error
+                        return

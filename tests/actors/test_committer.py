@@ -81,6 +81,14 @@ def test_a_run_that_lost_the_output_writes_nothing_more(folder: OutputFolder) ->
     folder.write("_run/lock.json", b'{"run": "another"}')
     with pytest.raises(LeaseLostError, match="held by run another"):
         writer.take(block("a", 0, 1, 2, 3))
+    # Found out by the thread that commits in time, it ends the next block.
+    in_time = committer(folder, rows=1000, seconds=0.1)
+    in_time.take(block("a", 0))
+    end = time.monotonic() + 10
+    while in_time._failure is None and time.monotonic() < end:
+        time.sleep(0.05)
+    with pytest.raises(LeaseLostError):
+        in_time.take(block("a", 1))
     assert ids(folder) == []
 
 

