@@ -153,7 +153,7 @@ class EngineSettings(Settings):
         "null: 65,536 on a CPU, what the memory left by the model holds on a GPU",
     )
     step_tokens: PositiveInt | None = Field(
-        None, description="prompt tokens of one step, longer prompts take several; null: 512 on a CPU, 8,192 on a GPU"
+        None, description="prompt tokens of one step, longer prompts take several; null: 2,048 on a CPU, 8,192 on a GPU"
     )
     waiting: PositiveInt | None = Field(
         None, description="requests a replica holds to choose from; null: 128 on a CPU, 512 on a GPU"

@@ -15,7 +15,7 @@ class EngineOptions:
         batch_tokens: tokens of prompts and answers that the key/value cache holds; no request starts without room for
             its longest answer. None: 65,536 on a CPU, on a GPU what its free memory holds.
         step_tokens: prompt tokens of one step. A longer prompt is spread over several, and the others go on beside it.
-            None: 512 on a CPU, 8,192 on a GPU.
+            None: 2,048 on a CPU, 8,192 on a GPU.
         waiting: encoded requests to choose from; None: 128 on a CPU, 512 on a GPU.
         group_by_expert: start requests whose routes agree with what runs; off: in order of arrival.
         max_rounds_waiting: a request passed over this often starts before the others.
@@ -59,5 +59,5 @@ class Sizes:
         )
 
 
-_ON_CPU = Sizes(batch_size=32, batch_tokens=65_536, step_tokens=512, waiting=128)
+_ON_CPU = Sizes(batch_size=32, batch_tokens=65_536, step_tokens=2048, waiting=128)
 _ON_GPU = Sizes(batch_size=256, batch_tokens=None, step_tokens=8192, waiting=512)
