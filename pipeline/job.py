@@ -167,16 +167,17 @@ def run_job(job: Job) -> Summary:
         log = OutputLog(folder, run)
         rounds = _Rounds(job, folder, run)
         commits = log.commits()
-        while missing := missing_rows(plan, done_rows(commits)):
-            left = sum(map(len, missing.values()))
-            if commits and left < plan.rows:
-                done = plan.rows - left
-                print(f"{done:,} of {plan.rows:,} rows are done; answering {left:,}", file=sys.stderr, flush=True)
+        missing = missing_rows(plan, done_rows(commits))
+        while missing:
+            before = sum(map(len, missing.values()))
+            if before < plan.rows:
+                done = plan.rows - before
+                print(f"{done:,} of {plan.rows:,} rows are done; answering {before:,}", file=sys.stderr, flush=True)
             rounds.run(missing)
             commits = log.commits()
-            after = sum(map(len, missing_rows(plan, done_rows(commits)).values()))
-            if after >= left or (after and input_changed(job)):
-                left = after
+            missing = missing_rows(plan, done_rows(commits))
+            left = sum(map(len, missing.values()))
+            if left >= before or (left and input_changed(job)):
                 raise InputError(
                     f"input.path: {plan.rows:,} rows were counted at the start, but {plan.rows - left:,} were answered: a "
                     f"shard changed while the job ran; {folder.url} is incomplete, run the job again"
