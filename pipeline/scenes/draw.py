@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.scenes.world import BIG, COLOURS, FIRST_GLYPH, GLYPHS, KINDS, Scenes
+from pipeline.scenes.world import BIG, COLOURS, FIRST_GLYPH, GLYPH_HEIGHT, GLYPHS, KINDS, Scenes
 
-SPRITE = 40  # side of a sprite in pixels; the largest object is 34 pixels
+SPRITE = 40  # side of a sprite in pixels; the largest object is 25 pixels
 _HALF = SPRITE // 2
 _CLUTTER_MARKS = 7
-_SHAPE_SIZES = BIG[1] + 1
+_SHAPE_SIZES = max(BIG[1], GLYPH_HEIGHT[1]) + 1
 
 
 @cache

@@ -14,15 +14,15 @@ from typing import NamedTuple
 
 from pipeline.scenes import phrases
 from pipeline.scenes.phrases import NAMES, PROMPTS, name_thing, noun, plain
-from pipeline.scenes.world import COLOURS, GLYPHS, KINDS, Thing
+from pipeline.scenes.world import CELL, COLOURS, GLYPHS, KINDS, Thing
 
 TASKS = ("caption", "counting", "colour", "shape", "size", "position", "yesno", "reading", "choice", "text")
 WITHOUT_IMAGE = ("text", "echo", "pick")
 # Lessons that appear in training only: reading a page of glyphs, telling all there is to know of one object (the densest
 # lesson in finding what a question names), saying an answer word, and finding it among options.
 LESSONS = ("page", "tell", "echo", "pick")
-CELL = 28  # pixels of a visual token's side, in which `tell` counts rows and columns
-# Below this distance in pixels, left of / above is not asked about.
+# Below this distance in pixels, left of / above is not asked about. Objects of neighbouring columns are further apart,
+# those of one column nearer.
 CLEAR_DISTANCE = 14
 _LETTERS = [g for g in GLYPHS if g.isalpha()]
 _SUCCESSORS = [(a, b) for a, b in pairwise(_LETTERS) if ord(b) - ord(a) == 1]

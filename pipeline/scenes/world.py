@@ -1,7 +1,8 @@
 """What a scene may hold, and the seeded sampling of many scenes at once (structures of arrays, no pixels).
 
-A batch of scenes shares one image size. Objects stand in separate cells of a grid, in reading order (row by row, left to
-right), which is the order captions name them in; no two objects of a scene agree in both colour and kind.
+A batch of scenes shares one image size. Every object stands in a cell of its own of 28 x 28 pixels, one visual token, so
+rows and columns are what they look like: nothing stands half a row below its neighbour. Captions name objects in reading
+order (row by row, left to right); no two objects of a scene agree in both colour and kind.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 IMAGE_SIZES = ((112, 112), (84, 112), (112, 84), (84, 140), (140, 84), (140, 112), (112, 140))
 MAX_OBJECTS = 4
 PAGE_GLYPHS = 10
-SMALL, BIG = (15, 19), (28, 34)  # diameters in pixels, both ends included
-GLYPH_HEIGHT = (18, 26)  # height of a capital in a scene, in pixels
-PAGE_GLYPH_HEIGHT = (15, 22)
+CELL = 28  # pixels of a cell's side
+SMALL, BIG = (12, 15), (21, 25)  # diameters in pixels, both ends included
+GLYPH_HEIGHT = (15, 22)  # height of a capital, in pixels
 FIRST_GLYPH = len(KINDS)  # kinds are numbered shapes first, then glyphs
 
 
@@ -112,7 +113,7 @@ def sample_scenes(rng: np.random.Generator, count: int, size: tuple[int, int]) -
     characters = np.argsort(rng.random((count, len(GLYPHS))), axis=1)[:, :MAX_OBJECTS]
     kind = np.where(glyph, FIRST_GLYPH + characters, kind)
     diameter = np.where(glyph, rng.integers(GLYPH_HEIGHT[0], GLYPH_HEIGHT[1] + 1, glyph.shape), diameter)
-    x, y = _positions(rng, present, diameter, (width, height), cell=37)
+    x, y = _positions(rng, present, diameter, (width, height))
     kind = np.where(present, kind, -1)
     return _finish(rng, size, kind, colour, x, y, diameter)
 
@@ -122,8 +123,8 @@ def sample_pages(rng: np.random.Generator, count: int, size: tuple[int, int]) ->
     shape = (count, PAGE_GLYPHS)
     kind = FIRST_GLYPH + rng.integers(0, len(GLYPHS), shape)
     colour = rng.integers(0, len(COLOURS), shape)
-    diameter = rng.integers(PAGE_GLYPH_HEIGHT[0], PAGE_GLYPH_HEIGHT[1] + 1, shape)
-    x, y = _positions(rng, np.ones(shape, bool), diameter, size, cell=28)
+    diameter = rng.integers(GLYPH_HEIGHT[0], GLYPH_HEIGHT[1] + 1, shape)
+    x, y = _positions(rng, np.ones(shape, bool), diameter, size)
     return _finish(rng, size, kind, colour, x, y, diameter)
 
 
@@ -132,18 +133,14 @@ def _positions(
     present: NDArray[np.bool_],
     diameter: NDArray[np.integer],
     size: tuple[int, int],
-    cell: int,
 ) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """Centres in distinct grid cells, in reading order, moved about inside their cell as far as the object allows."""
-    columns, rows = size[0] // cell, size[1] // cell
-    cell_width, cell_height = size[0] / columns, size[1] / rows
+    """Centres in distinct cells, in reading order, moved about inside their cell as far as the object allows."""
+    columns, rows = size[0] // CELL, size[1] // CELL
     places = np.argsort(rng.random((len(present), columns * rows)), axis=1)[:, : present.shape[1]]
     places = np.sort(np.where(present, places, columns * rows), axis=1)
     row, column = np.divmod(places, columns)
-    room_x = np.maximum(0.0, (cell_width - diameter) / 2 - 1)
-    room_y = np.maximum(0.0, (cell_height - diameter) / 2 - 1)
-    x = (column + 0.5) * cell_width + rng.uniform(-1, 1, present.shape) * room_x
-    y = (row + 0.5) * cell_height + rng.uniform(-1, 1, present.shape) * room_y
+    room = np.maximum(0.0, (CELL - diameter) / 2 - 1)
+    x, y = ((place + 0.5) * CELL + rng.uniform(-1, 1, present.shape) * room for place in (column, row))
     return np.rint(x).astype(np.int16), np.rint(y).astype(np.int16)
 
 

@@ -41,7 +41,7 @@ def scale_loss(visual: Tensor, words: Tensor) -> Tensor:
 
 
 class SightHead(nn.Module):
-    """Reads one sight (kind, colour or size) off visual tokens, with the words' own embeddings as its classes.
+    """Reads one sight (kind, colour, size, row or column) off visual tokens, with the words' own embeddings as its classes.
 
     A visual token thus comes to lie near the words for what it shows, in both languages: a question's "circle" finds the
     circles as soon as the decoder compares anything with anything, instead of having to learn each word's match alone.
@@ -51,14 +51,15 @@ class SightHead(nn.Module):
         super().__init__()
         self.sharpness = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(len(words)))
-        # Answers without a word ("nothing is here") have a vector of their own.
+        # Answers without a word ("nothing is here", all rows and columns) have a vector of their own.
         wordless = [index for index, ids in enumerate(words) if not ids]
         self.own = nn.Parameter(0.1 * torch.randn(len(wordless), width))
         self.register_buffer("wordless", torch.tensor(wordless), persistent=False)
-        shares = [(index, token, 1 / len(ids)) for index, ids in enumerate(words) for token in ids]
-        rows, tokens, share = zip(*shares, strict=True)
-        self.register_buffer("rows", torch.tensor(rows), persistent=False)
-        self.register_buffer("tokens", torch.tensor(tokens), persistent=False)
+        rows = [index for index, ids in enumerate(words) for _ in ids]
+        tokens = [token for ids in words for token in ids]
+        share = [1 / len(ids) for ids in words for _ in ids]
+        self.register_buffer("rows", torch.tensor(rows, dtype=torch.int64), persistent=False)
+        self.register_buffer("tokens", torch.tensor(tokens, dtype=torch.int64), persistent=False)
         self.register_buffer("share", torch.tensor(share), persistent=False)
 
     def forward(self, visual: Tensor, embeddings: Tensor) -> Tensor:
@@ -85,20 +86,20 @@ class SmallBase(nn.Module):
         return [head(visual, words) for head in self.heads.values()]
 
     def sight_loss(self, visual: Tensor, packed: Packed) -> Tensor:
-        """Cross entropy of naming kind, colour and size of what stands at each visual token.
+        """Cross entropy of naming kind, colour and size of what stands at each visual token, and its row and column.
 
         Tokens that hold something weigh, together, as much as those that hold nothing.
         """
         loss = visual.new_zeros((), dtype=torch.float32)
-        for column, logits in enumerate(self._read(visual)):
-            truth = packed.sights[:, column]
+        held = packed.sights[:, 0] > 0
+        for logits, truth in zip(self._read(visual), packed.sights.T, strict=True):
             each = nn.functional.cross_entropy(logits, truth, reduction="none")
-            loss = loss + each[truth > 0].mean() + each[truth == 0].mean()
+            loss = loss + each[held].mean() + each[~held].mean()
         return loss
 
     @torch.inference_mode()
     def sight_accuracy(self, visual: Tensor, packed: Packed) -> dict[str, float]:
-        """Share of objects whose kind, colour and size are named right."""
+        """Share of objects whose kind, colour, size, row and column are named right."""
         truth = packed.sights
         held = truth[:, 0] > 0
         read = zip(SIGHTS, self._read(visual), truth.T, strict=True)

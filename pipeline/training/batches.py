@@ -21,9 +21,10 @@ from pipeline.hub_folder import IMAGE_MEAN, IMAGE_STD
 from pipeline.model.vision import cut_images, pixel_table
 from pipeline.scenes.phrases import LANGUAGES, NAMES
 from pipeline.scenes.questions import Question
-from pipeline.scenes.world import COLOURS, GLYPHS, KINDS, Thing
+from pipeline.scenes.world import COLOURS, GLYPHS, IMAGE_SIZES, KINDS, Thing
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2
+MAX_CELLS = max(side for size in IMAGE_SIZES for side in size) // (PATCH * MERGE)  # visual tokens of the longest side
 _TABLE = pixel_table(IMAGE_MEAN, IMAGE_STD, 1 / 255)
 
 
@@ -213,26 +214,29 @@ def patches(pixels: NDArray[np.uint8]) -> Tensor:
     return cut_images([pixels], _TABLE, PATCH, MERGE, TEMPORAL)[0]
 
 
-# What a visual token can be asked about directly, and the answers: first "nothing has its centre here".
+# What a visual token can be asked about directly, and the answers. Of objects, the first is "nothing is here".
 SIGHTS: dict[str, tuple[str, ...]] = {
     "kind": ("", *KINDS, *GLYPHS),
     "colour": ("", *COLOURS),
     "size": ("", "sizeless", "small", "big"),
+    "row": tuple(f"row {n}" for n in range(1, MAX_CELLS + 1)),
+    "column": tuple(f"column {n}" for n in range(1, MAX_CELLS + 1)),
 }
 
 
 def sights_of(example: Example) -> NDArray[np.int64]:
-    """For each visual token of an example's picture, the kind, colour and size of the object centred in its 28 x 28 pixels.
+    """For each visual token of an example's picture: the kind, colour and size of the object in its 28 x 28 pixels, and where.
 
-    int64 [tokens, 3], numbered as in SIGHTS.
+    int64 [tokens, 5], numbered as in SIGHTS.
     """
     assert example.pixels is not None
     side = PATCH * MERGE
     height, width = (length // side for length in example.pixels.shape[:2])
     found = np.zeros((height, width, len(SIGHTS)), np.int64)
+    found[:, :, 3:] = np.moveaxis(np.mgrid[0:height, 0:width], 0, -1)
     for thing in example.things:
-        seen = (thing.character or thing.kind, thing.colour, thing.size or "sizeless")
-        found[thing.y // side, thing.x // side] = [names.index(s) for names, s in zip(SIGHTS.values(), seen, strict=True)]
+        seen = {"kind": thing.character or thing.kind, "colour": thing.colour, "size": thing.size or "sizeless"}
+        found[thing.y // side, thing.x // side, :3] = [SIGHTS[name].index(value) for name, value in seen.items()]
     return found.reshape(height * width, -1)
 
 
@@ -240,8 +244,8 @@ def sight_words(packer: Packer, sight: str) -> list[list[int]]:
     """The token ids of each answer of a SIGHTS entry, in both languages; none for an answer that has no word."""
     found = []
     for name in SIGHTS[sight]:
-        names = [NAMES[language].get(name, name) for language in LANGUAGES]
-        written = [form for word in names for form in (word, " " + word)] if name and name != "sizeless" else []
+        names = [NAMES[language].get(name, name if name in GLYPHS else "") for language in LANGUAGES]
+        written = [form for word in names if word for form in (word, " " + word)]
         encoded = [packer.ids(form) for form in dict.fromkeys(written)]
         found.append([ids[0] for ids in encoded if len(ids) == 1])
     return found

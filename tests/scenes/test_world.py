@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.scenes.draw import decode, draw_scenes, encode
-from pipeline.scenes.world import COLOURS, IMAGE_SIZES, PAGE_GLYPHS, Scenes, sample_pages, sample_scenes
+from pipeline.scenes.world import CELL, COLOURS, IMAGE_SIZES, PAGE_GLYPHS, Scenes, sample_pages, sample_scenes
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.sampled_from(IMAGE_SIZES)
@@ -24,11 +24,10 @@ def test_one_to_four_things_no_two_alike_in_reading_order_inside_the_image(seed:
         things = scenes.things(i)
         assert 1 <= len(things) <= 4
         assert len({(t.colour, t.kind, t.character) for t in things}) == len(things)
-        rows, columns = size[1] // 37, size[0] // 37
-        cells = [(int(t.y * rows // size[1]), int(t.x * columns // size[0])) for t in things]
+        cells = [(t.y // CELL, t.x // CELL) for t in things]
         assert cells == sorted(set(cells))
-        assert all(t.diameter // 2 <= t.x <= size[0] - t.diameter // 2 for t in things)
-        assert all(t.diameter // 2 <= t.y <= size[1] - t.diameter // 2 for t in things)
+        # All of an object lies in its cell.
+        assert all(t.diameter / 2 <= place % CELL <= CELL - t.diameter / 2 for t in things for place in (t.x, t.y))
 
 
 @given(SEEDS, SIZES)
