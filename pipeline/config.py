@@ -56,8 +56,8 @@ class ColumnSettings(Settings):
     """Which input columns hold what. `auto`: the column of that very name, if the input has one."""
 
     id: ColumnName = Field("auto", description="unique id of a row; none: <file name>#<row number>")
-    image: ColumnName = Field("auto", description="one image: bytes or struct {bytes, path}")
-    images: ColumnName = Field("auto", description="several images: list of bytes or of structs")
+    image: ColumnName = Field("auto", description="one image: bytes, struct {bytes, path}, or text: a path or URL")
+    images: ColumnName = Field("auto", description="several images: a list of these")
     prompt: ColumnName = Field("auto", description="the question or instruction")
     messages: ColumnName = Field("auto", description="a chat as JSON text: system, user and image parts")
 
@@ -69,6 +69,9 @@ class InputSettings(Settings):
     columns: ColumnSettings = Field(default_factory=ColumnSettings)
     prompt: str | None = Field(None, description="one prompt for all rows, instead of a prompt column")
     limit: PositiveInt | None = Field(None, description="take only the first rows, in the order of the sorted files")
+    image_root: str | None = Field(
+        None, description="folder (local or any fsspec URL) below which rows may name images by path; null: none may"
+    )
     missing_image: Literal["error", "text_only"] = Field(
         "error", description="a row whose image is null: an error row, or answered from its text alone"
     )
@@ -109,6 +112,21 @@ class ImageSettings(Settings):
         return value
 
 
+class FetchSettings(Settings):
+    """How images that rows name by path or URL are fetched."""
+
+    schemes: list[str] = Field(
+        ["http", "https", "s3", "gs", "gcs", "abfs", "az", "hf"],
+        description="URLs that rows may name; others of fsspec's where they are trusted",
+    )
+    allow_hosts: list[str] = Field(
+        default_factory=list, description="hosts that http(s) URLs may name though their addresses are private"
+    )
+    concurrency: PositiveInt = Field(32, description="fetches at once, of each preparing actor")
+    timeout_seconds: float = Field(30.0, gt=0, description="longest time of one try, from its first byte to its last")
+    tries: PositiveInt = Field(4, description="of an image whose error may pass: time-outs, lost connections, 5xx, 429")
+
+
 class OutputSettings(Settings):
     """What is written."""
 
@@ -120,6 +138,13 @@ class OutputSettings(Settings):
         60.0, gt=0, description="longest time that an answered row waits to be committed; a crash costs no more than this"
     )
     overwrite: bool = Field(False, description="delete what earlier runs left in output.path first, instead of going on")
+
+
+class ErrorSettings(Settings):
+    """When so many rows fail that the job ends."""
+
+    max_fraction: float = Field(0.5, ge=0, le=1, description="share of error rows above which a job ends; 1: never")
+    after_rows: PositiveInt = Field(1000, description="rows of a run before which that is not asked")
 
 
 class GenerationSettings(Settings):
@@ -196,6 +221,8 @@ class JobSettings(Settings):
     input: InputSettings = Field(default_factory=dict, validate_default=True)
     output: OutputSettings = Field(default_factory=dict, validate_default=True)
     images: ImageSettings = Field(default_factory=ImageSettings)
+    fetch: FetchSettings = Field(default_factory=FetchSettings)
+    errors: ErrorSettings = Field(default_factory=ErrorSettings)
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     preparation: PreparationSettings = Field(default_factory=PreparationSettings)

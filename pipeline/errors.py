@@ -25,9 +25,18 @@ class CheckpointError(JobError):
     """The checkpoint is missing, is of another model, or has missing, extra or misshapen tensors."""
 
 
+class Stopped(BaseException):
+    """SIGTERM came: spot machines and schedulers send it before they take a machine away. Exit code 143."""
+
+
+class TooManyErrorsError(JobError):
+    """So many rows fail that the configuration must be at fault."""
+
+
 #: Every code an `error` row can carry. docs: README, "Bad rows".
 RowErrorCode = Literal[
     "image_decode",
+    "image_fetch",
     "image_forbidden",
     "image_missing",
     "image_too_large",
@@ -38,6 +47,22 @@ RowErrorCode = Literal[
     "prompt_too_long",
     "generation",
 ]
+
+
+#: Where in a row's path each code arises.
+STAGES: dict[RowErrorCode, Literal["fetch", "decode", "prompt", "generate"]] = {
+    "image_decode": "decode",
+    "image_fetch": "fetch",
+    "image_forbidden": "fetch",
+    "image_missing": "fetch",
+    "image_too_large": "decode",
+    "messages_invalid": "prompt",
+    "prompt_invalid": "prompt",
+    "prompt_missing": "prompt",
+    "prompt_positions": "prompt",
+    "prompt_too_long": "prompt",
+    "generation": "generate",
+}
 
 
 class RowError(Exception):

@@ -16,6 +16,7 @@ OWN_PREFIX = "awaker:"
 
 ID = "awaker:id"
 IMAGES = "awaker:images"
+REFERENCES = "awaker:references"
 PROMPT = "awaker:prompt"
 MESSAGES = "awaker:messages"
 
@@ -24,12 +25,14 @@ SHARD = "awaker:shard"
 ROW = "awaker:row"
 PLACE_SCHEMA = pa.schema([pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64())])
 
-#: What reading adds to the extra columns. Images are encoded bytes; a null list is a missing image.
+#: What reading adds to the extra columns. Images are encoded bytes, or null where a path or URL is in the same place of
+#: `REFERENCES`; a null list is a missing image.
 #: large_binary: with 32-bit offsets, blocks of more than 2 GiB of images could not be put together.
 READ_SCHEMA = pa.schema(
     [
         pa.field(ID, pa.string()),
         pa.field(IMAGES, pa.list_(pa.large_binary())),
+        pa.field(REFERENCES, pa.list_(pa.string())),
         pa.field(PROMPT, pa.string()),
         pa.field(MESSAGES, pa.string()),
     ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.actors.conversation import from_messages, from_prompt
+from pipeline.actors.conversation import from_messages, from_prompt, named_images
 from pipeline.actors.images import decode_image
 from pipeline.config import JobSettings
-from pipeline.errors import RowError
+from pipeline.errors import RowError, RowErrorCode
+from pipeline.io.fetch import Fetcher, shown
 from pipeline.io.plan import Columns
 from pipeline.model.prompt import PromptProcessor
 from pipeline.rows import (
@@ -18,6 +21,7 @@ from pipeline.rows import (
     IMAGES,
     MESSAGES,
     PROMPT,
+    REFERENCES,
     PreparedRow,
     carried,
     prepared_table,
@@ -47,6 +51,8 @@ class Preparer:
         )
         self._columns = columns
         self._image_settings = settings.images
+        self._fetcher = Fetcher(settings.input.image_root, settings.fetch, settings.images.max_bytes)
+        self._fetched: dict[str, Future[bytes]] = {}
         asked, shown = columns.messages or columns.prompt, columns.image or columns.images
         self._asked_field = f"column {asked!r}" if asked else "input.prompt"
         self._images_field = f"column {shown!r}" if shown else self._asked_field
@@ -58,7 +64,9 @@ class Preparer:
         extras = carried(table)
         ready: list[PreparedRow] = []
         size = start = 0
-        columns = [table[name] for name in (ID, IMAGES, PROMPT, MESSAGES)]
+        # All of a block's images are on their way while its first rows are decoded; equal references are fetched once.
+        self._fetched = {name: self._fetcher.submit(name) for name in _named(table)}
+        columns = [table[name] for name in (ID, IMAGES, REFERENCES, PROMPT, MESSAGES)]
         for index in range(len(table)):
             row = self._prepare(*(column[index] for column in columns))
             ready.append(row)
@@ -67,17 +75,19 @@ class Preparer:
                 yield with_own_columns(extras.slice(start, len(ready)), prepared_table(ready))
                 start, ready, size = index + 1, [], 0
 
-    def _prepare(self, id_: pa.Scalar, images: pa.Scalar, prompt: pa.Scalar, messages: pa.Scalar) -> PreparedRow:
+    def _prepare(
+        self, id_: pa.Scalar, images: pa.Scalar, references: pa.Scalar, prompt: pa.Scalar, messages: pa.Scalar
+    ) -> PreparedRow:
         row_id, asked = id_.as_py(), None
         try:
             if self._columns.messages is None:
                 asked = _text(prompt, self._asked_field)  # before the images: an error row shows its prompt
-            decoded = list(self._decoded(images))
+            decoded = list(self._decoded(images, references))
             if self._columns.messages is None:
                 conversation = from_prompt(asked, decoded, self._asked_field)
             else:
                 conversation, asked = from_messages(
-                    _text(messages, self._asked_field), decoded, self._asked_field, self._decode
+                    _text(messages, self._asked_field), decoded, self._asked_field, self._decode, self._fetch
                 )
             prepared = self._processor.prepare(conversation)
             if self._require_images and not prepared.images:
@@ -89,20 +99,38 @@ class Preparer:
     def _decode(self, data: bytes, field: str) -> Image.Image:
         return decode_image(data, field, self._image_settings)
 
-    def _decoded(self, images: pa.Scalar) -> Iterator[Image.Image]:
+    def _fetch(self, reference: str) -> bytes:
+        return self._fetched[reference].result()
+
+    def _decoded(self, images: pa.Scalar, references: pa.Scalar) -> Iterator[Image.Image]:
         if not images.is_valid:
             if self._missing_image_is_error:
                 raise RowError("image_missing", f"{self._images_field} is null or has no bytes")
             return
-        for number, image in enumerate(images.values):
+        for number, (image, reference) in enumerate(zip(images.values, references.values, strict=True)):
             field = f"image {number} of {self._images_field}" if self._columns.images else self._images_field
-            if not image.is_valid:
+            if image.is_valid:
+                yield self._decode(image.as_buffer().to_pybytes(), field)
+            elif name := _text(reference, field, "image_missing"):
+                yield self._decode(self._fetch(name), f"{field}, {shown(name)},")
+            else:
                 raise RowError("image_missing", f"{field} is null or has no bytes")
-            yield self._decode(image.as_buffer().to_pybytes(), field)
 
 
-def _text(value: pa.Scalar, field: str) -> str | None:
+def _named(table: pa.Table) -> set[str]:
+    """The paths and URLs that a table's rows name."""
+    found: set[str] = set()
+    for value in table[REFERENCES].combine_chunks().flatten():
+        with contextlib.suppress(UnicodeDecodeError):  # its row will say so
+            found.add(value.as_py())
+    for value in table[MESSAGES]:
+        with contextlib.suppress(UnicodeDecodeError):
+            found.update(named_images(value.as_py()))
+    return found - {None, ""}
+
+
+def _text(value: pa.Scalar, field: str, code: RowErrorCode = "prompt_invalid") -> str | None:
     try:
         return value.as_py()
     except UnicodeDecodeError as error:  # Parquet files of other writers may call any bytes a string
-        raise RowError("prompt_invalid", f"{field} is no valid UTF-8 ({error})") from error
+        raise RowError(code, f"{field} is no valid UTF-8 ({error})") from error

@@ -233,6 +233,11 @@ def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
     return columns
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type holds text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def is_binary(kind: pa.DataType) -> bool:
     """Whether a type holds plain bytes."""
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
@@ -255,17 +260,17 @@ def _check_types(columns: Columns, schema: pa.Schema) -> None:
     def kind(name: str) -> pa.DataType:
         return schema.field(name).type
 
-    def is_text(t: pa.DataType) -> bool:
-        return pa.types.is_string(t) or pa.types.is_large_string(t)
+    def is_image(t: pa.DataType) -> bool:
+        return is_binary(t) or is_image_struct(t) or is_text(t)
 
     checks = [
         ("id", columns.id, lambda t: is_text(t) or pa.types.is_integer(t), "text or integers"),
-        ("image", columns.image, lambda t: is_binary(t) or is_image_struct(t), "bytes or struct<bytes, path>"),
+        ("image", columns.image, is_image, "bytes, struct<bytes, path>, or text (a path or URL)"),
         (
             "images",
             columns.images,
-            lambda t: is_list(t) and (is_binary(t.value_type) or is_image_struct(t.value_type)),
-            "a list of bytes or of struct<bytes, path>",
+            lambda t: is_list(t) and is_image(t.value_type),
+            "a list of bytes, of struct<bytes, path>, or of text (paths or URLs)",
         ),
         ("prompt", columns.prompt, is_text, "text"),
         ("messages", columns.messages, is_text, "text (a chat as JSON)"),
@@ -279,7 +284,9 @@ def _extra_columns(schema: pa.Schema, columns: Columns, reserved: frozenset[str]
     extras: dict[str, str] = {}
     fields = []
     for field in schema:
-        if field.name in columns.named() or _holds_images(field):
+        # Where an image was taken from is as good as an id; what it consists of is not repeated.
+        names_image = field.name in (columns.image, columns.images) and _holds_text(field)
+        if (field.name in columns.named() and not names_image) or _holds_images(field):
             continue
         if field.name.startswith(OWN_PREFIX):
             raise InputError(f"input.path: column {field.name!r} begins with {OWN_PREFIX!r}, which is ours; rename it")
@@ -289,6 +296,10 @@ def _extra_columns(schema: pa.Schema, columns: Columns, reserved: frozenset[str]
         extras[name] = field.name
         fields.append(field.with_name(name).remove_metadata())
     return extras, pa.schema(fields)
+
+
+def _holds_text(field: pa.Field) -> bool:
+    return is_text(field.type.value_type if is_list(field.type) else field.type)
 
 
 def _holds_images(field: pa.Field) -> bool:

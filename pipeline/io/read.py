@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from pipeline.io.plan import InputPlan, Shard, is_list, open_parquet
+from pipeline.io.plan import InputPlan, Shard, is_list, is_text, open_parquet
 from pipeline.io.rowset import RowSet
-from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, READ_SCHEMA, ROW, SHARD
+from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, READ_SCHEMA, REFERENCES, ROW, SHARD
 
 #: A read task takes row groups of one shard until it has this many rows: enough to be worth a task.
 ROWS_PER_TASK = 256
@@ -86,14 +86,21 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
     else:
         ids = text(columns.id)
     if columns.image is not None:
-        images = _list_of_one(_bytes_of(batch.column(columns.image)))
+        images, references = _one_image(batch.column(columns.image))
     elif columns.images is not None:
-        images = _list_of_bytes(batch.column(columns.images))
+        images, references = _several_images(batch.column(columns.images))
     else:
-        images = pa.array([[]] * count, READ_SCHEMA.field(IMAGES).type)
+        images, references = (pa.array([[]] * count, READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES))
     prompts = pa.array([plan.prompt] * count, pa.string()) if plan.prompt is not None else text(columns.prompt)
     place = {SHARD: pa.array([shard.file.url] * count, pa.string()), ROW: pa.array(numbers, pa.int64())}
-    arrays = {**place, ID: ids, IMAGES: images, PROMPT: prompts, MESSAGES: text(columns.messages)}
+    arrays = {
+        **place,
+        ID: ids,
+        IMAGES: images,
+        REFERENCES: references,
+        PROMPT: prompts,
+        MESSAGES: text(columns.messages),
+    }
     for field in plan.extras_schema:
         source = plan.extras[field.name]
         # A shard may lack an extra column that others have.
@@ -102,26 +109,45 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
     return pa.table(arrays, schema=pa.schema([*PLACE_SCHEMA, *READ_SCHEMA, *plan.extras_schema]))
 
 
-def _bytes_of(array: pa.Array) -> pa.Array:
-    """Image bytes of an array of bytes or of structs {bytes, path}."""
+def _bytes_and_references(array: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Images of an array of bytes, of structs {bytes, path} or of texts: bytes, and paths or URLs where there are none."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if is_text(array.type) or pa.types.is_string_view(array.type):
+        return pa.nulls(len(array), pa.large_binary()), _none_if_empty(array.cast(pa.string()))
+    paths = pa.nulls(len(array), pa.string())
     if pa.types.is_struct(array.type):
+        if array.type.get_field_index("path") >= 0:
+            paths = pc.struct_field(array, "path").cast(pa.string())
         array = pc.struct_field(array, "bytes")
-    return array.cast(pa.large_binary())
+    return array.cast(pa.large_binary()), _none_if_empty(pc.if_else(array.is_valid(), "", paths))
 
 
-def _list_of_one(values: pa.Array) -> pa.Array:
-    offsets = pa.array(np.arange(len(values) + 1, dtype=np.int32))
-    return pa.ListArray.from_arrays(offsets, values, type=READ_SCHEMA.field(IMAGES).type, mask=values.is_null())
+def _none_if_empty(texts: pa.Array) -> pa.Array:
+    return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 
-def _list_of_bytes(array: pa.Array) -> pa.Array:
+def _one_image(array: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Lists of one image each, null where there is neither bytes nor a reference; and the references in their places."""
+    images, references = _bytes_and_references(array)
+    missing = pc.invert(pc.or_(images.is_valid(), references.is_valid()))
+    offsets = pa.array(np.arange(len(array) + 1, dtype=np.int32))
+    return _lists(offsets, images, IMAGES, missing), _lists(offsets, references, REFERENCES, missing)
+
+
+def _several_images(array: pa.Array) -> tuple[pa.Array, pa.Array]:
     if not is_list(array.type):  # a column of nulls alone
-        return pa.nulls(len(array), READ_SCHEMA.field(IMAGES).type)
+        images, references = (pa.nulls(len(array), READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES))
+        return images, references
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     # flatten, not .values: it follows the array's offset and leaves out what null lists cover.
-    values = _bytes_of(array.flatten())
-    return pa.ListArray.from_arrays(offsets, values, type=READ_SCHEMA.field(IMAGES).type, mask=array.is_null())
+    images, references = _bytes_and_references(array.flatten())
+    return _lists(offsets, images, IMAGES, array.is_null()), _lists(offsets, references, REFERENCES, array.is_null())
+
+
+def _lists(offsets: pa.Array, values: pa.Array, name: str, missing: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays(offsets, values, type=READ_SCHEMA.field(name).type, mask=missing)
 
 
 class ParquetShards(Datasource):

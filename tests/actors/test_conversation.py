@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.actors.conversation import from_messages, from_prompt
+from pipeline.actors.conversation import from_messages, from_prompt, named_images
 from pipeline.actors.images import decode_image
 from pipeline.config import ImageSettings
 from pipeline.errors import RowError
@@ -26,6 +26,10 @@ def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
+def no_fetch(reference: str) -> bytes:
+    raise RowError("image_forbidden", "no fetching here")
+
+
 def text(words: str) -> dict[str, str]:
     return {"type": "text", "text": words}
 
@@ -39,7 +43,7 @@ def test_a_prompt_follows_its_images() -> None:
 
 @pytest.mark.parametrize(("prompt", "state"), [(None, "null"), ("", "empty"), (" \n", "empty")])
 def test_a_row_without_a_prompt_is_an_error(prompt: str | None, state: str) -> None:
-    for ask in (from_prompt, partial(from_messages, decode=DECODE)):
+    for ask in (from_prompt, partial(from_messages, decode=DECODE, fetch=no_fetch)):
         with pytest.raises(RowError) as caught:
             ask(prompt, [RED], FIELD)
         assert str(caught.value) == f"prompt_missing: column 'chat' is {state}"
@@ -52,7 +56,7 @@ def test_a_chat_keeps_its_turns_and_tells_its_last_question() -> None:
         {"role": "assistant", "content": [text("A circle.")]},
         user(text("Which"), {"type": "image", "image": None}, text("colour?")),
     ]
-    messages, asked = from_messages(json.dumps(turns), [RED, BLUE], FIELD, DECODE)
+    messages, asked = from_messages(json.dumps(turns), [RED, BLUE], FIELD, DECODE, no_fetch)
     assert asked == "Which\ncolour?"
     assert messages == [
         {"role": "system", "content": "Be brief."},
@@ -63,7 +67,7 @@ def test_a_chat_keeps_its_turns_and_tells_its_last_question() -> None:
 
 
 def test_a_turn_may_be_plain_text() -> None:
-    assert from_messages('[{"role": "user", "content": "Hi"}]', [], FIELD, DECODE) == (
+    assert from_messages('[{"role": "user", "content": "Hi"}]', [], FIELD, DECODE, no_fetch) == (
         [{"role": "user", "content": "Hi"}],
         "Hi",
     )
@@ -78,7 +82,9 @@ def test_a_turn_may_be_plain_text() -> None:
     ],
 )
 def test_an_image_may_stand_in_the_chat_as_a_data_uri(part: dict[str, Any]) -> None:
-    messages, _ = from_messages(json.dumps([user(part, {"type": "image"}, text("Which is larger?"))]), [RED], FIELD, DECODE)
+    messages, _ = from_messages(
+        json.dumps([user(part, {"type": "image"}, text("Which is larger?"))]), [RED], FIELD, DECODE, no_fetch
+    )
     first, second, _ = messages[0]["content"]
     assert first["image"].size == (30, 20)
     assert second["image"] is RED
@@ -103,10 +109,10 @@ def test_an_image_may_stand_in_the_chat_as_a_data_uri(part: dict[str, Any]) -> N
         ([user({"type": "text", "text": 3})], "messages_invalid", "type 'text'"),
         ([user(text("?"))], "messages_invalid", "column 'chat' has no place for 1 of the row's 1 images"),
         ([user({"type": "image"}, {"type": "image"})], "image_missing", "more image parts than the row has images"),
-        ([user({"type": "image", "image": "file:///etc/passwd"})], "image_forbidden", "by path or URL"),
-        ([user({"type": "image", "image": "/etc/passwd"})], "image_forbidden", "by path or URL"),
-        ([user({"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}})], "image_forbidden", "by path or URL"),
-        ([user({"type": "image_url"})], "image_forbidden", "by path or URL"),
+        ([user({"type": "image", "image": "file:///etc/passwd"})], "image_forbidden", "no fetching here"),
+        ([user({"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}})], "image_forbidden", "no fetching here"),
+        ([user({"type": "image_url"})], "image_missing", "has no data: URI, path or URL"),
+        ([user({"type": "image", "image": {"bytes": "aGk="}})], "image_missing", "has no data: URI, path or URL"),
         ([user({"type": "image", "image": "data:image/png,abc"})], "image_decode", "is not base64"),
         ([user({"type": "image", "image": "data:image/png;base64,a"})], "image_decode", "no valid base64"),
         ([user({"type": "image", "image": "data:image/png;base64,aGk="})], "image_decode", "no readable image"),
@@ -116,7 +122,27 @@ def test_an_image_may_stand_in_the_chat_as_a_data_uri(part: dict[str, Any]) -> N
 )
 def test_a_chat_that_cannot_be_followed_is_an_error_of_its_row(turns: Any, code: str, cause: str) -> None:
     with pytest.raises(RowError) as caught:
-        from_messages(turns if isinstance(turns, str) else json.dumps(turns), [RED], FIELD, DECODE)
+        from_messages(turns if isinstance(turns, str) else json.dumps(turns), [RED], FIELD, DECODE, no_fetch)
     assert caught.value.code == code
     assert cause in caught.value.cause
     assert "\n" not in str(caught.value)
+
+
+def test_images_that_a_chat_names_are_known_before_it_is_followed() -> None:
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        user({"type": "image", "image": "a.jpg"}, {"type": "image"}, {"type": "image", "image": URI}, text("?")),
+        user({"type": "image_url", "image_url": {"url": "s3://b/c.png"}}, {"type": "image_url", "image_url": "d.png"}),
+    ]
+    assert named_images(json.dumps(turns)) == ["a.jpg", "s3://b/c.png", "d.png"]
+    for broken in (None, "", "{", "3", "[3]", '[{"content": [3, {"type": "image", "image": 3}]}]', "[" * 100_000):
+        assert named_images(broken) == []
+
+
+def test_an_image_that_a_chat_names_is_fetched() -> None:
+    pictures = {"a.png": picture(30, 20)}
+    turns = [user({"type": "image_url", "image_url": {"url": "a.png"}}, text("?"))]
+    messages, _ = from_messages(json.dumps(turns), [], FIELD, DECODE, pictures.__getitem__)
+    assert messages[0]["content"][0]["image"].size == (30, 20)
+    with pytest.raises(RowError, match="image_decode: an image that messages names, 'a.png' .* no readable image"):
+        from_messages(json.dumps(turns), [], FIELD, DECODE, lambda reference: b"hi")

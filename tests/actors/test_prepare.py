@@ -21,7 +21,7 @@ from pipeline.io.plan import Columns
 from pipeline.model.prompt import PromptProcessor
 from pipeline.model.shape import ModelShape
 from pipeline.model.vision import cut_images, pixel_table
-from pipeline.rows import READ_SCHEMA, PreparedRow, prepared_rows
+from pipeline.rows import ID, IMAGES, MESSAGES, OWN_PREFIX, PROMPT, READ_SCHEMA, REFERENCES, PreparedRow, prepared_rows
 from tests.io.shards import picture
 
 #: Width and height of pictures: as they are, below min_pixels, above max_pixels, above qwen-vl-utils' own bound.
@@ -90,8 +90,10 @@ def check_against_released(base: Path, images: list[Image.Image], bounds: dict[s
     assert grids == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]
 
 
-def settings_of(golden: Path, missing_image: str = "error") -> JobSettings:
-    model, paths = {"base": str(golden / "released" / "base")}, {"path": "in", "missing_image": missing_image}
+def settings_of(golden: Path, missing_image: str = "error", image_root: Path | None = None) -> JobSettings:
+    root = None if image_root is None else str(image_root)
+    model = {"base": str(golden / "released" / "base")}
+    paths = {"path": "in", "missing_image": missing_image, "image_root": root}
     return JobSettings.model_validate({"model": model, "input": paths, "output": {"path": "out"}})
 
 
@@ -101,12 +103,14 @@ def prepare(
     *,
     require_images: bool = False,
     missing_image: str = "error",
+    image_root: Path | None = None,
     **columns: str | None,
 ) -> list[PreparedRow]:
-    settings = settings_of(golden, missing_image)
+    settings = settings_of(golden, missing_image, image_root)
     chosen = Columns(**{"id": None, "image": None, "images": None, "prompt": "prompt", "messages": None, **columns})
-    names = {"id": "awaker:id", "images": "awaker:images", "prompt": "awaker:prompt", "messages": "awaker:messages"}
-    own = [{full: row.get(short) for short, full in names.items()} for row in rows]
+    own = [{name: row.get(name.removeprefix(OWN_PREFIX)) for name in READ_SCHEMA.names} for row in rows]
+    for row in own:
+        row[REFERENCES] = row[REFERENCES] or (row[IMAGES] and [None] * len(row[IMAGES]))
     table = pa.Table.from_pylist(own, schema=READ_SCHEMA).append_column("row", pa.array(range(len(rows))))
     tables = list(Preparer(settings, chosen, require_images)(table))
     whole = pa.concat_tables(tables)
@@ -145,6 +149,44 @@ def test_each_row_has_its_own_fate(golden: Path) -> None:
     assert [len(row.images) for row in rows] == [1, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
+def test_images_named_by_path_are_fetched_and_an_error_names_them(golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(picture(56, 84))
+    (tmp_path / "broken.png").write_bytes(picture()[:500])
+    names = ["good.png", "broken.png", "none.png", "../good.png", "good.png"]
+    rows = prepare(
+        golden,
+        [{"id": name, "prompt": "What?", "images": [None], "references": [name]} for name in names],
+        image_root=tmp_path,
+        image="file",
+    )
+    assert [None if row.error is None else row.error.split(": ")[0] for row in rows] == [
+        None,
+        "image_decode",
+        "image_missing",
+        "image_forbidden",
+        None,
+    ]
+    assert rows[0].images[0].shape == (84, 56, 3)
+    assert rows[1].error.startswith("image_decode: column 'file', 'broken.png', (500 bytes) is no readable image")
+    assert rows[2].error == "image_missing: 'none.png' does not exist"
+    assert [row.prompt for row in rows] == ["What?"] * 5
+
+
+def test_images_named_in_a_chat_are_fetched(golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(picture(56, 84))
+    part = '{"type": "image_url", "image_url": {"url": "%s"}}'
+    chats = ['[{"role": "user", "content": [' + part % name + "]}]" for name in ("good.png", "/etc/hostname")]
+    rows = prepare(
+        golden,
+        [{"id": str(i), "messages": chat, "images": []} for i, chat in enumerate(chats)],
+        image_root=tmp_path,
+        prompt=None,
+        messages="chat",
+    )
+    assert (rows[0].error, rows[0].images[0].shape) == (None, (84, 56, 3))
+    assert rows[1].error == "image_forbidden: '/etc/hostname' does not lie below input.image_root"
+
+
 def test_a_missing_image_may_leave_the_text_to_answer(golden: Path) -> None:
     rows = [{"id": "a", "prompt": "What?", "images": None}, {"id": "b", "prompt": "What?", "images": [None]}]
     null, null_inside = prepare(golden, rows, missing_image="text_only", images="pictures")
@@ -160,9 +202,8 @@ def test_a_caption_needs_an_image(golden: Path) -> None:
 def test_a_prompt_that_is_no_utf8_is_an_error_of_its_row(golden: Path) -> None:
     not_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
     settings = settings_of(golden)
-    table = pa.table(
-        [pa.array(["a"]), pa.array([[]], READ_SCHEMA.field(1).type), not_utf8, pa.nulls(1, pa.string())], READ_SCHEMA
-    )
+    none = {name: pa.array([[]], READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)}
+    table = pa.table({ID: ["a"], **none, PROMPT: not_utf8, MESSAGES: pa.nulls(1, pa.string())}, READ_SCHEMA)
     (prepared,) = Preparer(settings, Columns(None, None, None, "question", None), False)(table)
     (row,) = prepared_rows(prepared)
     assert row.error is not None

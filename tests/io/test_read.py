@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.io.plan import InputPlan, check_ids_unique
 from pipeline.io.read import ROWS_PER_TASK, ParquetShards, read_piece
 from pipeline.io.rowset import RowSet
-from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, READ_SCHEMA, ROW, SHARD
+from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, READ_SCHEMA, REFERENCES, ROW, SHARD
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 
 
@@ -66,7 +66,7 @@ STRUCTS = [None if p is None else {"bytes": p, "path": "x.jpg"} for p in PICTURE
         pa.array(PICTURES, pa.binary()),
         pa.array(PICTURES, pa.large_binary()),
         pa.array(STRUCTS, IMAGE_STRUCT),
-        pa.array([{"bytes": p, "path": "x.jpg"} for p in PICTURES], IMAGE_STRUCT),
+        pa.array([{"bytes": p, "path": "" if p is None else "x.jpg"} for p in PICTURES], IMAGE_STRUCT),
         pa.array(STRUCTS, pa.struct([("path", pa.string()), ("bytes", pa.large_binary())])),
     ],
     ids=["bytes", "large bytes", "structs, null", "structs without bytes", "structs the other way round"],
@@ -99,6 +99,39 @@ def test_what_pandas_and_polars_write_reads_as_what_it_means(tmp_path: Path) -> 
     assert table["kind"].to_pylist() == ["a", None, "a", "c"]
     assert table["kind"].type == pa.string()
     assert table["tags"].to_pylist() == [["a"], None, [], None]
+
+
+NAMED = ["a.jpg", None, "https://host/b.jpg", "", "a.jpg"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(NAMED),
+        pa.array(NAMED, pa.string_view()),
+        pa.array(NAMED).dictionary_encode(),
+        pa.array([{"bytes": None, "path": name} for name in NAMED], IMAGE_STRUCT),
+    ],
+    ids=["text", "text views", "categories", "structs"],
+)
+def test_images_by_path_or_url(tmp_path: Path, column: pa.Array) -> None:
+    write_shard(tmp_path / "a.parquet", {"image": column, "prompt": ["?"] * 5}, [2, 3])
+    plan = plan_of(tmp_path)
+    table = read_all(plan)
+    assert table[REFERENCES].to_pylist() == [["a.jpg"], None, ["https://host/b.jpg"], None, ["a.jpg"]]
+    assert table[IMAGES].to_pylist() == [[None], None, [None], None, [None]]
+    # Where a picture came from stays in the output; structs have no name of their own there.
+    assert list(plan.extras) == ([] if pa.types.is_struct(column.type) else ["image"])
+    if plan.extras:
+        assert table["image"].to_pylist() == NAMED
+
+
+def test_bytes_win_over_the_path_beside_them(tmp_path: Path) -> None:
+    lists = [[{"bytes": b"one", "path": "one.jpg"}, {"bytes": None, "path": "two.jpg"}], [], None]
+    write_shard(tmp_path / "a.parquet", {"images": pa.array(lists, pa.list_(IMAGE_STRUCT)), "prompt": ["?"] * 3})
+    table = read_all(plan_of(tmp_path))
+    assert table[IMAGES].to_pylist() == [[b"one", None], [], None]
+    assert table[REFERENCES].to_pylist() == [[None, "two.jpg"], [], None]
 
 
 LISTS = [[b"one", b"two"], None, [], [None, b"five"], [b"six"]]
@@ -138,7 +171,15 @@ def test_what_was_read_has_the_schema_of_every_block(tmp_path: Path) -> None:
     table = read_all(plan_of(tmp_path))
     assert table.schema == pa.schema([*PLACE_SCHEMA, *READ_SCHEMA])
     assert table.to_pylist() == [
-        {SHARD: f"file://{tmp_path}/a.parquet", ROW: 0, ID: "7", IMAGES: [b"x"], PROMPT: None, MESSAGES: "[]"}
+        {
+            SHARD: f"file://{tmp_path}/a.parquet",
+            ROW: 0,
+            ID: "7",
+            IMAGES: [b"x"],
+            REFERENCES: [None],
+            PROMPT: None,
+            MESSAGES: "[]",
+        }
     ]
 
 
