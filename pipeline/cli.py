@@ -10,14 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.config import Settings, load_settings
-from pipeline.errors import JobError
+from pipeline.config import JobSettings, Settings, load_settings
+from pipeline.errors import JobError, Stopped
 
 #: Exit code of a job that was pointless from the start: configuration, input, output or checkpoint.
 EXIT_POINTLESS = 2
 
 #: Exit code after Ctrl-C, as shells have it.
 EXIT_INTERRUPTED = 130
+
+#: Exit code after SIGTERM, once all that was answered is committed.
+EXIT_STOPPED = 143
 
 T = TypeVar("T", bound=Settings)
 
@@ -37,7 +40,7 @@ def main(
         default_config: the file used without `--config`; None: settings may come from `--set` alone.
 
     Returns:
-        0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C.
+        0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C; 143 after SIGTERM.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", type=Path, default=default_config, metavar="FILE", help="YAML settings")
@@ -49,6 +52,14 @@ def main(
         dest="assignments",
         help="a setting on top, e.g. input.limit=100; the value is read as YAML; may be given several times",
     )
+    if kind is JobSettings:
+        parser.add_argument(
+            "--fresh",
+            action="append_const",
+            const="output.overwrite=true",
+            dest="assignments",
+            help="delete what earlier runs left in output.path first (output.overwrite=true)",
+        )
     parser.add_argument("--dry-run", action="store_true", help="check and say what would run; load no model")
     parsed = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -62,6 +73,9 @@ def main(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Stopped:
+        print("stopped by SIGTERM; run the same command again to go on", file=sys.stderr)
+        return EXIT_STOPPED
     return 0
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +23,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from pipeline.config import JobSettings, as_yaml
-from pipeline.errors import ConfigError, InputError, OutputError
+from pipeline.errors import ConfigError, InputError, OutputError, Stopped
 from pipeline.io.accuracy import Truth, is_right
 from pipeline.io.commits import OutputLog, done_rows
 from pipeline.io.lease import Lease
@@ -40,6 +43,9 @@ Task = Literal["caption", "vqa"]
 
 #: Seconds that a Ray cluster may take to accept a connection.
 REACH_SECONDS = 5.0
+
+#: Seconds that committing may take once SIGTERM has come.
+FINISH_SECONDS = 30.0
 
 #: Ray closes a block at this size. Handling a block costs it tens of milliseconds, so not one a row; and a replica's
 #: requests come from several, so not one for everything.
@@ -102,7 +108,7 @@ def check_may_go_on(job: Job, folder: OutputFolder) -> None:
     elif results := folder.results():
         raise OutputError(
             f"output.path: {folder.url} already holds {len(results)} Parquet files that no run of this program began; "
-            "choose another folder, or --set output.overwrite=true to replace them"
+            "choose another folder, or --fresh to replace them"
         )
 
 
@@ -158,7 +164,8 @@ def run_job(job: Job) -> Summary:
     run = run_name()
     lease = Lease(folder, run, tell=lambda line: print(line, file=sys.stderr, flush=True))
     lease.take()
-    try:
+    with _stoppable(), contextlib.ExitStack() as stack:
+        stack.callback(lease.release)
         if settings.output.overwrite:
             folder.clear()
         check_may_go_on(job, folder)  # again, now that nobody else can write here
@@ -182,8 +189,6 @@ def run_job(job: Job) -> Summary:
                     f"input.path: {plan.rows:,} rows were counted at the start, but {plan.rows - left:,} were answered: a "
                     f"shard changed while the job ran; {folder.url} is incomplete, run the job again"
                 )
-    finally:
-        lease.release()
     written = sum((commit.written for commit in commits), Written())
     summary = Summary(folder.url, written, rounds.answered, time.monotonic() - started, rounds.seconds, rounds.engines)
     folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
@@ -253,6 +258,29 @@ def _quieten_ray() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _stop_on_sigterm() -> None:
+    """Let SIGTERM raise `Stopped` in the main thread, once; where this is no main thread, leave it as it is."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Stopped
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """While this lasts, SIGTERM ends what runs with `Stopped`."""
+    before = signal.getsignal(signal.SIGTERM)
+    _stop_on_sigterm()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 class _Rounds:
     """Runs the stages over what is missing, and adds up what they say of themselves."""
 
@@ -269,6 +297,7 @@ class _Rounds:
         settings = self._job.settings
         started_here = _connect(settings.ray.address)
         try:
+            _stop_on_sigterm()  # again: connecting to Ray installs a handler of Ray's
             available = ray.cluster_resources()
             resources = share_cluster(settings, available.get("CPU", 1.0), available.get("GPU", 0.0))
             begun = time.monotonic()
@@ -318,6 +347,7 @@ def _run_stages(
         output_schema(settings.output, plan.extras_schema),
         job.truth,
         CommitSettings(settings.output.rows_per_file, settings.output.commit_seconds),
+        settings.errors,
     )
     dataset = (
         ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces))
@@ -351,10 +381,24 @@ def _run_stages(
         )
     )
     rows = sum(map(len, missing.values()))
-    with ProgressDisplay(monitor, rows):
-        for _ in dataset.iter_internal_ref_bundles():
-            pass  # what comes out is how many rows each block committed
-    ray.get(committer.finish.remote())
+    try:
+        with ProgressDisplay(monitor, rows):
+            for _ in dataset.iter_internal_ref_bundles():
+                pass  # what comes out is how many rows each block committed
+        ray.get(committer.finish.remote())
+    except (KeyboardInterrupt, Stopped):
+        print("stopping: committing what is answered", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # whatever cannot be committed is answered by the next run
+            ray.get(committer.finish.remote(), timeout=FINISH_SECONDS)
+        raise
+    except Exception as error:
+        # What Ray raises here is the traceback of an actor; the committer may know a reason that helps.
+        reason = None
+        with contextlib.suppress(Exception):
+            reason = ray.get(committer.failure.remote())
+        if reason is not None:
+            raise reason from error
+        raise
     ray.kill(committer)
     counts, engines = ray.get(monitor.totals.remote())
     return counts, engines

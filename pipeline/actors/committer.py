@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.config import ErrorSettings
+from pipeline.errors import JobError, OutputError, TooManyErrorsError
 from pipeline.io.accuracy import Truth
 from pipeline.io.commits import OutputLog, done_rows
-from pipeline.io.lease import check_lock
+from pipeline.io.lease import LeaseLostError, check_lock
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
 from pipeline.rows import ROW, SHARD, own_columns_dropped
@@ -51,6 +54,7 @@ class Committer:
         schema: columns of the result.
         truth: what to compare answers with, or None.
         settings: when to commit.
+        errors: when to give up.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Committer:
         schema: pa.Schema,
         truth: Truth | None,
         settings: CommitSettings,
+        errors: ErrorSettings,
     ) -> None:
         self._folder, self._run, self._schema, self._truth, self._settings = folder, run, schema, truth, settings
         self._log = OutputLog(folder, run)
@@ -68,6 +73,9 @@ class Committer:
         self._gathered = _Gathered()
         self._lock = threading.Lock()
         self._failure: Exception | None = None
+        self._error_settings = errors
+        self._rows, self._errors = 0, Counter[str]()
+        self._examples: dict[str, str] = {}
         threading.Thread(target=self._commit_in_time, name="commit", daemon=True).start()
 
     def take(self, table: pa.Table) -> int:
@@ -76,9 +84,17 @@ class Committer:
             if self._failure is not None:
                 raise self._failure
             new = self._take(table)
+            self._judge(table)
             if self._gathered.count >= self._settings.rows:
                 self._commit()
         return new
+
+    def failure(self) -> JobError | None:
+        """Why this run must not go on, for a person; None where nothing is known."""
+        with self._lock:
+            if isinstance(self._failure, LeaseLostError):
+                return OutputError(f"output.path: another run took {self._folder.url} over ({self._failure})")
+            return self._failure if isinstance(self._failure, JobError) else None
 
     def finish(self) -> None:
         """Commit what is left."""
@@ -109,12 +125,35 @@ class Committer:
             self._gathered.count += new
         return new
 
+    def _judge(self, table: pa.Table) -> None:
+        """Give up where most rows fail: the configuration is wrong, and a night should not be spent on it."""
+        failed = pc.drop_null(table["error"]).to_pylist()
+        self._rows += len(table)
+        for error in failed:
+            self._examples.setdefault(error.split(":", 1)[0], error)
+        self._errors.update(error.split(":", 1)[0] for error in failed)
+        share = self._errors.total() / self._rows
+        if self._rows < self._error_settings.after_rows or share <= self._error_settings.max_fraction:
+            return
+        self._commit()
+        (code, count), *_ = self._errors.most_common(1)
+        self._failure = TooManyErrorsError(
+            f"errors.max_fraction: {self._errors.total():,} of {self._rows:,} rows failed, {share:.0%}, {count:,} of them "
+            f"with {code} (such as: {self._examples[code]}). Mend the configuration or the input and run with --fresh, or "
+            "raise the limit"
+        )
+        raise self._failure
+
     def _commit(self) -> None:
         gathered = self._gathered
         if not gathered.count:
             return
         # A run that took the output over has planned these rows anew: they must not be written twice.
-        check_lock(self._folder, self._run)
+        try:
+            check_lock(self._folder, self._run)
+        except LeaseLostError as error:
+            self._failure = error
+            raise
         rows = {shard: own for shard, own in gathered.rows.items() if own}
         self._log.commit(pa.concat_tables(gathered.tables).combine_chunks(), rows, self._truth)
         self._gathered = _Gathered()

@@ -137,7 +137,5 @@ def done_rows(commits: Iterable[Commit]) -> dict[str, RowSet]:
     for shard, sets in own.items():
         done[shard] = RowSet.of_intervals([pair for rows in sets for pair in rows.intervals])
         if len(done[shard]) != sum(map(len, sets)):
-            raise OutputError(
-                f"output.path: rows of {shard} stand in more than one file; set output.overwrite to start again"
-            )
+            raise OutputError(f"output.path: rows of {shard} stand in more than one file; --fresh starts again")
     return done

@@ -18,7 +18,7 @@ from pipeline.io.storage import OutputFolder
 
 MANIFEST = "_run/manifest.json"
 #: Settings that change how fast rows are answered, never what the answers are.
-FREE_SETTINGS = ("engine", "preparation", "ray", "replicas", "evaluate", "output")
+FREE_SETTINGS = ("engine", "preparation", "fetch", "errors", "ray", "replicas", "evaluate", "output")
 #: Of `output`, these decide what is written all the same.
 OUTPUT_COLUMNS = ("token_ids", "routes")
 #: Bytes at both ends of a checkpoint file that its digest reads: weights differ everywhere, and files have 22 GB.
@@ -79,7 +79,7 @@ class Manifest:
             more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
             raise OutputError(
                 f"output.path: {where} holds results of a run that differed ({'; '.join(changes[:_SHOWN])}{more}); "
-                "--set output.overwrite=true deletes them and starts again, another output.path keeps them"
+                "--fresh deletes them and starts again, another output.path keeps them"
             )
 
 

@@ -225,7 +225,7 @@ SIGHTS: dict[str, tuple[str, ...]] = {
 
 
 def sights_of(example: Example) -> NDArray[np.int64]:
-    """For each visual token of an example's picture: the kind, colour and size of the object in its 28 x 28 pixels, and where.
+    """Kind, colour and size of the object in the 28 x 28 pixels of each visual token of a picture, and the token's place.
 
     int64 [tokens, 5], numbered as in SIGHTS.
     """

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.actors.committer import CommitSettings, Committer
-from pipeline.config import OutputSettings
-from pipeline.errors import OutputError
+from pipeline.config import ErrorSettings, OutputSettings
+from pipeline.errors import OutputError, TooManyErrorsError
 from pipeline.io.commits import FILES_PER_INDEX, OutputLog, done_rows
 from pipeline.io.lease import LeaseLostError
 from pipeline.io.storage import OutputFolder
@@ -29,15 +29,16 @@ def folder(tmp_path: Path) -> OutputFolder:
     return found
 
 
-def committer(folder: OutputFolder, rows: int = 4, seconds: float = 60.0) -> Committer:
-    return Committer(folder, "mine", SCHEMA, None, CommitSettings(rows, seconds))
+def committer(folder: OutputFolder, rows: int = 4, seconds: float = 60.0, errors: ErrorSettings | None = None) -> Committer:
+    return Committer(folder, "mine", SCHEMA, None, CommitSettings(rows, seconds), errors or ErrorSettings())
 
 
-def block(shard: str, *rows: int) -> pa.Table:
-    """Answered rows of a shard."""
+def block(shard: str, *rows: int, error: str | None = None) -> pa.Table:
+    """Answered rows of a shard, or error rows."""
     count = len(rows)
     columns = {name: pa.nulls(count, SCHEMA.field(name).type) for name in SCHEMA.names}
     columns |= {"id": pa.array([f"{shard}#{row}" for row in rows]), "status": pa.array(["ok"] * count)}
+    columns["error"] = pa.array([error] * count, pa.string())
     return pa.table({**columns, SHARD: [shard] * count, ROW: pa.array(rows, pa.int64())})
 
 
@@ -114,3 +115,29 @@ def test_a_row_in_two_files_and_a_file_of_somebody_else_are_errors(folder: Outpu
     pq.write_table(pa.table({"a": [1]}), Path(folder.url) / "copy.parquet")
     with pytest.raises(OutputError, match=r"copy.parquet was not written by a run of this program"):
         OutputLog(folder, "x").commits()
+
+
+def test_a_run_in_which_most_rows_fail_ends_and_names_the_commonest_error(folder: OutputFolder) -> None:
+    writer = committer(folder, rows=100, errors=ErrorSettings(max_fraction=0.5, after_rows=10))
+    writer.take(block("a", *range(5), error="image_decode: column 'image' is no readable image"))
+    writer.take(block("a", *range(5, 10)))  # half of them is not above half
+    assert writer.failure() is None
+    with pytest.raises(TooManyErrorsError) as caught:
+        writer.take(block("a", 10, error="prompt_missing: column 'prompt' is null"))
+    told = str(caught.value)
+    assert told.startswith(
+        "errors.max_fraction: 6 of 11 rows failed, 55%, 5 of them with image_decode (such as: image_decode: "
+    )
+    assert "--fresh" in told
+    assert str(writer.failure()) == told
+    # What was answered until then is not lost, and nothing more is taken.
+    assert len(ids(folder)) == 11
+    with pytest.raises(TooManyErrorsError):
+        writer.take(block("a", 11))
+
+
+def test_few_rows_or_a_limit_of_one_end_nothing(folder: OutputFolder) -> None:
+    for errors in (ErrorSettings(max_fraction=0.0, after_rows=10), ErrorSettings(max_fraction=1.0, after_rows=1)):
+        writer = committer(folder, errors=errors)
+        writer.take(block(str(errors.after_rows), *range(9), error="image_decode: broken"))
+        writer.finish()

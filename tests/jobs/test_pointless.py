@@ -96,7 +96,7 @@ def test_settings_and_input_that_cannot_work(job: Job, tmp_path: Path, changed: 
 def test_an_output_that_holds_results(job: Job, tmp_path: Path) -> None:
     write_shard(tmp_path / "out" / "part-00000.parquet", {"id": ["a"]})
     for flags in ((), ("--dry-run",)):
-        assert_one_line(job("vqa", *flags), "already holds 1 Parquet files", "--set output.overwrite=true to replace them")
+        assert_one_line(job("vqa", *flags), "already holds 1 Parquet files", "--fresh to replace them")
 
 
 def test_an_output_that_is_the_input(job: Job, shards: Path) -> None:

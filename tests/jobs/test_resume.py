@@ -70,15 +70,23 @@ def test_a_killed_job_goes_on_where_it_stopped(job: dict[str, Any], tmp_path: Pa
 
     # A cluster of its own, so that nothing of the driver's outlives it for long.
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    slowly = {"output.rows_per_file": 3, "engine.batch_size": 3, "preparation.rows_per_block": 3}
+    slowly = {"output.rows_per_file": 2, "engine.batch_size": 2, "preparation.rows_per_block": 2}
     command = [sys.executable, "jobs/caption.py", *sets({**job, **slowly})]
     quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **quiet) as run:
-        while run.poll() is None and not written(tmp_path / "out"):
-            time.sleep(0.01)
-        run.send_signal(signal.SIGKILL)
-    kept = written(tmp_path / "out")
-    assert 0 < rows_in(tmp_path / "out") < ROWS
+    kept: dict[Path, int] = {}
+    for sent, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        with subprocess.Popen(command, cwd=ROOT, env=environment, **quiet) as run:
+            while run.poll() is None and len(written(tmp_path / "out")) <= len(kept):
+                time.sleep(0.01)
+            told = time.monotonic()
+            run.send_signal(sent)
+            assert run.wait(60) == code
+        assert time.monotonic() - told < 60
+        assert written(tmp_path / "out").items() >= kept.items()
+        kept = written(tmp_path / "out")
+        assert 0 < rows_in(tmp_path / "out") < ROWS
+        # Asked to stop, it gives the lock back and tells what it wrote; killed, it leaves both to the next run.
+        assert (tmp_path / "out/_run/lock.json").exists() == (sent == signal.SIGKILL)
 
     summary = run_on_cluster("caption", job)
     after = written(tmp_path / "out")
@@ -97,7 +105,7 @@ def test_a_killed_job_goes_on_where_it_stopped(job: dict[str, Any], tmp_path: Pa
     with pytest.raises(OutputError) as caught:
         run_on_cluster("caption", changed)
     changes = ("generation.max_new_tokens was 12, is 13", "model.dtype was 'float32', is 'bfloat16'")
-    for part in (*changes, "output.overwrite=true deletes them"):
+    for part in (*changes, "--fresh deletes them"):
         assert part in str(caught.value)
     assert written(tmp_path / "out") == after
 
