@@ -29,12 +29,20 @@ _SUCCESSORS = [(a, b) for a, b in pairwise(_LETTERS) if ord(b) - ord(a) == 1]
 
 
 class Question(NamedTuple):
-    """A prompt and the answer that counts as right."""
+    """A prompt and the answer that counts as right.
+
+    `about` is what training may know besides: which words of the prompt name which object.
+    """
 
     task: str
     language: str
     prompt: str
     answer: str
+    about: tuple[tuple[str, Thing], ...] = ()
+
+
+#: Prompt, answer and, where the prompt names objects, `Question.about`.
+_Found = tuple[str, str] | tuple[str, str, tuple[tuple[str, Thing], ...]]
 
 
 def ask(task: str, language: str, things: Sequence[Thing], size: tuple[int, int], rng: random.Random) -> Question | None:
@@ -93,31 +101,32 @@ def _unique_kind(rng: random.Random, language: str, things: Sequence[Thing]) -> 
     return NAMES[language][thing.kind], thing
 
 
-def _colour(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str] | None:
+def _colour(rng: random.Random, language: str, things: Sequence[Thing]) -> _Found | None:
     found = _unique_kind(rng, language, things)
     if found is None:
         return None
-    return _prompt(rng, language, "colour", noun=found[0]), NAMES[language][found[1].colour]
+    return _prompt(rng, language, "colour", noun=found[0]), NAMES[language][found[1].colour], (found,)
 
 
-def _shape(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str] | None:
+def _shape(rng: random.Random, language: str, things: Sequence[Thing]) -> _Found | None:
     single = [things[i] for i in _single([t.colour for t in things]) if things[i].kind != "glyph"]
     if not single:
         return None
     thing = rng.choice(single)
     what = noun(language, "object", colour=thing.colour)
-    return _prompt(rng, language, "shape", noun=what), NAMES[language][thing.kind]
+    return _prompt(rng, language, "shape", noun=what), NAMES[language][thing.kind], ((what, thing),)
 
 
-def _size(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str] | None:
+def _size(rng: random.Random, language: str, things: Sequence[Thing]) -> _Found | None:
     shapes = [t for t in things if t.kind != "glyph"]
     if not shapes:
         return None
     thing = rng.choice(shapes)
-    return _prompt(rng, language, "size", noun=name_thing(language, thing)), NAMES[language][thing.size]
+    what = name_thing(language, thing)
+    return _prompt(rng, language, "size", noun=what), NAMES[language][thing.size], ((what, thing),)
 
 
-def _position(rng: random.Random, language: str, things: Sequence[Thing], size: tuple[int, int]) -> tuple[str, str] | None:
+def _position(rng: random.Random, language: str, things: Sequence[Thing], size: tuple[int, int]) -> _Found | None:
     """Where an object lies from another one, or (a third of the time) from the middle of the image."""
     middle = Thing("", "", "", "", size[0] // 2, size[1] // 2, 0)
     others = [middle] if len(things) == 1 or rng.random() < 1 / 3 else things
@@ -133,8 +142,10 @@ def _position(rng: random.Random, language: str, things: Sequence[Thing], size: 
     a, b, axis = rng.choice(pairs)
     before, after = ("left", "right") if axis == "x" else ("above", "below")
     answer = before if getattr(a, axis) < getattr(b, axis) else after
+    what = name_thing(language, a)
     other = {"en": "image", "zh": "图片"}[language] if b is middle else name_thing(language, b)
-    return _prompt(rng, language, f"position.{axis}", noun=name_thing(language, a), other=other), NAMES[language][answer]
+    prompt = _prompt(rng, language, f"position.{axis}", noun=what, other=other)
+    return prompt, NAMES[language][answer], ((what, a), *(() if b is middle else ((other, b),)))
 
 
 def _yesno(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
@@ -215,7 +226,7 @@ def _page(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[s
     return (_prompt(rng, language, "page"), characters) if characters else None
 
 
-def _tell(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str] | None:
+def _tell(rng: random.Random, language: str, things: Sequence[Thing]) -> _Found | None:
     """An object by its kind, its colour, or both, whatever names it alone."""
     named = [(name_thing(language, thing), thing) for thing in things]
     named += [(NAMES[language][things[i].kind], things[i]) for i in _single([t.kind for t in things]) if things[i].size]
@@ -224,7 +235,7 @@ def _tell(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[s
         if form == "any_character" or sum(t.colour == things[i].colour for t in things) == 1:
             named.append((noun(language, form, colour=things[i].colour), things[i]))
     what, thing = rng.choice(named)
-    return _prompt(rng, language, "tell", noun=what), phrases.tell(language, thing, CELL)
+    return _prompt(rng, language, "tell", noun=what), phrases.tell(language, thing, CELL), ((what, thing),)
 
 
 def _echo(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
@@ -238,7 +249,7 @@ def _pick(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[s
     return _among_options(rng, language, _prompt(rng, language, "echo", word=word), word, others)
 
 
-_Asker = Callable[[random.Random, str, Sequence[Thing]], tuple[str, str] | None]
+_Asker = Callable[[random.Random, str, Sequence[Thing]], _Found | None]
 _ASKERS: dict[str, _Asker] = {
     "caption": _caption,
     "counting": _counting,

@@ -17,7 +17,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from pipeline.training.adapters import train_only
 from pipeline.training.batches import SIGHTS, Packed, Packer, sight_words
 from pipeline.training.data import SceneSource, unseen_scenes
-from pipeline.training.forward import answer_logits, answer_loss, encode_images
+from pipeline.training.forward import answer_loss, encode_images, logits_and_nouns
 from pipeline.training.loop import Losses, Stage, load_stage, run_stage
 from pipeline.training.measure import measure_accuracy
 from pipeline.training.precision import autocast
@@ -80,10 +80,23 @@ class SmallBase(nn.Module):
         self.model = model
         width = model.get_input_embeddings().weight.shape[1]
         self.heads = nn.ModuleDict({name: SightHead(sight_words(packer, name), width) for name in SIGHTS})
+        self.nouns = nn.ModuleDict({name: SightHead(sight_words(packer, name), width) for name in SIGHTS})
 
     def _read(self, visual: Tensor) -> list[Tensor]:
         words = self.model.get_input_embeddings().weight
         return [head(visual, words) for head in self.heads.values()]
+
+    def noun_loss(self, middle: Tensor, packed: Packed) -> Tensor:
+        """Cross entropy of reading, off the words that name an object, all that the picture says of it.
+
+        By the middle of the decoder they should have found it. Questions about two objects (which is left of which?) can
+        only be learned from there on; left to themselves they stay at chance for thousands of steps.
+        """
+        if not len(packed.nouns):
+            return middle.new_zeros((), dtype=torch.float32)
+        words = self.model.get_input_embeddings().weight
+        read = zip(self.nouns.values(), packed.noun_sights.T, strict=True)
+        return torch.stack([nn.functional.cross_entropy(head(middle, words), truth) for head, truth in read]).sum()
 
     def sight_loss(self, visual: Tensor, packed: Packed) -> Tensor:
         """Cross entropy of naming kind, colour and size of what stands at each visual token, and its row and column.
@@ -130,7 +143,11 @@ def train_vision_and_base(settings: TrainSettings, name: Literal["vision", "base
         with autocast(device):
             visual = encode_images(model, packed)
             assert visual is not None
-            found = {"answers": answer_loss(answer_logits(model, packed, visual, None), packed)} if name == "base" else {}
+            found = {}
+            if name == "base":
+                logits, middle = logits_and_nouns(model, packed, visual, None)
+                found["answers"] = answer_loss(logits, packed)
+                found["nouns"] = stage.noun_loss * small.noun_loss(middle, packed)
         found["sight"] = small.sight_loss(visual, packed) * (stage.sight_loss if name == "base" else 1.0)
         found["scale"] = stage.scale_loss * scale_loss(visual, model.get_input_embeddings().weight)
         return found

@@ -59,6 +59,8 @@ class Packed:
     targets: Tensor  # int64 [T]: that token
     weights: Tensor  # float32 [T]: its share in the loss
     question: Tensor  # int64 [T]: the question it belongs to
+    nouns: Tensor  # int64 [N]: flat places in [R*L] of the last token of words that name an object...
+    noun_sights: Tensor  # int64 [N, len(SIGHTS)]: ...and what that object is (see `sight_of`)
     span: Tensor  # int64 [R, 2]: prompt_pos of the row's first question, for the gates
     answer_start: Tensor  # int64 [R]: from here on tokens are fed back one by one, on the decode route
     questions: list[Question]
@@ -125,6 +127,7 @@ class Packer:
         segment = np.full((count, length), -1, np.int64)
         reach = np.zeros((count, length), np.int64)
         slots, index, scored, targets, weights, question = [], [], [], [], [], []
+        nouns, noun_sights = [], []
         questions: list[Question] = []
         for r, (row, (image, _)) in enumerate(zip(built, rows, strict=True)):
             n = len(row.ids)
@@ -140,6 +143,8 @@ class Packer:
                 weights.append(np.full(len(ids), len(ids) ** -0.5, np.float32))
                 question.append(np.full(len(ids), len(questions) + q))
             questions += [asked for asked, _, _ in row.answers]
+            nouns += [r * length + place for place, _ in row.nouns]
+            noun_sights += [sight_of(thing) for _, thing in row.nouns]
         pixels = [patches(e.pixels) for e in examples if e.pixels is not None]
         empty = np.zeros(0, np.int64)
         return Packed(
@@ -156,6 +161,8 @@ class Packer:
             targets=torch.from_numpy(np.concatenate(targets or [empty])),
             weights=torch.from_numpy(np.concatenate(weights or [empty.astype(np.float32)])),
             question=torch.from_numpy(np.concatenate(question or [empty])),
+            nouns=torch.tensor(nouns, dtype=torch.int64),
+            noun_sights=torch.tensor(noun_sights, dtype=torch.int64).reshape(-1, len(SIGHTS)),
             span=torch.tensor([row.span for row in built]),
             answer_start=torch.tensor([row.answer_start for row in built]),
             questions=questions,
@@ -185,6 +192,7 @@ class _Row:
         prefix = len(ids)
         segment, reach = [0] * prefix, [prefix] * prefix
         self.answers: list[tuple[Question, NDArray[np.int64], NDArray[np.int64]]] = []
+        self.nouns: list[tuple[int, Thing]] = []
         self.span = (0, 0)
         self.answer_start = 0
         for number, (asked, sees) in enumerate(zip(example.questions, example.sees_image, strict=True), 1):
@@ -196,6 +204,9 @@ class _Row:
                 first = len(system) if sees else len(ids) - 1
                 self.span = (first, len(ids) + len(prompt))
                 self.answer_start = len(ids) + len(turn)
+            for words, thing in asked.about if sees else ():
+                behind = asked.prompt.index(words) + len(words)
+                self.nouns.append((len(ids) + len(packer.ids(asked.prompt[:behind])) - 1, thing))
             places = len(ids) + len(turn) - 1 + np.arange(len(answer))
             self.answers.append((asked, places, np.array(answer)))
             # The last token of an answer is never fed back.
@@ -224,6 +235,17 @@ SIGHTS: dict[str, tuple[str, ...]] = {
 }
 
 
+def sight_of(thing: Thing) -> list[int]:
+    """Kind, colour, size, row and column of an object, numbered as in SIGHTS."""
+    side = PATCH * MERGE
+    seen = (thing.character or thing.kind, thing.colour, thing.size or "sizeless")
+    return [
+        *(names.index(name) for names, name in zip(SIGHTS.values(), seen, strict=False)),
+        thing.y // side,
+        thing.x // side,
+    ]
+
+
 def sights_of(example: Example) -> NDArray[np.int64]:
     """Kind, colour and size of the object in the 28 x 28 pixels of each visual token of a picture, and the token's place.
 
@@ -235,8 +257,7 @@ def sights_of(example: Example) -> NDArray[np.int64]:
     found = np.zeros((height, width, len(SIGHTS)), np.int64)
     found[:, :, 3:] = np.moveaxis(np.mgrid[0:height, 0:width], 0, -1)
     for thing in example.things:
-        seen = {"kind": thing.character or thing.kind, "colour": thing.colour, "size": thing.size or "sizeless"}
-        found[thing.y // side, thing.x // side, :3] = [SIGHTS[name].index(value) for name, value in seen.items()]
+        found[thing.y // side, thing.x // side] = sight_of(thing)
     return found.reshape(height * width, -1)
 
 

@@ -35,16 +35,27 @@ def answer_logits(
 
     With `routing`, every mixture layer of the model routes by it; rows must then hold one question each.
     """
+    return logits_and_nouns(model, packed, visual, routing)[0]
+
+
+def logits_and_nouns(
+    model: Qwen2VLForConditionalGeneration, packed: Packed, visual: Tensor | None, routing: Routing | None
+) -> tuple[Tensor, Tensor]:
+    """`answer_logits`, and the hidden states [N, hidden] at `packed.nouns` in the middle of the decoder."""
     embeds, plain = input_embeddings(model, packed, visual)
     if routing is not None:
         routing.read(embeds, plain, packed.span, packed.answer_start)
-    hidden = model.model.language_model(
+    found = model.model.language_model(
         inputs_embeds=embeds,
         position_ids=packed.positions,
         attention_mask={"full_attention": packed.attention()},
         use_cache=False,
-    ).last_hidden_state
-    return model.lm_head(hidden.reshape(-1, hidden.shape[-1])[packed.scored])
+        output_hidden_states=True,
+    )
+    hidden, states = found.last_hidden_state, found.hidden_states
+    middle = states[len(states) // 2]
+    logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[packed.scored])
+    return logits, middle.reshape(-1, middle.shape[-1])[packed.nouns]
 
 
 def answer_loss(logits: Tensor, packed: Packed) -> Tensor:

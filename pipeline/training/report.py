@@ -122,7 +122,7 @@ def report(settings: TrainSettings) -> dict[str, Any]:
         "base": measure(load_base(base), packer, few, None, "base without adapter"),
         "swapped": with_experts(Routing(expert_shift=1), few, "experts swapped"),
     }
-    learned = sorted(_asked_in(settings, "lora") - _asked_in(settings, "base"))
+    learned = sorted(_asked_in(settings, "instruct") - _asked_in(settings, "base"))
     summary = summarise(outcomes, learned, settings.adapter.experts)
     summary["questions"] = {"released": len(rows), "comparisons": len(few)}
     summary["seconds"] = round(time.perf_counter() - began)

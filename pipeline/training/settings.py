@@ -32,6 +32,7 @@ class SmallStageSettings(StageSettings):
 
     scale_loss: float = Field(0.3, ge=0, description="weight of holding visual embeddings at the words' scale")
     sight_loss: float = Field(0.2, ge=0, description="weight of naming the object at each visual token")
+    noun_loss: float = Field(0.3, ge=0, description="weight of reading objects off the words that name them")
     vision_rate: float = Field(1.0, gt=0, le=1, description="share of the learning rates that the vision tower gets")
 
 

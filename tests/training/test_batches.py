@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 from pipeline.scenes.draw import draw_scenes
+from pipeline.scenes.phrases import LANGUAGES
 from pipeline.scenes.questions import Question, ask
 from pipeline.scenes.world import sample_scenes
 from pipeline.training.batches import SIGHTS, Example, Packed, Packer, patches, sights_of
@@ -157,3 +158,24 @@ def test_routing_reads_the_span_with_and_without_the_picture(folder: Path, model
     torch.testing.assert_close(routing.h[0, 1], plain[0, start:end].mean(0))
     torch.testing.assert_close(routing.h[0, 0], plain[0, start:end].mean(0) + 1)
     assert routing.decoding[0].nonzero()[0].item() == packed.answer_start.item()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("task", ["colour", "shape", "size", "position", "tell"])
+def test_words_that_name_an_object_end_where_the_packer_says(folder: Path, task: str, language: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    packer = Packer(tokenizer)
+    found = 0
+    for seed in range(12):
+        shown = example(seed, (112, 112))
+        question = ask(task, language, shown.things, (112, 112), random.Random(seed))
+        if question is None:
+            continue
+        packed = row_of(packer, question, shown.pixels)
+        ids = packed.input_ids.flatten().tolist()
+        assert len(packed.nouns) == len(question.about) > 0
+        for place, sight, (words, thing) in zip(packed.nouns, packed.noun_sights, question.about, strict=True):
+            assert tokenizer.decode(ids[: int(place) + 1]).endswith(words)
+            assert sight.tolist() == sights_of(shown)[thing.y // 28 * 4 + thing.x // 28].tolist()
+            found += 1
+    assert found > 4
