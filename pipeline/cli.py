@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from pipeline.config import JobSettings, Settings, load_settings
 from pipeline.errors import JobError, Stopped
+from pipeline.redact import without_secrets
 
 #: Exit code of a job that was pointless from the start: configuration, input, output or checkpoint.
 EXIT_POINTLESS = 2
@@ -52,13 +53,20 @@ def main(
         dest="assignments",
         help="a setting on top, e.g. input.limit=100; the value is read as YAML; may be given several times",
     )
-    if kind is JobSettings:
+    if issubclass(kind, JobSettings):
         parser.add_argument(
             "--fresh",
             action="append_const",
             const="output.overwrite=true",
             dest="assignments",
             help="delete what earlier runs left in output.path first (output.overwrite=true)",
+        )
+        parser.add_argument(
+            "--retry-errors",
+            action="append_const",
+            const="output.retry_errors=true",
+            dest="assignments",
+            help="try error rows again whose error may have passed (output.retry_errors=true)",
         )
     parser.add_argument("--dry-run", action="store_true", help="check and say what would run; load no model")
     parsed = parser.parse_args()
@@ -68,7 +76,7 @@ def main(
     try:
         work(load_settings(kind, parsed.config, parsed.assignments), parsed.dry_run)
     except JobError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {without_secrets(' '.join(str(error).split()))}", file=sys.stderr)
         return EXIT_POINTLESS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

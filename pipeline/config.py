@@ -16,6 +16,7 @@ from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.redact import scrubbed
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -137,6 +138,7 @@ class OutputSettings(Settings):
     commit_seconds: float = Field(
         60.0, gt=0, description="longest time that an answered row waits to be committed; a crash costs no more than this"
     )
+    retry_errors: bool = Field(False, description="try error rows again whose error may have passed: network, memory")
     overwrite: bool = Field(False, description="delete what earlier runs left in output.path first, instead of going on")
 
 
@@ -361,5 +363,5 @@ def _is_union(annotation: Any) -> bool:
 
 
 def as_yaml(settings: Settings) -> str:
-    """The settings as YAML, every default spelled out."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The settings as YAML, every default spelled out and credentials in URLs left out."""
+    return yaml.safe_dump(scrubbed(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True)

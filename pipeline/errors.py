@@ -46,6 +46,9 @@ RowErrorCode = Literal[
     "prompt_positions",
     "prompt_too_long",
     "generation",
+    "out_of_memory",
+    "worker_died",
+    "unexpected",
 ]
 
 
@@ -62,7 +65,19 @@ STAGES: dict[RowErrorCode, Literal["fetch", "decode", "prompt", "generate"]] = {
     "prompt_positions": "prompt",
     "prompt_too_long": "prompt",
     "generation": "generate",
+    "out_of_memory": "generate",
+    "worker_died": "decode",
+    "unexpected": "prompt",
 }
+
+
+#: Errors that may not come again; the others are the row's own and would.
+WORTH_ANOTHER_TRY: frozenset[RowErrorCode] = frozenset({"image_fetch", "out_of_memory", "worker_died"})
+
+
+def worth_another_try(error: str | None) -> bool:
+    """Whether an output row's `error` may not come again."""
+    return error is not None and error.split(":", 1)[0] in WORTH_ANOTHER_TRY
 
 
 class RowError(Exception):

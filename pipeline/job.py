@@ -12,8 +12,8 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +25,11 @@ from rich.console import Console
 from pipeline.config import JobSettings, as_yaml
 from pipeline.errors import ConfigError, InputError, OutputError, Stopped
 from pipeline.io.accuracy import Truth, is_right
-from pipeline.io.commits import OutputLog, done_rows
+from pipeline.io.commits import Commit, OutputLog, done_rows
 from pipeline.io.lease import Lease
 from pipeline.io.manifest import Manifest
 from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
+from pipeline.io.retries import RETRIES, merge_retries
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder, find_parquet_files
 from pipeline.io.write import RESERVED_COLUMNS, Written, output_schema
@@ -60,7 +61,10 @@ SHOWN_ANSWERS = 12
 
 @dataclass(frozen=True)
 class Job:
-    """A job whose settings, input, output and checkpoint have been checked; Ray has not started."""
+    """A job whose settings, input, output and checkpoint have been checked; Ray has not started.
+
+    `growing`: the output may hold answers from other shards than the plan's.
+    """
 
     task: Task
     settings: JobSettings
@@ -68,16 +72,22 @@ class Job:
     truth: Truth | None
     checkpoint: Checkpoint
     manifest: Manifest
+    growing: bool = False
 
 
-def check_job(task: Task, settings: JobSettings) -> Job:
+def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = None) -> Job:
     """Check everything that can be checked without a cluster and without loading the model.
+
+    Args:
+        task: which job.
+        settings: its settings.
+        only: URLs of the shards to take; the output may then hold answers from others, too. None: all.
 
     Raises:
         JobError: the whole job would be pointless; the message says what to do.
     """
     model = settings.model
-    plan = plan_input(settings.input, RESERVED_COLUMNS)
+    plan = plan_input(settings.input, RESERVED_COLUMNS, only)
     truth = Truth.from_settings(settings.evaluate, plan.extras)
     if task == "caption" and plan.columns.messages is None and not (plan.columns.image or plan.columns.images):
         raise ConfigError(
@@ -87,29 +97,32 @@ def check_job(task: Task, settings: JobSettings) -> Job:
     OutputFolder(settings.output.path).check(shard.file for shard in plan.shards)
     checkpoint = open_checkpoint(model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha)
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    if plan.columns.id and plan.rows >= MANY_IDS:
-        print(f"checking that {plan.rows:,} ids are unique", file=sys.stderr, flush=True)
-    check_ids_unique(plan)
-    job = Job(task, settings, plan, truth, checkpoint, Manifest.of(task, settings, checkpoint_files(checkpoint), plan))
-    if not settings.output.overwrite:
-        check_may_go_on(job, OutputFolder(settings.output.path))
+    manifest = Manifest.of(task, settings, checkpoint_files(checkpoint), plan)
+    job = Job(task, settings, plan, truth, checkpoint, manifest, growing=only is not None)
+    # A run that goes on has asked before, of the same shards.
+    goes_on = not settings.output.overwrite and check_may_go_on(job, OutputFolder(settings.output.path))
+    if not goes_on or job.growing:
+        if plan.columns.id and plan.rows >= MANY_IDS:
+            print(f"checking that {plan.rows:,} ids are unique", file=sys.stderr, flush=True)
+        check_ids_unique(plan)
     return job
 
 
-def check_may_go_on(job: Job, folder: OutputFolder) -> None:
-    """Make sure that what lies in the output, if anything, is the beginning of this very job.
+def check_may_go_on(job: Job, folder: OutputFolder) -> bool:
+    """Make sure that what lies in the output, if anything, is the beginning of this very job; whether there is one.
 
     Raises:
         OutputError: results of a job that differed, or of nobody knows whom.
     """
     before = Manifest.load(folder)
     if before is not None:
-        job.manifest.check_same(before, folder.url)
+        job.manifest.check_same(before, folder.url, growing=job.growing)
     elif results := folder.results():
         raise OutputError(
             f"output.path: {folder.url} already holds {len(results)} Parquet files that no run of this program began; "
             "choose another folder, or --fresh to replace them"
         )
+    return before is not None
 
 
 def describe(job: Job) -> str:
@@ -169,10 +182,11 @@ def run_job(job: Job) -> Summary:
         if settings.output.overwrite:
             folder.clear()
         check_may_go_on(job, folder)  # again, now that nobody else can write here
-        job.manifest.save(folder)
+        job.manifest.save(folder, growing=job.growing)
         folder.write("_run/config.yaml", as_yaml(settings).encode())
         log = OutputLog(folder, run)
         rounds = _Rounds(job, folder, run)
+        merge_retries(folder, run, job.truth)  # an earlier run may have ended before it could
         commits = log.commits()
         missing = missing_rows(plan, done_rows(commits))
         while missing:
@@ -189,6 +203,8 @@ def run_job(job: Job) -> Summary:
                     f"input.path: {plan.rows:,} rows were counted at the start, but {plan.rows - left:,} were answered: a "
                     f"shard changed while the job ran; {folder.url} is incomplete, run the job again"
                 )
+        if settings.output.retry_errors:
+            commits = rounds.retry(retryable_rows(plan, commits))
     written = sum((commit.written for commit in commits), Written())
     summary = Summary(folder.url, written, rounds.answered, time.monotonic() - started, rounds.seconds, rounds.engines)
     folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
@@ -209,6 +225,16 @@ def missing_rows(plan: InputPlan, done: Mapping[str, RowSet]) -> dict[str, RowSe
         if missing:
             found[shard.file.url] = missing
     return found
+
+
+def retryable_rows(plan: InputPlan, commits: Iterable[Commit]) -> dict[str, RowSet]:
+    """Rows of the plan that are done, with an error that is worth another try, by shard."""
+    found: dict[str, RowSet] = defaultdict(RowSet.empty)
+    for commit in commits:
+        for shard, rows in commit.retry.items():
+            found[shard] |= rows
+    planned = {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}
+    return {shard: own for shard, rows in found.items() if shard in planned and (own := rows & planned[shard])}
 
 
 def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
@@ -290,7 +316,22 @@ class _Rounds:
         self.seconds = 0.0
         self.engines: Counter[str] = Counter()
 
-    def run(self, missing: dict[str, RowSet]) -> None:
+    def retry(self, rows: dict[str, RowSet]) -> list[Commit]:
+        """Answer rows again and put the outcomes in the place of their errors; all commits after that."""
+        again = OutputLog(self._folder, self._run, RETRIES)
+        left = rows
+        while left:
+            before = sum(map(len, left.values()))
+            print(f"trying {before:,} error rows again", file=sys.stderr, flush=True)
+            self.run(left, RETRIES)
+            done = done_rows(again.commits())
+            left = {s: own for s, all_ in rows.items() if (own := all_ - done.get(s, RowSet.empty()))}
+            if sum(map(len, left.values())) >= before:
+                break  # the input changed; the rows keep their errors
+        merge_retries(self._folder, self._run, self._job.truth)
+        return OutputLog(self._folder, self._run).commits()
+
+    def run(self, missing: dict[str, RowSet], at: str = "") -> None:
         """Answer and commit the missing rows, as far as nothing dies."""
         import ray
 
@@ -301,7 +342,7 @@ class _Rounds:
             available = ray.cluster_resources()
             resources = share_cluster(settings, available.get("CPU", 1.0), available.get("GPU", 0.0))
             begun = time.monotonic()
-            answered, engines = _run_stages(self._job, resources, self._folder, self._run, missing)
+            answered, engines = _run_stages(self._job, resources, self._folder, self._run, missing, at)
             self.seconds += time.monotonic() - begun
         finally:
             if started_here:
@@ -316,6 +357,7 @@ def _run_stages(
     folder: OutputFolder,
     run: str,
     missing: dict[str, RowSet],
+    at: str,
 ) -> tuple[Counter[str], Counter[str]]:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -324,6 +366,7 @@ def _run_stages(
     from pipeline.actors.monitor import Monitor
     from pipeline.actors.prepare import Preparer
     from pipeline.actors.replica import Replica
+    from pipeline.actors.witness import Witness
     from pipeline.engine import EngineOptions, Sizes
     from pipeline.io.read import ParquetShards
 
@@ -337,6 +380,7 @@ def _run_stages(
 
     # The display is not worth a job: should its node go away, counting starts anew.
     monitor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).remote()
+    witness = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Witness).remote()
     # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
     sizes = Sizes.of(EngineOptions(**settings.engine.model_dump()), resources.device)
     in_flight = -(-(sizes.waiting + sizes.batch_size) // rows_per_block) + 1
@@ -346,14 +390,14 @@ def _run_stages(
         run,
         output_schema(settings.output, plan.extras_schema),
         job.truth,
-        CommitSettings(settings.output.rows_per_file, settings.output.commit_seconds),
+        CommitSettings(settings.output.rows_per_file, settings.output.commit_seconds, at),
         settings.errors,
     )
     dataset = (
         ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces))
         .map_batches(
             Preparer,
-            fn_constructor_args=(settings, plan.columns, job.task == "caption"),
+            fn_constructor_args=(settings, plan.columns, job.task == "caption", witness),
             batch_size=rows_per_block,
             batch_format="pyarrow",
             num_cpus=resources.prepare_cpus,

@@ -10,6 +10,7 @@ import yaml
 
 from pipeline.config import ConvertSettings, JobSettings, Settings, as_yaml, load_settings
 from pipeline.errors import ConfigError
+from pipeline.nightly import NightlySettings
 from pipeline.scenes.dataset import ScenesSettings
 from pipeline.training.settings import TrainSettings
 
@@ -178,6 +179,7 @@ PATHS = ["input.path=in", "output.path=out"]
         ("demo-photographs.yaml", JobSettings, []),
         ("caption.yaml", JobSettings, PATHS),
         ("vqa.yaml", JobSettings, PATHS),
+        ("nightly.yaml", NightlySettings, PATHS),
         ("awaker2.5-vl.yaml", JobSettings, PATHS),
         ("scenes.yaml", ScenesSettings, []),
         ("train-small.yaml", TrainSettings, []),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import ErrorSettings
-from pipeline.errors import JobError, OutputError, TooManyErrorsError
+from pipeline.errors import JobError, OutputError, TooManyErrorsError, worth_another_try
 from pipeline.io.accuracy import Truth
 from pipeline.io.commits import OutputLog, done_rows
 from pipeline.io.lease import LeaseLostError, check_lock
@@ -28,16 +28,19 @@ class CommitSettings:
     Attributes:
         rows: rows of a file.
         seconds: how long an answered row waits.
+        at: folder within the output; empty: results.
     """
 
     rows: int
     seconds: float
+    at: str = ""
 
 
 @dataclass
 class _Gathered:
     tables: list[pa.Table] = field(default_factory=list)
     rows: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
+    retry: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
     count: int = 0
     since: float = 0.0
 
@@ -67,7 +70,7 @@ class Committer:
         errors: ErrorSettings,
     ) -> None:
         self._folder, self._run, self._schema, self._truth, self._settings = folder, run, schema, truth, settings
-        self._log = OutputLog(folder, run)
+        self._log = OutputLog(folder, run, settings.at)
         # Read here, not handed over: started again, it must know what it committed before it died.
         self._taken: dict[str, RowSet] = defaultdict(RowSet.empty, done_rows(self._log.commits()))
         self._gathered = _Gathered()
@@ -108,6 +111,7 @@ class Committer:
         shards = np.array(table[SHARD].to_pylist(), object)
         numbers = table[ROW].to_numpy()
         fresh = np.ones(len(table), bool)
+        passing = np.array([worth_another_try(error) for error in table["error"].to_pylist()], bool)
         for shard in dict.fromkeys(shards):
             of_shard = np.flatnonzero(shards == shard)
             own = numbers[of_shard]
@@ -117,6 +121,8 @@ class Committer:
             rows = RowSet.of_rows(own[fresh[of_shard]])
             self._taken[shard] |= rows
             self._gathered.rows[shard] |= rows
+            if passing[of_shard].any():
+                self._gathered.retry[shard] |= RowSet.of_rows(own[fresh[of_shard] & passing[of_shard]])
         new = int(fresh.sum())
         if new:
             if not self._gathered.count:
@@ -154,8 +160,8 @@ class Committer:
         except LeaseLostError as error:
             self._failure = error
             raise
-        rows = {shard: own for shard, own in gathered.rows.items() if own}
-        self._log.commit(pa.concat_tables(gathered.tables).combine_chunks(), rows, self._truth)
+        rows, retry = ({s: own for s, own in sets.items() if own} for sets in (gathered.rows, gathered.retry))
+        self._log.commit(pa.concat_tables(gathered.tables).combine_chunks(), rows, self._truth, retry)
         self._gathered = _Gathered()
 
     def _commit_in_time(self) -> None:

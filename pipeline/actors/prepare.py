@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import pyarrow as pa
 from PIL import Image
 
 from pipeline.actors.conversation import from_messages, from_prompt, named_images
 from pipeline.actors.images import decode_image
+from pipeline.actors.witness import TRIES
 from pipeline.config import JobSettings
 from pipeline.errors import RowError, RowErrorCode
 from pipeline.io.fetch import Fetcher, shown
 from pipeline.io.plan import Columns
 from pipeline.model.prompt import PromptProcessor
+from pipeline.redact import without_secrets
 from pipeline.rows import (
     ID,
     IMAGES,
     MESSAGES,
     PROMPT,
     REFERENCES,
+    ROW,
+    SHARD,
     PreparedRow,
     carried,
     prepared_table,
     with_own_columns,
 )
+
+logger = logging.getLogger(__name__)
 
 #: A table of prepared rows is passed on once its pixels take this much, however few its rows.
 TABLE_BYTES = 64 << 20
@@ -39,9 +47,10 @@ class Preparer:
         settings: the job's settings.
         columns: the input columns in use.
         require_images: a row without an image is an error.
+        witness: the `Witness` actor's handle; None where nothing but this process would notice its death.
     """
 
-    def __init__(self, settings: JobSettings, columns: Columns, require_images: bool) -> None:
+    def __init__(self, settings: JobSettings, columns: Columns, require_images: bool, witness: Any = None) -> None:
         import torch
 
         # Several of these share a machine; torch's own threads would only get in each other's way.
@@ -58,6 +67,7 @@ class Preparer:
         self._images_field = f"column {shown!r}" if shown else self._asked_field
         self._missing_image_is_error = settings.input.missing_image == "error"
         self._require_images = require_images
+        self._witness = witness
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Yield tables of `PREPARED_SCHEMA` plus the extra columns: each input row once, in order."""
@@ -67,13 +77,37 @@ class Preparer:
         # All of a block's images are on their way while its first rows are decoded; equal references are fetched once.
         self._fetched = {name: self._fetcher.submit(name) for name in _named(table)}
         columns = [table[name] for name in (ID, IMAGES, REFERENCES, PROMPT, MESSAGES)]
-        for index in range(len(table)):
-            row = self._prepare(*(column[index] for column in columns))
-            ready.append(row)
-            size += row.pixel_bytes
-            if size >= TABLE_BYTES or index == len(table) - 1:
-                yield with_own_columns(extras.slice(start, len(ready)), prepared_table(ready))
-                start, ready, size = index + 1, [], 0
+        with self._watched(table) as watch:
+            for index in range(len(table)):
+                died = watch(index)
+                own = [column[index] for column in columns]
+                row = PreparedRow(own[0].as_py(), None, str(died)) if died else self._prepare(*own)
+                ready.append(row)
+                size += row.pixel_bytes
+                if size >= TABLE_BYTES or index == len(table) - 1:
+                    yield with_own_columns(extras.slice(start, len(ready)), prepared_table(ready))
+                    start, ready, size = index + 1, [], 0
+
+    @contextlib.contextmanager
+    def _watched(self, table: pa.Table) -> Iterator[Callable[[int], RowError | None]]:
+        """Tell the witness of a block; what this yields is to be asked before each row whether it is to be given up."""
+        if self._witness is None or not len(table):
+            yield lambda index: None
+            return
+        import ray
+
+        places = list(zip(table[SHARD].to_pylist(), table[ROW].to_pylist(), strict=True))
+        careful, given_up = ray.get(self._witness.begin.remote(places[0]))
+
+        def watch(index: int) -> RowError | None:
+            if places[index] in given_up:
+                return RowError("worker_died", f"the process that prepared this row died, {TRIES} times")
+            if careful:
+                ray.get(self._witness.hand.remote(places[0], places[index]))
+            return None
+
+        yield watch
+        self._witness.end.remote(places[0])
 
     def _prepare(
         self, id_: pa.Scalar, images: pa.Scalar, references: pa.Scalar, prompt: pa.Scalar, messages: pa.Scalar
@@ -95,6 +129,10 @@ class Preparer:
             return PreparedRow(row_id, asked, None, prepared.input_ids, prepared.span, prepared.images)
         except RowError as error:
             return PreparedRow(row_id, asked, str(error))
+        except Exception as error:  # an exception here would end the job, for the sake of one row
+            logger.exception("row %s cannot be prepared", row_id)
+            cause = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
+            return PreparedRow(row_id, asked, str(RowError("unexpected", cause)))
 
     def _decode(self, data: bytes, field: str) -> Image.Image:
         return decode_image(data, field, self._image_settings)

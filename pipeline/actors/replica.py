@@ -13,8 +13,8 @@ import pyarrow as pa
 import torch
 
 from pipeline.config import JobSettings
-from pipeline.engine import Answer, Engine, EngineOptions, GenerationError, Request, Sampling
-from pipeline.errors import RowError
+from pipeline.engine import Answer, Engine, EngineOptions, GenerationError, OutOfMemoryError, Request, Sampling
+from pipeline.errors import RowError, RowErrorCode
 from pipeline.io.write import output_schema
 from pipeline.model.awaker import load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
@@ -76,7 +76,7 @@ class Replica:
             if isinstance(result, BaseException) and not isinstance(result, GenerationError):
                 raise result  # the engine's failure, not the row's: it ends the job
         errors = [
-            str(RowError("generation", str(result))) if isinstance(result, GenerationError) else result
+            str(RowError(_code_of(result), str(result))) if isinstance(result, GenerationError) else result
             for result in results
         ]
         await self._report(rows, errors)
@@ -124,6 +124,10 @@ class Replica:
                 columns[f"{phase}_gate"] = column(lambda a, p=phase: _top_values(getattr(a, f"{p}_gates")))
         own = {name: pa.array(values, self._schema.field(name).type) for name, values in columns.items()}
         return pa.table({**own, **{name: extras[name] for name in extras.column_names}}, schema=self._schema)
+
+
+def _code_of(error: GenerationError) -> RowErrorCode:
+    return "out_of_memory" if isinstance(error, OutOfMemoryError) else "generation"
 
 
 def _top_experts(gates: np.ndarray | None) -> np.ndarray | None:

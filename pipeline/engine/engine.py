@@ -21,7 +21,7 @@ from pipeline.engine.grouping import AgreementReport, choose
 from pipeline.engine.options import EngineOptions, Sizes
 from pipeline.engine.runner import Launched, Part, Runner, Running
 from pipeline.engine.sampling import NOT_FINITE
-from pipeline.engine.types import Answer, GenerationError, Request
+from pipeline.engine.types import Answer, GenerationError, OutOfMemoryError, Request
 from pipeline.model.attention import token_bytes
 from pipeline.model.awaker import Model
 
@@ -327,8 +327,8 @@ class Engine:
                 # The rest of the prompt comes with the next step.
                 halves = [[replace(first, tokens=first.tokens // 2)]]
             else:
-                cause = f"{type(error).__name__}: {error}"
-                fail(first, error if isinstance(error, GenerationError) else GenerationError(cause))
+                kind = OutOfMemoryError if short else GenerationError
+                fail(first, error if isinstance(error, GenerationError) else kind(f"{type(error).__name__}: {error}"))
                 return
             logger.warning("a step for %d requests failed (%s); running its halves", len(items), error)
             for part in halves:

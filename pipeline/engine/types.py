@@ -16,6 +16,10 @@ class GenerationError(Exception):
     """A request could not be answered; the message says why."""
 
 
+class OutOfMemoryError(GenerationError):
+    """Memory did not suffice for a request, even alone; on another device, or beside others, it may."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to answer.

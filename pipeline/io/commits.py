@@ -12,7 +12,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,22 +42,30 @@ class Commit:
         file: its name.
         rows: rows by the shard's URL.
         written: what was counted in it.
+        retry: those of its rows whose error is worth another try.
+        revision: how often the file was replaced by one of the same rows.
     """
 
     file: str
     rows: Mapping[str, RowSet]
     written: Written
+    retry: Mapping[str, RowSet] = field(default_factory=dict)
+    revision: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        rows = {shard: own.edges.tolist() for shard, own in self.rows.items()}
-        return {"file": self.file, "rows": rows, "written": self.written.as_dict()}
+        rows, retry = ({s: own.edges.tolist() for s, own in sets.items()} for sets in (self.rows, self.retry))
+        told = {"file": self.file, "rows": rows, "written": self.written.as_dict()}
+        return told | ({"retry": retry} if retry else {}) | ({"revision": self.revision} if self.revision else {})
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> Commit:
         """What `as_dict` gave."""
-        rows = {shard: RowSet(np.array(edges, np.int64)) for shard, edges in told["rows"].items()}
-        return cls(told["file"], rows, Written.from_dict(told["written"]))
+        rows, retry = (
+            {shard: RowSet(np.array(edges, np.int64)) for shard, edges in sets.items()}
+            for sets in (told["rows"], told.get("retry", {}))
+        )
+        return cls(told["file"], rows, Written.from_dict(told["written"]), retry, told.get("revision", 0))
 
 
 class OutputLog:
@@ -66,13 +74,14 @@ class OutputLog:
     Args:
         folder: the output.
         run: the name of this run; no other run of the folder has it.
+        at: folder within it where the files lie (see `pipeline.io.retries`); empty: results.
     """
 
-    def __init__(self, folder: OutputFolder, run: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: OutputFolder, run: str, at: str = "") -> None:
+        self._folder, self._at = folder, at
         # A writer that is started again within its run must not reuse names.
         self._name = f"{run}-{secrets.token_hex(2)}"
-        self._made = 0
+        self._made = self._indexed = 0
         self._unindexed: list[Commit] = []
 
     def commits(self) -> list[Commit]:
@@ -81,19 +90,21 @@ class OutputLog:
         Raises:
             OutputError: the folder holds Parquet files of somebody else, or two files that hold the same row.
         """
-        files = {path.rsplit("/", 1)[-1] for path in self._folder.results()}
+        files = {path.rsplit("/", 1)[-1] for path in self._folder.results(self._at)}
         known: dict[str, Commit] = {}
         with ThreadPoolExecutor(READING_THREADS) as pool:
-            for told in pool.map(self._folder.read, self._folder.names("_run/index")):
-                for one in json.loads(told):
-                    if one["file"] in files:
-                        known[one["file"]] = Commit.from_dict(one)
+            index = [] if self._at else self._folder.names("_run/index")
+            for told in pool.map(self._folder.read, index):
+                for commit in map(Commit.from_dict, json.loads(told)):
+                    latest = known.get(commit.file)
+                    if commit.file in files and (latest is None or latest.revision < commit.revision):
+                        known[commit.file] = commit
             for commit in pool.map(self._read_footer, sorted(files - known.keys())):
                 known[commit.file] = commit
         return [known[file] for file in sorted(known)]
 
     def _read_footer(self, file: str) -> Commit:
-        with open_parquet(f"{self._folder.url}/{file}") as parquet:
+        with open_parquet(f"{self._folder.url}/{self._at}{file}") as parquet:
             told = (parquet.schema_arrow.metadata or {}).get(FOOTER_KEY)
         if told is None:
             raise OutputError(
@@ -101,25 +112,37 @@ class OutputLog:
             )
         return Commit.from_dict({"file": file, **json.loads(told)})
 
-    def commit(self, table: pa.Table, rows: Mapping[str, RowSet], truth: Truth | None) -> Commit:
+    def commit(
+        self, table: pa.Table, rows: Mapping[str, RowSet], truth: Truth | None, retry: Mapping[str, RowSet] | None = None
+    ) -> Commit:
         """Write rows as one file: from then on they are done."""
-        commit = Commit(f"part-{self._name}-{self._made:05d}.parquet", rows, Written.count(table, truth))
+        commit = Commit(f"part-{self._name}-{self._made:05d}.parquet", rows, Written.count(table, truth), retry or {})
+        self._write(commit, table)
+        self._made += 1
+        return commit
+
+    def replace(self, commit: Commit, table: pa.Table, truth: Truth | None, retry: Mapping[str, RowSet]) -> None:
+        """Put another file of the same rows in the place of one."""
+        written = Written.count(table, truth)
+        self._write(Commit(commit.file, commit.rows, written, retry, commit.revision + 1), table)
+
+    def _write(self, commit: Commit, table: pa.Table) -> None:
         told = {key: value for key, value in commit.as_dict().items() if key != "file"}
         metadata = {**(table.schema.metadata or {}), FOOTER_KEY: json.dumps(told).encode()}
         buffer = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
-        self._folder.write(commit.file, buffer.getvalue().to_pybytes())
-        self._made += 1
-        self._unindexed.append(commit)
+        self._folder.write(f"{self._at}{commit.file}", buffer.getvalue().to_pybytes())
+        if not self._at:
+            self._unindexed.append(commit)
         if len(self._unindexed) >= FILES_PER_INDEX:
             self.index()
-        return commit
 
     def index(self) -> None:
         """Tell the commits since the last time in one object of the index."""
         if self._unindexed:
             told = json.dumps([commit.as_dict() for commit in self._unindexed]).encode()
-            self._folder.write(f"_run/index/{self._name}-{self._made:05d}.json", told)
+            self._folder.write(f"_run/index/{self._name}-{self._indexed:05d}.json", told)
+            self._indexed += 1
             self._unindexed = []
 
 

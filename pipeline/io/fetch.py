@@ -188,11 +188,8 @@ class Fetcher:
             if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in _NO_SUCH_FILE:
                 raise RowError("image_missing", f"{shown(arguments[-1])} does not exist") from error
             raise _PassingError(f"{type(error).__name__}: {without_secrets(' '.join(str(error).split()))}") from error
-        return self._bounded(content, arguments[-1])
-
-    def _bounded(self, content: bytes, reference: str) -> bytes:
         if len(content) > self._max_bytes:
-            raise _too_large(reference, self._max_bytes)
+            raise _too_large(arguments[-1], self._max_bytes)
         return content
 
     async def _from_root(self, path: str) -> bytes:
@@ -284,7 +281,8 @@ class Fetcher:
         content = bytearray()
         async for chunk in response.content.iter_chunked(_CHUNK):
             content += chunk
-            self._bounded(content, url)
+            if len(content) > self._max_bytes:
+                raise _too_large(url, self._max_bytes)
         return bytes(content)
 
 

@@ -51,9 +51,11 @@ class Manifest:
         model = {path.name: _digest(path) for path in model_files}
         return cls(task, _deciding(settings), model, shards, _code_version())
 
-    def save(self, folder: OutputFolder) -> None:
-        """Write it into the output."""
-        folder.write(MANIFEST, json.dumps(vars(self), indent=1).encode())
+    def save(self, folder: OutputFolder, *, growing: bool = False) -> None:
+        """Write it into the output; where that is `growing`, with the shards of the runs before."""
+        before = self.load(folder) if growing else None
+        shards = {**(before.shards if before else {}), **self.shards}
+        folder.write(MANIFEST, json.dumps({**vars(self), "shards": shards}, indent=1).encode())
 
     @classmethod
     def load(cls, folder: OutputFolder) -> Manifest | None:
@@ -65,8 +67,13 @@ class Manifest:
         told["shards"] = {name: tuple(facts) for name, facts in told["shards"].items()}
         return cls(**told)
 
-    def check_same(self, before: Manifest, where: str) -> None:
+    def check_same(self, before: Manifest, where: str, *, growing: bool = False) -> None:
         """Make sure that an earlier run may go on as this one.
+
+        Args:
+            before: that run's manifest.
+            where: the output, for the message.
+            growing: each may have shards that the other has not.
 
         Raises:
             OutputError: a list of what changed.
@@ -74,7 +81,9 @@ class Manifest:
         changes = [f"task: {before.task}, now {self.task}"] if before.task != self.task else []
         changes += _changes(before.settings, self.settings)
         changes += [f"model file {line}" for line in _changes(before.model, self.model)]
-        changes += [f"input shard {line}" for line in _changes(before.shards, self.shards)]
+        compared = (before.shards.keys() & self.shards.keys()) if growing else (before.shards.keys() | self.shards.keys())
+        had, have = ({url: own[url] for url in sorted(compared) if url in own} for own in (before.shards, self.shards))
+        changes += [f"input shard {line}" for line in _changes(had, have)]
         if changes:
             more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
             raise OutputError(

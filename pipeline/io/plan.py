@@ -96,18 +96,19 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
         yield parquet
 
 
-def plan_input(settings: InputSettings, reserved: frozenset[str]) -> InputPlan:
+def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozenset[str] | None = None) -> InputPlan:
     """List the shards, read their footers and settle which column is what.
 
     Args:
         settings: the `input` settings.
         reserved: names of the output's own columns; extra input columns of such a name become `input_<name>`.
+        only: URLs of the shards to take; None: all.
 
     Raises:
         InputError: nothing to read, an unreadable file, or columns that do not fit.
         ConfigError: settings that contradict each other.
     """
-    files = find_parquet_files(settings.path)
+    files = [file for file in find_parquet_files(settings.path) if only is None or file.url in only]
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         footers = list(pool.map(_read_footer, files))
     schema = _unified_schema([(file, footer[1]) for file, footer in zip(files, footers, strict=True)])

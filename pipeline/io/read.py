@@ -42,13 +42,13 @@ def pieces(shard: Shard, missing: RowSet) -> Iterator[Piece]:
     groups: list[int] = []
     begin = at = 0
     for index, rows in enumerate(shard.row_groups):
-        wanted = missing & RowSet.range(at, at + rows)
+        wanted = missing.clip(at, at + rows)
         if wanted and not groups:
             begin = at
         if wanted:
             groups.append(index)
         at += rows
-        own = missing & RowSet.range(begin, at)
+        own = missing.clip(begin, at)
         if groups and (not wanted or len(own) >= ROWS_PER_TASK or index == len(shard.row_groups) - 1):
             yield Piece(shard, tuple(groups), begin, own)
             groups = []

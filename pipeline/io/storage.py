@@ -175,12 +175,13 @@ class OutputFolder:
         except Exception as error:  # every fsspec backend has error types of its own
             raise OutputError(f"output.path: cannot write to {self.url} ({type(error).__name__}: {error})") from error
 
-    def results(self) -> list[str]:
-        """Paths of the Parquet files that lie directly in the folder; none where there is no folder."""
+    def results(self, at: str = "") -> list[str]:
+        """Paths of the Parquet files that lie directly in the folder, or `at` a folder in it; none where there is none."""
         self._filesystem.invalidate_cache()
-        if not self._filesystem.isdir(self._root):
+        where = f"{self._root}/{at}".rstrip("/")
+        if not self._filesystem.isdir(where):
             return []
-        listing = self._filesystem.ls(self._root, detail=False)
+        listing = self._filesystem.ls(where, detail=False)
         return sorted(name for name in listing if name.endswith(PARQUET_SUFFIXES))
 
     def write(self, name: str, data: bytes) -> None:
@@ -205,6 +206,19 @@ class OutputFolder:
         if not self._filesystem.isdir(where):
             return []
         return sorted(f"{folder}/{path.rsplit('/', 1)[-1]}" for path in self._filesystem.ls(where, detail=False))
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this one, sorted; none where there is no folder."""
+        self._filesystem.invalidate_cache()
+        if not self._filesystem.isdir(self._root):
+            return []
+        listing = self._filesystem.ls(self._root, detail=True)
+        return sorted(one["name"].rstrip("/").rsplit("/", 1)[-1] for one in listing if one["type"] == "directory")
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        found: bool = self._filesystem.exists(f"{self._root}/{name}")
+        return found
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""

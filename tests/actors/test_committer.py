@@ -14,6 +14,7 @@ from pipeline.config import ErrorSettings, OutputSettings
 from pipeline.errors import OutputError, TooManyErrorsError
 from pipeline.io.commits import FILES_PER_INDEX, OutputLog, done_rows
 from pipeline.io.lease import LeaseLostError
+from pipeline.io.retries import RETRIES, merge_retries
 from pipeline.io.storage import OutputFolder
 from pipeline.io.write import output_schema
 from pipeline.rows import ROW, SHARD
@@ -141,3 +142,42 @@ def test_few_rows_or_a_limit_of_one_end_nothing(folder: OutputFolder) -> None:
         writer = committer(folder, errors=errors)
         writer.take(block(str(errors.after_rows), *range(9), error="image_decode: broken"))
         writer.finish()
+
+
+def retry(folder: OutputFolder, *blocks: pa.Table) -> None:
+    """What a run with `--retry-errors` leaves, up to the moment of putting it in place."""
+    again = Committer(folder, "mine", SCHEMA, None, CommitSettings(100, 60.0, RETRIES), ErrorSettings())
+    for table in blocks:
+        again.take(table)
+    again.finish()
+
+
+def test_outcomes_of_second_tries_take_the_place_of_the_errors_they_replace(folder: OutputFolder) -> None:
+    writer = committer(folder, rows=4)
+    writer.take(block("a", 0, 1))
+    writer.take(block("a", 2, 3, error="image_fetch: 'http://h/a': HTTP 503, tried 4 times"))
+    writer.take(block("b", 0, error="image_decode: column 'image' is no readable image"))
+    writer.take(block("b", 1, error="out_of_memory: 80 GB"))
+    writer.finish()
+    commits = OutputLog(folder, "mine").commits()
+    assert [{s: r.intervals for s, r in commit.retry.items()} for commit in commits] == [{"a": [(2, 4)]}, {"b": [(1, 2)]}]
+
+    retry(folder, block("a", 2), block("a", 3, error="image_fetch: again"), block("b", 1))
+    assert len(ids(folder)) == 6  # they are not in place yet, and no reader sees them
+    untouched = Path(folder.url) / "_run/retries"
+    kept = {path.name: path.read_bytes() for path in untouched.glob("*.parquet")}
+    for _ in range(2):  # the second time as after a crash that came before the outcomes were removed
+        for name, content in kept.items():
+            (untouched / name).write_bytes(content)
+        assert merge_retries(folder, "mine", None) == 3
+        assert sorted(ids(folder)) == ["a#0", "a#1", "a#2", "a#3", "b#0", "b#1"]
+        rows = {r["id"]: r["error"] for path in folder.results() for r in pq.read_table(path).to_pylist()}
+        assert {id_: error for id_, error in rows.items() if error} == {
+            "a#3": "image_fetch: again",
+            "b#0": "image_decode: column 'image' is no readable image",
+        }
+        assert merge_retries(folder, "mine", None) == 0
+        after = OutputLog(folder, "mine").commits()
+        assert [{s: r.intervals for s, r in commit.retry.items()} for commit in after] == [{"a": [(3, 4)]}, {}]
+        assert sum(commit.written.errors.total() for commit in after) == 2
+        assert done_rows(after) == done_rows(commits)

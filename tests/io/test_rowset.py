@@ -30,3 +30,10 @@ def test_intervals_may_touch_and_overlap(intervals: list[tuple[int, int]]) -> No
     found = RowSet.of_intervals(intervals)
     assert list(found) == sorted({row for first, behind in intervals for row in range(first, behind)})
     assert all(b < c for (_, b), (c, _) in zip(found.intervals, found.intervals[1:], strict=False))
+
+
+@given(ROWS, st.integers(-2, 33), st.integers(-2, 33))
+def test_clipping_is_intersecting_with_a_range(rows: set[int], first: int, behind: int) -> None:
+    assert RowSet.of_rows(sorted(rows)).clip(first, behind) == RowSet.of_rows(
+        sorted(row for row in rows if first <= row < behind)
+    )
