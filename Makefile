@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup demo test lint bench train clean
+.PHONY: setup demo test lint bench chaos train clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PYTHON) -m benchmarks
+
+chaos: $(STAMP)
+	CHAOS_ROUNDS=50 $(PYTHON) -m pytest -s --timeout 7200 tests/chaos
 
 # Hours on two cores; goes on where it stopped.
 train: $(STAMP)

@@ -18,6 +18,7 @@ NAMES = (
     "folding",
     "strategies",
     "grouping",
+    "planning",
     "memory",
     "conversion",
 )

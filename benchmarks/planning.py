@@ -1,0 +1,116 @@
+"""What does it cost to plan the rest of a job of 100 million rows in 20,000 shards, 90% of them done?
+
+The shards are real Parquet files of 5,000 rows in five row groups (of one column: the plan looks at footers alone). The
+done rows stand in the index of the output, one file in a hundred in its footer only, as a killed run leaves them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.harness import ROOT, mebibytes, peak_memory, save
+from pipeline.config import InputSettings, OutputSettings
+from pipeline.io.commits import OutputLog, done_rows
+from pipeline.io.plan import plan_input
+from pipeline.io.rowset import RowSet
+from pipeline.io.storage import OutputFolder
+from pipeline.io.write import RESERVED_COLUMNS, output_schema
+
+SHARDS, ROWS_PER_SHARD, GROUPS = 20_000, 5_000, 5
+ROWS_PER_FILE = 10_000
+DONE = 0.9
+#: Of the output files, one in so many is not in the index.
+UNINDEXED = 100
+
+
+def generate(folder: Path, shards: int) -> None:
+    """Write an input of `shards` shards and an output in which `DONE` of its rows are done."""
+    table = pa.table({"prompt": ["?"] * ROWS_PER_SHARD})
+    pq.write_table(table, folder / "shard.parquet", row_group_size=ROWS_PER_SHARD // GROUPS)
+    content = (folder / "shard.parquet").read_bytes()
+    (folder / "in").mkdir()
+    names = [folder / "in" / f"{number:05d}.parquet" for number in range(shards)]
+    for name in names:
+        name.write_bytes(content)
+
+    output = OutputFolder(str(folder / "out"))
+    output.make()
+    log = OutputLog(output, "20261122T000000-abcdef")
+    rng = np.random.default_rng(0)
+    empty = output_schema(OutputSettings(path="out"), pa.schema([])).empty_table()
+    # Every row is done or not by blocks of 32, since replicas answer blocks out of order; a file holds ten shards' worth.
+    blocks = -(-ROWS_PER_SHARD // 32)
+    per_file = round(ROWS_PER_FILE / ROWS_PER_SHARD / DONE)
+    for first in range(0, shards, per_file):
+        rows = {}
+        for name in names[first : first + per_file]:
+            done = np.flatnonzero(rng.random(blocks) < DONE) * 32
+            rows[f"file://{name}"] = RowSet.of_intervals([(int(b), min(int(b) + 32, ROWS_PER_SHARD)) for b in done])
+        log.commit(empty, rows, None)
+        if first // per_file % UNINDEXED == 0:
+            log._unindexed = log._unindexed[:-1]
+    log.index()
+
+
+def plan(folder: Path) -> dict[str, float]:
+    """What a resumed job does before it starts; seconds of each part, and what there is to do."""
+    from pipeline.io.read import ParquetShards
+    from pipeline.job import missing_rows
+
+    started = time.perf_counter()
+    taken: dict[str, float] = {}
+
+    def lap(name: str) -> None:
+        taken[name] = time.perf_counter() - started - sum(taken.values())
+
+    planned = plan_input(InputSettings(path=str(folder / "in")), RESERVED_COLUMNS)
+    lap("listing and footers")
+    commits = OutputLog(OutputFolder(str(folder / "out")), "next").commits()
+    lap("commits")
+    missing = missing_rows(planned, done_rows(commits))
+    lap("missing rows")
+    pieces = ParquetShards(planned, missing, 32).pieces
+    lap("read tasks")
+    left = sum(map(len, missing.values()))
+    return {**taken, "rows": planned.rows, "left": left, "files": len(commits), "pieces": len(pieces)}
+
+
+def main(shards: int = SHARDS) -> list[str]:
+    """Generate, plan in a process of its own, and print."""
+    with tempfile.TemporaryDirectory(prefix="awaker-planning-") as where:
+        folder = Path(where)
+        generate(folder, shards)
+        figures = folder / "figures.json"
+        # A script by its path gets its own folder on the path; the repository's is what it needs.
+        script = folder / "plan.py"
+        script.write_text(
+            f"import json, sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"from benchmarks.planning import plan\n"
+            f"Path({str(figures)!r}).write_text(json.dumps(plan(Path({where!r}))))\n"
+        )
+        peak = peak_memory([str(script)])
+        found = json.loads(figures.read_text())
+    stages = ("listing and footers", "commits", "missing rows", "read tasks")
+    seconds = sum(found[stage] for stage in stages)
+    save("planning", {"shards": shards, "peak_bytes": peak, "seconds": seconds, **found})
+    lines = [
+        f"{found['rows']:,} rows in {shards:,} shards, {found['left']:,} left; {found['files']:,} output files.",
+        "",
+        f"**{seconds:.1f} s and {mebibytes(peak)} at its peak**.",
+        "",
+        "| part | seconds |",
+        "|---|---|",
+    ]
+    return lines + [f"| {stage} | {found[stage]:.1f} |" for stage in stages]
+
+
+if __name__ == "__main__":
+    print("\n".join(main(int(sys.argv[1]) if len(sys.argv) > 1 else SHARDS)))

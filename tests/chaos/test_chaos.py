@@ -1,0 +1,169 @@
+"""Drivers, workers and nodes die at random moments; afterwards every row is answered exactly once, as if nothing had been.
+
+`CHAOS_ROUNDS` deaths (5 in `make test`, 50 in `make chaos`), drawn from `CHAOS_SEED`, which a failure names.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from ray.cluster_utils import Cluster
+
+from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.scenes.dataset import ScenesSettings, write_scenes
+from tests.conftest import RayCluster
+from tests.jobs.support import ROOT, run_on_cluster, sets
+
+ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "5"))
+SEED = int(os.environ.get("CHAOS_SEED", "20261122"))
+ROWS = 120 * ROUNDS
+#: What is killed, and how often.
+VICTIMS = {"driver": 0.3, "worker": 0.5, "node": 0.2}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a job over drawn scenes that keeps a small random model busy for a while."""
+    base, adapter = write_random_checkpoint(tmp_path / "model", RandomShape(), seed=1)
+    write_scenes(ScenesSettings(output=str(tmp_path / "in"), rows=ROWS, rows_per_shard=50))
+    return {
+        "model.base": base,
+        "model.adapter": adapter,
+        "model.dtype": "float32",
+        "model.device": "cpu",
+        "input.path": tmp_path / "in",
+        "output.path": tmp_path / "out",
+        "output.commit_seconds": 0.5,
+        "output.rows_per_file": 20,
+        "input.missing_image": "text_only",
+        "generation.max_new_tokens": 12,
+        "generation.temperature": 0,
+        "preparation.rows_per_block": 5,
+        "engine.batch_size": 4,
+    }
+
+
+class Nodes:
+    """Three nodes on this machine: the head, which lives, and two that may die and are replaced."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        self.mortal = [self.cluster.add_node(num_cpus=2) for _ in range(2)]
+
+    def kill(self, draw: random.Random) -> None:
+        """One node goes away without a word; another joins."""
+        node = self.mortal.pop(draw.randrange(len(self.mortal)))
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.mortal.append(self.cluster.add_node(num_cpus=2))
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes in which this cluster's tasks and actors run."""
+        found = []
+        for node in (self.cluster.head_node, *self.mortal):
+            for part in node.all_processes.get("raylet", []):
+                with suppress(psutil.NoSuchProcess):
+                    children = psutil.Process(part.process.pid).children(recursive=True)
+                    found += [process for process in children if _title(process).startswith("ray::")]
+        return found
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    found = Nodes()
+    yield found
+    found.cluster.shutdown()
+
+
+def drive(job: dict[str, Any], nodes: Nodes, log: Path) -> subprocess.Popen[bytes]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "jobs/vqa.py", *sets({**job, "ray.address": nodes.cluster.address})]
+    with log.open("ab") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+
+
+def kill_one(nodes: Nodes, driver: subprocess.Popen[bytes], draw: random.Random) -> str:
+    """Kill something; what it was."""
+    (victim,) = draw.choices(list(VICTIMS), list(VICTIMS.values()))
+    if victim == "worker":
+        workers = sorted(nodes.workers(), key=lambda process: process.pid)
+        busy = [process for process in workers if "IDLE" not in _title(process)]
+        if busy:
+            chosen = draw.choice(busy)
+            with suppress(psutil.NoSuchProcess):
+                title = _title(chosen)
+                chosen.kill()
+                return title
+        victim = "driver"
+    if victim == "node":
+        nodes.kill(draw)
+    else:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    return victim
+
+
+def committed(out: Path) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in out.glob("*.parquet"))
+
+
+def answers(out: Path) -> dict[str, tuple[str, ...]]:
+    rows = pq.read_table(out).to_pylist()
+    found = {row["id"]: tuple(str(row[name]) for name in sorted(row)) for row in rows}
+    assert len(found) == len(rows), "a row stands twice"
+    return found
+
+
+@pytest.mark.timeout(3600)
+def test_whatever_dies_every_row_is_answered_exactly_once(
+    job: dict[str, Any], tmp_path: Path, ray_cluster: RayCluster, nodes: Nodes
+) -> None:
+    draw = random.Random(SEED)
+    run_on_cluster("vqa", {**job, "output.path": tmp_path / "undisturbed"})
+    expected = answers(tmp_path / "undisturbed")
+    assert len(expected) == ROWS
+
+    out, log = tmp_path / "out", tmp_path / "driver.log"
+    killed: Counter[str] = Counter()
+    driver = drive(job, nodes, log)
+    try:
+        for round_ in range(ROUNDS):
+            # Some rows further on, but not at a moment of our choosing.
+            goal = min(ROWS - 1, committed(out) + 1)
+            until = time.monotonic() + 120
+            while driver.poll() is None and committed(out) < goal and time.monotonic() < until:
+                time.sleep(0.1)
+            time.sleep(draw.uniform(0, 2))
+            if driver.poll() is None:
+                what = kill_one(nodes, driver, draw)
+                killed[what.split("(")[0].split(".")[0]] += 1
+                print(f"round {round_} (seed {SEED}): killed {what} at {committed(out)} rows", file=sys.stderr, flush=True)
+            if driver.poll() is not None and round_ < ROUNDS - 1:
+                assert driver.returncode in (0, -signal.SIGKILL), log.read_text()[-3000:]
+                driver = drive(job, nodes, log)
+        if driver.wait(600) == -signal.SIGKILL:
+            driver = drive(job, nodes, log)
+            assert driver.wait(600) == 0, log.read_text()[-3000:]
+        assert driver.returncode == 0, log.read_text()[-3000:]
+    finally:
+        driver.kill()
+    assert killed.total() >= ROUNDS // 2, f"the job was over too soon: {killed}"
+    assert answers(out) == expected, f"seed {SEED}"
