@@ -52,6 +52,10 @@ FINISH_SECONDS = 30.0
 #: requests come from several, so not one for everything.
 BLOCK_BYTES = 16 << 20
 
+#: An actor whose node goes away while it loads a model is started elsewhere, this many times in a row; Ray Data's own
+#: default ends the job at the first. What dies more often dies of itself.
+INIT_DEATHS = 10
+
 #: From this many ids on, reading them takes long enough to say so.
 MANY_IDS = 1_000_000
 
@@ -339,8 +343,9 @@ class _Rounds:
         started_here = _connect(settings.ray.address)
         try:
             _stop_on_sigterm()  # again: connecting to Ray installs a handler of Ray's
-            available = ray.cluster_resources()
-            resources = share_cluster(settings, available.get("CPU", 1.0), available.get("GPU", 0.0))
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
+            resources = share_cluster(settings, sum(cpus) or 1.0, sum(gpus), max(cpus))
             begun = time.monotonic()
             answered, engines = _run_stages(self._job, resources, self._folder, self._run, missing, at)
             self.seconds += time.monotonic() - begun
@@ -374,6 +379,7 @@ def _run_stages(
     rows_per_block = settings.preparation.rows_per_block
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours shows rows; Ray's show blocks
+    context.max_consecutive_actor_init_deaths = INIT_DEATHS
     # Ray cuts blocks by bytes. `repartition` by rows would be a stage of its own that asks for a whole CPU.
     context.target_max_block_size = BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -35,15 +35,22 @@ class Resources:
     prepare_cpus: float
 
 
-def share_cluster(settings: JobSettings, cpus: float, gpus: float) -> Resources:
-    """Divide a cluster of `cpus` and `gpus`.
+def share_cluster(settings: JobSettings, cpus: float, gpus: float, node_cpus: float | None = None) -> Resources:
+    """Divide a cluster.
 
     With GPUs a replica takes one of each and preparing gets the other CPUs. On CPUs alone the replicas get half of them
-    in all, however many replicas there are.
+    in all, however many replicas there are, but none more than half of a node: it must find room on one.
+
+    Args:
+        settings: the job's settings.
+        cpus: of all nodes together.
+        gpus: of all nodes together.
+        node_cpus: of the largest node; None: there is one node.
 
     Raises:
         ConfigError: more replicas than GPUs, or CUDA asked of a cluster without.
     """
+    node_cpus = min(node_cpus or cpus, cpus)
     device = settings.model.device
     if device == "auto":
         device = "cuda" if gpus >= 1 else "cpu"
@@ -56,7 +63,7 @@ def share_cluster(settings: JobSettings, cpus: float, gpus: float) -> Resources:
             )
         replica_cpus = min(1.0, cpus / 4 / replicas)
     else:
-        replica_cpus = min(cpus / 2 / replicas, cpus)
+        replica_cpus = min(cpus / replicas, node_cpus) / 2
     replica_cpus = _floored(replica_cpus)
     spare = cpus - replicas * replica_cpus - RESERVED_CPUS
     spare = max(spare, TASK_CPUS)
@@ -67,7 +74,7 @@ def share_cluster(settings: JobSettings, cpus: float, gpus: float) -> Resources:
         device=device,
         replica_gpus=1 if device == "cuda" else 0,
         replica_cpus=replica_cpus,
-        replica_threads=max(1, int(cpus / replicas)),
+        replica_threads=max(1, int(min(cpus / replicas, node_cpus))),
         prepare_actors=actors,
         prepare_cpus=prepare_cpus,
     )

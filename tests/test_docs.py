@@ -11,9 +11,9 @@ def test_every_guarantee_names_a_test_that_exists() -> None:
     tests = {
         name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
     }
-    promised, _, _ = (ROOT / "docs/guarantees.md").read_text().partition("## Not promised")
+    promised, _, _ = (ROOT / "docs/guarantees.md").read_text().partition("## Not yet shown")
     sentences = re.findall(r"^- (.+?)(?=^- |^$|\Z)", promised, re.MULTILINE | re.DOTALL)
-    assert len(sentences) > 20
+    assert len(sentences) > 15
     for sentence in sentences:
         named = re.findall(r"`(test_\w+)`", sentence)
         assert named, sentence

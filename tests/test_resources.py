@@ -56,3 +56,11 @@ def test_replicas_on_the_cpu_share_half_of_the_machine() -> None:
 def test_more_replicas_than_gpus_is_an_error(device: str, gpus: int, replicas: int) -> None:
     with pytest.raises(ConfigError, match=f"^replicas: {replicas} on CUDA need {replicas} GPUs, the cluster has {gpus};"):
         share_cluster(settings(replicas, device), 16, gpus)
+
+
+@given(nodes=st.lists(st.integers(1, 64), min_size=1, max_size=8), replicas=st.integers(1, 16))
+def test_a_replica_finds_room_on_a_node(nodes: list[int], replicas: int) -> None:
+    shared = share_cluster(settings(replicas, "cpu"), sum(nodes), 0, max(nodes))
+    assert shared.replica_cpus <= max(nodes) / 2
+    assert shared.replica_threads <= max(nodes)
+    assert shared.prepare_cpus <= min(nodes)
