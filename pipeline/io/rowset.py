@@ -93,8 +93,8 @@ class RowSet:
         if behind <= first:
             return RowSet.empty()
         # An odd number of edges before a row says that it is inside an interval.
-        edges = [[first] if start % 2 else [], self.edges[start:end], [behind] if end % 2 else []]
-        return RowSet(np.concatenate(edges).astype(np.int64))
+        inside = [first] * (start % 2), self.edges[start:end].tolist(), [behind] * (end % 2)
+        return RowSet(np.array([edge for part in inside for edge in part], np.int64))
 
     def contains(self, rows: np.ndarray) -> np.ndarray:
         """Which of `rows` [N] are in the set: bool [N]."""
