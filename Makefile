@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup demo test lint bench chaos train clean
+.PHONY: setup demo test lint bench chaos soak train clean
 
 setup: $(STAMP)
 
@@ -32,7 +32,10 @@ bench: $(STAMP)
 	$(PYTHON) -m benchmarks
 
 chaos: $(STAMP)
-	CHAOS_ROUNDS=50 $(PYTHON) -m pytest -s --timeout 7200 tests/chaos
+	CHAOS_ROUNDS=50 $(PYTHON) -m pytest -s --timeout 7200 tests/chaos/test_chaos.py
+
+soak: $(STAMP)
+	SOAK_ROWS=20000 $(PYTHON) -m pytest -s --timeout 7200 tests/chaos/test_soak.py
 
 # Hours on two cores; goes on where it stopped.
 train: $(STAMP)
