@@ -56,7 +56,7 @@ def generate(folder: Path, shards: int) -> None:
             rows[f"file://{name}"] = RowSet.of_intervals([(int(b), min(int(b) + 32, ROWS_PER_SHARD)) for b in done])
         log.commit(empty, rows, None)
         if first // per_file % UNINDEXED == 0:
-            log._unindexed = log._unindexed[:-1]
+            log._unindexed.popitem()
     log.index()
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import tenacity
 
 from pipeline.config import ErrorSettings
 from pipeline.errors import JobError, OutputError, TooManyErrorsError, worth_another_try
@@ -18,7 +22,15 @@ from pipeline.io.commits import OutputLog, done_rows
 from pipeline.io.lease import LeaseLostError, check_lock
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
+from pipeline.redact import without_secrets
 from pipeline.rows import ROW, SHARD, own_columns_dropped
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that storage may refuse results before the run gives up; answers wait meanwhile, and none is lost.
+PATIENCE = 600.0
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ class Committer:
             if self._failure is not None:
                 raise self._failure
             self._commit()
-            self._log.index()
+            _patiently(self._log.index)
 
     def _take(self, table: pa.Table) -> int:
         shards = np.array(table[SHARD].to_pylist(), object)
@@ -156,12 +168,13 @@ class Committer:
             return
         # A run that took the output over has planned these rows anew: they must not be written twice.
         try:
-            check_lock(self._folder, self._run)
+            _patiently(lambda: check_lock(self._folder, self._run))
         except LeaseLostError as error:
             self._failure = error
             raise
         rows, retry = ({s: own for s, own in sets.items() if own} for sets in (gathered.rows, gathered.retry))
-        self._log.commit(pa.concat_tables(gathered.tables).combine_chunks(), rows, self._truth, retry)
+        table = pa.concat_tables(gathered.tables).combine_chunks()
+        _patiently(lambda: self._log.commit(table, rows, self._truth, retry))
         self._gathered = _Gathered()
 
     def _commit_in_time(self) -> None:
@@ -174,3 +187,24 @@ class Committer:
                     except Exception as error:  # whoever comes next hears of it; there is nobody here to tell
                         self._failure = error
                         return
+
+
+def _patiently(operation: Callable[[], _T]) -> _T:
+    """Do something on the output's storage, again and again while it fails for reasons that may pass.
+
+    Raises:
+        Exception: the operation's own, at once where no other try would help, or after `PATIENCE`.
+    """
+    hopeless = (LeaseLostError, JobError, FileNotFoundError, PermissionError)
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_not_exception_type(hopeless),
+        wait=tenacity.wait_exponential_jitter(initial=0.5, max=30),
+        stop=tenacity.stop_after_delay(PATIENCE),
+        before_sleep=_tell,
+        reraise=True,
+    )(operation)
+
+
+def _tell(state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    logger.warning("cannot write results (%s: %s); trying again", type(error).__name__, without_secrets(str(error)))

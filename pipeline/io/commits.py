@@ -82,7 +82,7 @@ class OutputLog:
         # A writer that is started again within its run must not reuse names.
         self._name = f"{run}-{secrets.token_hex(2)}"
         self._made = self._indexed = 0
-        self._unindexed: list[Commit] = []
+        self._unindexed: dict[str, Commit] = {}
 
     def commits(self) -> list[Commit]:
         """All commits there are, of this run and of those before it.
@@ -133,17 +133,17 @@ class OutputLog:
         pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
         self._folder.write(f"{self._at}{commit.file}", buffer.getvalue().to_pybytes())
         if not self._at:
-            self._unindexed.append(commit)
+            self._unindexed[commit.file] = commit  # by name: a write that is tried again must not stand twice
         if len(self._unindexed) >= FILES_PER_INDEX:
             self.index()
 
     def index(self) -> None:
         """Tell the commits since the last time in one object of the index."""
         if self._unindexed:
-            told = json.dumps([commit.as_dict() for commit in self._unindexed]).encode()
+            told = json.dumps([commit.as_dict() for commit in self._unindexed.values()]).encode()
             self._folder.write(f"_run/index/{self._name}-{self._indexed:05d}.json", told)
             self._indexed += 1
-            self._unindexed = []
+            self._unindexed = {}
 
 
 def done_rows(commits: Iterable[Commit]) -> dict[str, RowSet]:

@@ -106,7 +106,7 @@ class Lease:
                 self._write()
             except LeaseLostError:
                 return  # whoever writes finds out by itself
-            except OSError:
+            except Exception:  # every fsspec backend has error types of its own
                 continue  # storage that fails for a moment; the lock outlives several renewals
 
     def _write(self) -> None:

@@ -39,6 +39,19 @@ class FileInfo:
     version: str = ""
 
 
+def _be_patient_with_s3() -> None:
+    """Let botocore try again for a minute, not for seconds: a night holds more than one bad minute.
+
+    A default of fsspec's, which a file of the user's (`~/.config/fsspec`) or botocore's own variables overrule.
+    """
+    if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+        s3 = fsspec.config.conf.setdefault("s3", {})
+        s3.setdefault("config_kwargs", {}).setdefault("retries", {"mode": "standard", "max_attempts": 10})
+
+
+_be_patient_with_s3()
+
+
 def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of a URL or local path, and the path within it."""
     return fsspec.core.url_to_fs(url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -92,6 +93,38 @@ def test_a_run_that_lost_the_output_writes_nothing_more(folder: OutputFolder) ->
     with pytest.raises(LeaseLostError):
         in_time.take(block("a", 1))
     assert ids(folder) == []
+
+
+class Shaky(OutputFolder):
+    """Storage that fails again and again, before and after it has done what it was asked."""
+
+    failures = 0
+
+    def write(self, name: str, data: bytes) -> None:
+        self.failures += 1
+        if self.failures % 3 == 1:
+            raise TimeoutError("before")
+        super().write(name, data)
+        if self.failures % 3 == 2:
+            raise ConnectionResetError("after")
+
+
+def test_storage_that_fails_for_a_while_costs_no_row_and_doubles_none(folder: OutputFolder) -> None:
+    shaky = Shaky(folder.url)
+    writer = committer(shaky, rows=2)
+    for row in range(0, 4, 2):
+        assert writer.take(block("a", row, row + 1)) == 2
+    writer.finish()
+    assert shaky.failures == 9  # two files and the index, three times each
+    assert ids(folder) == ["a#0", "a#1", "a#2", "a#3"]
+    assert len(json.loads(folder.read(folder.names("_run/index")[0]))) == 2
+
+
+def test_a_refusal_that_will_not_pass_ends_the_run_at_once(folder: OutputFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = committer(folder, rows=1)
+    monkeypatch.setattr(folder, "write", lambda name, data: (_ for _ in ()).throw(PermissionError("no more")))
+    with pytest.raises(PermissionError, match="no more"):
+        writer.take(block("a", 0))
 
 
 def test_the_index_repeats_the_footers_and_may_be_lost(folder: OutputFolder) -> None:

@@ -84,7 +84,7 @@ def bad_rows(good: bytes) -> dict[str, tuple[dict[str, Any], str]]:
         "null prompt": (row(None, good), "prompt_missing: column 'prompt' is null"),
         "null list": ({"prompt": "What?", "images": None}, "image_missing: column 'images' is null or has no bytes"),
         "null in list": ({"prompt": "What?", "images": [None]}, "image_missing: image 0 of column 'images' is null"),
-        "no bytes": (row("What?", None), "image_missing: image 0 of column 'images' is null or has no bytes"),
+        "only a path": (row("What?", None), "image_forbidden: 'somewhere.jpg' is a path; set input.image_root"),
         "too long": (row("circle " * 5000, good), "prompt_too_long: "),
         "placeholder": (row("What is <|image_pad|>?", good), "prompt_positions: "),
     }

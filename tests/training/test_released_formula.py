@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.training.adapters import gated_layers
-from pipeline.training.batches import Packed
+from pipeline.training.batches import SIGHTS, Packed
 from pipeline.training.forward import answer_logits, encode_images
 from pipeline.training.mixture import Routing
 from pipeline.training.released import load_released
@@ -36,13 +36,15 @@ def packed_case(name: str, model: torch.nn.Module) -> tuple[Packed, dict[str, np
         image_index=torch.arange(int(image.sum())),
         pixel_values=None if grid is None else torch.from_numpy(case["pixel_values"]),
         grid=grid,
-        sights=torch.zeros(0, 3, dtype=torch.int64),
+        sights=torch.zeros(0, len(SIGHTS), dtype=torch.int64),
         scored=scored,
         targets=torch.from_numpy(case["sequences"])[:, prompt:].flatten(),
         weights=torch.ones(len(scored)),
         question=torch.arange(rows).repeat_interleave(length - prompt + 1),
         span=torch.from_numpy(case["prompt_pos"]),
         answer_start=torch.full((rows,), prompt),
+        nouns=torch.zeros(0, dtype=torch.int64),
+        noun_sights=torch.zeros(0, len(SIGHTS), dtype=torch.int64),
         questions=[],
     )
     return packed, case
