@@ -386,7 +386,10 @@ def _run_stages(
 
     # The display is not worth a job: should its node go away, counting starts anew.
     monitor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).remote()
-    witness = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Witness).remote()
+    # One for each stage, since a block has the same name in both.
+    preparing, answering = (
+        ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Witness).remote() for _ in range(2)
+    )
     # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
     sizes = Sizes.of(EngineOptions(**settings.engine.model_dump()), resources.device)
     in_flight = -(-(sizes.waiting + sizes.batch_size) // rows_per_block) + 1
@@ -403,7 +406,7 @@ def _run_stages(
         ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces))
         .map_batches(
             Preparer,
-            fn_constructor_args=(settings, plan.columns, job.task == "caption", witness),
+            fn_constructor_args=(settings, plan.columns, job.task == "caption", preparing),
             batch_size=rows_per_block,
             batch_format="pyarrow",
             num_cpus=resources.prepare_cpus,
@@ -418,6 +421,7 @@ def _run_stages(
                 resources.replica_threads,
                 monitor,
                 committer,
+                answering,
             ),
             batch_size=rows_per_block,
             batch_format="pyarrow",

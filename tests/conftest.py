@@ -82,6 +82,8 @@ def s3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     key, secret = "AWAKERTESTKEY0123456", "awaker-test-secret"
     rclone = Path(sys.executable).with_name("rclone")
     command = [str(rclone), "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
+    # Tests put files straight into its folder; by default it would look there every five minutes.
+    command += ["--dir-cache-time", "0s", "--poll-interval", "0s"]
     variables = {
         "AWS_ACCESS_KEY_ID": key,
         "AWS_SECRET_ACCESS_KEY": secret,

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from pipeline.config import ImageSettings
 from pipeline.errors import RowError
+
+#: Not read: an EPS file is a program, and Pillow would run Ghostscript on it.
+PROGRAMS = frozenset({"EPS"})
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(sorted(Image.OPEN.keys() - PROGRAMS))
 
 
 def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Image:
     """Decode one image completely; of an animation or a stack of pages, the first.
 
     Args:
-        data: an image file in any format that Pillow reads.
+        data: an image file in any format that Pillow reads, but for `PROGRAMS`.
         field: where it came from, for messages.
         settings: caps, and what becomes of rotated, transparent and deep images.
 
@@ -36,7 +46,7 @@ def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Imag
             # Pillow's own limit, an error from twice that on, also guards images within files (icons).
             Image.MAX_IMAGE_PIXELS = (settings.max_pixels + 1) // 2
             # Only the first frame is ever touched: counting frames would walk through a file that has no end.
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_formats())
             if (pixels := image.width * image.height) > settings.max_pixels:
                 raise RowError(
                     "image_too_large",
@@ -52,6 +62,8 @@ def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Imag
         raise
     except Image.DecompressionBombError as error:
         raise RowError("image_too_large", f"{field}: {error}; the limit is images.max_pixels") from error
+    except UnidentifiedImageError as error:  # its own text names the buffer's address
+        raise RowError("image_decode", f"{field} ({len(data):,} bytes) is no image of a format that is read") from error
     except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, ZeroDivisionError and more
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise RowError("image_decode", f"{field} ({len(data):,} bytes) is no readable image ({cause})") from error

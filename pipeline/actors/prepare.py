@@ -97,13 +97,13 @@ class Preparer:
         import ray
 
         places = list(zip(table[SHARD].to_pylist(), table[ROW].to_pylist(), strict=True))
-        careful, given_up = ray.get(self._witness.begin.remote(places[0]))
+        known = ray.get(self._witness.begin.remote(places[0]))
 
         def watch(index: int) -> RowError | None:
-            if places[index] in given_up:
+            if places[index] in known.given_up:
                 return RowError("worker_died", f"the process that prepared this row died, {TRIES} times")
-            if careful:
-                ray.get(self._witness.hand.remote(places[0], places[index]))
+            if known.died:
+                ray.get(self._witness.hand.remote(places[0], [places[index]]))
             return None
 
         yield watch

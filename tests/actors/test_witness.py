@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import signal
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.actors.prepare import Preparer
-from pipeline.actors.witness import Witness
+from pipeline.actors.replica import Replica
+from pipeline.actors.witness import Verdict, Witness
 from pipeline.config import JobSettings
 from pipeline.io.plan import Columns
-from pipeline.rows import ID, IMAGES, MESSAGES, PROMPT, READ_SCHEMA, REFERENCES, ROW, SHARD, prepared_rows
+from pipeline.rows import ID, IMAGES, MESSAGES, PROMPT, READ_SCHEMA, REFERENCES, ROW, SHARD, PreparedRow, prepared_rows
 from tests.conftest import RayCluster
 from tests.io.shards import picture
 
@@ -22,34 +30,119 @@ BLOCK, OTHER = ("a", 0), ("a", 32)
 
 def test_a_row_is_given_up_after_two_deaths_of_its_own() -> None:
     witness = Witness()
-    assert witness.begin(BLOCK) == (False, set())
-    for deaths in range(2):  # the first death is the block's, the second the row's
-        careful, given_up = witness.begin(BLOCK)
-        assert (careful, given_up) == (True, set()), deaths
+    assert witness.begin(BLOCK) == Verdict()
+    for _ in range(2):  # the first death is the block's, the second the row's
+        assert witness.begin(BLOCK) == Verdict(died=True)
         for row in range(5):
-            witness.hand(BLOCK, ("a", row))
-    careful, given_up = witness.begin(BLOCK)
-    assert (careful, given_up) == (True, {("a", 4)})
+            witness.hand(BLOCK, [("a", row)])
+    given_up = frozenset({("a", 4)})
+    assert witness.begin(BLOCK) == Verdict(died=True, given_up=given_up)
     witness.end(BLOCK)
-    assert witness.begin(BLOCK) == (False, {("a", 4)})
+    assert witness.begin(BLOCK) == Verdict(given_up=given_up)
+
+
+def test_rows_in_hand_together_are_suspects_until_their_block_ends() -> None:
+    witness = Witness()
+    witness.begin(BLOCK)
+    witness.begin(BLOCK)
+    witness.hand(BLOCK, [("a", 2), ("a", 3)])
+    suspects = frozenset({("a", 2), ("a", 3)})
+    assert witness.begin(BLOCK) == Verdict(died=True, suspects=suspects)
+    witness.hand(BLOCK, [])
+    assert witness.begin(BLOCK) == Verdict(died=True, suspects=suspects)
+    witness.end(BLOCK)
+    assert witness.begin(BLOCK) == Verdict()
 
 
 def test_deaths_that_meet_other_rows_each_time_blame_none() -> None:
     witness = Witness()
     witness.begin(BLOCK)
     for row in range(6):
-        assert witness.begin(BLOCK) == (True, set())
-        witness.hand(BLOCK, ("a", row))
-    assert witness.begin(OTHER) == (False, set())
+        assert witness.begin(BLOCK) == Verdict(died=True)
+        witness.hand(BLOCK, [("a", row)])
+    assert witness.begin(OTHER) == Verdict()
     witness.end(OTHER)
-    assert witness.begin(OTHER) == (False, set())
+    assert witness.begin(OTHER) == Verdict()
 
 
 def test_a_block_that_ended_is_not_suspect_when_it_is_run_again() -> None:
     witness = Witness()
     for _ in range(5):
-        assert witness.begin(BLOCK) == (False, set())
+        assert witness.begin(BLOCK) == Verdict()
         witness.end(BLOCK)
+
+
+class Handle:
+    """A witness that is asked as if it were another process's."""
+
+    def __init__(self, witness: Witness) -> None:
+        self._witness = witness
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*arguments: Any) -> Awaitable[Any]:
+            answer = getattr(self._witness, name)(*arguments)  # told at once, answered later
+
+            async def later() -> Any:
+                await asyncio.sleep(0)
+                return answer
+
+            return later()
+
+        return SimpleNamespace(remote=remote)
+
+
+class DeadError(Exception):
+    """The process is gone, with all that ran in it."""
+
+
+class MortalReplica(Replica):
+    """A replica whose engine echoes, and dies of some rows. Rows of a step take some time together."""
+
+    def __init__(self, deadly: set[str], witness: Witness) -> None:
+        self._deadly, self._witness, self._alone = deadly, Handle(witness), asyncio.Lock()
+
+    async def _answer(self, rows: Sequence[PreparedRow]) -> list[Any]:
+        for _ in range(1 + len(rows) % 3):
+            await asyncio.sleep(0)
+        if self._deadly & {row.id for row in rows}:
+            raise DeadError
+        return [row.id for row in rows]
+
+
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    st.sets(st.integers(0, 60), max_size=3),
+    st.integers(1, 4),
+)
+@settings(max_examples=100, deadline=None)
+def test_replicas_lose_the_rows_that_kill_them_and_no_other(sizes: list[int], deadly: set[int], at_once: int) -> None:
+    ends = np.cumsum(sizes)
+    rows = [PreparedRow(str(number), "?") for number in range(ends[-1])]
+    blocks = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    witness = Witness()
+    answers: dict[str, Any] = {}
+
+    async def block(replica: MortalReplica, own: range) -> None:
+        places = [("a", number) for number in own]
+        results = await replica._answer_watched([rows[number] for number in own], places)
+        answers.update((rows[number].id, result) for number, result in zip(own, results, strict=True))
+        witness.end(places[0])
+
+    async def life() -> None:
+        replica = MortalReplica({str(number) for number in deadly}, witness)
+        todo = [own for own in blocks if rows[own[0]].id not in answers][:at_once]
+        await asyncio.gather(*(block(replica, own) for own in todo))
+
+    deaths = 0
+    while len(answers) < len(rows):
+        with contextlib.suppress(DeadError):
+            asyncio.run(life())
+            continue
+        deaths += 1
+        assert deaths <= 4 * len(deadly)  # in its block, among some, and twice alone
+    lost = {id_ for id_, answer in answers.items() if answer != id_}
+    assert lost == {row.id for row in rows if int(row.id) in deadly}
+    assert all(answers[id_].startswith("worker_died: the replica that answered this row died, 2 times") for id_ in lost)
 
 
 def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answered(
@@ -72,12 +165,12 @@ def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answere
     columns = {ID: [str(row) for row in range(6)], IMAGES: images, REFERENCES: [[None]] * 6, PROMPT: ["What?"] * 6}
     table = pa.table({**columns, MESSAGES: pa.nulls(6, pa.string())}, READ_SCHEMA)
     table = table.append_column(SHARD, pa.array(["a"] * 6)).append_column(ROW, pa.array(range(6), pa.int64()))
-    settings = JobSettings.model_validate(
+    job = JobSettings.model_validate(
         {"model": {"base": str(golden / "released/base")}, "input": {"path": "in"}, "output": {"path": "out"}}
     )
     witness = ray.remote(num_cpus=0)(Witness).remote()
     mortal = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mortal).remote(
-        settings, Columns(None, "image", None, "prompt", None), False, witness
+        job, Columns(None, "image", None, "prompt", None), False, witness
     )
     rows = prepared_rows(pa.concat_tables(ray.get(mortal.run.remote(table))))
     assert [row.error for row in rows if row.id != "3"] == [None] * 5

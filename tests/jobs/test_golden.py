@@ -138,7 +138,8 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
         nothing = ("text", "finish_reason", "prompt_tokens", "visual_tokens", "new_tokens", "token_ids", "prefill_route")
         assert [answers[id_][name] for name in nothing] == [None] * len(nothing)
 
-    codes = {"image_decode": 2, "prompt_missing": 2, "image_missing": 3, "prompt_too_long": 1, "prompt_positions": 1}
+    codes = {"image_decode": 2, "prompt_missing": 2, "image_missing": 2, "image_forbidden": 1}
+    codes |= {"prompt_too_long": 1, "prompt_positions": 1}
     assert dict(summary.written.errors) == codes
     told = json.loads((tmp_path / "out/_run/summary.json").read_text())
     assert (told["rows"], told["ok"], told["errors"]) == (19, 10, codes)

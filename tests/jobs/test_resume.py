@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,41 +16,33 @@ import pytest
 from pipeline.errors import OutputError
 from pipeline.io.lease import Lease, LeaseTimes
 from pipeline.io.storage import OutputFolder
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.conftest import RayCluster
-from tests.io.shards import picture, write_shard
-from tests.jobs.support import ROOT, run_on_cluster, sets
+from tests.io.shards import write_shard
+from tests.jobs.support import ROOT, assert_as_released, expected_rows, released_model, results, run_on_cluster, sets
 
-ROWS = 60
+#: How often each of the golden rows is asked.
+TIMES = 6
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> dict[str, Any]:
-    """Settings of a job over two shards of pictures."""
-    base, adapter = write_random_checkpoint(tmp_path / "model", RandomShape(), seed=1)
-    (tmp_path / "in").mkdir()
+def job(golden: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a job over two shards of golden rows."""
+    rows = expected_rows(golden)
     for shard in range(2):
-        images = pa.array([picture(28 + row, 40) for row in range(ROWS // 2)], pa.binary())
-        write_shard(tmp_path / "in" / f"{shard}.parquet", {"image": images}, [10] * (ROWS // 20))
+        own = range(shard * TIMES // 2, (shard + 1) * TIMES // 2)
+        columns = {
+            "id": [f"{turn}/{row['id']}" for turn in own for row in rows],
+            "prompt": [row["prompt"] for _ in own for row in rows],
+            "images": pa.array([row["images"] for _ in own for row in rows], pa.list_(pa.binary())),
+        }
+        write_shard(tmp_path / f"in/{shard}.parquet", columns, [len(rows)] * len(own))
     return {
-        "model.base": base,
-        "model.adapter": adapter,
-        "model.dtype": "float32",
+        **released_model(golden),
         "input.path": tmp_path / "in",
-        "input.prompt": "What is it?",
         "output.path": tmp_path / "out",
         "output.commit_seconds": 0.5,
-        "generation.max_new_tokens": 12,
-        "generation.temperature": 0,
+        "engine.answer_cache": 0,  # equal rows are not free
     }
-
-
-def answers(folder: Path) -> dict[str, str]:
-    table = pq.read_table(folder, columns=["id", "text", "status"])
-    assert set(table["status"].to_pylist()) == {"ok"}
-    found = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
-    assert len(found) == len(table)  # no row twice
-    return found
 
 
 def written(folder: Path) -> dict[Path, int]:
@@ -63,19 +54,16 @@ def rows_in(folder: Path) -> int:
     return sum(pq.read_metadata(path).num_rows for path in written(folder))
 
 
-def test_a_killed_job_goes_on_where_it_stopped(job: dict[str, Any], tmp_path: Path, ray_cluster: RayCluster) -> None:
-    run_on_cluster("caption", {**job, "output.path": tmp_path / "undisturbed"})
-    expected = answers(tmp_path / "undisturbed")
-    assert len(expected) == ROWS
-
-    # A cluster of its own, so that nothing of the driver's outlives it for long.
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+def test_a_killed_job_goes_on_where_it_stopped(
+    job: dict[str, Any], golden: Path, tmp_path: Path, ray_cluster: RayCluster
+) -> None:
+    expected = {f"{turn}/{row['id']}": row for turn in range(TIMES) for row in expected_rows(golden)}
     slowly = {"output.rows_per_file": 2, "engine.batch_size": 2, "preparation.rows_per_block": 2}
-    command = [sys.executable, "jobs/caption.py", *sets({**job, **slowly})]
+    command = [sys.executable, "jobs/vqa.py", *sets({**job, **slowly, "ray.address": ray_cluster.address})]
     quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     kept: dict[Path, int] = {}
     for sent, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
-        with subprocess.Popen(command, cwd=ROOT, env=environment, **quiet) as run:
+        with subprocess.Popen(command, cwd=ROOT, **quiet) as run:
             while run.poll() is None and len(written(tmp_path / "out")) <= len(kept):
                 time.sleep(0.01)
             told = time.monotonic()
@@ -84,27 +72,31 @@ def test_a_killed_job_goes_on_where_it_stopped(job: dict[str, Any], tmp_path: Pa
         assert time.monotonic() - told < 60
         assert written(tmp_path / "out").items() >= kept.items()
         kept = written(tmp_path / "out")
-        assert 0 < rows_in(tmp_path / "out") < ROWS
+        assert 0 < rows_in(tmp_path / "out") < len(expected)
         # Asked to stop, it gives the lock back and tells what it wrote; killed, it leaves both to the next run.
         assert (tmp_path / "out/_run/lock.json").exists() == (sent == signal.SIGKILL)
 
-    summary = run_on_cluster("caption", job)
+    before = rows_in(tmp_path / "out")
+    summary = run_on_cluster("vqa", job)
     after = written(tmp_path / "out")
     assert after.items() >= kept.items()
-    assert answers(tmp_path / "out") == expected
-    assert summary.written.rows == ROWS
-    assert summary.answered["images"] <= ROWS - sum(1 for _ in kept)
+    answers = results(tmp_path / "out")
+    assert answers.keys() == expected.keys()
+    for id_, row in expected.items():
+        assert_as_released(answers[id_], row)
+    assert summary.written.rows == len(expected)
+    assert summary.answered["rows"] <= len(expected) - before
 
     # It is done now: nothing is answered or written again.
     started = time.monotonic()
-    assert run_on_cluster("caption", job).written.rows == ROWS
+    assert run_on_cluster("vqa", job).written.rows == len(expected)
     assert time.monotonic() - started < 10
     assert written(tmp_path / "out") == after
 
-    changed = {**job, "generation.max_new_tokens": 13, "model.dtype": "bfloat16"}
+    changed = {**job, "generation.max_new_tokens": 25, "model.dtype": "bfloat16"}
     with pytest.raises(OutputError) as caught:
-        run_on_cluster("caption", changed)
-    changes = ("generation.max_new_tokens was 12, is 13", "model.dtype was 'float32', is 'bfloat16'")
+        run_on_cluster("vqa", changed)
+    changes = ("generation.max_new_tokens was 24, is 25", "model.dtype was 'float32', is 'bfloat16'")
     for part in (*changes, "--fresh deletes them"):
         assert part in str(caught.value)
     assert written(tmp_path / "out") == after
