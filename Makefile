@@ -21,7 +21,7 @@ demo: $(STAMP)
 	@$(PYTHON) jobs/caption.py --config configs/demo-photographs.yaml
 
 test: $(STAMP)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -18,8 +18,8 @@ import pytest
 
 import pipeline.compat  # noqa: F401 - before transformers imports torchvision
 
-# Before torch and ray are imported anywhere: two cores are shared by the tests and by the actors they start.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch and ray are imported anywhere: two cores are shared by two test processes and by the actors they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Ray's token authentication, for the head node and all who talk to it; read once, when ray is imported.
@@ -30,6 +30,22 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+#: Tests that run jobs stay in one process, which holds the one cluster; others go by file.
+JOBS = ("tests/jobs/", "tests/chaos/", "tests/test_demo.py", "tests/test_nightly.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share the tests out (pytest-xdist, `--dist loadgroup`): those with Ray to one process, first."""
+
+    def runs_jobs(item: pytest.Item) -> bool:
+        uses = {"ray_cluster", "s3_folder"} & set(getattr(item, "fixturenames", ()))
+        return bool(uses) or item.nodeid.startswith(JOBS)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("jobs" if runs_jobs(item) else item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: not runs_jobs(item))
 
 
 @pytest.fixture(scope="session")
