@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -32,20 +33,25 @@ if not Path("/dev/nvidiactl").exists():
 GOLDEN = Path(__file__).parent / "golden"
 
 
-#: Tests that run jobs stay in one process, which holds the one cluster; others go by file.
-JOBS = ("tests/jobs/", "tests/chaos/", "tests/test_demo.py", "tests/test_nightly.py")
+#: Files whose tests use the one Ray cluster stay in the process that starts it; the others go by file.
+JOBS = ("tests/jobs/", "tests/chaos/", "tests/test_demo.py", "tests/test_nightly.py", "tests/actors/test_witness.py")
+JOBS += ("tests/io/test_fetch.py", "tests/test_progress.py")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How `pytest -n` shares the tests out."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "jobs" if nodeid.startswith(JOBS) else nodeid.partition("::")[0]
+
+    return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out (pytest-xdist, `--dist loadgroup`): those with Ray to one process, first."""
-
-    def runs_jobs(item: pytest.Item) -> bool:
-        uses = {"ray_cluster", "s3_folder"} & set(getattr(item, "fixturenames", ()))
-        return bool(uses) or item.nodeid.startswith(JOBS)
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("jobs" if runs_jobs(item) else item.nodeid.partition("::")[0]))
-    items.sort(key=lambda item: not runs_jobs(item))
+    """The jobs first: they take longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith((*JOBS, "tests/scripts/")))
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +105,7 @@ def s3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     rclone = Path(sys.executable).with_name("rclone")
     command = [str(rclone), "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
     # Tests put files straight into its folder; by default it would look there every five minutes.
-    command += ["--dir-cache-time", "0s", "--poll-interval", "0s"]
+    command += ["--dir-cache-time", "100ms"]
     variables = {
         "AWS_ACCESS_KEY_ID": key,
         "AWS_SECRET_ACCESS_KEY": secret,

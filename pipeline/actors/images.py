@@ -63,7 +63,9 @@ def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Imag
     except Image.DecompressionBombError as error:
         raise RowError("image_too_large", f"{field}: {error}; the limit is images.max_pixels") from error
     except UnidentifiedImageError as error:  # its own text names the buffer's address
-        raise RowError("image_decode", f"{field} ({len(data):,} bytes) is no image of a format that is read") from error
+        raise RowError(
+            "image_decode", f"{field} ({len(data):,} bytes) is no readable image (of no format that is read)"
+        ) from error
     except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, ZeroDivisionError and more
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise RowError("image_decode", f"{field} ({len(data):,} bytes) is no readable image ({cause})") from error

@@ -180,4 +180,6 @@ def test_hostile_files_end_as_a_picture_or_a_coded_error_soon_and_in_little_memo
 
 
 def test_files_that_are_programs_are_not_run(decoded: dict[str, tuple[str, float, int]]) -> None:
-    assert decoded["program.eps"][0] == "image_decode: program.eps (71 bytes) is no image of a format that is read"
+    assert (
+        decoded["program.eps"][0] == "image_decode: program.eps (71 bytes) is no readable image (of no format that is read)"
+    )

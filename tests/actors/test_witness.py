@@ -77,9 +77,12 @@ class Handle:
 
     def __init__(self, witness: Witness) -> None:
         self._witness = witness
+        self.asker_lives = True
 
     def __getattr__(self, name: str) -> Any:
         def remote(*arguments: Any) -> Awaitable[Any]:
+            if not self.asker_lives:
+                raise DeadError  # nothing that was in the process goes on
             answer = getattr(self._witness, name)(*arguments)  # told at once, answered later
 
             async def later() -> Any:
@@ -105,6 +108,7 @@ class MortalReplica(Replica):
         for _ in range(1 + len(rows) % 3):
             await asyncio.sleep(0)
         if self._deadly & {row.id for row in rows}:
+            self._witness.asker_lives = False
             raise DeadError
         return [row.id for row in rows]
 
