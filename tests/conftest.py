@@ -44,7 +44,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "jobs" if nodeid.startswith(JOBS) else nodeid.partition("::")[0]
+            if nodeid.startswith(JOBS):
+                return "jobs"
+            # One lot, too: the process with the jobs is given a second lot at once, and that must not be a long one.
+            return "scripts" if nodeid.startswith("tests/scripts/") else nodeid.partition("::")[0]
 
     return Scheduler(config, log)
 
