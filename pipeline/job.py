@@ -371,7 +371,6 @@ def _run_stages(
     from pipeline.actors.monitor import Monitor
     from pipeline.actors.prepare import Preparer
     from pipeline.actors.replica import Replica
-    from pipeline.actors.witness import Witness
     from pipeline.engine import EngineOptions, Sizes
     from pipeline.io.read import ParquetShards
 
@@ -384,12 +383,8 @@ def _run_stages(
     context.target_max_block_size = BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
-    # The display is not worth a job: should its node go away, counting starts anew.
+    # Neither counting nor what was in hand is worth a job: should its node go away, both start anew.
     monitor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).remote()
-    # One for each stage, since a block has the same name in both.
-    preparing, answering = (
-        ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Witness).remote() for _ in range(2)
-    )
     # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
     sizes = Sizes.of(EngineOptions(**settings.engine.model_dump()), resources.device)
     in_flight = -(-(sizes.waiting + sizes.batch_size) // rows_per_block) + 1
@@ -406,7 +401,7 @@ def _run_stages(
         ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces))
         .map_batches(
             Preparer,
-            fn_constructor_args=(settings, plan.columns, job.task == "caption", preparing),
+            fn_constructor_args=(settings, plan.columns, job.task == "caption", monitor),
             batch_size=rows_per_block,
             batch_format="pyarrow",
             num_cpus=resources.prepare_cpus,
@@ -421,7 +416,6 @@ def _run_stages(
                 resources.replica_threads,
                 monitor,
                 committer,
-                answering,
             ),
             batch_size=rows_per_block,
             batch_format="pyarrow",

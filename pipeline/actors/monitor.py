@@ -1,14 +1,28 @@
-"""The actor that counts: replicas tell it what they answered, the driver asks it for the totals."""
+"""The one actor beside the work: it counts for the display, and remembers what was in hand when a process dies.
+
+One and not three, since every process of a job costs seconds to start.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+from pipeline.actors.witness import Place, Verdict, Witness
+
+#: A block has the same name in both.
+WatchedStage = Literal["prepare", "answer"]
 
 
 class Monitor:
-    """Totals of a running job. Not the truth of the output (a block that Ray runs twice counts twice): the display's."""
+    """Totals of a running job, and the witness of each stage.
+
+    The totals are not the truth of the output (a block that Ray runs twice counts twice) but the display's.
+    """
 
     def __init__(self) -> None:
+        self._witnesses: dict[WatchedStage, Witness] = defaultdict(Witness)
         self._counts: Counter[str] = Counter()
         self._engines: dict[str, Counter[str]] = {}
 
@@ -23,3 +37,15 @@ class Monitor:
         for counters in self._engines.values():
             engines.update(counters)
         return self._counts, engines
+
+    def begin(self, stage: WatchedStage, block: Place) -> Verdict:
+        """`Witness.begin` of a stage."""
+        return self._witnesses[stage].begin(block)
+
+    def hand(self, stage: WatchedStage, block: Place, rows: Sequence[Place]) -> None:
+        """`Witness.hand` of a stage."""
+        self._witnesses[stage].hand(block, rows)
+
+    def end(self, stage: WatchedStage, block: Place) -> None:
+        """`Witness.end` of a stage."""
+        self._witnesses[stage].end(block)

@@ -47,10 +47,10 @@ class Preparer:
         settings: the job's settings.
         columns: the input columns in use.
         require_images: a row without an image is an error.
-        witness: the `Witness` actor's handle; None where nothing but this process would notice its death.
+        monitor: the `Monitor` actor's handle; None where nothing but this process would notice its death.
     """
 
-    def __init__(self, settings: JobSettings, columns: Columns, require_images: bool, witness: Any = None) -> None:
+    def __init__(self, settings: JobSettings, columns: Columns, require_images: bool, monitor: Any = None) -> None:
         import torch
 
         # Several of these share a machine; torch's own threads would only get in each other's way.
@@ -67,7 +67,7 @@ class Preparer:
         self._images_field = f"column {shown!r}" if shown else self._asked_field
         self._missing_image_is_error = settings.input.missing_image == "error"
         self._require_images = require_images
-        self._witness = witness
+        self._monitor = monitor
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Yield tables of `PREPARED_SCHEMA` plus the extra columns: each input row once, in order."""
@@ -90,24 +90,24 @@ class Preparer:
 
     @contextlib.contextmanager
     def _watched(self, table: pa.Table) -> Iterator[Callable[[int], RowError | None]]:
-        """Tell the witness of a block; what this yields is to be asked before each row whether it is to be given up."""
-        if self._witness is None or not len(table):
+        """Tell the monitor of a block; what this yields is to be asked before each row whether it is to be given up."""
+        if self._monitor is None or not len(table):
             yield lambda index: None
             return
         import ray
 
         places = list(zip(table[SHARD].to_pylist(), table[ROW].to_pylist(), strict=True))
-        known = ray.get(self._witness.begin.remote(places[0]))
+        known = ray.get(self._monitor.begin.remote("prepare", places[0]))
 
         def watch(index: int) -> RowError | None:
             if places[index] in known.given_up:
                 return RowError("worker_died", f"the process that prepared this row died, {TRIES} times")
             if known.died:
-                ray.get(self._witness.hand.remote(places[0], [places[index]]))
+                ray.get(self._monitor.hand.remote("prepare", places[0], [places[index]]))
             return None
 
         yield watch
-        self._witness.end.remote(places[0])
+        self._monitor.end.remote("prepare", places[0])
 
     def _prepare(
         self, id_: pa.Scalar, images: pa.Scalar, references: pa.Scalar, prompt: pa.Scalar, messages: pa.Scalar

@@ -58,7 +58,6 @@ class Replica:
         threads: torch threads on the CPU.
         monitor: the `Monitor` actor's handle.
         committer: the `Committer` actor's.
-        witness: the `Witness` actor's, one of its own beside the preparers'.
     """
 
     def __init__(
@@ -69,13 +68,12 @@ class Replica:
         threads: int,
         monitor: Any,
         committer: Any,
-        witness: Any,
     ) -> None:
         if device == "cpu":
             torch.set_num_threads(threads)
         self._settings = settings
         self._schema = pa.schema([*output_schema(settings.output, extras), *PLACE_SCHEMA])
-        self._monitor, self._committer, self._witness = monitor, committer, witness
+        self._monitor, self._committer = monitor, committer
         self._alone = asyncio.Lock()
         self._name = uuid.uuid4().hex
         self._engine, self._sampling = load_engine(settings, torch.device(device))
@@ -95,7 +93,7 @@ class Replica:
         await self._report(rows, errors)
         # Awaited: a block counts as answered only once the committer has it.
         new = await self._committer.take.remote(self._output(rows, errors, carried(table)))
-        self._witness.end.remote(places[0])
+        self._monitor.end.remote("answer", places[0])
         return pa.table({"rows": [new]})
 
     async def _answer(self, rows: Sequence[PreparedRow]) -> list[Any]:
@@ -106,8 +104,8 @@ class Replica:
         return [row.error if future is None else next(answers) for row, future in zip(rows, futures, strict=True)]
 
     async def _answer_watched(self, rows: Sequence[PreparedRow], places: Sequence[Place]) -> list[Any]:
-        """The same, and the witness knows of it; whoever calls this tells it once the block is over."""
-        known: Verdict = await self._witness.begin.remote(places[0])
+        """The same, and the monitor knows of it; whoever calls this tells it once the block is over."""
+        known: Verdict = await self._monitor.begin.remote("answer", places[0])
         return await (self._answer_carefully(rows, places, known) if known.died else self._answer(rows))
 
     async def _answer_carefully(self, rows: Sequence[PreparedRow], places: Sequence[Place], known: Verdict) -> list[Any]:
@@ -125,10 +123,10 @@ class Replica:
         groups = [cleared, *(rest[start : start + at_once] for start in range(0, len(rest), at_once))]
         for group in filter(None, groups):
             async with self._alone:
-                await self._witness.hand.remote(places[0], [places[index] for index in group])
+                await self._monitor.hand.remote("answer", places[0], [places[index] for index in group])
                 for index, result in zip(group, await self._answer([rows[index] for index in group]), strict=True):
                     results[index] = result
-                await self._witness.hand.remote(places[0], [])
+                await self._monitor.hand.remote("answer", places[0], [])
         return results
 
     def _submit(self, row: PreparedRow) -> Future[Answer] | None:

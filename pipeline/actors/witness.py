@@ -1,4 +1,4 @@
-"""The actor that remembers what was in hand when a process died: nobody in the process can."""
+"""Remembers what was in hand when a process died: nobody in the process can."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.actors.monitor import Monitor
 from pipeline.actors.prepare import Preparer
 from pipeline.actors.replica import Replica
 from pipeline.actors.witness import Verdict, Witness
@@ -73,17 +74,17 @@ def test_a_block_that_ended_is_not_suspect_when_it_is_run_again() -> None:
 
 
 class Handle:
-    """A witness that is asked as if it were another process's."""
+    """A monitor that is asked as if it were in another process."""
 
-    def __init__(self, witness: Witness) -> None:
-        self._witness = witness
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
         self.asker_lives = True
 
     def __getattr__(self, name: str) -> Any:
         def remote(*arguments: Any) -> Awaitable[Any]:
             if not self.asker_lives:
                 raise DeadError  # nothing that was in the process goes on
-            answer = getattr(self._witness, name)(*arguments)  # told at once, answered later
+            answer = getattr(self._monitor, name)(*arguments)  # told at once, answered later
 
             async def later() -> Any:
                 await asyncio.sleep(0)
@@ -101,14 +102,14 @@ class DeadError(Exception):
 class MortalReplica(Replica):
     """A replica whose engine echoes, and dies of some rows. Rows of a step take some time together."""
 
-    def __init__(self, deadly: set[str], witness: Witness) -> None:
-        self._deadly, self._witness, self._alone = deadly, Handle(witness), asyncio.Lock()
+    def __init__(self, deadly: set[str], monitor: Monitor) -> None:
+        self._deadly, self._monitor, self._alone = deadly, Handle(monitor), asyncio.Lock()
 
     async def _answer(self, rows: Sequence[PreparedRow]) -> list[Any]:
         for _ in range(1 + len(rows) % 3):
             await asyncio.sleep(0)
         if self._deadly & {row.id for row in rows}:
-            self._witness.asker_lives = False
+            self._monitor.asker_lives = False
             raise DeadError
         return [row.id for row in rows]
 
@@ -123,17 +124,17 @@ def test_replicas_lose_the_rows_that_kill_them_and_no_other(sizes: list[int], de
     ends = np.cumsum(sizes)
     rows = [PreparedRow(str(number), "?") for number in range(ends[-1])]
     blocks = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    witness = Witness()
+    monitor = Monitor()
     answers: dict[str, Any] = {}
 
     async def block(replica: MortalReplica, own: range) -> None:
         places = [("a", number) for number in own]
         results = await replica._answer_watched([rows[number] for number in own], places)
         answers.update((rows[number].id, result) for number, result in zip(own, results, strict=True))
-        witness.end(places[0])
+        monitor.end("answer", places[0])
 
     async def life() -> None:
-        replica = MortalReplica({str(number) for number in deadly}, witness)
+        replica = MortalReplica({str(number) for number in deadly}, monitor)
         todo = [own for own in blocks if rows[own[0]].id not in answers][:at_once]
         await asyncio.gather(*(block(replica, own) for own in todo))
 
@@ -172,9 +173,9 @@ def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answere
     job = JobSettings.model_validate(
         {"model": {"base": str(golden / "released/base")}, "input": {"path": "in"}, "output": {"path": "out"}}
     )
-    witness = ray.remote(num_cpus=0)(Witness).remote()
+    monitor = ray.remote(num_cpus=0)(Monitor).remote()
     mortal = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mortal).remote(
-        job, Columns(None, "image", None, "prompt", None), False, witness
+        job, Columns(None, "image", None, "prompt", None), False, monitor
     )
     rows = prepared_rows(pa.concat_tables(ray.get(mortal.run.remote(table))))
     assert [row.error for row in rows if row.id != "3"] == [None] * 5

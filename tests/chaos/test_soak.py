@@ -75,7 +75,7 @@ class MemoryWatch(threading.Thread):
             sizes: Counter[str] = Counter()
             for process in psutil.process_iter(["cmdline", "memory_info"]):
                 title = " ".join(process.info["cmdline"] or [])
-                for kind in ("Replica", "Preparer", "Committer", "Monitor", "Witness"):
+                for kind in ("Replica", "Preparer", "Committer", "Monitor"):
                     if title.startswith("ray::") and kind in title:
                         with suppress(psutil.NoSuchProcess):
                             sizes[kind] = max(sizes[kind], process.info["memory_info"].rss)
