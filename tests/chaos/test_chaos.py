@@ -77,7 +77,9 @@ class Nodes:
             for part in node.all_processes.get("raylet", []):
                 with suppress(psutil.NoSuchProcess):
                     children = psutil.Process(part.process.pid).children(recursive=True)
-                    found += [process for process in children if _title(process).startswith("ray::")]
+                    # A node's agents are no workers: a node whose agent dies goes with it, the head's and its drivers too.
+                    titles = {process: _title(process) for process in children}
+                    found += [one for one, title in titles.items() if title.startswith("ray::") and "Agent" not in title]
         return found
 
 
