@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,12 +25,12 @@ from rich.console import Console
 from pipeline.config import JobSettings, as_yaml
 from pipeline.errors import ConfigError, InputError, OutputError, Stopped
 from pipeline.io.accuracy import Truth, is_right
-from pipeline.io.commits import Commit, OutputLog, done_rows
+from pipeline.io.commits import Commit, OutputLog, done_rows, retry_rows
 from pipeline.io.lease import Lease
 from pipeline.io.manifest import Manifest
 from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
 from pipeline.io.retries import RETRIES, merge_retries
-from pipeline.io.rowset import RowSet
+from pipeline.io.rowset import RowSet, difference, intersection
 from pipeline.io.storage import OutputFolder, find_parquet_files
 from pipeline.io.write import RESERVED_COLUMNS, Written, output_schema
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
@@ -223,22 +223,16 @@ def input_changed(job: Job) -> bool:
 
 def missing_rows(plan: InputPlan, done: Mapping[str, RowSet]) -> dict[str, RowSet]:
     """Rows of the plan that are not done, by shard; shards that are done are not in it."""
-    found = {}
-    for shard in plan.shards:
-        missing = RowSet.range(0, shard.rows) - done.get(shard.file.url, RowSet.empty())
-        if missing:
-            found[shard.file.url] = missing
-    return found
+    return difference(_planned_rows(plan), done)
 
 
 def retryable_rows(plan: InputPlan, commits: Iterable[Commit]) -> dict[str, RowSet]:
     """Rows of the plan that are done, with an error that is worth another try, by shard."""
-    found: dict[str, RowSet] = defaultdict(RowSet.empty)
-    for commit in commits:
-        for shard, rows in commit.retry.items():
-            found[shard] |= rows
-    planned = {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}
-    return {shard: own for shard, rows in found.items() if shard in planned and (own := rows & planned[shard])}
+    return intersection(retry_rows(commits), _planned_rows(plan))
+
+
+def _planned_rows(plan: InputPlan) -> dict[str, RowSet]:
+    return {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}
 
 
 def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
@@ -328,8 +322,7 @@ class _Rounds:
             before = sum(map(len, left.values()))
             print(f"trying {before:,} error rows again", file=sys.stderr, flush=True)
             self.run(left, RETRIES)
-            done = done_rows(again.commits())
-            left = {s: own for s, all_ in rows.items() if (own := all_ - done.get(s, RowSet.empty()))}
+            left = difference(rows, done_rows(again.commits()))
             if sum(map(len, left.values())) >= before:
                 break  # the input changed; the rows keep their errors
         merge_retries(self._folder, self._run, self._job.truth)

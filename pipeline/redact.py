@@ -20,6 +20,11 @@ def without_secrets(text: str) -> str:
     return _NAMED.sub(r"\1\2***", _QUERY.sub(r"\1", _USER.sub("***@", text)))
 
 
+def cause_of(error: BaseException | None) -> str:
+    """An error's type and text, in one line and without secrets."""
+    return without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
 def scrubbed(value: Any) -> Any:
     """A value made of dicts, lists and scalars, with `without_secrets` applied to every text in it."""
     if isinstance(value, str):

@@ -24,6 +24,7 @@ MESSAGES = "awaker:messages"
 SHARD = "awaker:shard"
 ROW = "awaker:row"
 PLACE_SCHEMA = pa.schema([pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64())])
+Place = tuple[str, int]
 
 #: What reading adds to the extra columns. Images are encoded bytes, or null where a path or URL is in the same place of
 #: `REFERENCES`; a null list is a missing image.
@@ -87,6 +88,11 @@ class PreparedRow:
 def own_columns_dropped(table: pa.Table) -> pa.Table:
     """The extra columns of a table."""
     return table.select([name for name in table.column_names if not name.startswith(OWN_PREFIX)])
+
+
+def places(table: pa.Table) -> list[Place]:
+    """Where each row comes from."""
+    return list(zip(table[SHARD].to_pylist(), table[ROW].to_pylist(), strict=True))
 
 
 def carried(table: pa.Table) -> pa.Table:

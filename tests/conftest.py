@@ -38,23 +38,27 @@ JOBS = ("tests/jobs/", "tests/chaos/", "tests/test_demo.py", "tests/test_nightly
 JOBS += ("tests/io/test_fetch.py", "tests/test_progress.py")
 
 
+def _lot(nodeid: str) -> str:
+    if nodeid.startswith(JOBS):
+        return "jobs"
+    # One lot, too: the process with the jobs is given a second lot at once, and that must not be a long one.
+    return "scripts" if nodeid.startswith("tests/scripts/") else nodeid.partition("::")[0]
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """How `pytest -n` shares the tests out."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith(JOBS):
-                return "jobs"
-            # One lot, too: the process with the jobs is given a second lot at once, and that must not be a long one.
-            return "scripts" if nodeid.startswith("tests/scripts/") else nodeid.partition("::")[0]
+            return _lot(nodeid)
 
     return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The jobs first: they take longest."""
-    items.sort(key=lambda item: not item.nodeid.startswith((*JOBS, "tests/scripts/")))
+    items.sort(key=lambda item: _lot(item.nodeid) not in ("jobs", "scripts"))
 
 
 @pytest.fixture(scope="session")

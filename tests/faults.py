@@ -19,8 +19,6 @@ ERRORS = {
 #: it waits; the store answers 500 or 503; the answer ends in its middle.
 FAULTS = ("drop", "lose", "delay", "500", "503", "truncate")
 
-_Read = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
 
 class FaultyProxy:
     """An HTTP proxy on a port of this machine, in a thread; a context manager.
@@ -32,13 +30,11 @@ class FaultyProxy:
 
     Attributes:
         done: how often each fault happened.
-        requests: how many requests came.
     """
 
     def __init__(self, upstream: int, share: float, seed: int) -> None:
         self._upstream, self._share, self._draw = upstream, share, random.Random(seed)
         self.done: Counter[str] = Counter()
-        self.requests = 0
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -72,7 +68,6 @@ class FaultyProxy:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head, body = await _message(reader, writer)
-        self.requests += 1
         fault = self._next_fault(get=head.startswith(b"GET ")) if self._draw.random() < self._share else None
         if fault == "drop":
             return

@@ -22,7 +22,7 @@ from pipeline.io.commits import OutputLog, done_rows
 from pipeline.io.lease import LeaseLostError, check_lock
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
-from pipeline.redact import without_secrets
+from pipeline.redact import cause_of
 from pipeline.rows import ROW, SHARD, own_columns_dropped
 
 logger = logging.getLogger(__name__)
@@ -207,4 +207,4 @@ def _patiently(operation: Callable[[], _T]) -> _T:
 
 def _tell(state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    logger.warning("cannot write results (%s: %s); trying again", type(error).__name__, without_secrets(str(error)))
+    logger.warning("cannot write results (%s); trying again", cause_of(error))

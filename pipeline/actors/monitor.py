@@ -9,7 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
-from pipeline.actors.witness import Place, Verdict, Witness
+from pipeline.actors.witness import Verdict, Witness
+from pipeline.rows import Place
 
 #: A block has the same name in both.
 WatchedStage = Literal["prepare", "answer"]

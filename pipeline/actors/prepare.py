@@ -19,17 +19,16 @@ from pipeline.errors import RowError, RowErrorCode
 from pipeline.io.fetch import Fetcher, shown
 from pipeline.io.plan import Columns
 from pipeline.model.prompt import PromptProcessor
-from pipeline.redact import without_secrets
+from pipeline.redact import cause_of
 from pipeline.rows import (
     ID,
     IMAGES,
     MESSAGES,
     PROMPT,
     REFERENCES,
-    ROW,
-    SHARD,
     PreparedRow,
     carried,
+    places,
     prepared_table,
     with_own_columns,
 )
@@ -96,18 +95,18 @@ class Preparer:
             return
         import ray
 
-        places = list(zip(table[SHARD].to_pylist(), table[ROW].to_pylist(), strict=True))
-        known = ray.get(self._monitor.begin.remote("prepare", places[0]))
+        own = places(table)
+        known = ray.get(self._monitor.begin.remote("prepare", own[0]))
 
         def watch(index: int) -> RowError | None:
-            if places[index] in known.given_up:
+            if own[index] in known.given_up:
                 return RowError("worker_died", f"the process that prepared this row died, {TRIES} times")
             if known.died:
-                ray.get(self._monitor.hand.remote("prepare", places[0], [places[index]]))
+                ray.get(self._monitor.hand.remote("prepare", own[0], [own[index]]))
             return None
 
         yield watch
-        self._monitor.end.remote("prepare", places[0])
+        self._monitor.end.remote("prepare", own[0])
 
     def _prepare(
         self, id_: pa.Scalar, images: pa.Scalar, references: pa.Scalar, prompt: pa.Scalar, messages: pa.Scalar
@@ -131,8 +130,7 @@ class Preparer:
             return PreparedRow(row_id, asked, str(error))
         except Exception as error:  # an exception here would end the job, for the sake of one row
             logger.exception("row %s cannot be prepared", row_id)
-            cause = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
-            return PreparedRow(row_id, asked, str(RowError("unexpected", cause)))
+            return PreparedRow(row_id, asked, str(RowError("unexpected", cause_of(error))))
 
     def _decode(self, data: bytes, field: str) -> Image.Image:
         return decode_image(data, field, self._image_settings)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.actors.witness import TRIES, Place, Verdict
+from pipeline.actors.witness import TRIES, Verdict
 from pipeline.config import JobSettings
 from pipeline.engine import Answer, Engine, EngineOptions, GenerationError, OutOfMemoryError, Request, Sampling
 from pipeline.errors import RowError, RowErrorCode
@@ -21,7 +21,7 @@ from pipeline.io.write import output_schema
 from pipeline.model.awaker import load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
-from pipeline.rows import PLACE_SCHEMA, ROW, SHARD, PreparedRow, carried, prepared_rows
+from pipeline.rows import PLACE_SCHEMA, Place, PreparedRow, carried, places, prepared_rows
 
 #: Rows of a suspect block that are answered at a time: few enough that little is left to search, and enough that a node
 #: that merely went away does not cost a replica minutes.
@@ -61,13 +61,7 @@ class Replica:
     """
 
     def __init__(
-        self,
-        settings: JobSettings,
-        extras: pa.Schema,
-        device: str,
-        threads: int,
-        monitor: Any,
-        committer: Any,
+        self, settings: JobSettings, extras: pa.Schema, device: str, threads: int, monitor: Any, committer: Any
     ) -> None:
         if device == "cpu":
             torch.set_num_threads(threads)
@@ -81,8 +75,8 @@ class Replica:
     async def __call__(self, table: pa.Table) -> pa.Table:
         """Answer a block and hand its rows, in the output's schema, to the committer; how many they were."""
         rows = prepared_rows(table)
-        places = list(zip(table[SHARD].to_pylist(), table[ROW].to_pylist(), strict=True))
-        results = await self._answer_watched(rows, places)
+        own = places(table)
+        results = await self._answer_watched(rows, own)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, GenerationError):
                 raise result  # the engine's failure, not the row's: it ends the job
@@ -93,7 +87,7 @@ class Replica:
         await self._report(rows, errors)
         # Awaited: a block counts as answered only once the committer has it.
         new = await self._committer.take.remote(self._output(rows, errors, carried(table)))
-        self._monitor.end.remote("answer", places[0])
+        self._monitor.end.remote("answer", own[0])
         return pa.table({"rows": [new]})
 
     async def _answer(self, rows: Sequence[PreparedRow]) -> list[Any]:
@@ -103,30 +97,30 @@ class Replica:
         answers = iter(outcomes)
         return [row.error if future is None else next(answers) for row, future in zip(rows, futures, strict=True)]
 
-    async def _answer_watched(self, rows: Sequence[PreparedRow], places: Sequence[Place]) -> list[Any]:
+    async def _answer_watched(self, rows: Sequence[PreparedRow], own: Sequence[Place]) -> list[Any]:
         """The same, and the monitor knows of it; whoever calls this tells it once the block is over."""
-        known: Verdict = await self._monitor.begin.remote("answer", places[0])
-        return await (self._answer_carefully(rows, places, known) if known.died else self._answer(rows))
+        known: Verdict = await self._monitor.begin.remote("answer", own[0])
+        return await (self._answer_carefully(rows, own, known) if known.died else self._answer(rows))
 
-    async def _answer_carefully(self, rows: Sequence[PreparedRow], places: Sequence[Place], known: Verdict) -> list[Any]:
+    async def _answer_carefully(self, rows: Sequence[PreparedRow], own: Sequence[Place], known: Verdict) -> list[Any]:
         """The same, for a block that was in hand when a replica died: some rows at a time, so that the one is found.
 
         Blocks that are in no suspicion go on beside it; of those that are, one is worked on at a time.
         """
         results: list[Any] = [None] * len(rows)
-        open_ = [index for index, place in enumerate(places) if place not in known.given_up]
+        open_ = [index for index, place in enumerate(own) if place not in known.given_up]
         for index in set(range(len(rows))) - set(open_):
             results[index] = str(RowError("worker_died", f"the replica that answered this row died, {TRIES} times"))
-        cleared = [index for index in open_ if known.suspects and places[index] not in known.suspects]
+        cleared = [index for index in open_ if known.suspects and own[index] not in known.suspects]
         rest = [index for index in open_ if index not in cleared]
         at_once = 1 if known.suspects else SUSPECTS
         groups = [cleared, *(rest[start : start + at_once] for start in range(0, len(rest), at_once))]
         for group in filter(None, groups):
             async with self._alone:
-                await self._monitor.hand.remote("answer", places[0], [places[index] for index in group])
+                await self._monitor.hand.remote("answer", own[0], [own[index] for index in group])
                 for index, result in zip(group, await self._answer([rows[index] for index in group]), strict=True):
                     results[index] = result
-                await self._monitor.hand.remote("answer", places[0], [])
+                await self._monitor.hand.remote("answer", own[0], [])
         return results
 
     def _submit(self, row: PreparedRow) -> Future[Answer] | None:

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.rows import Place
+
 #: Tries that a row gets of its own before it is given up.
 TRIES = 2
-
-#: Shard and row number.
-Place = tuple[str, int]
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,15 @@ class OutputLog:
             self._unindexed = {}
 
 
+def retry_rows(commits: Iterable[Commit]) -> dict[str, RowSet]:
+    """Rows that are done with an error that is worth another try, by the shard's URL."""
+    found: dict[str, RowSet] = defaultdict(RowSet.empty)
+    for commit in commits:
+        for shard, rows in commit.retry.items():
+            found[shard] |= rows
+    return dict(found)
+
+
 def done_rows(commits: Iterable[Commit]) -> dict[str, RowSet]:
     """Rows that are done, by the shard's URL.
 

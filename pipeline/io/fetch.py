@@ -27,7 +27,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from pipeline.config import FetchSettings
 from pipeline.errors import RowError
 from pipeline.io.storage import open_filesystem
-from pipeline.redact import without_secrets
+from pipeline.redact import cause_of, without_secrets
 
 MAX_REDIRECTS = 5
 #: Answers that may be another a moment later.
@@ -187,7 +187,7 @@ class Fetcher:
         except Exception as error:  # every fsspec backend has error types of its own
             if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in _NO_SUCH_FILE:
                 raise RowError("image_missing", f"{shown(arguments[-1])} does not exist") from error
-            raise _PassingError(f"{type(error).__name__}: {without_secrets(' '.join(str(error).split()))}") from error
+            raise _PassingError(cause_of(error)) from error
         if len(content) > self._max_bytes:
             raise _too_large(arguments[-1], self._max_bytes)
         return content
@@ -236,7 +236,7 @@ class Fetcher:
             except (aiohttp.ClientError, OSError) as error:
                 if isinstance(error, aiohttp.InvalidURL):
                     raise RowError("image_missing", f"{shown(url)} is no URL") from error
-                raise _PassingError(f"{type(error).__name__}: {without_secrets(str(error))}") from error
+                raise _PassingError(cause_of(error)) from error
         raise RowError("image_fetch", f"{shown(url)}: more than {MAX_REDIRECTS} redirects")
 
     def _web(self) -> aiohttp.ClientSession:

@@ -8,15 +8,14 @@ crash in between leaves outcomes to be put in place by the next run; putting the
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.io.accuracy import Truth
-from pipeline.io.commits import Commit, OutputLog, done_rows
+from pipeline.io.commits import OutputLog, done_rows, retry_rows
 from pipeline.io.lease import check_lock
-from pipeline.io.rowset import RowSet
+from pipeline.io.rowset import difference, intersection
 from pipeline.io.storage import OutputFolder
 
 #: Where outcomes lie until they are in place.
@@ -35,31 +34,22 @@ def merge_retries(folder: OutputFolder, run: str, truth: Truth | None) -> int:
     if not outcomes:
         return 0
     answered = done_rows(outcomes)
-    failing = done_rows([Commit(one.file, one.retry, one.written) for one in outcomes])
+    passed = difference(answered, retry_rows(outcomes))
     table = pa.concat_tables([_read(folder, f"{RETRIES}{one.file}") for one in outcomes])
     place = {id_: number for number, id_ in enumerate(table["id"].to_pylist())}
     log = OutputLog(folder, run)
     for commit in log.commits():
-        if not any(_and(commit.retry, answered).values()):
+        if not intersection(commit.retry, answered):
             continue
         check_lock(folder, run)
         before = _read(folder, commit.file)
         both = pa.concat_tables([before, table])
         chosen = [len(before) + place[i] if i in place else n for n, i in enumerate(before["id"].to_pylist())]
-        retry = {
-            shard: left
-            for shard, rows in commit.retry.items()
-            if (left := (rows - answered.get(shard, RowSet.empty())) | (rows & failing.get(shard, RowSet.empty())))
-        }
-        log.replace(commit, both.take(chosen), truth, retry)
+        log.replace(commit, both.take(chosen), truth, difference(commit.retry, passed))
     log.index()
     for one in outcomes:
         folder.remove(f"{RETRIES}{one.file}")
     return len(table)
-
-
-def _and(first: Mapping[str, RowSet], second: Mapping[str, RowSet]) -> dict[str, RowSet]:
-    return {shard: rows & second[shard] for shard, rows in first.items() if shard in second}
 
 
 def _read(folder: OutputFolder, name: str) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,3 +99,13 @@ class RowSet:
     def contains(self, rows: np.ndarray) -> np.ndarray:
         """Which of `rows` [N] are in the set: bool [N]."""
         return np.searchsorted(self.edges, rows, side="right") % 2 == 1
+
+
+def intersection(first: Mapping[str, RowSet], second: Mapping[str, RowSet]) -> dict[str, RowSet]:
+    """Rows by shard that are in both; shards without any are left out."""
+    return {shard: both for shard, rows in first.items() if shard in second and (both := rows & second[shard])}
+
+
+def difference(first: Mapping[str, RowSet], second: Mapping[str, RowSet]) -> dict[str, RowSet]:
+    """Rows by shard that are in `first` alone; shards without any are left out."""
+    return {shard: left for shard, rows in first.items() if (left := rows - second.get(shard, RowSet.empty()))}

@@ -188,14 +188,17 @@ class OutputFolder:
         except Exception as error:  # every fsspec backend has error types of its own
             raise OutputError(f"output.path: cannot write to {self.url} ({type(error).__name__}: {error})") from error
 
+    def _listing(self, folder: str = "") -> dict[str, dict[str, Any]]:
+        """What lies directly in a folder of this one, by name; nothing where there is no folder."""
+        self._filesystem.invalidate_cache()
+        where = f"{self._root}/{folder}".rstrip("/")
+        if not self._filesystem.isdir(where):
+            return {}
+        return {one["name"].rstrip("/").rsplit("/", 1)[-1]: one for one in self._filesystem.ls(where, detail=True)}
+
     def results(self, at: str = "") -> list[str]:
         """Paths of the Parquet files that lie directly in the folder, or `at` a folder in it; none where there is none."""
-        self._filesystem.invalidate_cache()
-        where = f"{self._root}/{at}".rstrip("/")
-        if not self._filesystem.isdir(where):
-            return []
-        listing = self._filesystem.ls(where, detail=False)
-        return sorted(name for name in listing if name.endswith(PARQUET_SUFFIXES))
+        return sorted(one["name"] for name, one in self._listing(at).items() if name.endswith(PARQUET_SUFFIXES))
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file; a reader sees all of it or nothing.
@@ -214,19 +217,11 @@ class OutputFolder:
 
     def names(self, folder: str) -> list[str]:
         """Names, within the output folder, of the files directly in one of its folders; none where there is none."""
-        self._filesystem.invalidate_cache()
-        where = f"{self._root}/{folder}"
-        if not self._filesystem.isdir(where):
-            return []
-        return sorted(f"{folder}/{path.rsplit('/', 1)[-1]}" for path in self._filesystem.ls(where, detail=False))
+        return sorted(f"{folder}/{name}" for name in self._listing(folder))
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, sorted; none where there is no folder."""
-        self._filesystem.invalidate_cache()
-        if not self._filesystem.isdir(self._root):
-            return []
-        listing = self._filesystem.ls(self._root, detail=True)
-        return sorted(one["name"].rstrip("/").rsplit("/", 1)[-1] for one in listing if one["type"] == "directory")
+        return sorted(name for name, one in self._listing().items() if one["type"] == "directory")
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""

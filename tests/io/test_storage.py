@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import OutputSettings
 from pipeline.errors import OutputError
-from pipeline.io.storage import FileInfo, OutputFolder
+from pipeline.io.storage import FileInfo, OutputFolder, _be_patient_with_s3, open_filesystem
 from pipeline.io.write import Written, output_schema
 from tests.io.shards import write_shard
 
@@ -122,3 +122,15 @@ def test_what_was_written_is_counted_by_error_code() -> None:
     assert (once.files, once.rows, once.prompt_tokens, once.visual_tokens, once.new_tokens) == (1, 4, 10, 4, 3)
     assert dict(once.errors) == {"image_decode": 2, "prompt_missing": 1}
     assert (once + once).errors["image_decode"] == 4
+
+
+def test_s3_is_tried_again_for_longer_than_botocore_would_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_filesystem("s3://bucket/a")[0].config_kwargs["retries"] == {"mode": "standard", "max_attempts": 10}
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    _be_patient_with_s3()
+    assert fsspec.config.conf == {}
+    monkeypatch.delenv("AWS_MAX_ATTEMPTS")
+    fsspec.config.conf["s3"] = {"config_kwargs": {"retries": {"max_attempts": 3}}}
+    _be_patient_with_s3()
+    assert fsspec.config.conf == {"s3": {"config_kwargs": {"retries": {"max_attempts": 3}}}}

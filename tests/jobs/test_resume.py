@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import OutputError
-from pipeline.io.lease import Lease, LeaseTimes
+from pipeline.io.lease import Lease, LeaseTimes, read_lock
 from pipeline.io.storage import OutputFolder
 from tests.conftest import RayCluster
 from tests.io.shards import write_shard
@@ -125,4 +126,26 @@ def test_a_dead_runs_lock_expires(tmp_path: Path) -> None:
     lease = Lease(folder, "next", LeaseTimes(renew=0.1, expire=0.3, settle=0.05), told.append)
     lease.take()
     assert "locked by run dead on elsewhere" in told[0]
+    lease.release()
+
+
+def test_storage_that_fails_for_a_moment_does_not_cost_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = OutputFolder(str(tmp_path))
+    folder.make()
+    lease = Lease(folder, "mine", LeaseTimes(renew=0.02, expire=1.0, settle=0.01))
+    lease.take()
+    failed = threading.Event()
+
+    def fail(name: str) -> bytes:
+        failed.set()
+        raise RuntimeError("botocore's errors are no OSErrors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "read", fail)
+        assert failed.wait(10)
+    before = read_lock(folder)
+    end = time.monotonic() + 10
+    while read_lock(folder) == before and time.monotonic() < end:
+        time.sleep(0.02)
+    assert read_lock(folder) != before
     lease.release()
