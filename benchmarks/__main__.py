@@ -18,6 +18,7 @@ NAMES = (
     "folding",
     "strategies",
     "grouping",
+    "repetition",
     "planning",
     "memory",
     "conversion",

@@ -6,8 +6,7 @@ from pathlib import Path
 # Under `ray job submit --working-dir .` the package beside this file is the one to run, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.cli import answer, main
-from pipeline.config import JobSettings
+from pipeline.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main("Answer questions about the images of Parquet shards with Awaker2.5-VL.", JobSettings, answer("vqa")))
+    sys.exit(run("vqa", sys.argv[1:], "python jobs/vqa.py"))

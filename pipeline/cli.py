@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +31,10 @@ def main(
     kind: type[T],
     work: Callable[[T, bool], None],
     default_config: Path | None = None,
+    *,
+    program: str | None = None,
+    example: str = "",
+    arguments: Sequence[str] | None = None,
 ) -> int:
     """Parse arguments, load settings, do the work.
 
@@ -39,11 +43,17 @@ def main(
         kind: its settings.
         work: does it; takes the settings and whether this is a dry run.
         default_config: the file used without `--config`; None: settings may come from `--set` alone.
+        program: how it was called; None: as the process was.
+        example: arguments for `--help` to show.
+        arguments: None: the process's own.
 
     Returns:
         0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C; 143 after SIGTERM.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.epilog = f"example:\n  {parser.prog} {example}" if example else None
     parser.add_argument("--config", type=Path, default=default_config, metavar="FILE", help="YAML settings")
     parser.add_argument(
         "--set",
@@ -69,7 +79,7 @@ def main(
             help="try error rows again whose error may have passed (output.retry_errors=true)",
         )
     parser.add_argument("--dry-run", action="store_true", help="check and say what would run; load no model")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Tokenizers fork-safety warning: preparing actors tokenize in one thread anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -85,21 +95,3 @@ def main(
         print("stopped by SIGTERM; run the same command again to go on", file=sys.stderr)
         return EXIT_STOPPED
     return 0
-
-
-def answer(task: str) -> Callable[[Settings, bool], None]:
-    """The work of `jobs/caption.py` and `jobs/vqa.py`."""
-
-    def work(settings: Settings, dry_run: bool) -> None:
-        from pipeline import job as jobs
-
-        checked = jobs.check_job(task, settings)  # type: ignore[arg-type]
-        if dry_run:
-            print(jobs.describe(checked))
-            return
-        console = jobs.console()
-        summary = jobs.run_job(checked)
-        jobs.show_answers(checked, console)
-        summary.print(console)
-
-    return work

@@ -11,12 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import jsonschema
+import regex
 import yaml
 from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.flags import Flag
+from pipeline.languages import Language
 from pipeline.redact import scrubbed
+from pipeline.template import Template
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -68,7 +73,12 @@ class InputSettings(Settings):
 
     path: str | list[str] = Field(description="Parquet: file, folder, glob or a list of them; local or any fsspec URL")
     columns: ColumnSettings = Field(default_factory=ColumnSettings)
-    prompt: str | None = Field(None, description="one prompt for all rows, instead of a prompt column")
+    prompt: str | None = Field(
+        None, description="the prompt of all rows, instead of a column; {name} in it stands for the value of that column"
+    )
+    prompts: dict[str, str] = Field(
+        default_factory=dict, description="several prompts asked of each row, by name, each like input.prompt"
+    )
     limit: PositiveInt | None = Field(None, description="take only the first rows, in the order of the sorted files")
     image_root: str | None = Field(
         None, description="folder (local or any fsspec URL) below which rows may name images by path; null: none may"
@@ -82,7 +92,27 @@ class InputSettings(Settings):
     def _prompt_asks(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
             raise ValueError("is empty; expected a question or an instruction, or null")
+        if value is not None:
+            Template.parse(value)
         return value
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_ask(cls, values: dict[str, str]) -> dict[str, str]:
+        for name, value in values.items():
+            if not re.fullmatch(r"\w+", name):
+                raise ValueError(f"holds {name!r}, which cannot be part of a column's name; expected letters, digits and _")
+            try:
+                cls._prompt_asks(value)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from error
+        return values
+
+    @model_validator(mode="after")
+    def _asked_one_way(self) -> InputSettings:
+        if self.prompt is not None and self.prompts:
+            raise ValueError("prompt and prompts both say what to ask; set one of them")
+        return self
 
     @field_validator("path")
     @classmethod
@@ -134,6 +164,10 @@ class OutputSettings(Settings):
     path: str = Field(min_length=1, description="folder of the result: local or any fsspec URL")
     token_ids: bool = Field(False, description="add the column token_ids")
     routes: bool = Field(False, description="add the columns prefill_route, decode_route, prefill_gate, decode_gate")
+    prompts: Literal["rows", "columns"] = Field(
+        "rows", description="of input.prompts: an output row each, or one row with columns text_<name> and so on"
+    )
+    samples: int = Field(400, ge=0, description="rows kept with their pictures for the report, drawn at random; 0: none")
     rows_per_file: PositiveInt = Field(10_000, description="rows of an output file; fewer where commit_seconds comes first")
     commit_seconds: float = Field(
         60.0, gt=0, description="longest time that an answered row waits to be committed; a crash costs no more than this"
@@ -159,12 +193,61 @@ class GenerationSettings(Settings):
     repetition_penalty: float | None = Field(None, gt=0, description="over prompt and answer alike; 1: none")
     stop: list[str] | None = Field(None, description="an answer ends before the first of these strings")
     seed: int = Field(0, description="every row samples with a generator of its own, seeded with this")
+    stop_repetition: bool = Field(True, description="cut an answer off once it ends in a loop (docs/flags.md)")
+    regex: str | None = Field(None, description="a regular expression that an answer must match as a whole, else: invalid")
+    json_schema: dict[str, Any] | None = Field(None, description="a JSON schema that an answer must satisfy, else: invalid")
+    retry_flags: list[Flag] = Field(
+        ["invalid"], description="answers with one of these flags are sampled again, and the best is kept (docs/flags.md)"
+    )
+    retries: int = Field(2, ge=0, description="most further tries of a flagged answer")
+    retry_temperature: float = Field(0.7, gt=0, description="temperature of further tries; each has a seed of its own")
+
+    @field_validator("regex")
+    @classmethod
+    def _regex_compiles(cls, value: str | None) -> str | None:
+        try:
+            regex.compile(value or "")
+        except regex.error as error:
+            raise ValueError(f"is no regular expression: {error}") from error
+        return value
+
+    @field_validator("json_schema")
+    @classmethod
+    def _schema_is_one(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            try:
+                jsonschema.validators.validator_for(value).check_schema(value)
+            except jsonschema.SchemaError as error:
+                raise ValueError(f"is no JSON schema: {error.message}") from error
+        return value
 
     @field_validator("stop")
     @classmethod
     def _stops_are_text(cls, value: list[str] | None) -> list[str] | None:
         if value is not None and not all(value):
             raise ValueError("holds an empty string")
+        return value
+
+
+class FlagSettings(Settings):
+    """What makes an answer doubtful; docs/flags.md has the rules."""
+
+    min_words: int = Field(0, ge=0, description="answers of fewer words are too_short; a Chinese character is a word")
+    language: Literal["auto", "any", Language] = Field(
+        "auto", description="what answers should be written in; auto: what the prompt asks for, else its own; any: whatever"
+    )
+    refusals: list[str] = Field(
+        default_factory=list, description="more regular expressions that tell a refusal by an answer's beginning"
+    )
+
+    @field_validator("refusals")
+    @classmethod
+    def _refusals_compile(cls, value: list[str]) -> list[str]:
+        for one in value:
+            try:
+                regex.compile(one)
+            except regex.error as error:
+                raise ValueError(f"holds {one!r}, which is no regular expression: {error}") from error
         return value
 
 
@@ -208,6 +291,12 @@ class RaySettings(Settings):
     address: str | None = Field(None, description="a cluster's address; null: RAY_ADDRESS, else a local one of our own")
 
 
+class CostSettings(Settings):
+    """What a run costs, for the report."""
+
+    gpu_hour: float | None = Field(None, ge=0, description="price of a replica's hour, in whatever currency; null: unknown")
+
+
 class EvaluateSettings(Settings):
     """Whether answers are compared with a truth column of the input."""
 
@@ -226,11 +315,67 @@ class JobSettings(Settings):
     fetch: FetchSettings = Field(default_factory=FetchSettings)
     errors: ErrorSettings = Field(default_factory=ErrorSettings)
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
+    flags: FlagSettings = Field(default_factory=FlagSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     preparation: PreparationSettings = Field(default_factory=PreparationSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    cost: CostSettings = Field(default_factory=CostSettings)
     replicas: PositiveInt = Field(1, description="model replicas; each has a GPU of its own where there are GPUs")
     ray: RaySettings = Field(default_factory=RaySettings)
+
+
+class PlanSettings(JobSettings):
+    """Everything that `jobs/plan.py` takes: a job's settings, and which job."""
+
+    task: Literal["caption", "vqa"] = Field("vqa", description="whose plan")
+
+
+class UnusedOutputSettings(OutputSettings):
+    """`output`, where nothing is written."""
+
+    path: str = Field("", description="not needed")
+
+
+class InspectSettings(PlanSettings):
+    """Everything that `jobs/inspect_row.py` takes: a job's settings, and which row."""
+
+    output: UnusedOutputSettings = Field(default_factory=UnusedOutputSettings)
+    row: str = Field("0", description="the row's number in the whole input, or its id")
+
+    @field_validator("row", mode="before")
+    @classmethod
+    def _row_may_be_a_number(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class FinishedOutputSettings(Settings):
+    """Which output is read."""
+
+    path: str = Field(min_length=1, description="output.path of a finished or running job")
+
+
+class ReportSettings(Settings):
+    """Everything that `jobs/report.py` takes."""
+
+    output: FinishedOutputSettings = Field(default_factory=dict, validate_default=True)
+    rows: PositiveInt = Field(20_000, description="most rows whose numbers the charts are drawn from")
+    seed: int = Field(0, description="of the draw of the output files that these rows are read from")
+
+
+class ExportTargetSettings(Settings):
+    """Where results are exported to, and how."""
+
+    path: str = Field(min_length=1, description="folder for the files: local or any fsspec URL")
+    format: Literal["jsonl", "openai"] = Field(
+        "jsonl", description="a row a line, or the lines of an OpenAI batch's result"
+    )
+
+
+class ExportSettings(Settings):
+    """Everything that `jobs/export.py` takes."""
+
+    output: FinishedOutputSettings = Field(default_factory=dict, validate_default=True)
+    export: ExportTargetSettings = Field(default_factory=dict, validate_default=True)
 
 
 class ConvertModelSettings(Settings):

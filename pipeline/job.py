@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import secrets
 import signal
 import socket
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -26,17 +28,20 @@ from pipeline.config import JobSettings, as_yaml
 from pipeline.errors import ConfigError, InputError, OutputError, Stopped
 from pipeline.io.accuracy import Truth, is_right
 from pipeline.io.commits import Commit, OutputLog, done_rows, retry_rows
+from pipeline.io.journal import Journal
 from pipeline.io.lease import Lease
 from pipeline.io.manifest import Manifest
 from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
 from pipeline.io.retries import RETRIES, merge_retries
 from pipeline.io.rowset import RowSet, difference, intersection
-from pipeline.io.storage import OutputFolder, find_parquet_files
-from pipeline.io.write import RESERVED_COLUMNS, Written, output_schema
+from pipeline.io.storage import REPORT, OutputFolder, find_shards
+from pipeline.io.write import RESERVED_COLUMNS, Written, layout_schema
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
-from pipeline.progress import ProgressDisplay, Summary
+from pipeline.progress import Watch
+from pipeline.redact import cause_of
 from pipeline.resources import TASK_CPUS, Resources, share_cluster
+from pipeline.summary import Summary
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +98,10 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     model = settings.model
     plan = plan_input(settings.input, RESERVED_COLUMNS, only)
     truth = Truth.from_settings(settings.evaluate, plan.extras)
+    if truth is not None and plan.names and settings.output.prompts == "columns":
+        raise ConfigError(
+            "evaluate.truth: one truth cannot be compared with several prompts' columns; set output.prompts=rows"
+        )
     if task == "caption" and plan.columns.messages is None and not (plan.columns.image or plan.columns.images):
         raise ConfigError(
             "input.columns.image: the input has no column 'image' or 'images', so there is nothing to caption; name the "
@@ -142,7 +151,9 @@ def describe(job: Job) -> str:
     shown = plan.shards[:20]
     lines += [f"{s.file.url}  {s.rows:,} rows  {s.file.size:,} bytes" for s in shown]
     lines += [f"... and {len(plan.shards) - len(shown)} more"] if len(plan.shards) > len(shown) else []
-    asked = f"input.prompt {plan.prompt!r}" if plan.prompt is not None else f"column {columns.prompt or columns.messages!r}"
+    named = settings.input.prompts or ({"": settings.input.prompt} if settings.input.prompt is not None else {})
+    asked = "; ".join(f"{name or 'input.prompt'} {text!r}" for name, text in named.items())
+    asked = asked or f"column {columns.prompt or columns.messages!r}"
     seen = f"column {columns.image or columns.images!r}" if columns.image or columns.images else "none"
     ids = f"column {columns.id!r}" if columns.id else "<file name>#<row number>"
     extras = ", ".join(o if o == i else f"{i} as {o}" for o, i in plan.extras.items()) or "none"
@@ -158,7 +169,7 @@ def describe(job: Job) -> str:
         f"prompt: {asked}",
         f"images: {seen}",
         f"passed through: {extras}",
-        f"output: {', '.join(output_schema(settings.output, plan.extras_schema).names)}",
+        f"output: {', '.join(layout_schema(settings.output, plan.extras_schema, plan.names).names)}",
         "",
         "# would run",
         f"{job.task}: {plan.rows:,} rows on {settings.replicas} replica(s), model of {shape.layers} layers, {adapter}, "
@@ -188,11 +199,14 @@ def run_job(job: Job) -> Summary:
         check_may_go_on(job, folder)  # again, now that nobody else can write here
         job.manifest.save(folder, growing=job.growing)
         folder.write("_run/config.yaml", as_yaml(settings).encode())
+        journal = stack.enter_context(Journal(folder, run))
         log = OutputLog(folder, run)
-        rounds = _Rounds(job, folder, run)
+        rounds = _Rounds(job, folder, run, journal)
         merge_retries(folder, run, job.truth)  # an earlier run may have ended before it could
         commits = log.commits()
         missing = missing_rows(plan, done_rows(commits))
+        left = sum(map(len, missing.values()))
+        journal.event("run_started", task=job.task, rows=plan.rows, missing=left, versions=_versions())
         while missing:
             before = sum(map(len, missing.values()))
             if before < plan.rows:
@@ -209,15 +223,33 @@ def run_job(job: Job) -> Summary:
                 )
         if settings.output.retry_errors:
             commits = rounds.retry(retryable_rows(plan, commits))
-    written = sum((commit.written for commit in commits), Written())
-    summary = Summary(folder.url, written, rounds.answered, time.monotonic() - started, rounds.seconds, rounds.engines)
-    folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
+        written = sum((commit.written for commit in commits), Written())
+        summary = Summary(folder.url, written, rounds.answered, time.monotonic() - started, rounds.seconds, rounds.engines)
+        folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
+        journal.event("run_finished", rows=written.rows, errors=written.errors.total())
+        journal.save()
+        if rounds.answered or not folder.exists(REPORT):
+            _report(folder)
     return summary
+
+
+def _report(folder: OutputFolder) -> None:
+    from pipeline.report.page import write_report  # a job that fails at once need not wait for Plotly
+
+    try:
+        write_report(folder)
+    except Exception as error:  # of whatever kind: the results are there
+        logger.warning("cannot write the report (%s); `python jobs/report.py` makes it anew", cause_of(error))
+
+
+def _versions() -> dict[str, str]:
+    names = ("ray", "torch", "transformers", "pyarrow")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def input_changed(job: Job) -> bool:
     """Whether a shard is no longer what was planned."""
-    now = {(file.url, file.size, file.version) for file in find_parquet_files(job.settings.input.path)}
+    now = {(file.url, file.size, file.version) for file in find_shards(job.settings.input.path)}
     return any((s.file.url, s.file.size, s.file.version) not in now for s in job.plan.shards)
 
 
@@ -308,8 +340,8 @@ def _stoppable() -> Iterator[None]:
 class _Rounds:
     """Runs the stages over what is missing, and adds up what they say of themselves."""
 
-    def __init__(self, job: Job, folder: OutputFolder, run: str) -> None:
-        self._job, self._folder, self._run = job, folder, run
+    def __init__(self, job: Job, folder: OutputFolder, run: str, journal: Journal) -> None:
+        self._job, self._folder, self._run, self._journal = job, folder, run, journal
         self.answered: Counter[str] = Counter()
         self.seconds = 0.0
         self.engines: Counter[str] = Counter()
@@ -340,7 +372,7 @@ class _Rounds:
             cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
             resources = share_cluster(settings, sum(cpus) or 1.0, sum(gpus), max(cpus))
             begun = time.monotonic()
-            answered, engines = _run_stages(self._job, resources, self._folder, self._run, missing, at)
+            answered, engines = _run_stages(self._job, resources, self._folder, self._run, missing, at, self._journal)
             self.seconds += time.monotonic() - begun
         finally:
             if started_here:
@@ -356,10 +388,12 @@ def _run_stages(
     run: str,
     missing: dict[str, RowSet],
     at: str,
+    journal: Journal,
 ) -> tuple[Counter[str], Counter[str]]:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
+    from pipeline.actors.assemble import Prompts
     from pipeline.actors.committer import CommitSettings, Committer
     from pipeline.actors.monitor import Monitor
     from pipeline.actors.prepare import Preparer
@@ -377,7 +411,7 @@ def _run_stages(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
     # Neither counting nor what was in hand is worth a job: should its node go away, both start anew.
-    monitor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).remote()
+    monitor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).remote(settings.replicas, metrics=True)
     # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
     sizes = Sizes.of(EngineOptions(**settings.engine.model_dump()), resources.device)
     in_flight = -(-(sizes.waiting + sizes.batch_size) // rows_per_block) + 1
@@ -385,10 +419,12 @@ def _run_stages(
     committer = ray.remote(num_cpus=0, max_concurrency=8, max_restarts=-1, max_task_retries=-1)(Committer).remote(
         folder,
         run,
-        output_schema(settings.output, plan.extras_schema),
+        layout_schema(settings.output, plan.extras_schema, plan.names),
         job.truth,
         CommitSettings(settings.output.rows_per_file, settings.output.commit_seconds, at),
         settings.errors,
+        monitor,
+        Prompts(plan.names, settings.output.prompts),
     )
     dataset = (
         ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces))
@@ -405,6 +441,7 @@ def _run_stages(
             fn_constructor_args=(
                 settings,
                 plan.extras_schema,
+                plan.rows * max(1, len(plan.names)),
                 resources.device,
                 resources.replica_threads,
                 monitor,
@@ -421,12 +458,12 @@ def _run_stages(
             ),
         )
     )
-    rows = sum(map(len, missing.values()))
     try:
-        with ProgressDisplay(monitor, rows):
+        left = {shard: len(rows) for shard, rows in missing.items()}
+        with Watch(monitor, left, max(1, len(plan.names)), journal):
             for _ in dataset.iter_internal_ref_bundles():
                 pass  # what comes out is how many rows each block committed
-        ray.get(committer.finish.remote())
+            ray.get(committer.finish.remote())
     except (KeyboardInterrupt, Stopped):
         print("stopping: committing what is answered", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # whatever cannot be committed is answered by the next run
@@ -441,8 +478,8 @@ def _run_stages(
             raise reason from error
         raise
     ray.kill(committer)
-    counts, engines = ray.get(monitor.totals.remote())
-    return counts, engines
+    look = ray.get(monitor.look.remote())
+    return look.counts, look.engines
 
 
 def show_answers(job: Job, console: Console) -> None:
@@ -453,12 +490,16 @@ def show_answers(job: Job, console: Console) -> None:
     first = next(iter(folder.results()), None)
     if first is None:
         return
-    truth = [job.truth.column] if job.truth else []
-    table = pq.read_table(
-        io.BytesIO(folder.read(os.path.basename(first))), columns=["id", "prompt", "text", "error", *truth]
-    )
+    table = pq.read_table(io.BytesIO(folder.read(os.path.basename(first))))
+    columns = job.plan.names if job.settings.output.prompts == "columns" else ()
     shown = min(SHOWN_ANSWERS, len(table))
     for row in table.take([i * len(table) // shown for i in range(shown)]).to_pylist():
+        if columns:
+            told = ((row[f"prompt_{name}"], row[f"text_{name}"], row[f"error_{name}"]) for name in columns)
+            lines = [row["id"]]
+            lines += [f"    {_short(prompt)}  {_short(f'! {error}' if error else text)}" for prompt, text, error in told]
+            console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+            continue
         answer = f"! {row['error']}" if row["error"] else row["text"]
         lines = [f"{row['id']}  {_short(row['prompt'])}", f"    {_short(answer)}"]
         if job.truth and row[job.truth.column] is not None:

@@ -19,9 +19,9 @@ from pydantic import Field, field_validator
 from pipeline.config import JobSettings, Settings
 from pipeline.errors import ConfigError, OutputError
 from pipeline.io.manifest import Manifest
-from pipeline.io.storage import OutputFolder, find_parquet_files
+from pipeline.io.storage import OutputFolder, find_shards
 from pipeline.job import Task, check_job, run_job
-from pipeline.progress import Summary
+from pipeline.summary import Summary
 
 SUCCESS = "_SUCCESS"
 PREFIX = "date="
@@ -139,7 +139,7 @@ def run_night(settings: NightlySettings, *, dry_run: bool = False) -> list[Summa
     if settings.output.overwrite:
         raise ConfigError("output.overwrite: a nightly run deletes nothing; delete a partition's folder to run it again")
     root = OutputFolder(settings.output.path)
-    files = find_parquet_files(settings.input.path)
+    files = find_shards(settings.input.path)
     root.check(files)
     listing = {file.url: (file.size, file.version) for file in files}
     today = PREFIX + (settings.nightly.date or datetime.now(UTC).date().isoformat())

@@ -1,4 +1,4 @@
-"""What a person sees while a job runs, and at its end: a live line in a terminal, one line every so often in a log."""
+"""What a person sees while a job runs (a live panel in a terminal, lines in a log), and what is kept of it."""
 
 from __future__ import annotations
 
@@ -6,47 +6,185 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-from pipeline.io.write import Written
+from pipeline.actors.committer import COMMITTED
+from pipeline.actors.looks import Look, queues
+from pipeline.io.journal import Journal
+from pipeline.summary import duration
 
-#: Seconds between two looks at the totals in a terminal, and between two lines in a log.
-TERMINAL_INTERVAL = 0.5
+#: Seconds between two looks at the totals, and between two lines in a log.
+LOOK_INTERVAL = 0.5
 LOG_INTERVAL = 10.0
 
 #: Seconds to wait for the totals before showing the last ones again.
 ANSWER_TIMEOUT = 5.0
 
 
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
+class Pace:
+    """How fast rows are answered, and how long the rest will take.
 
-
-class ProgressDisplay:
-    """Shows rows, rate and time left until it is closed.
+    Counted from the first answers: loading the model is no sign of the pace.
 
     Args:
-        monitor: the `Monitor` actor's handle.
         rows: rows that the job will answer.
     """
 
-    def __init__(self, monitor: Any, rows: int) -> None:
-        self._monitor = monitor
+    def __init__(self, rows: int) -> None:
         self._rows = rows
-        self._first: tuple[float, int] | None = None
-        self._totals: Counter[str] = Counter()
+        self._first: tuple[float, Counter[str]] | None = None
+        self._now = (0.0, Counter[str]())
+
+    def note(self, now: float, counts: Counter[str]) -> None:
+        """Note the totals at a time in seconds."""
+        self._now = (now, counts)
+        if self._first is None and counts["rows"]:
+            self._first = (now, Counter(counts))
+
+    def rate(self, what: str) -> float | None:
+        """How many a second; None until that can be told."""
+        if self._first is None or self._now[0] - self._first[0] < 1:
+            return None
+        return (self._now[1][what] - self._first[1][what]) / (self._now[0] - self._first[0]) or None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last row; None until that can be told."""
+        rate = self.rate("rows")
+        return None if rate is None else max(0, self._rows - self._now[1]["rows"]) / rate
+
+
+class Display(Protocol):
+    """Shows a job to a person."""
+
+    def update(self, look: Look, pace: Pace) -> None:
+        """Show how things stand."""
+
+    def close(self, look: Look, pace: Pace) -> None:
+        """The same, for the last time."""
+
+
+class LogDisplay:
+    """One line of `key=value` pairs every `LOG_INTERVAL`.
+
+    Args:
+        rows: rows that the job will answer.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._next = time.monotonic() + LOG_INTERVAL
+
+    def update(self, look: Look, pace: Pace) -> None:
+        """Print a line if it is time."""
+        if time.monotonic() >= self._next:
+            self._next += LOG_INTERVAL
+            self.close(look, pace)
+
+    def close(self, look: Look, pace: Pace) -> None:
+        """Print a line."""
+        counts = look.counts
+        told: dict[str, Any] = {"rows": counts["rows"], "of": self._rows, "errors": counts["errors"]}
+        told |= {f"{name}_per_second": pace.rate(name) for name in ("rows", "new_tokens")}
+        told["left"] = None if pace.seconds_left is None else duration(pace.seconds_left)
+        told |= queues(counts, look.gauges)
+        shown = ((key, f"{value:.1f}" if isinstance(value, float) else value) for key, value in told.items())
+        print("progress", *(f"{key}={value}" for key, value in shown if value is not None), file=sys.stderr, flush=True)
+
+
+class TerminalDisplay:
+    """A panel that stays in its place and changes: a bar, rates, the stages' queues, each replica.
+
+    Args:
+        rows: rows that the job will answer.
+        console: where to show it.
+    """
+
+    def __init__(self, rows: int, console: Console) -> None:
+        self._rows, self._started = rows, time.monotonic()
+        self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
+        self._live.start()
+
+    def update(self, look: Look, pace: Pace) -> None:
+        """Draw it anew."""
+        self._live.update(self._panel(look, pace), refresh=True)
+
+    def close(self, look: Look, pace: Pace) -> None:
+        """Leave it as it is at the end."""
+        self.update(look, pace)
+        self._live.stop()
+
+    def _panel(self, look: Look, pace: Pace) -> Group:
+        counts = look.counts
+        done = counts["rows"]
+        head = Table.grid(padding=(0, 1))
+        head.add_row(
+            "answering",
+            ProgressBar(total=max(1, self._rows), completed=done, width=30),
+            f"{done:,}/{self._rows:,} rows  {done / max(1, self._rows):.0%}",
+            duration(time.monotonic() - self._started),
+        )
+        parts: list[Any] = [head, Text("  " + self._words(counts, pace))]
+        waiting = queues(counts, look.gauges)
+        if done or waiting["prepared"]:
+            shown = "  →  ".join(f"{name} {count:,}" for name, count in waiting.items())
+            parts.append(Text(f"  queues: {shown}"))
+        parts += [Text(f"  replica {name[:6]}: {_replica(own)}") for name, own in look.gauges.items() if own]
+        return Group(*parts)
+
+    def _words(self, counts: Counter[str], pace: Pace) -> str:
+        rows, tokens = pace.rate("rows"), pace.rate("new_tokens")
+        if not counts["rows"]:
+            words = ["loading the model"]
+        elif counts["rows"] >= self._rows:
+            words = ["all answered"]
+        elif rows is None or pace.seconds_left is None:
+            words = ["first answers"]
+        else:
+            words = [f"{rows:.1f} rows/s", f"{tokens or 0:.0f} new tokens/s", f"{duration(pace.seconds_left)} left"]
+        words += [f"{counts['errors']:,} errors"] if counts["errors"] else []
+        words += [f"{counts['flagged']:,} doubtful"] if counts["flagged"] else []
+        return "  ".join(words)
+
+
+def _replica(gauges: Mapping[str, float]) -> str:
+    parts = [f"batch {gauges['running']:.0f}/{gauges['batch_size']:.0f}", f"waiting {gauges['waiting']:.0f}"]
+    parts.append(f"cache {gauges['cache_tokens'] / gauges['cache_size']:.0%}")
+    parts.append(f"memory {gauges['memory'] / 2**30:.1f} GiB")
+    if "gpu_memory" in gauges:
+        parts.append(f"GPU memory {gauges['gpu_memory'] / 2**30:.1f} of {gauges['gpu_memory_total'] / 2**30:.0f} GiB")
+    return "  ".join(parts)
+
+
+class Watch:
+    """Looks at the monitor until it is closed: shows what it finds, and keeps it in the journal.
+
+    Args:
+        monitor: the `Monitor` actor's handle.
+        missing: input rows that the job will answer, by shard.
+        prompts: how many are asked of each.
+        journal: where to keep it; None: it is shown only.
+    """
+
+    def __init__(self, monitor: Any, missing: Mapping[str, int], prompts: int = 1, journal: Journal | None = None) -> None:
+        self._monitor, self._missing, self._journal = monitor, dict(missing), journal
+        rows = sum(missing.values()) * prompts
+        self._pace = Pace(rows)
+        is_terminal = sys.stderr.isatty()
+        self._display: Display = TerminalDisplay(rows, Console(stderr=True)) if is_terminal else LogDisplay(rows)
+        self._look = Look(Counter(), Counter(), {}, [], 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
-    def __enter__(self) -> ProgressDisplay:
+    def __enter__(self) -> Watch:
         self._thread.start()
         return self
 
@@ -55,163 +193,42 @@ class ProgressDisplay:
         self._thread.join()
 
     def _run(self) -> None:
-        if sys.stderr.isatty():
-            self._run_in_terminal()
-        else:
-            self._run_in_log()
+        while not self._stop.wait(LOOK_INTERVAL):
+            self._take_a_look()
+            self._display.update(self._look, self._pace)
+            self._keep()
+        self._take_a_look()
+        self._keep(last=True)
+        self._display.close(self._look, self._pace)
 
-    def _look(self) -> Counter[str]:
-        """The totals; those of the last look where the cluster does not answer."""
+    def _take_a_look(self) -> None:
+        """Ask how things stand; where the cluster does not answer, they stand as before."""
         import ray
 
+        asked = self._look.next_event
+        self._look = Look(self._look.counts, self._look.engines, self._look.gauges, [], asked)
         with suppress(ray.exceptions.RayError):
-            self._totals = ray.get(self._monitor.totals.remote(), timeout=ANSWER_TIMEOUT)[0]
-        return self._totals
+            self._look = ray.get(self._monitor.look.remote(asked), timeout=ANSWER_TIMEOUT)
+        self._pace.note(time.monotonic(), self._look.counts)
 
-    def _run_in_terminal(self) -> None:
-        columns = (
-            TextColumn("answering"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("rows  {task.fields[rate]}"),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("", total=self._rows, rate="loading the model")
-            closing = False
-            while not closing:
-                closing = self._stop.wait(TERMINAL_INTERVAL)
-                totals = self._look()
-                progress.update(task, completed=totals["rows"], rate=self._rate(totals))
+    def _keep(self, *, last: bool = False) -> None:
+        if self._journal is None:
+            return
+        for kind, facts in self._look.events:
+            if kind == COMMITTED:
+                self._count_down(facts)
+            else:
+                self._journal.event(kind, **facts)  # type: ignore[arg-type]
+        totals = Counter[str]()
+        for own in self._look.gauges.values():
+            totals.update(own)
+        if self._look.counts:
+            self._journal.sample({**self._look.engines, **self._look.counts, **totals}, last=last)
+        self._journal.save_in_time()
 
-    def _run_in_log(self) -> None:
-        closing = False
-        while not closing:
-            closing = self._stop.wait(LOG_INTERVAL)
-            totals = self._look()
-            print(f"progress: {totals['rows']}/{self._rows} rows  {self._rate(totals)}", file=sys.stderr, flush=True)
-
-    def _rate(self, totals: Counter[str]) -> str:
-        """Rate and time left, counted from the first answers: loading the model is no sign of the pace."""
-        rows, now = totals["rows"], time.monotonic()
-        if rows == 0:
-            return "loading the model"
-        if self._first is None:
-            self._first = (now, rows)
-        elapsed, since = now - self._first[0], rows - self._first[1]
-        errors = f"  {totals['errors']} errors" if totals["errors"] else ""
-        if rows >= self._rows:
-            return f"all answered{errors}"
-        if elapsed < 1 or since == 0:
-            return f"first answers{errors}"
-        rate = since / elapsed
-        return f"{rate:.1f} rows/s  {duration((self._rows - rows) / rate)} left{errors}"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a job ended.
-
-    Attributes:
-        output: where the results are.
-        written: what lies in the output, from the files' own rows; earlier runs of the job included.
-        answered: what this run answered: `images`, `new_tokens`.
-        seconds: the whole job; `answering_seconds`: from the start of the stages, models already loading.
-        engines: the counters of all engines (`Engine.counts`).
-    """
-
-    output: str
-    written: Written
-    answered: Counter[str]
-    seconds: float
-    answering_seconds: float
-    engines: Counter[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `_run/summary.json`."""
-        written = self.written
-        return {
-            "output": self.output,
-            "files": written.files,
-            "rows": written.rows,
-            "ok": written.rows - written.errors.total(),
-            "errors": dict(written.errors.most_common()),
-            "images": self.answered["images"],
-            "prompt_tokens": written.prompt_tokens,
-            "visual_tokens": written.visual_tokens,
-            "new_tokens": written.new_tokens,
-            "seconds": round(self.seconds, 3),
-            "answering_seconds": round(self.answering_seconds, 3),
-            "images_per_second": self._rate("images"),
-            "new_tokens_per_second": self._rate("new_tokens"),
-            "images_reused": self.engines["images_reused"],
-            "answers_reused": self.engines["answers_reused"],
-            "folded_tokens": self.engines["folded_tokens"],
-            "agreement": self._agreement(),
-            "accuracy": self._accuracy(),
-        }
-
-    def _rate(self, what: str) -> float:
-        return round(self.answered[what] / self.answering_seconds, 3) if self.answering_seconds else 0.0
-
-    def _accuracy(self) -> list[dict[str, Any]]:
-        accuracy = self.written.accuracy
-        return [
-            {"group": list(group), "rows": asked, "right": accuracy.right[group], "share": round(accuracy.share(group), 4)}
-            for group, asked in sorted(accuracy.asked.items())
-        ]
-
-    def _agreement(self) -> dict[str, float]:
-        """Shares of (request, gate) pairs on their group's commonest expert (`AgreementReport`)."""
-        return {
-            name: round(self.engines[name] / pairs, 4)
-            for phase in ("prefill", "decode")
-            if (pairs := self.engines[f"{phase}_pairs"])
-            for name in (phase, f"{phase}_in_order")
-        }
-
-    def print(self, console: Console) -> None:
-        """Print it for a person; the same in a log."""
-        facts = self.as_dict()
-        lines = [("rows", f"{facts['rows']:,} ({facts['ok']:,} ok, {facts['rows'] - facts['ok']:,} errors)")]
-        lines += [(f"  {code}", f"{count:,}") for code, count in facts["errors"].items()]
-        lines += [
-            ("images", f"{facts['images']:,}, {facts['images_per_second']:.2f} a second"),
-            (
-                "tokens",
-                f"{facts['new_tokens']:,} new, {facts['new_tokens_per_second']:.1f} a second; "
-                f"{facts['prompt_tokens']:,} in prompts ({facts['visual_tokens']:,} visual)",
-            ),
-        ]
-        if accuracy := self.written.accuracy.asked:
-            right = self.written.accuracy.right.total()
-            lines.append(
-                ("right answers", f"{right:,} of {accuracy.total():,} rows with a truth, {right / accuracy.total():.1%}")
-            )
-            lines += [
-                (f"  {' '.join(entry['group'])}", f"{entry['right']:,} of {entry['rows']:,}, {entry['share']:.1%}")
-                for entry in facts["accuracy"]
-                if entry["group"]
-            ]
-        if facts["images_reused"] or facts["answers_reused"]:
-            reused = f"{facts['images_reused']:,} images that came again, {facts['answers_reused']:,} answers to equal rows"
-            lines.append(("computed once", reused))
-        if folded := facts["folded_tokens"]:
-            lines.append(("folded experts", f"{folded:,} new tokens"))
-        if agreement := facts["agreement"]:
-            lines += [
-                (
-                    f"{phase} experts",
-                    f"{agreement[phase]:.1%} of (request, gate) pairs ran on their group's commonest expert; "
-                    f"{agreement[f'{phase}_in_order']:.1%} in order of arrival",
-                )
-                for phase in ("prefill", "decode")
-            ]
-        files = f"{facts['files']} Parquet file{'' if facts['files'] == 1 else 's'}"
-        lines += [
-            ("time", f"{duration(self.seconds)} in all, {duration(self.answering_seconds)} of it in the stages"),
-            ("results", f"{files} in {self.output}"),
-        ]
-        width = max(len(name) for name, _ in lines)
-        for name, value in lines:
-            console.print(f"{name:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False)
+    def _count_down(self, committed: Mapping[str, int]) -> None:
+        for shard, rows in committed.items():
+            left = self._missing.get(shard, 0) - rows
+            self._missing[shard] = left
+            if left == 0 and self._journal is not None:
+                self._journal.event("shard_committed", shard=shard)

@@ -20,11 +20,13 @@ REFERENCES = "awaker:references"
 PROMPT = "awaker:prompt"
 MESSAGES = "awaker:messages"
 
-#: Where a row comes from: the shard's URL, and its number in it. With them the output knows what it holds.
+#: Where a row comes from: the shard's URL, and its number in it. With them the output knows what it holds. And which of
+#: several prompts is asked of it, by name; empty where there is one.
 SHARD = "awaker:shard"
 ROW = "awaker:row"
-PLACE_SCHEMA = pa.schema([pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64())])
-Place = tuple[str, int]
+QUESTION = "awaker:question"
+PLACE_SCHEMA = pa.schema([pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64()), pa.field(QUESTION, pa.string())])
+Place = tuple[str, int] | tuple[str, int, str]
 
 #: What reading adds to the extra columns. Images are encoded bytes, or null where a path or URL is in the same place of
 #: `REFERENCES`; a null list is a missing image.
@@ -91,8 +93,8 @@ def own_columns_dropped(table: pa.Table) -> pa.Table:
 
 
 def places(table: pa.Table) -> list[Place]:
-    """Where each row comes from."""
-    return list(zip(table[SHARD].to_pylist(), table[ROW].to_pylist(), strict=True))
+    """Where each row comes from, and which prompt it is."""
+    return list(zip(*(table[name].to_pylist() for name in PLACE_SCHEMA.names), strict=True))
 
 
 def carried(table: pa.Table) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,10 @@ def test_defaults_of_the_fixed_keys() -> None:
     assert settings.model.decode_route == "released"
     for key in ("model.adapter", "model.lora_alpha", "model.min_pixels", "model.max_pixels", "input.limit", "ray.address"):
         assert value_at(settings, key) is None
-    unset = settings.generation.model_dump()
-    assert unset.pop("seed") == 0
-    assert set(unset.values()) == {None}
+    generation = settings.generation
+    assert generation.seed == 0
+    left_to_the_checkpoint = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop")
+    assert {getattr(generation, key) for key in left_to_the_checkpoint} == {None}
 
 
 @pytest.mark.parametrize(
@@ -208,3 +210,11 @@ def test_convert_takes_base_adapter_and_output() -> None:
     assert (settings.model.base, settings.model.adapter, settings.output.path) == ("b", "a", "o")
     with pytest.raises(ConfigError, match=r"input: unknown key"):
         load_settings(ConvertSettings, None, ["model.base=b", "output.path=o", "input.path=i"])
+
+
+@pytest.mark.parametrize(
+    "prompt", ['Answer in JSON: {"a": 1}', "What is {}?", "{a!r}", "{a:>3}", "an open { brace", "} closed"]
+)
+def test_a_prompt_whose_braces_are_no_columns_is_an_error_that_says_how_to_write_them(prompt: str) -> None:
+    with pytest.raises(ConfigError, match=r"input\.prompt: is no template .* braces themselves are written \{\{ and \}\}"):
+        load(f"input.prompt={json.dumps(prompt)}")

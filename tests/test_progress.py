@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import io
+import itertools
+import json
 import os
 import re
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 import pipeline.progress
 from pipeline.actors.monitor import Monitor
+from pipeline.io.journal import EVENTS, SAMPLES, TIMELINE, Journal, read_entries
+from pipeline.io.storage import OutputFolder
 from pipeline.io.write import Written
-from pipeline.progress import ProgressDisplay, Summary, duration
+from pipeline.progress import Pace, Watch
+from pipeline.summary import Summary, duration
 from tests.conftest import RayCluster
 
 
-def show(rows: int) -> None:
-    """Display a job whose rows are answered in four blocks."""
+def show(rows: int, journal: Journal | None = None) -> None:
+    """Show a job whose rows are answered in four blocks."""
     import ray
 
     monitor = ray.remote(num_cpus=0)(Monitor).remote()
-    ray.get(monitor.totals.remote())
-    with ProgressDisplay(monitor, rows):
+    ray.get(monitor.look.remote())
+    with Watch(monitor, {"a": rows // 2, "b": rows // 2}, journal=journal):
         for block in range(4):
             time.sleep(0.6)
-            ray.get(monitor.report.remote("replica", Counter(rows=rows // 4, errors=block // 3), {}))
+            monitor.count.remote(Counter(prepared=rows // 4 if block else rows // 2))
+            counts = Counter(rows=rows // 4, errors=block // 3, new_tokens=rows)
+            monitor.report.remote("replica", counts, Counter(step_ms=600 * (block + 1)), GAUGES)
+            ray.get(monitor.event.remote("committed", {"ab"[block // 2]: rows // 4}))
+
+
+GAUGES = {"running": 3, "batch_size": 8, "waiting": 20, "cache_tokens": 250, "cache_size": 1000, "memory": 3 * 2.0**30}
 
 
 def test_a_log_gets_lines(
@@ -36,15 +51,23 @@ def test_a_log_gets_lines(
 ) -> None:
     monkeypatch.setattr(pipeline.progress, "LOG_INTERVAL", 0.5)
     show(400)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "progress: 0/400 rows  loading the model"
-    assert any(re.fullmatch(r"progress: [123]00/400 rows  \d+\.\d rows/s  0:00:0\d left", line) for line in lines)
-    assert lines[-1] == "progress: 400/400 rows  all answered  1 errors"
+    lines = [dict(pair.split("=") for pair in line.split(" ")[1:]) for line in capsys.readouterr().err.splitlines()]
+    assert lines[0].items() >= {"rows": "0", "of": "400", "errors": "0"}.items()
+    assert "left" not in lines[0]
+    middle = [line for line in lines if line["rows"] in ("200", "300") and "left" in line]
+    assert middle
+    for line in middle:
+        assert 100 < float(line["rows_per_second"]) < 200
+        assert float(line["new_tokens_per_second"]) == pytest.approx(4 * float(line["rows_per_second"]), abs=1)
+        assert line["left"] in ("0:00:01", "0:00:02")
+        assert (line["running"], line["waiting"]) == ("3", "20")
+    assert lines[-1].items() >= {"rows": "400", "errors": "1", "left": "0:00:00"}.items()
 
 
-def test_a_terminal_gets_a_line_that_moves(ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_panel_that_moves(ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = os.openpty()
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         show(400)
@@ -53,8 +76,69 @@ def test_a_terminal_gets_a_line_that_moves(ray_cluster: RayCluster, monkeypatch:
         shown = b"".join(iter(lambda: _read(ours), b"")).decode()
     os.close(ours)
     assert "loading the model" in shown
+    assert re.search(r"\d+\.\d rows/s  \d+ new tokens/s  0:00:0\d left", shown)
+    assert "queues: prepared 100  →  waiting 20  →  running 3  →  uncommitted" in shown
+    assert "replica replic: batch 3/8  waiting 20  cache 25%  memory 3.0 GiB" in shown
     assert "400/400" in shown
     assert "all answered  1 errors" in shown
+
+
+def test_the_journal_keeps_events_and_samples_behind_those_of_earlier_runs(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    folder = OutputFolder(str(tmp_path))
+    folder.make()
+    for run in ("first", "second"):
+        folder.write("_run/lock.json", json.dumps({"run": run}).encode())
+        with Journal(folder, run) as journal:
+            show(400, journal)
+    events = [(one["run"], one["event"], one.get("shard")) for one in read_entries(folder, EVENTS)]
+    assert events == [(run, "shard_committed", shard) for run in ("first", "second") for shard in "ab"]
+    samples = read_entries(folder, TIMELINE)
+    assert {one["run"] for one in samples} == {"first", "second"}
+    last = samples[-1]
+    assert (last["rows"], last["new_tokens"], last["step_ms"], last["running"]) == (400, 1600, 2400, 3)
+
+
+def test_samples_are_thinned_and_a_run_that_lost_the_output_writes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = OutputFolder(str(tmp_path))
+    folder.make()
+    folder.write("_run/lock.json", b'{"run": "mine"}')
+    clock = itertools.count(1000)
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    journal = Journal(folder, "mine")
+    for rows in range(5000):
+        journal.sample({"rows": rows})
+    journal.sample({"rows": 5000}, last=True)
+    journal.__exit__(ZeroDivisionError, ZeroDivisionError("s3://me:secret@host/ " + "a\nb"), None)
+    samples = read_entries(folder, TIMELINE)
+    assert SAMPLES // 2 <= len(samples) <= SAMPLES + 1
+    gaps = np.diff([one["time"] for one in samples[:-1]])
+    assert set(gaps) == {8.0}
+    assert samples[-1]["rows"] == 5000
+    (failed,) = read_entries(folder, EVENTS)
+    assert failed["event"] == "run_failed"
+    assert failed["cause"] == "ZeroDivisionError: s3://***@host/ a b"
+    folder.write("_run/lock.json", b'{"run": "another"}')
+    with Journal(folder, "mine") as journal:
+        journal.event("run_started")
+    assert read_entries(folder, EVENTS) == [failed]
+
+
+@given(st.lists(st.floats(0.8, 1.25), min_size=50, max_size=200))
+def test_the_time_left_is_right_within_a_fifth_after_a_tenth_of_the_job(factors: list[float]) -> None:
+    """Rows take a second each, some more and some less; the model takes a minute to load."""
+    pace, now = Pace(len(factors)), 60.0
+    ends = now + np.cumsum(factors)
+    for done, end in enumerate(ends, start=1):
+        pace.note(float(end), Counter(rows=done))
+        if done > max(2, len(factors) / 10) and done < len(factors):
+            assert pace.seconds_left is not None
+            left = ends[-1] - end
+            # What is behind cannot tell of what is ahead: within the spread of the rows themselves.
+            assert 0.64 * left <= pace.seconds_left <= 1.57 * left
+            if np.ptp(factors) < 0.15:
+                assert pace.seconds_left == pytest.approx(left, rel=0.2)
 
 
 def _read(terminal: int) -> bytes:
@@ -70,12 +154,12 @@ def test_durations_are_read_at_a_glance() -> None:
 
 @pytest.fixture
 def summary() -> Summary:
-    written = Written(3, 1200, 90_000, 70_000, 24_000, Counter(image_decode=150, prompt_missing=50))
+    written = Written(3, 1200, 90_000, 70_000, 24_000, Counter(image_decode=150, prompt_missing=50), Counter(truncated=7))
     engines = Counter(
         prefill_pairs=8000, prefill=6000, prefill_in_order=4000, decode_pairs=4000, decode=3500, decode_in_order=1750,
         images_reused=400, answers_reused=20, folded_tokens=9000,
     )  # fmt: skip
-    return Summary("s3://b/out", written, Counter(images=1000, new_tokens=24_000), 120.0, 100.0, engines)
+    return Summary("s3://b/out", written, Counter(images=1000, new_tokens=24_000, retried=12), 120.0, 100.0, engines)
 
 
 def test_the_summary_counts_rows_errors_images_and_tokens(summary: Summary) -> None:
@@ -94,10 +178,12 @@ def test_the_summary_reads_the_same_in_a_log(summary: Summary) -> None:
         "  prompt_missing  50",
         "images            1,000, 10.00 a second",
         "tokens            24,000 new, 240.0 a second; 90,000 in prompts (70,000 visual)",
+        "doubtful answers  truncated 7; 12 further tries",
         "computed once     400 images that came again, 20 answers to equal rows",
         "folded experts    9,000 new tokens",
         "prefill experts   75.0% of (request, gate) pairs ran on their group's commonest expert; 50.0% in order of arrival",
         "decode experts    87.5% of (request, gate) pairs ran on their group's commonest expert; 43.8% in order of arrival",
         "time              0:02:00 in all, 0:01:40 of it in the stages",
         "results           3 Parquet files in s3://b/out",
+        "to look at        s3://b/out/_run/report.html",
     ]

@@ -8,13 +8,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tenacity
 
+from pipeline.actors.assemble import Assembler, Prompts
 from pipeline.config import ErrorSettings
 from pipeline.errors import JobError, OutputError, TooManyErrorsError, worth_another_try
 from pipeline.io.accuracy import Truth
@@ -23,12 +24,18 @@ from pipeline.io.lease import LeaseLostError, check_lock
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
 from pipeline.redact import cause_of
-from pipeline.rows import ROW, SHARD, own_columns_dropped
+from pipeline.rows import QUESTION, ROW, SHARD, own_columns_dropped
 
 logger = logging.getLogger(__name__)
 
 #: Seconds that storage may refuse results before the run gives up; answers wait meanwhile, and none is lost.
 PATIENCE = 600.0
+
+#: How long the monitor may take, at the end, to hear of the last file.
+LAST_WORD_SECONDS = 5.0
+
+#: What the monitor is told of each file: rows by shard. (No event of the journal; a shard's last one makes one.)
+COMMITTED = "committed"
 
 _T = TypeVar("_T")
 
@@ -51,6 +58,7 @@ class CommitSettings:
 @dataclass
 class _Gathered:
     tables: list[pa.Table] = field(default_factory=list)
+    samples: list[pa.Table] = field(default_factory=list)
     rows: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
     retry: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
     count: int = 0
@@ -70,6 +78,8 @@ class Committer:
         truth: what to compare answers with, or None.
         settings: when to commit.
         errors: when to give up.
+        monitor: the `Monitor` actor's handle; None: nobody is told.
+        prompts: asked of each row; None: rows are asked one thing each.
     """
 
     def __init__(
@@ -80,7 +90,11 @@ class Committer:
         truth: Truth | None,
         settings: CommitSettings,
         errors: ErrorSettings,
+        monitor: Any = None,
+        prompts: Prompts | None = None,
     ) -> None:
+        self._monitor = monitor
+        self._assembler = Assembler(prompts or Prompts(), schema)
         self._folder, self._run, self._schema, self._truth, self._settings = folder, run, schema, truth, settings
         self._log = OutputLog(folder, run, settings.at)
         # Read here, not handed over: started again, it must know what it committed before it died.
@@ -93,12 +107,14 @@ class Committer:
         self._examples: dict[str, str] = {}
         threading.Thread(target=self._commit_in_time, name="commit", daemon=True).start()
 
-    def take(self, table: pa.Table) -> int:
-        """Take a block of answered rows; how many of them were new."""
+    def take(self, table: pa.Table, samples: pa.Table | None = None) -> int:
+        """Take a block of answered rows, and those of them that are kept with their pictures; how many were new."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            new = self._take(table)
+            new = self._take(self._assembler.add(table))
+            if samples is not None:
+                self._gathered.samples.append(samples)
             self._judge(table)
             if self._gathered.count >= self._settings.rows:
                 self._commit()
@@ -117,18 +133,26 @@ class Committer:
             if self._failure is not None:
                 raise self._failure
             self._commit()
-            _patiently(self._log.index)
+            self._patiently(self._log.index)
+        if self._monitor is not None:
+            import ray
+
+            # What it is told comes in order: once it has answered, it knows of every file.
+            ray.wait([self._monitor.count.remote({})], timeout=LAST_WORD_SECONDS)
 
     def _take(self, table: pa.Table) -> int:
         shards = np.array(table[SHARD].to_pylist(), object)
         numbers = table[ROW].to_numpy()
         fresh = np.ones(len(table), bool)
+        questions = np.unique(np.array(table[QUESTION].to_pylist(), str), return_inverse=True)[1]
         passing = np.array([worth_another_try(error) for error in table["error"].to_pylist()], bool)
         for shard in dict.fromkeys(shards):
             of_shard = np.flatnonzero(shards == shard)
             own = numbers[of_shard]
             first = np.zeros(len(own), bool)
-            first[np.unique(own, return_index=True)[1]] = True
+            # An input row may stand in several of the output, one for each prompt.
+            pairs = np.stack([own, questions[of_shard]])
+            first[np.unique(pairs, axis=1, return_index=True)[1]] = True
             fresh[of_shard] = first & ~self._taken[shard].contains(own)
             rows = RowSet.of_rows(own[fresh[of_shard]])
             self._taken[shard] |= rows
@@ -167,15 +191,26 @@ class Committer:
         if not gathered.count:
             return
         # A run that took the output over has planned these rows anew: they must not be written twice.
+        started = time.monotonic()
         try:
-            _patiently(lambda: check_lock(self._folder, self._run))
+            self._patiently(lambda: check_lock(self._folder, self._run))
         except LeaseLostError as error:
             self._failure = error
             raise
         rows, retry = ({s: own for s, own in sets.items() if own} for sets in (gathered.rows, gathered.retry))
         table = pa.concat_tables(gathered.tables).combine_chunks()
-        _patiently(lambda: self._log.commit(table, rows, self._truth, retry))
+        self._patiently(lambda: self._log.commit(table, rows, self._truth, retry))
         self._gathered = _Gathered()
+        if gathered.samples:
+            try:
+                self._log.keep_samples(pa.concat_tables(gathered.samples))
+            except Exception as error:  # they are for looking at; the results are what counts
+                logger.warning("cannot write samples (%s)", cause_of(error))
+        if self._monitor is not None:
+            answers = len(table) * self._assembler.answers_per_row
+            spent = round(1000 * (time.monotonic() - started))
+            self._monitor.count.remote({"committed": answers, "commit_ms": spent})
+            self._monitor.event.remote(COMMITTED, {shard: len(own) for shard, own in rows.items()})
 
     def _commit_in_time(self) -> None:
         while True:
@@ -188,23 +223,23 @@ class Committer:
                         self._failure = error
                         return
 
+    def _patiently(self, operation: Callable[[], _T]) -> _T:
+        """Do something on the output's storage, again and again while it fails for reasons that may pass.
 
-def _patiently(operation: Callable[[], _T]) -> _T:
-    """Do something on the output's storage, again and again while it fails for reasons that may pass.
+        Raises:
+            Exception: the operation's own, at once where no other try would help, or after `PATIENCE`.
+        """
+        hopeless = (LeaseLostError, JobError, FileNotFoundError, PermissionError)
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_not_exception_type(hopeless),
+            wait=tenacity.wait_exponential_jitter(initial=0.5, max=30),
+            stop=tenacity.stop_after_delay(PATIENCE),
+            before_sleep=self._tell,
+            reraise=True,
+        )(operation)
 
-    Raises:
-        Exception: the operation's own, at once where no other try would help, or after `PATIENCE`.
-    """
-    hopeless = (LeaseLostError, JobError, FileNotFoundError, PermissionError)
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_not_exception_type(hopeless),
-        wait=tenacity.wait_exponential_jitter(initial=0.5, max=30),
-        stop=tenacity.stop_after_delay(PATIENCE),
-        before_sleep=_tell,
-        reraise=True,
-    )(operation)
-
-
-def _tell(state: tenacity.RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome else None
-    logger.warning("cannot write results (%s); trying again", cause_of(error))
+    def _tell(self, state: tenacity.RetryCallState) -> None:
+        cause = cause_of(state.outcome.exception() if state.outcome else None)
+        logger.warning("cannot write results (%s); trying again", cause)
+        if self._monitor is not None:
+            self._monitor.event.remote("throttled", {"where": "output", "cause": cause})

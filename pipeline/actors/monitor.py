@@ -5,43 +5,99 @@ One and not three, since every process of a job costs seconds to start.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+from pipeline.actors.looks import Look
+from pipeline.actors.metrics import Metrics
 from pipeline.actors.witness import Verdict, Witness
 from pipeline.rows import Place
 
 #: A block has the same name in both.
 WatchedStage = Literal["prepare", "answer"]
 
+#: Reports come several times a second; Ray exports every few seconds.
+TELL_SECONDS = 1.0
+
 
 class Monitor:
     """Totals of a running job, and the witness of each stage.
 
     The totals are not the truth of the output (a block that Ray runs twice counts twice) but the display's.
+
+    Args:
+        replicas: how many live at a time; one that starts beyond them takes a lost one's place.
+        metrics: tell Ray, too, which exports it to Prometheus.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replicas: int = 1, *, metrics: bool = False) -> None:
+        self._metrics = Metrics() if metrics else None
+        self._told = float("-inf")
         self._witnesses: dict[WatchedStage, Witness] = defaultdict(Witness)
+        self._replicas = replicas
         self._counts: Counter[str] = Counter()
         self._engines: dict[str, Counter[str]] = {}
+        self._gauges: dict[str, Mapping[str, float]] = {}
+        self._events: list[tuple[str, dict[str, Any]]] = []
+        self._dropped = 0
 
-    def report(self, replica: str, counts: Counter[str], engine: Counter[str]) -> None:
-        """Add a block's counts, and replace a replica's engine counters, which only grow."""
+    def started(self, replica: str, node: str, device: str) -> None:
+        """A replica has loaded its model."""
+        if len(self._engines) >= self._replicas:
+            self._events.append(("replica_lost", {"lost_so_far": len(self._engines) - self._replicas + 1}))
+        self._engines[replica] = Counter()
+        self._events.append(("replica_started", {"replica": replica, "node": node, "device": device}))
+
+    def report(
+        self, replica: str, counts: Mapping[str, int], engine: Counter[str], gauges: Mapping[str, float] | None = None
+    ) -> None:
+        """Add a block's counts, and replace what a replica's engine says of itself; its counters only grow."""
         self._counts.update(counts)
         self._engines[replica] = engine
+        # Those of a replica that was lost go when the next one tells: as many as may live are shown.
+        self._gauges.pop(replica, None)
+        self._gauges[replica] = gauges or {}
+        while len(self._gauges) > self._replicas:
+            del self._gauges[next(iter(self._gauges))]
+        self._tell()
 
-    def totals(self) -> tuple[Counter[str], Counter[str]]:
-        """Counts over all blocks, and those of all engines."""
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add what an actor of another stage counted."""
+        self._counts.update(counts)
+        self._tell()
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if self._metrics is not None and now - self._told >= TELL_SECONDS:
+            self._told = now
+            self._metrics.tell(self._now())
+
+    def _now(self) -> Look:
         engines: Counter[str] = Counter()
         for counters in self._engines.values():
             engines.update(counters)
-        return self._counts, engines
+        return Look(self._counts, engines, self._gauges, self._events, self._dropped + len(self._events))
+
+    def event(self, kind: str, facts: dict[str, Any]) -> None:
+        """Note that something happened."""
+        self._events.append((kind, facts))
+
+    def look(self, next_event: int = 0) -> Look:
+        """What is known; events before `next_event` were read and are forgotten."""
+        read = max(0, next_event - self._dropped)
+        self._events, self._dropped = self._events[read:], self._dropped + min(read, len(self._events))
+        if self._metrics is not None:
+            self._metrics.tell(self._now())
+        return self._now()
 
     def begin(self, stage: WatchedStage, block: Place) -> Verdict:
         """`Witness.begin` of a stage."""
-        return self._witnesses[stage].begin(block)
+        verdict = self._witnesses[stage].begin(block)
+        if verdict.died:
+            self._events.append(("worker_lost", {"stage": stage, "shard": block[0], "first_row": block[1]}))
+        return verdict
 
     def hand(self, stage: WatchedStage, block: Place, rows: Sequence[Place]) -> None:
         """`Witness.hand` of a stage."""

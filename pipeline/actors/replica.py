@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.actors.samples import SAMPLE_SCHEMA, RowSampler, as_jpeg
 from pipeline.actors.witness import TRIES, Verdict
 from pipeline.config import JobSettings
 from pipeline.engine import Answer, Engine, EngineOptions, GenerationError, OutOfMemoryError, Request, Sampling
+from pipeline.engine.repetition import ends_in_loop
 from pipeline.errors import RowError, RowErrorCode
+from pipeline.flags import Flag, Flagger, FlagRules, doubt
 from pipeline.io.write import output_schema
 from pipeline.model.awaker import load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
@@ -26,6 +34,18 @@ from pipeline.rows import PLACE_SCHEMA, Place, PreparedRow, carried, places, pre
 #: Rows of a suspect block that are answered at a time: few enough that little is left to search, and enough that a node
 #: that merely went away does not cost a replica minutes.
 SUSPECTS = 8
+
+#: Keys of `generation` that say how one answer is sampled; the others are about what becomes of it.
+SAMPLING_KEYS = {field.name for field in fields(Sampling)} - {"eos_token_ids"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer, what makes it doubtful, and how many tries it took."""
+
+    answer: Answer
+    flags: list[Flag]
+    tries: int = 1
 
 
 def load_engine(settings: JobSettings, device: torch.device) -> tuple[Engine, Sampling]:
@@ -43,7 +63,7 @@ def load_engine(settings: JobSettings, device: torch.device) -> tuple[Engine, Sa
     model = load_model(checkpoint, processor.image_processor, DTYPES[model_settings.dtype], device)
     has_config = (checkpoint.folder / "generation_config.json").is_file()
     config = GenerationConfig.from_pretrained(checkpoint.folder) if has_config else GenerationConfig()
-    sampling = Sampling.from_generation_config(config, **generation.model_dump())
+    sampling = Sampling.from_generation_config(config, **generation.model_dump(include=SAMPLING_KEYS))
     options = EngineOptions(**settings.engine.model_dump(), decode_route=model_settings.decode_route)
     return Engine(model, processor.tokenizer, processor.special.image_pad, options), sampling
 
@@ -54,23 +74,47 @@ class Replica:
     Args:
         settings: the job's settings.
         extras: fields of the extra columns.
+        rows: rows of the whole job.
         device: `cpu` or `cuda`.
         threads: torch threads on the CPU.
-        monitor: the `Monitor` actor's handle.
+        monitor: the `Monitor` actor's handle; None where nobody watches.
         committer: the `Committer` actor's.
     """
 
     def __init__(
-        self, settings: JobSettings, extras: pa.Schema, device: str, threads: int, monitor: Any, committer: Any
+        self,
+        settings: JobSettings,
+        extras: pa.Schema,
+        rows: int,
+        device: str,
+        threads: int,
+        monitor: Any,
+        committer: Any,
     ) -> None:
         if device == "cpu":
             torch.set_num_threads(threads)
         self._settings = settings
         self._schema = pa.schema([*output_schema(settings.output, extras), *PLACE_SCHEMA])
+        with_routes = settings.output.model_copy(update={"routes": True, "token_ids": False})
+        self._sample_schema = pa.schema([*output_schema(with_routes, extras), *PLACE_SCHEMA])
+        self._sampler = RowSampler(settings.output.samples, rows)
         self._monitor, self._committer = monitor, committer
         self._alone = asyncio.Lock()
         self._name = uuid.uuid4().hex
-        self._engine, self._sampling = load_engine(settings, torch.device(device))
+        self._device = torch.device(device)
+        self._engine, self._sampling = load_engine(settings, self._device)
+        self._flagger = Flagger(
+            FlagRules(
+                min_words=settings.flags.min_words,
+                language=settings.flags.language,
+                refusals=tuple(settings.flags.refusals),
+                regex=settings.generation.regex,
+                json_schema=settings.generation.json_schema,
+            )
+        )
+        if monitor is not None:
+            name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else f"CPU, {threads} threads"
+            monitor.started.remote(self._name, socket.gethostname(), name)
 
     async def __call__(self, table: pa.Table) -> pa.Table:
         """Answer a block and hand its rows, in the output's schema, to the committer; how many they were."""
@@ -86,16 +130,36 @@ class Replica:
         ]
         await self._report(rows, errors)
         # Awaited: a block counts as answered only once the committer has it.
-        new = await self._committer.take.remote(self._output(rows, errors, carried(table)))
+        extras = carried(table)
+        output = self._output(rows, errors, extras, self._schema)
+        new = await self._committer.take.remote(output, self._samples(rows, own, errors, extras))
         self._monitor.end.remote("answer", own[0])
         return pa.table({"rows": [new]})
 
     async def _answer(self, rows: Sequence[PreparedRow]) -> list[Any]:
-        """An `Answer`, an exception or an earlier stage's error for each row."""
-        futures = [self._submit(row) for row in rows]
-        outcomes = await asyncio.gather(*(asyncio.wrap_future(f) for f in futures if f is not None), return_exceptions=True)
-        answers = iter(outcomes)
-        return [row.error if future is None else next(answers) for row, future in zip(rows, futures, strict=True)]
+        """A `Judged`, an exception or an earlier stage's error for each row."""
+        return await asyncio.gather(*map(self._answer_row, rows), return_exceptions=True)
+
+    async def _answer_row(self, row: PreparedRow) -> Judged | str | None:
+        if row.input_ids is None or row.span is None:
+            return row.error
+        generation = self._settings.generation
+        best = await self._try(row, self._sampling)
+        while best.tries <= generation.retries and set(best.flags) & set(generation.retry_flags):
+            again = best  # where the other try fails: there is an answer, if a doubtful one
+            with contextlib.suppress(GenerationError):
+                again = await self._try(row, self._sampling.varied(generation.retry_temperature, best.tries))
+            better = min(best, again, key=lambda judged: doubt(judged.flags))
+            best = replace(better, tries=best.tries + 1)
+        return best
+
+    async def _try(self, row: PreparedRow, sampling: Sampling) -> Judged:
+        assert row.input_ids is not None
+        assert row.span is not None
+        answer = await asyncio.wrap_future(self._engine.submit(Request(row.input_ids, row.span, row.images, sampling)))
+        truncated = answer.finish_reason == "length"
+        looping = answer.finish_reason == "repetition" or ends_in_loop(answer.token_ids)
+        return Judged(answer, self._flagger.flags(row.prompt, answer.text, truncated=truncated, looping=looping))
 
     async def _answer_watched(self, rows: Sequence[PreparedRow], own: Sequence[Place]) -> list[Any]:
         """The same, and the monitor knows of it; whoever calls this tells it once the block is over."""
@@ -123,27 +187,44 @@ class Replica:
                 await self._monitor.hand.remote("answer", own[0], [])
         return results
 
-    def _submit(self, row: PreparedRow) -> Future[Answer] | None:
-        if row.input_ids is None or row.span is None:
-            return None
-        return self._engine.submit(Request(row.input_ids, row.span, row.images, self._sampling))
-
     async def _report(self, rows: list[PreparedRow], results: list[Any]) -> None:
-        answers = [result for result in results if isinstance(result, Answer)]
+        judged = [result for result in results if isinstance(result, Judged)]
         counts = Counter(
             rows=len(rows),
-            errors=len(rows) - len(answers),
+            errors=len(rows) - len(judged),
             images=sum(len(row.images) for row in rows),
-            new_tokens=sum(len(answer.token_ids) for answer in answers),
+            new_tokens=sum(len(one.answer.token_ids) for one in judged),
+            prompt_tokens=sum(one.answer.prompt_tokens for one in judged),
+            visual_tokens=sum(one.answer.visual_tokens for one in judged),
+            retried=sum(one.tries - 1 for one in judged),
+            flagged=sum(bool(one.flags) for one in judged),
         )
         # Awaited: once the last block is written, every block is counted.
-        await self._monitor.report.remote(self._name, counts, self._engine.counts())
+        gauges = {**self._engine.gauges(), **_memory(self._device)}
+        await self._monitor.report.remote(self._name, counts, self._engine.counts(), gauges)
 
-    def _output(self, rows: list[PreparedRow], results: list[Any], extras: pa.Table) -> pa.Table:
+    def _samples(self, rows: list[PreparedRow], own: list[Place], results: list[Any], extras: pa.Table) -> pa.Table | None:
+        """The rows to keep with their pictures, if any: all columns of the output, routes whether it has them or not."""
+        kept: dict[int, str] = {}
+        for index, (place, result) in enumerate(zip(own, results, strict=True)):
+            judged = isinstance(result, Judged)
+            why = self._sampler.why(place, None if judged else result, result.flags if judged else [])
+            if why is not None:
+                kept[index] = why
+        if not kept:
+            return None
+        chosen = [rows[index] for index in kept]
+        table = self._output(chosen, [results[index] for index in kept], extras.take(list(kept)), self._sample_schema)
+        pictures = [[as_jpeg(image) for image in row.images] for row in chosen]
+        for field, values in zip(SAMPLE_SCHEMA, (list(kept.values()), pictures), strict=True):
+            table = table.append_column(field, pa.array(values, field.type))
+        return table
+
+    def _output(self, rows: list[PreparedRow], results: list[Any], extras: pa.Table, schema: pa.Schema) -> pa.Table:
         def column(value_of: Any) -> list[Any]:
-            return [value_of(result) if isinstance(result, Answer) else None for result in results]
+            return [value_of(result.answer) if isinstance(result, Judged) else None for result in results]
 
-        is_error = [not isinstance(result, Answer) for result in results]
+        is_error = [not isinstance(result, Judged) for result in results]
         columns: dict[str, Any] = {
             "id": [row.id for row in rows],
             "prompt": [row.prompt for row in rows],
@@ -154,15 +235,26 @@ class Replica:
             "prompt_tokens": column(lambda a: a.prompt_tokens),
             "visual_tokens": column(lambda a: a.visual_tokens),
             "new_tokens": column(lambda a: len(a.token_ids)),
+            "flags": [result.flags if isinstance(result, Judged) else None for result in results],
         }
-        if self._settings.output.token_ids:
+        if "token_ids" in schema.names:
             columns["token_ids"] = column(lambda a: a.token_ids)
-        if self._settings.output.routes:
+        if "prefill_route" in schema.names:
             for phase in ("prefill", "decode"):
                 columns[f"{phase}_route"] = column(lambda a, p=phase: _top_experts(getattr(a, f"{p}_gates")))
                 columns[f"{phase}_gate"] = column(lambda a, p=phase: _top_values(getattr(a, f"{p}_gates")))
-        own = {name: pa.array(values, self._schema.field(name).type) for name, values in columns.items()}
-        return pa.table({**own, **{name: extras[name] for name in extras.column_names}}, schema=self._schema)
+        own = {name: pa.array(values, schema.field(name).type) for name, values in columns.items()}
+        return pa.table({**own, **{name: extras[name] for name in extras.column_names}}, schema=schema)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Bytes that this process takes, and those of its GPU that are taken by anybody."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
+    told = {"memory": float(pages * os.sysconf("SC_PAGE_SIZE"))}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        told |= {"gpu_memory": float(total - free), "gpu_memory_total": float(total)}
+    return told
 
 
 def _code_of(error: GenerationError) -> RowErrorCode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.engine.repetition import CHECK_EVERY, ends_in_loop
 from pipeline.engine.runner import Running
 from pipeline.engine.types import Answer
 
@@ -13,14 +14,20 @@ def finish(running: Running, tokenizer: Any) -> Answer | None:
     encoded, token_ids = running.encoded, running.token_ids
     sampling = encoded.request.sampling
     ended = token_ids[-1] in sampling.eos_token_ids or _stopped(token_ids, sampling.stop, tokenizer)
-    if not ended and len(token_ids) < encoded.max_new_tokens:
+    full = len(token_ids) >= encoded.max_new_tokens
+    # By the answer's own length, so that where it is cut off does not depend on what runs beside it.
+    if (
+        not ended
+        and not full
+        and not (sampling.stop_repetition and len(token_ids) % CHECK_EVERY == 0 and ends_in_loop(token_ids))
+    ):
         return None
     text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cut = min((at for at in (text.find(stop) for stop in sampling.stop) if at >= 0), default=len(text))
     return Answer(
         token_ids=tuple(token_ids),
         text=text[:cut],
-        finish_reason="stop" if ended else "length",
+        finish_reason="stop" if ended else "length" if full else "repetition",
         prompt_tokens=len(encoded.request.input_ids),
         visual_tokens=len(encoded.visual),
         prefill_gates=None if encoded.gates is None else encoded.gates[0],

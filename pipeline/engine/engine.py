@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -98,6 +99,7 @@ class Engine:
         self._by_key: dict[tuple[object, ...], _Item] = {}
         self._answers: OrderedDict[tuple[object, ...], Answer] = OrderedDict()
         self._answers_reused = 0
+        self._seconds: dict[str, float] = {}
         self._closing = False
         self._failure: Exception | None = None
         self.agreement = AgreementReport()
@@ -123,15 +125,43 @@ class Engine:
         """Answer requests, in their order."""
         return [future.result() for future in [self.submit(request) for request in requests]]
 
+    def gates(self, request: Request) -> np.ndarray | None:
+        """[2, G, E] float16: gate values of a request for its prompt and its new tokens; None without an adapter.
+
+        It is not answered. Not while the engine answers others: both would use the vision tower's cache.
+
+        Raises:
+            GenerationError: the request cannot be encoded.
+        """
+        self._encoder.check(request)
+        with torch.inference_mode():
+            (encoded,) = self._encoder.encode([request]).finish()
+        return encoded.gates
+
     def counts(self) -> Counter[str]:
-        """What was done, and what did not have to be done; those of several replicas may be added."""
+        """What was done, and what did not have to be done; those of several replicas may be added.
+
+        Milliseconds are the engine thread's: on a GPU a step's are mostly its wait for the step before.
+        """
         return Counter(
             images_encoded=self._encoder.images_encoded,
             images_reused=self._encoder.images_reused,
             answers_reused=self._answers_reused,
             folded_tokens=self._runner.folded_tokens,
+            **{f"{name}_ms": round(1000 * seconds) for name, seconds in list(self._seconds.items())},
             **self.agreement.counts(),
         )
+
+    def gauges(self) -> dict[str, float]:
+        """How full it is at this moment: requests that run and that wait, and tokens in the key/value cache."""
+        encoding = tuple(self._encoding)  # whoever asks does so beside the engine's thread
+        return {
+            "running": len(self._running),
+            "batch_size": self._sizes.batch_size,
+            "waiting": len(self._arrived) + sum(len(items) for items, _ in encoding) + len(self._waiting),
+            "cache_tokens": self._batch_tokens - self._extents.free_rows,
+            "cache_size": self._batch_tokens,
+        }
 
     def close(self) -> None:
         """Answer what was submitted, then stop."""
@@ -152,9 +182,10 @@ class Engine:
                 open_for_more = True
                 while open_for_more or self._arrived or self._encoding or self._waiting or self._running:
                     open_for_more = self._receive(open_for_more)
-                    self._encode()
-                    self._admit()
-                    self._step()
+                    for name, part in (("encode", self._encode), ("admit", self._admit), ("step", self._step)):
+                        started = time.perf_counter()
+                        part()
+                        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
         except Exception as error:
             # Not a request's fault. Nobody may wait for ever: every caller learns of it, and may start a new engine.
             logger.exception("the engine failed")

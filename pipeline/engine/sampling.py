@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,11 @@ NOT_FINITE = -1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is sampled; equal values may share a batch's work."""
+    """How one answer is sampled; equal values may share a batch's work.
+
+    Attributes:
+        stop_repetition: cut an answer off once it ends in a loop (`pipeline.engine.repetition`).
+    """
 
     max_new_tokens: int
     eos_token_ids: tuple[int, ...]
@@ -31,6 +35,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    stop_repetition: bool = False
 
     @property
     def greedy(self) -> bool:
@@ -52,6 +57,7 @@ class Sampling:
         repetition_penalty: float | None = None,
         stop: Sequence[str] | None = None,
         seed: int = 0,
+        stop_repetition: bool = False,
     ) -> Sampling:
         """Lay explicit settings over a transformers `GenerationConfig`; None leaves the checkpoint's.
 
@@ -71,7 +77,12 @@ class Sampling:
             repetition_penalty=float(_first(repetition_penalty, config.repetition_penalty, 1.0)),
             stop=(stops,) if isinstance(stops, str) else tuple(stops or ()),
             seed=seed,
+            stop_repetition=stop_repetition,
         )
+
+    def varied(self, temperature: float, attempt: int) -> Sampling:
+        """For another try at the same request: drawn at this temperature, from all tokens, with a seed of its own."""
+        return replace(self, temperature=temperature, top_k=0, top_p=1.0, seed=self.seed + attempt)
 
 
 def _first(*values: Any) -> Any:

@@ -59,7 +59,7 @@ class Answer:
     Attributes:
         token_ids: the new tokens, the one that ended the answer included.
         text: their text without special tokens, cut before the first stop string.
-        finish_reason: `stop` (an end token or a stop string) or `length`.
+        finish_reason: `stop` (an end token or a stop string), `length`, or `repetition` (cut off in a loop).
         prompt_tokens: T, visual tokens included.
         visual_tokens: tokens of the images.
         prefill_gates: [G, E] float16 gate values of the prompt's pass; None without an adapter.
@@ -68,7 +68,7 @@ class Answer:
 
     token_ids: tuple[int, ...]
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "repetition"]
     prompt_tokens: int
     visual_tokens: int
     prefill_gates: np.ndarray | None

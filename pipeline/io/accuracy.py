@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +36,13 @@ class Accuracy:
     def share(self, group: Group) -> float:
         """Share of a group's rows answered right."""
         return self.right[group] / self.asked[group]
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """For people and for JSON: group by group."""
+        return [
+            {"group": list(group), "rows": asked, "right": self.right[group], "share": round(self.share(group), 4)}
+            for group, asked in sorted(self.asked.items())
+        ]
 
 
 @dataclass(frozen=True)

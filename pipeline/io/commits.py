@@ -21,13 +21,15 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import OutputError
 from pipeline.io.accuracy import Truth
-from pipeline.io.plan import open_parquet
+from pipeline.io.formats import open_parquet
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
 from pipeline.io.write import Written
 
 #: Key of a file's footer under which its `Commit` stands, as JSON.
 FOOTER_KEY = b"awaker:commit"
+#: Where rows lie that are kept with their pictures (see `pipeline.actors.samples`).
+SAMPLES = "_run/samples"
 #: Files told in one object of the index.
 FILES_PER_INDEX = 64
 #: Footers and index objects are read by this many threads.
@@ -136,6 +138,14 @@ class OutputLog:
             self._unindexed[commit.file] = commit  # by name: a write that is tried again must not stand twice
         if len(self._unindexed) >= FILES_PER_INDEX:
             self.index()
+
+    def keep_samples(self, table: pa.Table) -> None:
+        """Write rows that are kept with their pictures; later files sort behind earlier ones."""
+        buffer = pa.BufferOutputStream()
+        with pa.ipc.new_file(buffer, table.schema) as file:
+            file.write_table(table)
+        # Not as Parquet: there are readers that look for it in every folder.
+        self._folder.write(f"{SAMPLES}/{self._name}-{self._made:05d}.arrow", buffer.getvalue().to_pybytes())
 
     def index(self) -> None:
         """Tell the commits since the last time in one object of the index."""

@@ -114,6 +114,9 @@ class Fetcher:
         image_root: folder (local or any fsspec URL) that paths lie in; None: paths are refused.
         settings: the `fetch` settings.
         max_bytes: most bytes of an image.
+
+    Attributes:
+        retries: further tries so far, of all images.
     """
 
     def __init__(self, image_root: str | None, settings: FetchSettings, max_bytes: int) -> None:
@@ -124,6 +127,7 @@ class Fetcher:
         self._pool = ThreadPoolExecutor(settings.concurrency, "fetch")
         self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(settings.concurrency)
+        self.retries = 0
         threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True).start()
 
     def submit(self, reference: str) -> Future[bytes]:
@@ -161,6 +165,7 @@ class Fetcher:
                 except ValueError as error:  # a host that no codec takes, a port that is no number
                     raise RowError("image_missing", f"{shown(reference)} is no URL ({error})") from error
                 if number < self._settings.tries:
+                    self.retries += 1
                     backoff = random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (number - 1))
                     await asyncio.sleep(backoff if pause is None else min(pause, LONGEST_PAUSE))
             raise RowError("image_fetch", f"{shown(reference)}: {failure}, tried {self._settings.tries} times")

@@ -18,9 +18,9 @@ from pipeline.io.storage import OutputFolder
 
 MANIFEST = "_run/manifest.json"
 #: Settings that change how fast rows are answered, never what the answers are.
-FREE_SETTINGS = ("engine", "preparation", "fetch", "errors", "ray", "replicas", "evaluate", "output")
+FREE_SETTINGS = ("engine", "preparation", "fetch", "errors", "ray", "replicas", "evaluate", "cost", "output")
 #: Of `output`, these decide what is written all the same.
-OUTPUT_COLUMNS = ("token_ids", "routes")
+OUTPUT_COLUMNS = ("token_ids", "routes", "prompts")
 #: Bytes at both ends of a checkpoint file that its digest reads: weights differ everywhere, and files have 22 GB.
 DIGEST_ENDS = 1 << 20
 _SHOWN = 8

@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,27 +14,25 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.config import ColumnSettings, InputSettings
 from pipeline.errors import ConfigError, InputError
-from pipeline.io.storage import FileInfo, find_parquet_files, open_filesystem, protocols
+from pipeline.io.formats import open_shard
+from pipeline.io.storage import PARQUET_SUFFIXES, FileInfo, find_shards
 from pipeline.rows import OWN_PREFIX
+from pipeline.template import Template
 
 #: Footers and id columns are read by this many threads: object storage answers slowly, but many at once.
 LISTING_THREADS = 16
 
-#: Bytes of a Parquet column fetched at once: one request to object storage, and a bound on memory.
-READ_BUFFER = 8 << 20
-
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file.
+    """One file of rows.
 
     Attributes:
         file: where it is.
-        row_groups: rows of each row group.
+        row_groups: rows of each row group (of Parquet; of other forms: of each part that can be read alone).
         rows: rows to take, from its beginning.
     """
 
@@ -68,32 +65,25 @@ class InputPlan:
         columns: the columns in use.
         extras: extra input columns by the name they have in the output.
         extras_schema: fields of the extra columns in the output.
-        prompt: one prompt for all rows, or None.
+        prompts: what is asked of each row, by name, columns' values filled in; a single prompt has an empty name. None:
+            rows have their own.
     """
 
     shards: tuple[Shard, ...]
     columns: Columns
     extras: dict[str, str]
     extras_schema: pa.Schema
-    prompt: str | None
+    prompts: Mapping[str, Template]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the prompts, where several are asked of each row; else none."""
+        return tuple(name for name in self.prompts if name)
 
     @property
     def rows(self) -> int:
-        """Rows that will be answered."""
+        """Input rows that will be answered."""
         return sum(shard.rows for shard in self.shards)
-
-
-@contextmanager
-def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file for reading a bounded amount at a time."""
-    filesystem, path = open_filesystem(url)
-    # No cache of fsspec's: pyarrow asks for whole buffers, and reads no byte twice.
-    uncached = {} if "local" in protocols(filesystem) else {"cache_type": "none"}
-    with (
-        filesystem.open(path, "rb", **uncached) as source,
-        pq.ParquetFile(source, buffer_size=READ_BUFFER, pre_buffer=False) as parquet,
-    ):
-        yield parquet
 
 
 def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozenset[str] | None = None) -> InputPlan:
@@ -108,7 +98,7 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         InputError: nothing to read, an unreadable file, or columns that do not fit.
         ConfigError: settings that contradict each other.
     """
-    files = [file for file in find_parquet_files(settings.path) if only is None or file.url in only]
+    files = [file for file in find_shards(settings.path) if only is None or file.url in only]
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         footers = list(pool.map(_read_footer, files))
     schema = _unified_schema([(file, footer[1]) for file, footer in zip(files, footers, strict=True)])
@@ -123,13 +113,32 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
     if not shards:
         raise InputError(f"input.path: the {len(files)} Parquet files at {settings.path!r} hold no rows")
     extras, extras_schema = _extra_columns(schema, columns, reserved)
+    asked = {"": settings.prompt} if settings.prompt is not None else settings.prompts
+    prompts = {name: Template.parse(text) for name, text in asked.items()}
+    for name, prompt in prompts.items():
+        _check_template(f"input.prompts.{name}" if name else "input.prompt", prompt, schema)
     return InputPlan(
         shards=tuple(shards),
         columns=columns,
         extras=extras,
         extras_schema=extras_schema,
-        prompt=settings.prompt,
+        prompts=prompts,
     )
+
+
+def _check_template(key: str, prompt: Template, schema: pa.Schema) -> None:
+    """Make sure that a prompt's columns are there, and hold something that can be said."""
+    for name in prompt.columns:
+        if name not in schema.names:
+            near = difflib.get_close_matches(name, schema.names, n=1)
+            hint = f"did you mean {{{near[0]}}}? " if near else ""
+            raise InputError(
+                f"{key}: the input has no column {name!r}; {hint}A brace itself is written {{{{. "
+                f"Its columns: {_listed(schema.names)}"
+            )
+        kind = schema.field(name).type
+        if pa.types.is_nested(kind) or is_binary(kind):
+            raise InputError(f"{key}: column {name!r} holds {kind}; expected text or numbers")
 
 
 def _check_names(files: list[FileInfo]) -> None:
@@ -145,13 +154,13 @@ def _check_names(files: list[FileInfo]) -> None:
 
 def _read_footer(file: FileInfo) -> tuple[tuple[int, ...], pa.Schema]:
     try:
-        with open_parquet(file.url) as parquet:
-            metadata = parquet.metadata
-            groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-            return groups, pa.schema([field.with_type(_plain(field.type)) for field in parquet.schema_arrow])
+        with open_shard(file.url) as shard:
+            groups, schema = shard.layout()
+            return groups, pa.schema([field.with_type(_plain(field.type)) for field in schema])
     except Exception as error:  # pyarrow and every fsspec backend have error types of their own
+        form = "Parquet" if file.url.endswith(PARQUET_SUFFIXES) else "JSON Lines"
         raise InputError(
-            f"input.path: cannot read {file.url} as Parquet ({type(error).__name__}: {error}); repair or remove it"
+            f"input.path: cannot read {file.url} as {form} ({type(error).__name__}: {error}); repair or remove it"
         ) from error
 
 
@@ -203,6 +212,7 @@ def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
         key
         for key, is_set in (
             ("input.prompt", settings.prompt is not None),
+            ("input.prompts", bool(settings.prompts)),
             ("input.columns.prompt", wanted.prompt not in ("auto", None)),
             ("input.columns.messages", wanted.messages not in ("auto", None)),
         )
@@ -372,8 +382,8 @@ def iter_ids(shard: Shard, column: str) -> Iterator[np.ndarray]:
     """
     left = shard.rows
     first = 0
-    with open_parquet(shard.file.url) as parquet:
-        for batch in parquet.iter_batches(batch_size=65_536, columns=[column]):
+    with open_shard(shard.file.url) as opened:
+        for batch in opened.batches(65_536, [column]):
             ids = batch.column(0)[:left]
             try:
                 ids.validate(full=True)

@@ -12,9 +12,11 @@ import pyarrow.compute as pc
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from pipeline.io.plan import InputPlan, Shard, is_list, is_text, open_parquet
+from pipeline.io.formats import open_shard
+from pipeline.io.plan import InputPlan, Shard, is_list, is_text
 from pipeline.io.rowset import RowSet
-from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, READ_SCHEMA, REFERENCES, ROW, SHARD
+from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, QUESTION, READ_SCHEMA, REFERENCES, ROW, SHARD
+from pipeline.template import Template
 
 #: A read task takes row groups of one shard until it has this many rows: enough to be worth a task.
 ROWS_PER_TASK = 256
@@ -55,14 +57,19 @@ def pieces(shard: Shard, missing: RowSet) -> Iterator[Piece]:
 
 
 def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[pa.Table]:
-    """Read a piece as tables of `READ_SCHEMA` plus the extra columns, at most `rows_per_block` rows at a time."""
+    """Read a piece as tables of `READ_SCHEMA` plus the extra columns, at most `rows_per_block` rows at a time.
+
+    Where several prompts are asked of each row, it comes once for each; all of them in one table.
+    """
     columns = plan.columns
-    wanted = [*columns.named(), *plan.extras.values()]
+    asked = [name for prompt in plan.prompts.values() for name in prompt.columns]
+    wanted = list(dict.fromkeys((*columns.named(), *plan.extras.values(), *asked)))
+    # A block holds the prompts of so many rows.
+    rows_at_once = max(1, rows_per_block // max(1, len(plan.prompts)))
     at = piece.first_row
     behind = piece.rows.intervals[-1][1]
-    with open_parquet(piece.shard.file.url) as parquet:
-        present = [name for name in wanted if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(rows_per_block, row_groups=list(piece.row_groups), columns=present):
+    with open_shard(piece.shard.file.url) as shard:
+        for batch in shard.batches(rows_at_once, wanted, piece.row_groups):
             numbers = np.arange(at, at + len(batch))
             chosen = piece.rows.contains(numbers)
             if chosen.all():
@@ -91,8 +98,9 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         images, references = _several_images(batch.column(columns.images))
     else:
         images, references = (pa.array([[]] * count, READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES))
-    prompts = pa.array([plan.prompt] * count, pa.string()) if plan.prompt is not None else text(columns.prompt)
+    prompts = text(columns.prompt) if "" not in plan.prompts else _filled(plan.prompts[""], batch)
     place = {SHARD: pa.array([shard.file.url] * count, pa.string()), ROW: pa.array(numbers, pa.int64())}
+    place[QUESTION] = pa.array([""] * count, pa.string())
     arrays = {
         **place,
         ID: ids,
@@ -106,7 +114,30 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         # A shard may lack an extra column that others have.
         has = source in batch.schema.names
         arrays[field.name] = batch.column(source).cast(field.type) if has else pa.nulls(count, field.type)
-    return pa.table(arrays, schema=pa.schema([*PLACE_SCHEMA, *READ_SCHEMA, *plan.extras_schema]))
+    table = pa.table(arrays, schema=pa.schema([*PLACE_SCHEMA, *READ_SCHEMA, *plan.extras_schema]))
+    return _asked_each(table, batch, plan) if plan.names else table
+
+
+def _asked_each(table: pa.Table, batch: pa.RecordBatch, plan: InputPlan) -> pa.Table:
+    """Every row once for each prompt, next to each other."""
+    names = plan.names
+    filled = np.stack([np.array(_filled(plan.prompts[name], batch).to_pylist(), object) for name in names], axis=1)
+    repeated = table.take(np.repeat(np.arange(len(table)), len(names)))
+    ids = [f"{id_}/{name}" if id_ is not None else None for id_ in table[ID].to_pylist() for name in names]
+    columns = {ID: ids, PROMPT: filled.reshape(-1).tolist(), QUESTION: list(names) * len(table)}
+    for name, values in columns.items():
+        at = repeated.schema.get_field_index(name)
+        repeated = repeated.set_column(at, repeated.schema.field(name), pa.array(values, pa.string()))
+    return repeated
+
+
+def _filled(prompt: Template, batch: pa.RecordBatch) -> pa.Array:
+    # A shard may lack a column that others have: null, like a value that is not there.
+    values = {
+        name: batch.column(name).cast(pa.string()).to_pylist() if name in batch.schema.names else [None] * len(batch)
+        for name in prompt.columns
+    }
+    return pa.array(prompt.fill(values, len(batch)), pa.string())
 
 
 def _bytes_and_references(array: pa.Array) -> tuple[pa.Array, pa.Array]:

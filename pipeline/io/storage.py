@@ -15,7 +15,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError, OutputError
 
+#: Where, in an output, the page lies that shows it.
+REPORT = "_run/report.html"
+
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+#: JSON Lines, compressed or not; taken where there is no Parquet.
+JSON_SUFFIXES = tuple(name + zipped for name in (".jsonl", ".ndjson") for zipped in ("", ".gz", ".zst", ".bz2", ".xz"))
 
 #: fsspec's names of the storages whose folders are mere prefixes.
 OBJECT_STORES = frozenset({"s3", "gs", "abfs"})
@@ -62,13 +67,14 @@ def protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
 
 
-def find_parquet_files(path: str | list[str]) -> list[FileInfo]:
+def find_shards(path: str | list[str]) -> list[FileInfo]:
     """Find the Parquet files of a file, a folder (searched below, too), a glob, or a list of them; sorted by URL.
 
-    Names that begin with `_` or `.` are not data, by the convention of every Parquet reader.
+    Where a path holds none, its JSON Lines are taken. Names that begin with `_` or `.` are not data, by the convention of
+    every Parquet reader.
 
     Raises:
-        InputError: a path holds no Parquet file or cannot be listed.
+        InputError: a path holds neither or cannot be listed.
     """
     found: dict[str, FileInfo] = {}
     for one in [path] if isinstance(path, str) else path:
@@ -89,7 +95,7 @@ def _find(path: str) -> list[FileInfo]:
             # Names count from the folder before the first wildcard.
             base = posixpath.dirname(root[: min(wildcards)])
         else:
-            raise InputError(f"input.path: {path!r} does not exist; expected a Parquet file, a folder or a glob")
+            raise InputError(f"input.path: {path!r} does not exist; expected Parquet or JSON Lines, a folder or a glob")
     except InputError:
         raise
     except Exception as error:  # every fsspec backend has error types of its own
@@ -98,10 +104,11 @@ def _find(path: str) -> list[FileInfo]:
     for name, info in listing.items():
         relative = name[len(base) :].lstrip("/")
         hidden = any(part.startswith(("_", ".")) for part in relative.split("/"))
-        if name.endswith(PARQUET_SUFFIXES) and not hidden:
+        if name.endswith((*PARQUET_SUFFIXES, *JSON_SUFFIXES)) and not hidden:
             files.append(FileInfo(filesystem.unstrip_protocol(name), relative, info["size"], _version(info)))
+    files = [file for file in files if file.url.endswith(PARQUET_SUFFIXES)] or files
     if not files:
-        raise InputError(f"input.path: no Parquet file at {path!r} ({len(listing)} files of other kinds)")
+        raise InputError(f"input.path: no Parquet file or JSON Lines at {path!r} ({len(listing)} files of other kinds)")
     return files
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,14 @@ _COLUMNS = [
     pa.field("prompt_tokens", pa.int32()),
     pa.field("visual_tokens", pa.int32()),
     pa.field("new_tokens", pa.int32()),
+    pa.field("flags", pa.list_(pa.string())),
 ]
+#: Where several prompts are asked of each row: which one a row is (an output row each), or what each prompt has a column
+#: of (one row for all), and what is then added up.
+PROMPT_NAME = "prompt_name"
+ANSWER_COLUMNS = ("prompt", "text", "finish_reason", "error")
+COUNT_COLUMNS = ("prompt_tokens", "visual_tokens", "new_tokens")
+
 _TOKEN_IDS = [pa.field("token_ids", pa.list_(pa.int32()))]
 _ROUTES = [
     pa.field("prefill_route", pa.list_(pa.int8())),
@@ -33,13 +40,25 @@ _ROUTES = [
 ]
 
 #: Names that the output may use; extra input columns of these names are renamed.
-RESERVED_COLUMNS = frozenset(f.name for f in (*_COLUMNS, *_TOKEN_IDS, *_ROUTES))
+RESERVED_COLUMNS = frozenset({PROMPT_NAME, *(f.name for f in (*_COLUMNS, *_TOKEN_IDS, *_ROUTES))})
 
 
 def output_schema(settings: OutputSettings, extras: pa.Schema) -> pa.Schema:
     """Columns of the output: ours, those asked for, and the input's extra ones."""
     own = _COLUMNS + (_TOKEN_IDS if settings.token_ids else []) + (_ROUTES if settings.routes else [])
     return pa.schema([*own, *extras])
+
+
+def layout_schema(settings: OutputSettings, extras: pa.Schema, prompts: Sequence[str]) -> pa.Schema:
+    """Columns of the output where these prompts, by name, are asked of each row; `output_schema` where there are none."""
+    plain = output_schema(settings, extras)
+    if not prompts:
+        return plain
+    if settings.prompts == "rows":
+        return plain.insert(plain.get_field_index("prompt"), pa.field(PROMPT_NAME, pa.string()))
+    each = [pa.field(f"{name}_{prompt}", pa.string()) for prompt in prompts for name in ANSWER_COLUMNS]
+    shared = [field for field in _COLUMNS if field.name not in set(ANSWER_COLUMNS) - {"error"}]
+    return pa.schema([*shared, *each, *extras])
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,7 @@ class Written:
         visual_tokens: tokens of the images.
         new_tokens: tokens of the answers.
         errors: error rows by code.
+        flags: answers by flag; one may have several.
         accuracy: answers against the truth, where there is one.
     """
 
@@ -62,6 +82,7 @@ class Written:
     visual_tokens: int = 0
     new_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    flags: Counter[str] = field(default_factory=Counter)
     accuracy: Accuracy = field(default_factory=Accuracy)
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,6 +92,7 @@ class Written:
             "rows": self.rows,
             "tokens": [self.prompt_tokens, self.visual_tokens, self.new_tokens],
             "errors": dict(self.errors),
+            "flags": dict(self.flags),
             "accuracy": [[list(group), count, right[group]] for group, count in asked.items()],
         }
 
@@ -80,7 +102,8 @@ class Written:
         asked = Counter({tuple(group): count for group, count, _ in told["accuracy"]})
         right = Counter({tuple(group): count for group, _, count in told["accuracy"]})
         prompt, visual, new = told["tokens"]
-        return cls(1, told["rows"], prompt, visual, new, Counter(told["errors"]), Accuracy(asked, right))
+        errors, flags = Counter(told["errors"]), Counter(told.get("flags", {}))
+        return cls(1, told["rows"], prompt, visual, new, errors, flags, Accuracy(asked, right))
 
     def __add__(self, other: Written) -> Written:
         return Written(
@@ -90,6 +113,7 @@ class Written:
             self.visual_tokens + other.visual_tokens,
             self.new_tokens + other.new_tokens,
             self.errors + other.errors,
+            self.flags + other.flags,
             self.accuracy + other.accuracy,
         )
 
@@ -99,4 +123,6 @@ class Written:
         errors = pc.drop_null(table["error"]).to_pylist()
         prompt, visual, new = (pc.sum(table[n]).as_py() or 0 for n in ("prompt_tokens", "visual_tokens", "new_tokens"))
         accuracy = truth.count(table) if truth else Accuracy()
-        return cls(1, len(table), prompt, visual, new, Counter(error.split(":", 1)[0] for error in errors), accuracy)
+        by_code = Counter(error.split(":", 1)[0] for error in errors)
+        flags = Counter(pc.list_flatten(table["flags"]).to_pylist())
+        return cls(1, len(table), prompt, visual, new, by_code, flags, accuracy)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pipeline.actors.assemble import Prompts
 from pipeline.actors.committer import CommitSettings, Committer
 from pipeline.config import ErrorSettings, OutputSettings
 from pipeline.errors import OutputError, TooManyErrorsError
 from pipeline.io.commits import FILES_PER_INDEX, OutputLog, done_rows
 from pipeline.io.lease import LeaseLostError
 from pipeline.io.retries import RETRIES, merge_retries
+from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
-from pipeline.io.write import output_schema
-from pipeline.rows import ROW, SHARD
+from pipeline.io.write import layout_schema, output_schema
+from pipeline.rows import QUESTION, ROW, SHARD
 
 SCHEMA = output_schema(OutputSettings(path="out"), pa.schema([]))
 
@@ -41,7 +47,7 @@ def block(shard: str, *rows: int, error: str | None = None) -> pa.Table:
     columns = {name: pa.nulls(count, SCHEMA.field(name).type) for name in SCHEMA.names}
     columns |= {"id": pa.array([f"{shard}#{row}" for row in rows]), "status": pa.array(["ok"] * count)}
     columns["error"] = pa.array([error] * count, pa.string())
-    return pa.table({**columns, SHARD: [shard] * count, ROW: pa.array(rows, pa.int64())})
+    return pa.table({**columns, SHARD: [shard] * count, ROW: pa.array(rows, pa.int64()), QUESTION: [""] * count})
 
 
 def ids(folder: OutputFolder) -> list[str]:
@@ -214,3 +220,62 @@ def test_outcomes_of_second_tries_take_the_place_of_the_errors_they_replace(fold
         assert [{s: r.intervals for s, r in commit.retry.items()} for commit in after] == [{"a": [(3, 4)]}, {}]
         assert sum(commit.written.errors.total() for commit in after) == 2
         assert done_rows(after) == done_rows(commits)
+
+
+NAMES = ("long", "short", "third")
+
+
+def parts(shard: str, pairs: list[tuple[int, int]], failing: tuple[int, int] | None = None) -> pa.Table:
+    """Answered (row, prompt) pairs of a shard; one may have failed."""
+    answered = pa.concat_tables([block(shard, row) for row, _ in pairs])
+    names = [NAMES[prompt] for _, prompt in pairs]
+    texts = [f"{row} {name}" for (row, _), name in zip(pairs, names, strict=True)]
+    errors = ["image_fetch: no" if pair == failing else None for pair in pairs]
+    ids = [f"{shard}#{row}/{name}" for (row, _), name in zip(pairs, names, strict=True)]
+    own = {"id": ids, "text": texts, "error": errors, "prompt_tokens": [7] * len(pairs), QUESTION: names}
+    for name, values in own.items():
+        at = answered.schema.get_field_index(name)
+        answered = answered.set_column(at, answered.schema.field(name), pa.array(values, answered.schema.field(name).type))
+    return answered
+
+
+@given(
+    st.permutations([(row, prompt) for row in range(5) for prompt in range(3)]),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=10),
+    st.integers(1, 7),
+    st.sampled_from(["rows", "columns"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_row_of_several_prompts_is_done_once_all_are_answered(
+    order: list[tuple[int, int]], again: list[tuple[int, int]], size: int, layout: Any
+) -> None:
+    with tempfile.TemporaryDirectory() as path:
+        folder = OutputFolder(path)
+        folder.make()
+        folder.write("_run/lock.json", b'{"run": "mine"}')
+        schema = layout_schema(OutputSettings(path="out", prompts=layout), pa.schema([]), NAMES)
+        limits = CommitSettings(4, 60.0)
+        writer = Committer(folder, "mine", schema, None, limits, ErrorSettings(), None, Prompts(NAMES, layout))
+        lost = order[-1]  # this pair never comes: its row must not be there
+        came = [*order[:-1], *again, *order[: len(again)]]
+        came = [pair for pair in came if pair != lost]
+        for start in range(0, len(came), size):
+            writer.take(parts("a", came[start : start + size], failing=order[0]))
+        writer.finish()
+        table = pa.concat_tables([pq.read_table(file) for file in folder.results()])
+        done = [row for row in range(5) if row != lost[0]]
+        rows = {row["id"]: row for row in table.to_pylist()}
+        assert len(rows) == len(table)
+        if layout == "rows":
+            expected = {f"a#{row}/{name}": f"{row} {name}" for row in done for name in NAMES}
+            assert {id_: row["text"] for id_, row in rows.items()} == expected
+            assert {id_: row["prompt_name"] for id_, row in rows.items()} == {id_: id_.split("/")[1] for id_ in expected}
+        else:
+            assert rows.keys() == {f"a#{row}" for row in done}
+            for row in done:
+                assert [rows[f"a#{row}"][f"text_{name}"] for name in NAMES] == [f"{row} {name}" for name in NAMES]
+                assert rows[f"a#{row}"]["prompt_tokens"] == 21
+                assert rows[f"a#{row}"]["status"] == ("error" if order[0][0] == row else "ok")
+        commits = OutputLog(folder, "other").commits()
+        assert done_rows(commits)["a"].intervals == RowSet.of_rows(done).intervals
+        assert sum(len(own) for commit in commits for own in commit.retry.values()) == (order[0][0] in done)

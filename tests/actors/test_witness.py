@@ -22,7 +22,19 @@ from pipeline.actors.replica import Replica
 from pipeline.actors.witness import Verdict, Witness
 from pipeline.config import JobSettings
 from pipeline.io.plan import Columns
-from pipeline.rows import ID, IMAGES, MESSAGES, PROMPT, READ_SCHEMA, REFERENCES, ROW, SHARD, PreparedRow, prepared_rows
+from pipeline.rows import (
+    ID,
+    IMAGES,
+    MESSAGES,
+    PROMPT,
+    QUESTION,
+    READ_SCHEMA,
+    REFERENCES,
+    ROW,
+    SHARD,
+    PreparedRow,
+    prepared_rows,
+)
 from tests.conftest import RayCluster
 from tests.io.shards import picture
 
@@ -169,7 +181,9 @@ def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answere
     images = [[b"deadly" if row == 3 else picture(seed=row)] for row in range(6)]
     columns = {ID: [str(row) for row in range(6)], IMAGES: images, REFERENCES: [[None]] * 6, PROMPT: ["What?"] * 6}
     table = pa.table({**columns, MESSAGES: pa.nulls(6, pa.string())}, READ_SCHEMA)
-    table = table.append_column(SHARD, pa.array(["a"] * 6)).append_column(ROW, pa.array(range(6), pa.int64()))
+    places = {SHARD: pa.array(["a"] * 6), ROW: pa.array(range(6), pa.int64()), QUESTION: pa.array([""] * 6)}
+    for name, values in places.items():
+        table = table.append_column(name, values)
     job = JobSettings.model_validate(
         {"model": {"base": str(golden / "released/base")}, "input": {"path": "in"}, "output": {"path": "out"}}
     )

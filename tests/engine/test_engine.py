@@ -12,6 +12,7 @@ import torch
 
 import pipeline.engine.engine as engine_module
 from pipeline.engine import Engine, GenerationError
+from pipeline.engine.repetition import CHECK_EVERY, ends_in_loop
 from pipeline.engine.runner import Launched, Part, Runner
 from pipeline.model.decoder import Decoder
 from pipeline.model.prompt import PromptProcessor
@@ -184,6 +185,27 @@ def test_a_request_longer_than_the_cache_is_told_what_to_raise(tmp_path: Path) -
         with pytest.raises(GenerationError, match=r"above engine.batch_tokens 100; raise it"):
             futures[0].result()
         assert len(futures[1].result().token_ids) == 2
+
+
+def test_an_answer_in_a_loop_is_cut_off_where_the_loop_is_plain_whatever_runs_beside_it(tmp_path: Path) -> None:
+    base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
+    engine, processor = engine_for(base, adapter, batch_size=8)  # random models fall into loops soon
+    sampling = replace(greedy(160), eos_token_ids=())
+    requests = [as_request(a, processor, sampling) for a in random_questions(8, seed=4)]
+    cutting = [replace(r, sampling=replace(sampling, stop_repetition=True)) for r in requests]
+    with engine:
+        whole = engine.generate(requests)
+        cut = engine.generate(cutting)
+        alone = [engine.generate([request])[0] for request in cutting[:2]]
+    assert {answer.finish_reason for answer in whole} == {"length"}
+    ends = []
+    for answer, full in zip(cut, whole, strict=True):
+        looping = [n for n in range(CHECK_EVERY, 160, CHECK_EVERY) if ends_in_loop(full.token_ids[:n])]
+        ends.append(len(answer.token_ids))
+        assert answer.token_ids == full.token_ids[: looping[0] if looping else 160]
+        assert answer.finish_reason == ("repetition" if looping else "length")
+    assert min(ends) < 160
+    assert [answer.token_ids for answer in alone] == [answer.token_ids for answer in cut[:2]]
 
 
 def test_visual_tokens_kept_are_bounded() -> None:

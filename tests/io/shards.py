@@ -32,11 +32,16 @@ def write_shard(path: Path, columns: dict[str, Any], row_groups: list[int] | Non
 
 
 def plan_of(
-    path: Path | list[str], *, ask: str | None = None, limit: int | None = None, **columns: str | None
+    path: Path | list[str],
+    *,
+    ask: str | None = None,
+    asks: dict[str, str] | None = None,
+    limit: int | None = None,
+    **columns: str | None,
 ) -> InputPlan:
-    """Plan an input as a job does; `ask` is one prompt for all rows."""
+    """Plan an input as a job does; `ask` is one prompt for all rows, `asks` are several by name."""
     paths = path if isinstance(path, list) else str(path)
-    settings = InputSettings(path=paths, prompt=ask, limit=limit, columns=ColumnSettings(**columns))
+    settings = InputSettings(path=paths, prompt=ask, prompts=asks or {}, limit=limit, columns=ColumnSettings(**columns))
     return plan_input(settings, RESERVED_COLUMNS)
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.errors import ConfigError, InputError, JobError
 from pipeline.io.plan import check_ids_unique
-from pipeline.io.storage import find_parquet_files
+from pipeline.io.storage import find_shards
+from pipeline.template import Template
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 
 
@@ -22,7 +23,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def names(path: str | list[str]) -> list[str]:
-    return [file.name for file in find_parquet_files(path)]
+    return [file.name for file in find_shards(path)]
 
 
 def test_a_folder_is_searched_below_and_hidden_names_are_no_data(tree: Path) -> None:
@@ -52,9 +53,9 @@ def test_a_hidden_folder_can_be_named_itself(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere", r"^input.path: '.*nowhere' does not exist; expected a Parquet file, a folder or a glob$"),
-        ("notes.txt", r"^input.path: no Parquet file at '.*notes.txt' \(1 files of other kinds\)$"),
-        ("x*.parquet", r"^input.path: no Parquet file at '.*x\*.parquet' \(0 files of other kinds\)$"),
+        ("nowhere", r"^input.path: '.*nowhere' does not exist; expected Parquet or JSON Lines, a folder or a glob$"),
+        ("notes.txt", r"^input.path: no Parquet file or JSON Lines at '.*notes.txt' \(1 files of other kinds\)$"),
+        ("x*.parquet", r"^input.path: no Parquet file or JSON Lines at '.*x\*.parquet' \(0 files of other kinds\)$"),
         ("deep/.hidden/../../_run/../deep/er", None),
     ],
 )
@@ -63,12 +64,12 @@ def test_a_path_without_data_is_an_error(tree: Path, path: str, message: str | N
         assert names(f"{tree}/{path}") == ["c.parquet"]
         return
     with pytest.raises(InputError, match=message):
-        find_parquet_files(f"{tree}/{path}")
+        find_shards(f"{tree}/{path}")
 
 
 def test_an_unknown_protocol_is_an_input_error() -> None:
     with pytest.raises(InputError, match=r"^input.path: cannot list 'nosuch://b/x' \(ValueError: Protocol not known"):
-        find_parquet_files("nosuch://b/x")
+        find_shards("nosuch://b/x")
 
 
 def test_rows_are_counted_from_the_footers(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_one_prompt_for_all_rows_wins_over_a_prompt_column(tmp_path: Path) -> No
     write_shard(tmp_path / "a.parquet", {"prompt": ["?"], "messages": ["[]"]})
     plan = plan_of(tmp_path, ask="Describe.")
     assert plan.columns.named() == []
-    assert plan.prompt == "Describe."
+    assert plan.prompts == {"": Template((("Describe.", None),))}
     assert list(plan.extras) == ["input_prompt", "messages"]
 
 
@@ -269,3 +270,16 @@ def test_an_id_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"id": not_utf8, "prompt": ["?"]})
     with pytest.raises(InputError, match=r"a.parquet has ids that are no valid UTF-8"):
         check_ids_unique(plan_of(tmp_path))
+
+
+def test_a_template_names_columns_that_are_there_and_can_be_said(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", {"category": ["dog"], "tags": [["a"]], "bytes": [b"a"], "count": [3]})
+    plan = plan_of(tmp_path, ask="Are there {count} {category}s? {{really}}")
+    assert plan.prompts[""].columns == ("count", "category")
+    unknown = "input.prompt: the input has no column 'categry'; did you mean {category}?"
+    nested = "input.prompt: column 'tags' holds list<element: string>; expected text or numbers"
+    bytes_ = "input.prompt: column 'bytes' holds binary; expected text or numbers"
+    for prompt, message in (("What is the {categry}?", unknown), ("{tags}", nested), ("{bytes}", bytes_)):
+        with pytest.raises(InputError) as refused:
+            plan_of(tmp_path, ask=prompt)
+        assert str(refused.value).startswith(message)

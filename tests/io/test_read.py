@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.io.plan import InputPlan, check_ids_unique
 from pipeline.io.read import ROWS_PER_TASK, ParquetShards, read_piece
 from pipeline.io.rowset import RowSet
-from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, READ_SCHEMA, REFERENCES, ROW, SHARD
+from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, QUESTION, READ_SCHEMA, REFERENCES, ROW, SHARD
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 
 
@@ -174,6 +174,7 @@ def test_what_was_read_has_the_schema_of_every_block(tmp_path: Path) -> None:
         {
             SHARD: f"file://{tmp_path}/a.parquet",
             ROW: 0,
+            QUESTION: "",
             ID: "7",
             IMAGES: [b"x"],
             REFERENCES: [None],
@@ -198,3 +199,26 @@ def test_extra_columns_arrive_in_one_type_and_as_null_where_a_shard_lacks_them(t
         {"score": 1, "tags": ["x", "y"]},
         {"score": 1 << 40, "tags": None},
     ]
+
+
+def test_a_template_is_filled_with_each_rows_values(tmp_path: Path) -> None:
+    rows = {"id": ["x", "y", "z"], "what": ["dog", "{id} of a cat", None], "n": [1, 2, 3]}
+    write_shard(tmp_path / "a.parquet", rows)
+    write_shard(tmp_path / "b.parquet", {"id": ["v"], "n": [4]})
+    table = read_all(plan_of(tmp_path, ask="{n}: {what}, {{{id}}}?"))
+    assert set(table[QUESTION].to_pylist()) == {""}
+    assert table[PROMPT].to_pylist() == ["1: dog, {x}?", "2: {id} of a cat, {y}?", None, None]
+    assert table["what"].to_pylist() == ["dog", "{id} of a cat", None, None]
+
+
+def test_several_prompts_are_asked_of_each_row(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", {"id": ["x", "y"], "what": ["dog", None], "image": [b"1", b"2"]})
+    plan = plan_of(tmp_path, asks={"long": "Describe the {what}.", "short": "Name it."})
+    assert plan.rows == 2
+    table = read_all(plan, 5)
+    assert table[ID].to_pylist() == ["x/long", "x/short", "y/long", "y/short"]
+    assert table[PROMPT].to_pylist() == ["Describe the dog.", "Name it.", None, "Name it."]
+    assert table[QUESTION].to_pylist() == ["long", "short"] * 2
+    assert table[ROW].to_pylist() == [0, 0, 1, 1]
+    assert table[IMAGES].to_pylist() == [[b"1"], [b"1"], [b"2"], [b"2"]]
+    assert table.schema == pa.schema([*PLACE_SCHEMA, *READ_SCHEMA, *plan.extras_schema])

@@ -95,7 +95,8 @@ def test_any_parquet_reader_passes_over_the_run_folder(tmp_path: Path) -> None:
 
 
 def test_columns_of_the_output_follow_the_settings() -> None:
-    always = ["id", "prompt", "text", "status", "error", "finish_reason", "prompt_tokens", "visual_tokens", "new_tokens"]
+    always = ["id", "prompt", "text", "status", "error", "finish_reason"]
+    always += ["prompt_tokens", "visual_tokens", "new_tokens", "flags"]
     routes = ["prefill_route", "decode_route", "prefill_gate", "decode_gate"]
     extras = pa.schema([("score", pa.float64())])
 

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.config import JobSettings, load_settings
 from pipeline.job import Task, check_job, run_job
-from pipeline.progress import Summary
+from pipeline.summary import Summary
 
 ROOT = Path(__file__).parents[2]
 

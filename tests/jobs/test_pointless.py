@@ -74,7 +74,7 @@ def test_a_process_of_its_own_ends_within_seconds(golden: Path, shards: Path, tm
         ({"model__base": ""}, "model.base: missing; set it in the file or with --set model.base=..."),
         ({"model__base": "/nowhere"}, "model.base: '/nowhere' is no existing folder or file"),
         ({"model__adapter": "/nowhere"}, "model.adapter: '/nowhere' is no existing folder or file"),
-        ({"input__path": "/nowhere/*.parquet"}, "input.path: no Parquet file at '/nowhere/*.parquet'"),
+        ({"input__path": "/nowhere/*.parquet"}, "input.path: no Parquet file or JSON Lines at '/nowhere/*.parquet'"),
         ({"input__columns__prompt": "null"}, "nothing to ask: "),
         (
             {"input__columns__prompt": "promt"},
@@ -145,10 +145,8 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(job: Job, shards: Path
         "passed through: score",
     ):
         assert line in rest
-    assert (
-        "output: id, prompt, text, status, error, finish_reason, prompt_tokens, visual_tokens, new_tokens, prefill_r"
-        in rest
-    )
+    counts = "prompt_tokens, visual_tokens, new_tokens"
+    assert f"output: id, prompt, text, status, error, finish_reason, {counts}, flags, prefill_r" in rest
     assert f"{name}: 3 rows on 1 replica(s), model of 4 layers, 4 experts of rank 8 and a global one, bfloat16" in rest
     assert not (tmp_path / "out").exists()
 

@@ -9,7 +9,8 @@ from pipeline.scenes.questions import TASKS
 from tests.jobs.support import assert_as_released, expected_rows, released_model, results, run_script, sets
 
 PROGRESS = re.compile(
-    r"progress: \d+/10 rows  (loading the model|first answers|all answered|[\d.]+ rows/s  \d+:\d\d:\d\d left)"
+    r"progress rows=\d+ of=10 errors=0( rows_per_second=[\d.]+)?( new_tokens_per_second=[\d.]+)?( left=\d+:\d\d:\d\d)?"
+    r" prepared=\d+ waiting=\d+ running=\d+ uncommitted=\d+"
 )
 
 
@@ -32,7 +33,8 @@ def test_the_script_answers_as_released_and_reports_readably(golden: Path, tmp_p
     # (Ray's C++ core warns of the way in which Ray Data itself starts its actors; nothing switches that off alone.)
     lines = [line for line in done.stderr.splitlines() if "core_worker.cc" not in line]
     assert [line for line in lines if not PROGRESS.fullmatch(line)] == []
-    assert lines[-1] == "progress: 10/10 rows  all answered"
+    assert lines[-1].startswith("progress rows=10 of=10 errors=0 ")
+    assert lines[-1].endswith(" prepared=0 waiting=0 running=0 uncommitted=0")
     assert "expected.parquet#0  Describe this image." in done.stdout
     assert re.search(r"^rows +10 \(10 ok, 0 errors\)$", done.stdout, re.MULTILINE)
     assert re.search(r"^tokens +240 new, [\d.]+ a second; 1,003 in prompts \(503 visual\)$", done.stdout, re.MULTILINE)

@@ -1,0 +1,15 @@
+"""Show one row as the model gets it.
+
+Not called `inspect.py`: Python has a module of that name.
+"""
+
+import sys
+from pathlib import Path
+
+# Under `ray job submit --working-dir .` the package beside this file is the one to run, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.commands import run
+
+if __name__ == "__main__":
+    sys.exit(run("inspect", sys.argv[1:], "python jobs/inspect_row.py"))

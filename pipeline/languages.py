@@ -1,0 +1,82 @@
+"""Which language a text should be in, and whether it is, as far as its script tells."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal, get_args
+
+import regex
+
+#: Languages that can be asked for, in a prompt or in `flags.language`.
+Language = Literal[
+    "arabic", "chinese", "dutch", "english", "french", "german", "greek", "hebrew", "hindi", "indonesian", "italian",
+    "japanese", "korean", "polish", "portuguese", "russian", "spanish", "swedish", "thai", "turkish", "ukrainian",
+    "vietnamese",
+]  # fmt: skip
+
+#: What they are written in; everything that is not here in Latin letters.
+_SCRIPTS: dict[str, str] = {
+    "arabic": "Arabic",
+    "chinese": "Han",
+    "greek": "Greek",
+    "hebrew": "Hebrew",
+    "hindi": "Devanagari",
+    "japanese": "Kana",
+    "korean": "Hangul",
+    "russian": "Cyrillic",
+    "thai": "Thai",
+    "ukrainian": "Cyrillic",
+}
+
+#: Their names in Chinese prompts.
+_CHINESE_NAMES: dict[str, Language] = {
+    "中文": "chinese", "汉语": "chinese", "普通话": "chinese", "英文": "english", "英语": "english", "日语": "japanese",
+    "日文": "japanese", "韩语": "korean", "韩文": "korean", "法语": "french", "德语": "german", "俄语": "russian",
+    "西班牙语": "spanish", "阿拉伯语": "arabic", "葡萄牙语": "portuguese", "意大利语": "italian", "泰语": "thai",
+    "越南语": "vietnamese",
+}  # fmt: skip
+
+_ASKED = regex.compile(
+    rf"\b(?:in|into)\s+(?:simplified\s+|traditional\s+|plain\s+|simple\s+)?(?P<name>{'|'.join(get_args(Language))})\b"
+    rf"|[用以成](?:简体|繁体)?(?P<chinese_name>{'|'.join(_CHINESE_NAMES)})",
+    regex.IGNORECASE,
+)
+#: Words, each in one script; in scripts without blanks every character is one.
+_WORDS = regex.compile(
+    r"(?P<Han>\p{Han})|(?P<Kana>[\p{Hiragana}\p{Katakana}])|(?P<Thai>\p{Thai})|(?P<Hangul>\p{Hangul}+)|(?P<Arabic>\p{Arabic}+)"
+    r"|(?P<Cyrillic>\p{Cyrillic}+)|(?P<Devanagari>\p{Devanagari}+)|(?P<Greek>\p{Greek}+)|(?P<Hebrew>\p{Hebrew}+)"
+    r"|(?P<Latin>\p{Latin}[\p{Latin}\p{M}'’]*)"
+)
+_NUMBERS = regex.compile(r"\p{N}+")
+
+
+def words_by_script(text: str) -> Counter[str]:
+    """How many words of a text are written in which script; numbers and signs are in none."""
+    return Counter(str(match.lastgroup) for match in _WORDS.finditer(text))
+
+
+def count_words(text: str) -> int:
+    """Words of a text; a number is one, as is a character of a script that has no blanks between words."""
+    return words_by_script(text).total() + sum(1 for _ in _NUMBERS.finditer(text))
+
+
+def asked_script(prompt: str) -> str | None:
+    """The script that a prompt wants its answer in: of the language it asks for, else its own; None if it has none."""
+    found = _ASKED.search(prompt)
+    if found:
+        return script_of(_CHINESE_NAMES.get(found["chinese_name"] or "") or found["name"].lower())
+    scripts = words_by_script(prompt)
+    if scripts["Kana"]:
+        return "Kana"
+    return max(scripts, key=scripts.__getitem__) if scripts else None
+
+
+def script_of(language: str) -> str:
+    """The script a language is written in."""
+    return _SCRIPTS.get(language, "Latin")
+
+
+def share_in(script: str, words: Counter[str]) -> float:
+    """Share of words that are written in a script; Japanese is written in Chinese characters, too."""
+    own = words[script] + (words["Han"] if script == "Kana" and words["Kana"] else 0)
+    return own / words.total() if words else 1.0

@@ -1,0 +1,191 @@
+"""The report's charts, as Plotly figures without colours of their own: the page gives them those of its theme."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+#: Experts' colours, distinct for the colour-blind, too (Okabe and Ito); a fifth expert begins again.
+EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+#: Stages whose milliseconds the counters hold, and what people call them.
+STAGES = {
+    "prepare_ms": "prepare",
+    "encode_ms": "vision, gates",
+    "admit_ms": "choose",
+    "step_ms": "prefill, decode",
+    "commit_ms": "commit",
+}
+PROMPTS = 8
+BINS = 40
+
+Entries = Sequence[Mapping[str, Any]]
+
+
+def _figure(traces: list[Any], title: str, **layout: Any) -> go.Figure:
+    figure = go.Figure(traces)
+    figure.update_layout(
+        meta=title,  # the page's heading: within a chart it would be cut off on a phone
+        template="none",
+        margin={"l": 48, "r": 48, "t": 12, "b": 40},
+        height=270,
+        legend={"orientation": "h", "y": -0.2},
+        **layout,
+    )
+    return figure
+
+
+def _by_run(timeline: Entries) -> Iterator[list[Mapping[str, Any]]]:
+    runs: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for entry in timeline:
+        runs[entry["run"]].append(entry)
+    yield from runs.values()
+
+
+def _series(timeline: Entries, value: Any) -> tuple[list[str | None], list[float | None]]:
+    """Times and values over all runs, with a gap between two; `value` takes a sample and the one before it."""
+    times: list[str | None] = []
+    values: list[float | None] = []
+    for samples in _by_run(timeline):
+        for before, now in itertools.pairwise(samples):
+            times.append(datetime.fromtimestamp(now["time"], UTC).isoformat(timespec="seconds"))
+            values.append(value(now, before))
+        times.append(None)
+        values.append(None)
+    return times, values
+
+
+def rates(timeline: Entries) -> go.Figure | None:
+    """Rows and new tokens per second over time."""
+
+    def rate_of(what: str) -> Any:
+        return lambda now, before: (now.get(what, 0) - before.get(what, 0)) / max(1e-3, now["time"] - before["time"])
+
+    if all(len(samples) < 3 for samples in _by_run(timeline)):
+        return None
+    traces = []
+    for what, label, axis in (("rows", "rows", "y"), ("new_tokens", "new tokens (right)", "y2")):
+        times, values = _series(timeline, rate_of(what))
+        traces.append(go.Scatter(x=times, y=values, name=label, yaxis=axis, mode="lines"))
+    second = {"overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
+    return _figure(traces, "Rows and new tokens a second", yaxis={"rangemode": "tozero"}, yaxis2=second)
+
+
+def memory(timeline: Entries) -> go.Figure | None:
+    """Memory of the replicas over time."""
+    names = {"memory": "processes", "gpu_memory": "GPUs"}
+    traces = []
+    for key, label in names.items():
+        if any(key in entry for entry in timeline):
+            times, values = _series(timeline, lambda now, before, key=key: now.get(key, 0) / 2**30)
+            traces.append(go.Scatter(x=times, y=values, name=label, mode="lines"))
+    if any(entry.get("cache_size") for entry in timeline):
+        share = _series(timeline, lambda now, before: now.get("cache_tokens", 0) / max(1, now.get("cache_size", 1)))
+        traces.append(go.Scatter(x=share[0], y=share[1], name="key/value cache (right)", yaxis="y2", mode="lines"))
+    if not traces:
+        return None
+    second = {"overlaying": "y", "side": "right", "showgrid": False, "range": [0, 1.02], "tickformat": ".0%", "dtick": 0.25}
+    return _figure(
+        traces, "Replicas' memory (GiB), and how full their cache is", yaxis={"rangemode": "tozero"}, yaxis2=second
+    )
+
+
+def reuse(timeline: Entries) -> go.Figure | None:
+    """Images and answers that did not have to be computed, over time."""
+    names = {"images_reused": "images that came again", "answers_reused": "answers to equal rows"}
+    traces = []
+    for key, label in names.items():
+        if any(entry.get(key) for entry in timeline):
+            times, values = _series(timeline, lambda now, before, key=key: now.get(key, 0))
+            traces.append(go.Scatter(x=times, y=values, name=label, mode="lines"))
+    return _figure(traces, "Computed once, used again", yaxis={"rangemode": "tozero"}) if traces else None
+
+
+def stages(timeline: Entries) -> go.Figure | None:
+    """Seconds that each stage was busy, over all its actors and all runs."""
+    last = [samples[-1] for samples in _by_run(timeline)]
+    seconds = {label: sum(entry.get(key, 0) for entry in last) / 1000 for key, label in STAGES.items()}
+    if not any(seconds.values()):
+        return None
+    labels = list(seconds)[::-1]
+    bars = go.Bar(
+        x=[seconds[label] for label in labels], y=labels, orientation="h", texttemplate="%{x:.1f} s", cliponaxis=False
+    )
+    return _figure([bars], "Busy seconds by stage, all actors together", yaxis={"automargin": True})
+
+
+def lengths(numbers: Mapping[str, Sequence[int]]) -> go.Figure | None:
+    """How long prompts and answers are."""
+    names = {"prompt_tokens": "prompts", "visual_tokens": "of these, visual", "new_tokens": "answers"}
+    if not any(numbers.values()):
+        return None
+    traces = []
+    for key, label in names.items():
+        values = np.array(numbers[key])
+        # Counted here: the page need not hold every row's numbers.
+        counts, edges = np.histogram(values, BINS)
+        x = ((edges[:-1] + edges[1:]) / 2).round(2).tolist()
+        line = {"shape": "hvh"}
+        traces.append(go.Scatter(x=x, y=counts.tolist(), name=label, mode="lines", line=line, fill="tozeroy"))
+    return _figure(traces, "Rows by their lengths in tokens", yaxis={"rangemode": "tozero"})
+
+
+def _routes(rows: Entries, phase: str) -> np.ndarray:
+    """[rows, gates]; two gates a layer."""
+    own = [row[f"{phase}_route"] for row in rows if row.get(f"{phase}_route")]
+    return np.array(own) if own else np.zeros((0, 0), int)
+
+
+def experts(rows: Entries, phase: str) -> go.Figure | None:
+    """Share of the sampled rows that each gate sends to each expert, layer by layer."""
+    routes = _routes(rows, phase)
+    if not routes.size:
+        return None
+    count = max(2, int(routes.max()) + 1)
+    share = np.stack([(routes == expert).mean(0) for expert in range(count)])
+    gates = routes.shape[1]
+    labels = [f"{gate // 2}.{('o', 'gate')[gate % 2]}" for gate in range(gates)]
+    heat = go.Heatmap(
+        z=share.round(3).tolist(),
+        x=labels,
+        y=[f"expert {expert}" for expert in range(count)],
+        zmin=0,
+        zmax=1,
+        colorscale="Viridis",
+        colorbar={"tickformat": ".0%", "thickness": 12},
+        hovertemplate="layer and gate %{x}, %{y}: %{z:.0%}<extra></extra>",
+    )
+    return _figure([heat], f"Experts at {phase}, by layer and gate", yaxis={"automargin": True, "autorange": "reversed"})
+
+
+def experts_by_prompt(rows: Entries) -> go.Figure | None:
+    """Which experts the commonest prompts go to at prefill, over all gates."""
+    by_prompt: dict[str, list[list[int]]] = defaultdict(list)
+    for row in rows:
+        if row.get("prefill_route"):
+            by_prompt[row["prompt"] or ""].append(row["prefill_route"])
+    common = Counter({prompt: len(own) for prompt, own in by_prompt.items()}).most_common(PROMPTS)
+    if not common:
+        return None
+    count = max(int(np.max(own)) for own in by_prompt.values()) + 1
+    labels = [_short(prompt) + "​" * index for index, (prompt, _) in enumerate(common)]  # equal labels would be one bar
+    traces = []
+    for expert in range(count):
+        share = [float((np.array(by_prompt[prompt]) == expert).mean()) for prompt, _ in common]
+        colour = EXPERT_COLOURS[expert % len(EXPERT_COLOURS)]
+        name = f"expert {expert}"
+        traces.append(go.Bar(x=share[::-1], y=labels[::-1], name=name, orientation="h", marker_color=colour))
+    axis = {"tickformat": ".0%", "range": [0, 1]}
+    figure = _figure(traces, "Experts by prompt, at prefill", barmode="stack", xaxis=axis, yaxis={"automargin": True})
+    return figure.update_layout(height=110 + 32 * len(common))
+
+
+def _short(text: str, width: int = 30) -> str:
+    """A label: Plotly reads tags in labels, and prompts are untrusted."""
+    clean = "".join(c if c.isprintable() and c not in "<>&" else " " for c in text)
+    return clean if len(clean) <= width else clean[: width - 1] + "…"

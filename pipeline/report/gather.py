@@ -1,0 +1,136 @@
+"""Gathers what the report shows out of an output folder, finished or not: bounded work however large the output is."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from pipeline.errors import OutputError
+from pipeline.io.commits import SAMPLES, Commit, OutputLog
+from pipeline.io.journal import EVENTS, TIMELINE, read_entries
+from pipeline.io.manifest import Manifest
+from pipeline.io.storage import OutputFolder
+from pipeline.io.write import Written
+from pipeline.rows import PLACE_SCHEMA
+
+#: Output files whose numbers are read: enough to be typical of any output.
+FILES = 64
+#: Newest sample files that are read, and most rows shown of them, by why they were kept; in this order.
+SAMPLE_FILES = 512
+SHOWN = {"random": 400, "first": 100, "flag": 150, "error": 150}
+#: Most characters of a text that are shown.
+TEXT = 4000
+READING_THREADS = 16
+NUMBERS = ("prompt_tokens", "visual_tokens", "new_tokens")
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All that the report is made of.
+
+    Attributes:
+        url: the output.
+        manifest: what was run; its settings by dotted key.
+        config: the whole configuration as YAML.
+        written: counts over every row of the output.
+        planned: rows of the input.
+        numbers: `NUMBERS` of some rows of some files.
+        numbers_from: how many files those are, of how many.
+        rows: the rows kept with pictures, the newest of each, by why they were kept.
+        events: `Journal`'s.
+        timeline: `Journal`'s samples.
+    """
+
+    url: str
+    manifest: Manifest
+    config: str
+    written: Written
+    planned: int
+    numbers: dict[str, list[int]]
+    numbers_from: tuple[int, int]
+    rows: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    timeline: list[dict[str, Any]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration's groups."""
+        return yaml.safe_load(self.config) or {}
+
+
+def gather(folder: OutputFolder, most_rows: int, seed: int) -> Gathered:
+    """Read what an output says of itself.
+
+    Args:
+        folder: the output.
+        most_rows: rows whose numbers are read.
+        seed: of the draw of files.
+
+    Raises:
+        OutputError: no run of this program began here.
+    """
+    manifest = Manifest.load(folder)
+    if manifest is None:
+        raise OutputError(
+            f"output.path: {folder.url} holds no _run/manifest.json; expected the output of a caption or vqa job"
+        )
+    commits = OutputLog(folder, "report").commits()
+    chosen = random.Random(seed).sample(commits, min(FILES, len(commits)))
+    return Gathered(
+        url=folder.url,
+        manifest=manifest,
+        config=folder.read("_run/config.yaml").decode(),
+        written=sum((commit.written for commit in commits), Written()),
+        planned=sum(rows for _, _, rows in manifest.shards.values()),
+        numbers=_numbers(folder, chosen, most_rows),
+        numbers_from=(len(chosen), len(commits)),
+        rows=_samples(folder),
+        events=read_entries(folder, EVENTS),
+        timeline=read_entries(folder, TIMELINE),
+    )
+
+
+def _numbers(folder: OutputFolder, commits: Sequence[Commit], most_rows: int) -> dict[str, list[int]]:
+    each = -(-most_rows // max(1, len(commits)))
+
+    def read(commit: Commit) -> pa.Table:
+        table = pq.read_table(io.BytesIO(folder.read(commit.file)), columns=list(NUMBERS))
+        return table.drop_null().slice(0, each)
+
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        tables = list(pool.map(read, commits))
+    return {name: [n for table in tables for n in table[name].to_pylist()] for name in NUMBERS}
+
+
+def _samples(folder: OutputFolder) -> list[dict[str, Any]]:
+    names = folder.names(SAMPLES)[-SAMPLE_FILES:]
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        for data in pool.map(folder.read, names):
+            for row in pa.ipc.open_file(data).read_all().to_pylist():
+                place = tuple(row[name] for name in PLACE_SCHEMA.names)
+                found.pop(place, None)  # answered again: the later answer counts, and stands where it was given
+                found[place] = row
+    rows = list(found.values())
+    return [row for why, most in SHOWN.items() for row in [one for one in rows if one["sample"] == why][-most:]]
+
+
+def shown_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Extra columns of the sampled rows."""
+    own = {"id", "prompt", "text", "status", "error", "finish_reason", *NUMBERS, "flags", "sample", "pictures"}
+    own |= {"prefill_route", "decode_route", "prefill_gate", "decode_gate"}
+    return [name for name in (rows[0] if rows else ()) if name not in own and not name.startswith("awaker:")]
+
+
+def route_patterns(rows: Sequence[dict[str, Any]], phase: str) -> Counter[tuple[int, ...]]:
+    """How often each whole route (the experts of all gates) occurs in the sampled rows."""
+    return Counter(tuple(row[f"{phase}_route"]) for row in rows if row.get(f"{phase}_route"))

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import regex
+
+from pipeline.actors.replica import Judged, Replica
+from pipeline.config import JobSettings, load_settings
+from pipeline.model.prompt import PromptProcessor
+from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.rows import PreparedRow
+from tests.prompts import random_questions
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[Path, Path]:
+    return write_random_checkpoint(tmp_path, RandomShape(), seed=3)
+
+
+def answers(checkpoint: tuple[Path, Path], count: int = 3, **generation: Any) -> list[Judged]:
+    """What a replica answers to random questions; nobody watches it, and nothing is committed."""
+    base, adapter = checkpoint
+    sets = {
+        "input.path": "in",
+        "output.path": "out",
+        "model.base": base,
+        "model.adapter": adapter,
+        "model.dtype": "float32",
+    }
+    # Random models write whatever script.
+    sets |= {"generation.max_new_tokens": 8, "generation.temperature": 0, "flags.language": "any"}
+    sets |= {f"generation.{key}": json.dumps(value) for key, value in generation.items()}
+    settings = load_settings(JobSettings, None, [f"{key}={value}" for key, value in sets.items()])
+    processor = PromptProcessor.from_settings(str(base), None, None)
+    rows = []
+    for number, asked in enumerate(random_questions(count, seed=7)):
+        prompt = processor.prepare(asked.messages)
+        rows.append(PreparedRow(str(number), asked.question, None, prompt.input_ids, prompt.span, prompt.images))
+
+    async def run() -> list[Any]:
+        replica = Replica(settings, pa.schema([]), count, "cpu", 1, None, None)
+        try:
+            return await replica._answer(rows)
+        finally:
+            replica._engine.close()
+
+    return asyncio.run(run())
+
+
+def test_an_answer_without_fault_is_not_tried_again(checkpoint: tuple[Path, Path]) -> None:
+    assert {one.tries for one in answers(checkpoint, regex=r"(?s).*")} == {1}
+
+
+def test_invalid_answers_are_sampled_again_and_a_valid_one_is_kept(checkpoint: tuple[Path, Path]) -> None:
+    greedy = answers(checkpoint)
+    other_than_greedy = f"(?s)(?!(?:{'|'.join(regex.escape(one.answer.text.strip()) for one in greedy)})$).*"
+    again = answers(checkpoint, regex=other_than_greedy, retry_temperature=2.0)
+    assert [one.tries for one in again] == [2] * 3
+    assert not any("invalid" in one.flags for one in again)
+    repeated = answers(checkpoint, regex=other_than_greedy, retry_temperature=2.0)
+    assert [one.answer.token_ids for one in again] == [one.answer.token_ids for one in repeated]
+
+
+def test_what_never_becomes_valid_keeps_its_first_answer_and_its_flag(checkpoint: tuple[Path, Path]) -> None:
+    greedy = answers(checkpoint, 2)
+    never = answers(checkpoint, 2, regex="never", retries=3)
+    assert [one.tries for one in never] == [4, 4]
+    assert all("invalid" in one.flags for one in never)
+    assert [one.answer.text for one in never] == [one.answer.text for one in greedy]
+
+
+def test_only_flags_that_are_named_are_worth_another_try(checkpoint: tuple[Path, Path]) -> None:
+    assert {one.tries for one in answers(checkpoint, regex="never", retry_flags=["repetition"])} == {1}
