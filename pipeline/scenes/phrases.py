@@ -142,7 +142,7 @@ NOUNS: dict[str, dict[str, str]] = {
         "character": "{colour} {sort} {character}",
         "object": "{colour} object",
         "objects": "objects",
-        "shapes": "{kind}s",
+        "shapes": "{kind_plural}",
         "coloured": "{colour} objects",
         "characters": "characters",
         "any_character": "{colour} character",
@@ -190,7 +190,14 @@ def plain(phrase: str) -> str:
 
 def noun(language: str, form: str, **names: str) -> str:
     """A noun phrase; `names` are English names (or a character) and come out in `language`."""
-    return plain(NOUNS[language][form]).format(**{key: NAMES[language].get(name, name) for key, name in names.items()})
+    fields = {key: NAMES[language].get(name, name) for key, name in names.items()}
+    plurals = {f"{key}_plural": plural(name) for key, name in fields.items()}
+    return plain(NOUNS[language][form]).format(**fields, **plurals)
+
+
+def plural(word: str) -> str:
+    """Of an English name of this world."""
+    return word + ("es" if word.endswith("s") else "s")
 
 
 def sort_of(character: str) -> str:
@@ -239,7 +246,7 @@ def vocabulary() -> list[str]:
         for phrase in phrases:
             fragments += [f for part in phrase.split("|") for f in _between_fields(part)]
         for name in NAMES[language].values():
-            fragments += [name, " " + name, name + "s", " " + name + "s"] if language == "en" else [name]
+            fragments += [name, " " + name, plural(name), " " + plural(name)] if language == "en" else [name]
     fragments += ["A ", " a", "A.", "B.", "C.", "D.", ".\n", "\n", "system\n", "user\n", "assistant\n"]
     fragments += ["You are a helpful assistant.", "You", " are", " helpful", " assistant"]
     return [f for f in fragments if f]
