@@ -411,7 +411,9 @@ def _run_stages(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
     # Neither counting nor what was in hand is worth a job: should its node go away, both start anew.
-    monitor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).remote(settings.replicas, metrics=True)
+    monitor_name = f"monitor-{run}-{secrets.token_hex(2)}"
+    watching = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).options(name=monitor_name)
+    monitor = watching.remote(settings.replicas, metrics=True)
     # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
     sizes = Sizes.of(EngineOptions(**settings.engine.model_dump()), resources.device)
     in_flight = -(-(sizes.waiting + sizes.batch_size) // rows_per_block) + 1
@@ -423,7 +425,7 @@ def _run_stages(
         job.truth,
         CommitSettings(settings.output.rows_per_file, settings.output.commit_seconds, at),
         settings.errors,
-        monitor,
+        monitor_name,
         Prompts(plan.names, settings.output.prompts),
     )
     dataset = (

@@ -8,7 +8,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +78,8 @@ class Committer:
         truth: what to compare answers with, or None.
         settings: when to commit.
         errors: when to give up.
-        monitor: the `Monitor` actor's handle; None: nobody is told.
+        monitor: the `Monitor` actor's name; None: nobody is told. No handle: Ray would keep that in its object store, and
+            could not start this actor again should it be lost there.
         prompts: asked of each row; None: rows are asked one thing each.
     """
 
@@ -90,10 +91,14 @@ class Committer:
         truth: Truth | None,
         settings: CommitSettings,
         errors: ErrorSettings,
-        monitor: Any = None,
+        monitor: str | None = None,
         prompts: Prompts | None = None,
     ) -> None:
-        self._monitor = monitor
+        self._monitor = None
+        if monitor is not None:
+            import ray
+
+            self._monitor = ray.get_actor(monitor)
         self._assembler = Assembler(prompts or Prompts(), schema)
         self._folder, self._run, self._schema, self._truth, self._settings = folder, run, schema, truth, settings
         self._log = OutputLog(folder, run, settings.at)
