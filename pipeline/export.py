@@ -30,8 +30,7 @@ def export(results: OutputFolder, target: OutputFolder, form: Form) -> Iterator[
     Raises:
         OutputError: no run of this program began in `results`, or its rows have no single answer.
     """
-    if Manifest.load(results) is None:
-        raise OutputError(f"output.path: {results.url} holds no _run/manifest.json; expected the output of a job")
+    Manifest.of_output(results)
     target.make()
     line = _LINES[form]
     for commit in OutputLog(results, "export").commits():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jsonschema
 import regex
@@ -17,7 +17,7 @@ from pipeline.languages import asked_script, count_words, script_of, share_in, w
 
 #: Every flag an answer can carry, the gravest first: of two tries, the one without the graver flag is the better.
 Flag = Literal["empty", "invalid", "repetition", "refusal", "language", "truncated", "too_short"]
-GRAVEST_FIRST: tuple[Flag, ...] = ("empty", "invalid", "repetition", "refusal", "language", "truncated", "too_short")
+GRAVEST_FIRST: tuple[Flag, ...] = get_args(Flag)
 
 #: An answer of fewer words is no sign of a language: it may be read off a sign in the picture.
 LANGUAGE_WORDS = 5

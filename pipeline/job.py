@@ -443,7 +443,7 @@ def _run_stages(
             fn_constructor_args=(
                 settings,
                 plan.extras_schema,
-                plan.rows * max(1, len(plan.names)),
+                plan.rows * plan.prompts_per_row,
                 resources.device,
                 resources.replica_threads,
                 monitor,
@@ -462,7 +462,7 @@ def _run_stages(
     )
     try:
         left = {shard: len(rows) for shard, rows in missing.items()}
-        with Watch(monitor, left, max(1, len(plan.names)), journal):
+        with Watch(monitor, left, plan.prompts_per_row, journal):
             for _ in dataset.iter_internal_ref_bundles():
                 pass  # what comes out is how many rows each block committed
             ray.get(committer.finish.remote())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import time
@@ -206,7 +207,7 @@ class Watch:
         import ray
 
         asked = self._look.next_event
-        self._look = Look(self._look.counts, self._look.engines, self._look.gauges, [], asked)
+        self._look = dataclasses.replace(self._look, events=[])
         with suppress(ray.exceptions.RayError):
             self._look = ray.get(self._monitor.look.remote(asked), timeout=ANSWER_TIMEOUT)
         self._pace.note(time.monotonic(), self._look.counts)

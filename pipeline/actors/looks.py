@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+#: What actors count their busy milliseconds by, each as `{stage}_ms`; in the order that a row passes them.
+STAGES = ("prepare", "encode", "admit", "step", "commit")
+
 
 @dataclass(frozen=True)
 class Look:

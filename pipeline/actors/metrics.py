@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.actors.looks import Look, queues
+from pipeline.actors.looks import STAGES, Look, queues
 
 #: Name, help text and label of each counter.
 COUNTERS = {
@@ -27,7 +27,6 @@ GAUGES = {
     "awaker_replica_gpu_memory_bytes": ("Memory taken on a replica's GPU.", "replica"),
     "awaker_route_agreement_ratio": ("Share of (request, gate) pairs on their group's commonest expert.", "phase"),
 }
-_STAGES = ("prepare", "encode", "admit", "step", "commit")
 
 
 def counters(look: Look) -> dict[tuple[str, str | None], float]:
@@ -45,7 +44,7 @@ def counters(look: Look) -> dict[tuple[str, str | None], float]:
     }
     told |= {("awaker_tokens_total", kind): counts[f"{kind}_tokens"] for kind in ("prompt", "visual", "new")}
     both = counts + engines
-    told |= {("awaker_stage_seconds_total", stage): both[f"{stage}_ms"] / 1000 for stage in _STAGES}
+    told |= {("awaker_stage_seconds_total", stage): both[f"{stage}_ms"] / 1000 for stage in STAGES}
     return told
 
 

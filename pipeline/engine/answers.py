@@ -16,11 +16,8 @@ def finish(running: Running, tokenizer: Any) -> Answer | None:
     ended = token_ids[-1] in sampling.eos_token_ids or _stopped(token_ids, sampling.stop, tokenizer)
     full = len(token_ids) >= encoded.max_new_tokens
     # By the answer's own length, so that where it is cut off does not depend on what runs beside it.
-    if (
-        not ended
-        and not full
-        and not (sampling.stop_repetition and len(token_ids) % CHECK_EVERY == 0 and ends_in_loop(token_ids))
-    ):
+    looping = sampling.stop_repetition and len(token_ids) % CHECK_EVERY == 0 and ends_in_loop(token_ids)
+    if not (ended or full or looping):
         return None
     text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cut = min((at for at in (text.find(stop) for stop in sampling.stop) if at >= 0), default=len(text))

@@ -154,11 +154,10 @@ class Engine:
 
     def gauges(self) -> dict[str, float]:
         """How full it is at this moment: requests that run and that wait, and tokens in the key/value cache."""
-        encoding = tuple(self._encoding)  # whoever asks does so beside the engine's thread
         return {
             "running": len(self._running),
             "batch_size": self._sizes.batch_size,
-            "waiting": len(self._arrived) + sum(len(items) for items, _ in encoding) + len(self._waiting),
+            "waiting": self._queued(),
             "cache_tokens": self._batch_tokens - self._extents.free_rows,
             "cache_size": self._batch_tokens,
         }
@@ -222,7 +221,8 @@ class Engine:
         return open_for_more
 
     def _queued(self) -> int:
-        return len(self._arrived) + sum(len(items) for items, _ in self._encoding) + len(self._waiting)
+        encoding = tuple(self._encoding)  # gauges() asks beside the engine's thread
+        return len(self._arrived) + sum(len(items) for items, _ in encoding) + len(self._waiting)
 
     def _take_in(self, item: _Item) -> None:
         """Queue a request, unless an equal one was answered or is on its way."""

@@ -67,6 +67,18 @@ class Manifest:
         told["shards"] = {name: tuple(facts) for name, facts in told["shards"].items()}
         return cls(**told)
 
+    @classmethod
+    def of_output(cls, folder: OutputFolder) -> Manifest:
+        """What an earlier run left.
+
+        Raises:
+            OutputError: there was none.
+        """
+        found = cls.load(folder)
+        if found is None:
+            raise OutputError(f"output.path: {folder.url} holds no _run/manifest.json; expected the output of a job")
+        return found
+
     def check_same(self, before: Manifest, where: str, *, growing: bool = False) -> None:
         """Make sure that an earlier run may go on as this one.
 

@@ -81,6 +81,11 @@ class InputPlan:
         return tuple(name for name in self.prompts if name)
 
     @property
+    def prompts_per_row(self) -> int:
+        """How often each row is asked."""
+        return max(1, len(self.prompts))
+
+    @property
     def rows(self) -> int:
         """Input rows that will be answered."""
         return sum(shard.rows for shard in self.shards)

@@ -65,7 +65,7 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
     asked = [name for prompt in plan.prompts.values() for name in prompt.columns]
     wanted = list(dict.fromkeys((*columns.named(), *plan.extras.values(), *asked)))
     # A block holds the prompts of so many rows.
-    rows_at_once = max(1, rows_per_block // max(1, len(plan.prompts)))
+    rows_at_once = max(1, rows_per_block // plan.prompts_per_row)
     at = piece.first_row
     behind = piece.rows.intervals[-1][1]
     with open_shard(piece.shard.file.url) as shard:

@@ -121,7 +121,7 @@ class Written:
     def count(cls, table: pa.Table, truth: Truth | None = None) -> Written:
         """Count a table of the output's schema."""
         errors = pc.drop_null(table["error"]).to_pylist()
-        prompt, visual, new = (pc.sum(table[n]).as_py() or 0 for n in ("prompt_tokens", "visual_tokens", "new_tokens"))
+        prompt, visual, new = (pc.sum(table[name]).as_py() or 0 for name in COUNT_COLUMNS)
         accuracy = truth.count(table) if truth else Accuracy()
         by_code = Counter(error.split(":", 1)[0] for error in errors)
         flags = Counter(pc.list_flatten(table["flags"]).to_pylist())

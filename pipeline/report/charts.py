@@ -11,16 +11,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from pipeline.actors.looks import STAGES
+
 #: Experts' colours, distinct for the colour-blind, too (Okabe and Ito); a fifth expert begins again.
 EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
-#: Stages whose milliseconds the counters hold, and what people call them.
-STAGES = {
-    "prepare_ms": "prepare",
-    "encode_ms": "vision, gates",
-    "admit_ms": "choose",
-    "step_ms": "prefill, decode",
-    "commit_ms": "commit",
-}
+#: What people call the stages whose own name says too little.
+_STAGE_LABELS = {"encode": "vision, gates", "admit": "choose", "step": "prefill, decode"}
 PROMPTS = 8
 BINS = 40
 
@@ -45,6 +41,14 @@ def _by_run(timeline: Entries) -> Iterator[list[Mapping[str, Any]]]:
     for entry in timeline:
         runs[entry["run"]].append(entry)
     yield from runs.values()
+
+
+def totals(timeline: Entries) -> Counter[str]:
+    """Counters at the end of all runs together."""
+    found: Counter[str] = Counter()
+    for samples in _by_run(timeline):
+        found.update({name: value for name, value in samples[-1].items() if name not in ("run", "time")})
+    return found
 
 
 def _series(timeline: Entries, value: Any) -> tuple[list[str | None], list[float | None]]:
@@ -108,8 +112,8 @@ def reuse(timeline: Entries) -> go.Figure | None:
 
 def stages(timeline: Entries) -> go.Figure | None:
     """Seconds that each stage was busy, over all its actors and all runs."""
-    last = [samples[-1] for samples in _by_run(timeline)]
-    seconds = {label: sum(entry.get(key, 0) for entry in last) / 1000 for key, label in STAGES.items()}
+    counted = totals(timeline)
+    seconds = {_STAGE_LABELS.get(stage, stage): counted[f"{stage}_ms"] / 1000 for stage in STAGES}
     if not any(seconds.values()):
         return None
     labels = list(seconds)[::-1]

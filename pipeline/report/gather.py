@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.errors import OutputError
+from pipeline.actors.samples import SAMPLE_SCHEMA
 from pipeline.io.commits import SAMPLES, Commit, OutputLog
 from pipeline.io.journal import EVENTS, TIMELINE, read_entries
 from pipeline.io.manifest import Manifest
 from pipeline.io.storage import OutputFolder
-from pipeline.io.write import Written
+from pipeline.io.write import COUNT_COLUMNS, RESERVED_COLUMNS, Written
 from pipeline.rows import PLACE_SCHEMA
 
 #: Output files whose numbers are read: enough to be typical of any output.
@@ -30,7 +30,6 @@ SHOWN = {"random": 400, "first": 100, "flag": 150, "error": 150}
 #: Most characters of a text that are shown.
 TEXT = 4000
 READING_THREADS = 16
-NUMBERS = ("prompt_tokens", "visual_tokens", "new_tokens")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Gathered:
         config: the whole configuration as YAML.
         written: counts over every row of the output.
         planned: rows of the input.
-        numbers: `NUMBERS` of some rows of some files.
+        numbers: `COUNT_COLUMNS` of some rows of some files.
         numbers_from: how many files those are, of how many.
         rows: the rows kept with pictures, the newest of each, by why they were kept.
         events: `Journal`'s.
@@ -78,11 +77,7 @@ def gather(folder: OutputFolder, most_rows: int, seed: int) -> Gathered:
     Raises:
         OutputError: no run of this program began here.
     """
-    manifest = Manifest.load(folder)
-    if manifest is None:
-        raise OutputError(
-            f"output.path: {folder.url} holds no _run/manifest.json; expected the output of a caption or vqa job"
-        )
+    manifest = Manifest.of_output(folder)
     commits = OutputLog(folder, "report").commits()
     chosen = random.Random(seed).sample(commits, min(FILES, len(commits)))
     return Gathered(
@@ -103,12 +98,12 @@ def _numbers(folder: OutputFolder, commits: Sequence[Commit], most_rows: int) ->
     each = -(-most_rows // max(1, len(commits)))
 
     def read(commit: Commit) -> pa.Table:
-        table = pq.read_table(io.BytesIO(folder.read(commit.file)), columns=list(NUMBERS))
+        table = pq.read_table(io.BytesIO(folder.read(commit.file)), columns=list(COUNT_COLUMNS))
         return table.drop_null().slice(0, each)
 
     with ThreadPoolExecutor(READING_THREADS) as pool:
         tables = list(pool.map(read, commits))
-    return {name: [n for table in tables for n in table[name].to_pylist()] for name in NUMBERS}
+    return {name: [n for table in tables for n in table[name].to_pylist()] for name in COUNT_COLUMNS}
 
 
 def _samples(folder: OutputFolder) -> list[dict[str, Any]]:
@@ -126,9 +121,8 @@ def _samples(folder: OutputFolder) -> list[dict[str, Any]]:
 
 def shown_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Extra columns of the sampled rows."""
-    own = {"id", "prompt", "text", "status", "error", "finish_reason", *NUMBERS, "flags", "sample", "pictures"}
-    own |= {"prefill_route", "decode_route", "prefill_gate", "decode_gate"}
-    return [name for name in (rows[0] if rows else ()) if name not in own and not name.startswith("awaker:")]
+    own = RESERVED_COLUMNS.union(SAMPLE_SCHEMA.names, PLACE_SCHEMA.names)
+    return [name for name in (rows[0] if rows else ()) if name not in own]
 
 
 def route_patterns(rows: Sequence[dict[str, Any]], phase: str) -> Counter[tuple[int, ...]]:

@@ -56,7 +56,7 @@ def render(gathered: Gathered) -> str:
         facts=_facts(gathered),
         errors=_errors(gathered),
         flags=gathered.written.flags.most_common(),
-        agreement=agreement(last_of_each_run(gathered.timeline)),
+        agreement=agreement(charts.totals(gathered.timeline)),
         accuracy=gathered.written.accuracy.as_list(),
         patterns=_patterns(gathered),
         sample=_sample(gathered),
@@ -182,14 +182,6 @@ def _facts(gathered: Gathered) -> list[tuple[str, str]]:
     versions = told[-1] if told else {}
     facts += [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))] if versions else []
     return facts
-
-
-def last_of_each_run(timeline: Sequence[Mapping[str, Any]]) -> Counter[str]:
-    """Counters at the end of all runs together."""
-    found: Counter[str] = Counter()
-    for entry in {entry["run"]: entry for entry in timeline}.values():
-        found.update({name: value for name, value in entry.items() if name not in ("run", "time")})
-    return found
 
 
 def _state(events: Sequence[Mapping[str, Any]]) -> str:
