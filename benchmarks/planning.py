@@ -62,7 +62,7 @@ def generate(folder: Path, shards: int) -> None:
 
 def plan(folder: Path) -> dict[str, float]:
     """What a resumed job does before it starts; seconds of each part, and what there is to do."""
-    from pipeline.io.read import ParquetShards
+    from pipeline.io.read import PlannedShards
     from pipeline.job import missing_rows
 
     started = time.perf_counter()
@@ -77,7 +77,7 @@ def plan(folder: Path) -> dict[str, float]:
     lap("commits")
     missing = missing_rows(planned, done_rows(commits))
     lap("missing rows")
-    pieces = ParquetShards(planned, missing, 32).pieces
+    pieces = PlannedShards(planned, missing, 32).pieces
     lap("read tasks")
     left = sum(map(len, missing.values()))
     return {**taken, "rows": planned.rows, "left": left, "files": len(commits), "pieces": len(pieces)}

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import ConfigError
 from pipeline.flags import Flag
+from pipeline.io.listing import Form
 from pipeline.languages import Language
 from pipeline.redact import scrubbed
 from pipeline.template import Template
@@ -71,7 +72,10 @@ class ColumnSettings(Settings):
 class InputSettings(Settings):
     """What is read."""
 
-    path: str | list[str] = Field(description="Parquet: file, folder, glob or a list of them; local or any fsspec URL")
+    path: str | list[str] = Field(description="file, folder, glob or a list of them; local or any fsspec URL")
+    format: Literal["auto", Form] = Field(
+        "auto", description="what the files are; auto: the first of these that there is, in this order"
+    )
     columns: ColumnSettings = Field(default_factory=ColumnSettings)
     prompt: str | None = Field(
         None, description="the prompt of all rows, instead of a column; {name} in it stands for the value of that column"
@@ -366,8 +370,9 @@ class ExportTargetSettings(Settings):
     """Where results are exported to, and how."""
 
     path: str = Field(min_length=1, description="folder for the files: local or any fsspec URL")
-    format: Literal["jsonl", "openai"] = Field(
-        "jsonl", description="a row a line, or the lines of an OpenAI batch's result"
+    format: Literal["jsonl", "openai", "webdataset"] = Field(
+        "jsonl",
+        description="a row a line; the lines of an OpenAI batch's result; or a tar of answers beside each tar of the input",
     )
 
 

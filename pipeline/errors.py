@@ -45,6 +45,7 @@ RowErrorCode = Literal[
     "prompt_missing",
     "prompt_positions",
     "prompt_too_long",
+    "row_malformed",
     "generation",
     "out_of_memory",
     "worker_died",
@@ -53,7 +54,7 @@ RowErrorCode = Literal[
 
 
 #: Where in a row's path each code arises.
-STAGES: dict[RowErrorCode, Literal["fetch", "decode", "prompt", "generate"]] = {
+STAGES: dict[RowErrorCode, Literal["read", "fetch", "decode", "prompt", "generate"]] = {
     "image_decode": "decode",
     "image_fetch": "fetch",
     "image_forbidden": "fetch",
@@ -64,6 +65,7 @@ STAGES: dict[RowErrorCode, Literal["fetch", "decode", "prompt", "generate"]] = {
     "prompt_missing": "prompt",
     "prompt_positions": "prompt",
     "prompt_too_long": "prompt",
+    "row_malformed": "read",
     "generation": "generate",
     "out_of_memory": "generate",
     "worker_died": "decode",

@@ -1,55 +1,119 @@
-"""Writes a job's results in other forms: JSON Lines, and what OpenAI's batches answer."""
+"""Writes a job's results in other forms: JSON Lines, what OpenAI's batches answer, tars beside a WebDataset's own."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
-from collections.abc import Callable, Iterator
+import logging
+import posixpath
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import OutputError
-from pipeline.io.commits import OutputLog
+from pipeline.io.commits import Commit, OutputLog
+from pipeline.io.listing import SUFFIXES
 from pipeline.io.manifest import Manifest
 from pipeline.io.storage import OutputFolder
 
-Form = Literal["jsonl", "openai"]
+logger = logging.getLogger(__name__)
+
+Form = Literal["jsonl", "openai", "webdataset"]
+Row = dict[str, Any]
+#: Result files kept at hand while tars are written: the rows of one tar lie in several, and those of the next in some of
+#: the same.
+FILES_IN_MEMORY = 16
 
 _FINISH_REASONS = {"stop": "stop", "length": "length", "repetition": "length"}
 
 
 def export(results: OutputFolder, target: OutputFolder, form: Form) -> Iterator[str]:
-    """Write one file of lines for each result file; yields where they are.
+    """Write a file of lines for each result file, or of answers for each tar of the input; yields where they are.
 
     Args:
         results: a job's output.
         target: folder for the files.
-        form: which lines.
+        form: what is written.
 
     Raises:
-        OutputError: no run of this program began in `results`, or its rows have no single answer.
+        OutputError: no run of this program began in `results`, or its rows cannot be told in this form.
     """
-    Manifest.of_output(results)
+    manifest = Manifest.of_output(results)
     target.make()
-    line = _LINES[form]
-    for commit in OutputLog(results, "export").commits():
-        table = pq.read_table(io.BytesIO(results.read(commit.file)))
-        if form == "openai" and "text" not in table.column_names:
-            raise OutputError("export.format: several prompts' columns are no chat answers; expected output.prompts=rows")
-        name = f"{commit.file.removesuffix('.parquet')}.jsonl"
-        lines = (json.dumps(line(row), ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
-        target.write(name, "".join(lines).encode())
+    commits = OutputLog(results, "export").commits()
+    files = _tars(results, manifest, commits) if form == "webdataset" else _lines(results, commits, _LINES[form], form)
+    for name, data in files:
+        target.write(name, data)
         yield f"{target.url}/{name}"
 
 
-def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
+def _read(results: OutputFolder, file: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(results.read(file)))
+
+
+def _lines(
+    results: OutputFolder, commits: Sequence[Commit], line: Callable[[Row], Row], form: Form
+) -> Iterator[tuple[str, bytes]]:
+    for commit in commits:
+        table = _read(results, commit.file)
+        if form == "openai" and "text" not in table.column_names:
+            raise OutputError("export.format: several prompts' columns are no chat answers; expected output.prompts=rows")
+        lines = (json.dumps(line(row), ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
+        yield f"{commit.file.removesuffix('.parquet')}.jsonl", "".join(lines).encode()
+
+
+def _tars(results: OutputFolder, manifest: Manifest, commits: Sequence[Commit]) -> Iterator[tuple[str, bytes]]:
+    """A tar for each finished tar of the input: the same keys in the same order, so that readers can zip the two."""
+    if other := next((url for url in manifest.shards if not url.endswith(SUFFIXES["webdataset"])), None):
+        raise OutputError(f"export.format: {other} is no tar that answers could lie beside; expected jsonl or openai")
+    holding: dict[str, list[Commit]] = defaultdict(list)
+    for commit in commits:
+        for shard in commit.rows:
+            holding[shard].append(commit)
+    read = functools.lru_cache(maxsize=FILES_IN_MEMORY)(functools.partial(_read, results))
+    paths = {url: url.rpartition("://")[2] for url in manifest.shards}
+    base = posixpath.commonpath(map(posixpath.dirname, paths.values()))
+    for shard, (_, _, rows) in sorted(manifest.shards.items()):
+        found: list[tuple[int, Row]] = []
+        for commit in holding[shard]:
+            own = commit.of_shard(read(commit.file), shard)
+            if len(own) != len(commit.rows[shard]):
+                raise OutputError("export.format: a sample has one answer; expected output.prompts=columns")
+            found += zip(commit.rows[shard], own.to_pylist(), strict=True)
+        if len(found) < rows:
+            logger.warning("%s is not finished (%d of %d rows): left out", shard, len(found), rows)
+            continue
+        name = paths[shard][len(base) :].lstrip("/")
+        stem = next(name.removesuffix(suffix) for suffix in SUFFIXES["webdataset"] if name.endswith(suffix))
+        yield f"{stem}.tar", _tar(row for _, row in sorted(found, key=lambda pair: pair[0]))
+
+
+def _tar(rows: Iterable[Row]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for row in rows:
+            members = {"answer.json": json.dumps(row, ensure_ascii=False, default=str)}
+            if row.get("text") is not None:
+                members["answer.txt"] = row["text"]
+            for extension, text in members.items():
+                info = tarfile.TarInfo(f"{row['id']}.{extension}")
+                info.size = len(text.encode())
+                tar.addfile(info, io.BytesIO(text.encode()))
+    return buffer.getvalue()
+
+
+def _as_it_is(row: Row) -> Row:
     return row
 
 
-def _openai(row: dict[str, Any]) -> dict[str, Any]:
+def _openai(row: Row) -> Row:
     """A line of a batch's result: https://platform.openai.com/docs/api-reference/batch/request-output."""
-    told: dict[str, Any] = {"id": f"batch_req_{row['id']}", "custom_id": row["id"], "response": None, "error": None}
+    told: Row = {"id": f"batch_req_{row['id']}", "custom_id": row["id"], "response": None, "error": None}
     if row["error"] is not None:
         code, _, message = row["error"].partition(": ")
         told["error"] = {"code": code, "message": message}
@@ -63,4 +127,4 @@ def _openai(row: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-_LINES: dict[Form, Callable[[dict[str, Any]], dict[str, Any]]] = {"jsonl": _as_it_is, "openai": _openai}
+_LINES: dict[Form, Callable[[Row], Row]] = {"jsonl": _as_it_is, "openai": _openai}

@@ -39,7 +39,7 @@ def inspect(settings: InspectSettings, console: Console, *, routes: bool) -> Non
 
     plan = plan_input(settings.input, RESERVED_COLUMNS)
     shard, number = find_row(plan, settings.row)
-    preparer = Preparer(settings, plan.columns, settings.task == "caption")
+    preparer = Preparer(settings, plan.columns, settings.task == "caption", image_root=plan.image_root)
     # Of several prompts the first.
     row = next(row for table in preparer(_read(plan, shard, number)) for row in prepared_rows(table))
     lines = [("id", row.id), ("from", f"{shard.file.url}, row {number}"), ("prompt", row.prompt or "")]

@@ -30,11 +30,12 @@ from pipeline.io.accuracy import Truth, is_right
 from pipeline.io.commits import Commit, OutputLog, done_rows, retry_rows
 from pipeline.io.journal import Journal
 from pipeline.io.lease import Lease
+from pipeline.io.listing import find_shards
 from pipeline.io.manifest import Manifest
 from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
 from pipeline.io.retries import RETRIES, merge_retries
 from pipeline.io.rowset import RowSet, difference, intersection
-from pipeline.io.storage import REPORT, OutputFolder, find_shards
+from pipeline.io.storage import REPORT, OutputFolder
 from pipeline.io.write import RESERVED_COLUMNS, Written, layout_schema
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
@@ -107,7 +108,7 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
             "input.columns.image: the input has no column 'image' or 'images', so there is nothing to caption; name the "
             "column in input.columns.image or input.columns.images"
         )
-    OutputFolder(settings.output.path).check(shard.file for shard in plan.shards)
+    OutputFolder(settings.output.path).check(shard.file.url for shard in plan.shards)
     checkpoint = open_checkpoint(model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha)
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     manifest = Manifest.of(task, settings, checkpoint_files(checkpoint), plan)
@@ -146,7 +147,7 @@ def describe(job: Job) -> str:
         "# configuration",
         as_yaml(settings).rstrip(),
         "",
-        f"# input: {len(plan.shards)} shards, {plan.rows:,} rows",
+        f"# input: {plan.summary}",
     ]
     shown = plan.shards[:20]
     lines += [f"{s.file.url}  {s.rows:,} rows  {s.file.size:,} bytes" for s in shown]
@@ -187,6 +188,7 @@ def run_job(job: Job) -> Summary:
     """
     started = time.monotonic()
     settings, plan = job.settings, job.plan
+    print(f"input: {plan.summary}", file=sys.stderr, flush=True)
     folder = OutputFolder(settings.output.path)
     folder.make()
     run = run_name()
@@ -249,7 +251,8 @@ def _versions() -> dict[str, str]:
 
 def input_changed(job: Job) -> bool:
     """Whether a shard is no longer what was planned."""
-    now = {(file.url, file.size, file.version) for file in find_shards(job.settings.input.path)}
+    source = job.settings.input
+    now = {(file.url, file.size, file.version) for file in find_shards(source.path, source.format)}
     return any((s.file.url, s.file.size, s.file.version) not in now for s in job.plan.shards)
 
 
@@ -399,7 +402,7 @@ def _run_stages(
     from pipeline.actors.prepare import Preparer
     from pipeline.actors.replica import Replica
     from pipeline.engine import EngineOptions, Sizes
-    from pipeline.io.read import ParquetShards
+    from pipeline.io.read import PlannedShards
 
     settings, plan = job.settings, job.plan
     rows_per_block = settings.preparation.rows_per_block
@@ -417,7 +420,7 @@ def _run_stages(
     # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
     sizes = Sizes.of(EngineOptions(**settings.engine.model_dump()), resources.device)
     in_flight = -(-(sizes.waiting + sizes.batch_size) // rows_per_block) + 1
-    source = ParquetShards(plan, missing, rows_per_block)
+    source = PlannedShards(plan, missing, rows_per_block)
     committer = ray.remote(num_cpus=0, max_concurrency=8, max_restarts=-1, max_task_retries=-1)(Committer).remote(
         folder,
         run,
@@ -432,7 +435,7 @@ def _run_stages(
         ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces))
         .map_batches(
             Preparer,
-            fn_constructor_args=(settings, plan.columns, job.task == "caption", monitor),
+            fn_constructor_args=(settings, plan.columns, job.task == "caption", monitor, plan.image_root),
             batch_size=rows_per_block,
             batch_format="pyarrow",
             num_cpus=resources.prepare_cpus,

@@ -18,8 +18,9 @@ from pydantic import Field, field_validator
 
 from pipeline.config import JobSettings, Settings
 from pipeline.errors import ConfigError, OutputError
+from pipeline.io.listing import find_shards
 from pipeline.io.manifest import Manifest
-from pipeline.io.storage import OutputFolder, find_shards
+from pipeline.io.storage import OutputFolder
 from pipeline.job import Task, check_job, run_job
 from pipeline.summary import Summary
 
@@ -139,8 +140,8 @@ def run_night(settings: NightlySettings, *, dry_run: bool = False) -> list[Summa
     if settings.output.overwrite:
         raise ConfigError("output.overwrite: a nightly run deletes nothing; delete a partition's folder to run it again")
     root = OutputFolder(settings.output.path)
-    files = find_shards(settings.input.path)
-    root.check(files)
+    files = find_shards(settings.input.path, settings.input.format)
+    root.check(file.url for file in files)
     listing = {file.url: (file.size, file.version) for file in files}
     today = PREFIX + (settings.nightly.date or datetime.now(UTC).date().isoformat())
     work = plan_night(read_partitions(root), listing, today, retry=settings.output.retry_errors)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 OWN_PREFIX = "awaker:"
 
@@ -19,6 +20,7 @@ IMAGES = "awaker:images"
 REFERENCES = "awaker:references"
 PROMPT = "awaker:prompt"
 MESSAGES = "awaker:messages"
+ERROR = "awaker:error"
 
 #: Where a row comes from: the shard's URL, and its number in it. With them the output knows what it holds. And which of
 #: several prompts is asked of it, by name; empty where there is one.
@@ -29,7 +31,7 @@ PLACE_SCHEMA = pa.schema([pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64()
 Place = tuple[str, int] | tuple[str, int, str]
 
 #: What reading adds to the extra columns. Images are encoded bytes, or null where a path or URL is in the same place of
-#: `REFERENCES`; a null list is a missing image.
+#: `REFERENCES`; a null list is a missing image. A row that cannot be read has an error, and an id.
 #: large_binary: with 32-bit offsets, blocks of more than 2 GiB of images could not be put together.
 READ_SCHEMA = pa.schema(
     [
@@ -38,10 +40,10 @@ READ_SCHEMA = pa.schema(
         pa.field(REFERENCES, pa.list_(pa.string())),
         pa.field(PROMPT, pa.string()),
         pa.field(MESSAGES, pa.string()),
+        pa.field(ERROR, pa.string()),
     ]
 )
 
-ERROR = "awaker:error"
 INPUT_IDS = "awaker:input_ids"
 SPAN = "awaker:span"
 PIXELS = "awaker:pixels"
@@ -90,6 +92,15 @@ class PreparedRow:
 def own_columns_dropped(table: pa.Table) -> pa.Table:
     """The extra columns of a table."""
     return table.select([name for name in table.column_names if not name.startswith(OWN_PREFIX)])
+
+
+def row_ids(ids: pa.Array, errors: pa.Array | None, file: str, numbers: np.ndarray) -> pa.Array:
+    """Ids of rows as text: their own, or of those that cannot be read their place."""
+    ids = ids.cast(pa.string())
+    if errors is None:
+        return ids
+    places = pa.array([f"{file}#{number}" for number in numbers], pa.string())
+    return pc.if_else(pc.and_(ids.is_null(), errors.is_valid()), places, ids)
 
 
 def places(table: pa.Table) -> list[Place]:

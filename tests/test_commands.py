@@ -61,7 +61,7 @@ def test_plan_says_what_would_run(
     }
     done = run_script_here("plan", sets(settings), capsys, monkeypatch)
     assert done.code == 0
-    assert "# input: 1 shards, 10 rows" in done.stdout
+    assert "# input: 1 shards (1 of Parquet), 10 rows" in done.stdout
     assert "vqa: 10 rows on 1 replica(s)" in done.stdout
     assert not (tmp_path / "o").exists()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import webdataset
 
 from pipeline.config import OutputSettings
 from pipeline.errors import OutputError
@@ -67,3 +68,45 @@ def test_an_openai_batch_gets_an_openai_result(results: OutputFolder, tmp_path: 
 def test_what_is_no_output_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"holds no _run/manifest.json"):
         list(export(OutputFolder(str(tmp_path)), OutputFolder(str(tmp_path / "x")), "jsonl"))
+
+
+def test_a_webdataset_gets_tars_of_the_same_keys_in_the_same_order(results: OutputFolder, tmp_path: Path) -> None:
+    shards = {"file:///in/train/00.tar": 4, "file:///in/train/01.tar": 2, "file:///in/val/00.tar": 3}
+    first, second, third = shards
+    said = json.loads(results.read("_run/manifest.json"))
+    for name in results.results():
+        results.remove(Path(name).name)
+    results.write(
+        "_run/manifest.json", json.dumps({**said, "shards": {u: [9, "v", n] for u, n in shards.items()}}).encode()
+    )
+    rows = (
+        {first: RowSet.of_rows([0, 3]), second: RowSet.range(0, 2)},
+        {third: RowSet.range(0, 1), first: RowSet.range(1, 3)},
+    )
+    log = OutputLog(results, "mine")
+    schema = output_schema(OutputSettings(path="o"), pa.schema([]))
+    for number, own in enumerate(rows):
+        keys = [f"{url[11:-4]}/{row:03d}" for url in sorted(own) for row in own[url]]
+        told = [{"id": key, "text": None if key == "train/01/001" else f"says {key}"} for key in keys]
+        log.commit(pa.Table.from_pylist(told, schema), own, None)
+        assert len(told) == (4, 3)[number]
+
+    target = OutputFolder(str(tmp_path / "beside"))
+    assert [Path(url).relative_to(target.url) for url in export(results, target, "webdataset")] == [
+        Path("train/00.tar"),
+        Path("train/01.tar"),
+    ], "val/00.tar is not finished"
+    for name, count in (("train/00", 4), ("train/01", 2)):
+        samples = list(webdataset.WebDataset(f"{tmp_path}/beside/{name}.tar", shardshuffle=False))
+        keys = [f"{name}/{row:03d}" for row in range(count)]
+        assert [sample["__key__"] for sample in samples] == keys
+        assert [json.loads(sample["answer.json"])["id"] for sample in samples] == keys
+        texts = [sample.get("answer.txt") for sample in samples]
+        assert texts == [None if key == "train/01/001" else f"says {key}".encode() for key in keys]
+
+
+def test_only_tars_can_have_tars_beside_them(results: OutputFolder, tmp_path: Path) -> None:
+    said = json.loads(results.read("_run/manifest.json"))
+    results.write("_run/manifest.json", json.dumps({**said, "shards": {"file:///a.parquet": [1, "", 3]}}).encode())
+    with pytest.raises(OutputError, match=r"export.format: file:///a.parquet is no tar"):
+        list(export(results, OutputFolder(str(tmp_path / "x")), "webdataset"))

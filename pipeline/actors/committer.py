@@ -168,7 +168,9 @@ class Committer:
         if new:
             if not self._gathered.count:
                 self._gathered.since = time.monotonic()
-            self._gathered.tables.append(own_columns_dropped(table.filter(pa.array(fresh))).cast(self._schema))
+            kept = table.filter(pa.array(fresh))
+            own = own_columns_dropped(kept).cast(self._schema)
+            self._gathered.tables.append(own.append_column(SHARD, kept[SHARD]).append_column(ROW, kept[ROW]))
             self._gathered.count += new
         return new
 
@@ -203,7 +205,9 @@ class Committer:
             self._failure = error
             raise
         rows, retry = ({s: own for s, own in sets.items() if own} for sets in (gathered.rows, gathered.retry))
-        table = pa.concat_tables(gathered.tables).combine_chunks()
+        # In the order of the input, so that the footer's rows tell which is which; the sort is stable.
+        table = pa.concat_tables(gathered.tables).sort_by([(SHARD, "ascending"), (ROW, "ascending")])
+        table = own_columns_dropped(table).combine_chunks()
         self._patiently(lambda: self._log.commit(table, rows, self._truth, retry))
         self._gathered = _Gathered()
         if gathered.samples:

@@ -22,6 +22,7 @@ from pipeline.io.plan import Columns
 from pipeline.model.prompt import PromptProcessor
 from pipeline.redact import cause_of
 from pipeline.rows import (
+    ERROR,
     ID,
     IMAGES,
     MESSAGES,
@@ -48,12 +49,20 @@ class Preparer:
         columns: the input columns in use.
         require_images: a row without an image is an error.
         monitor: the `Monitor` actor's handle; None where nothing but this process would notice its death.
+        image_root: folder that rows' paths lie in.
 
     Attributes:
         processor: what makes prompts of conversations.
     """
 
-    def __init__(self, settings: JobSettings, columns: Columns, require_images: bool, monitor: Any = None) -> None:
+    def __init__(
+        self,
+        settings: JobSettings,
+        columns: Columns,
+        require_images: bool,
+        monitor: Any = None,
+        image_root: str | None = None,
+    ) -> None:
         import torch
 
         # Several of these share a machine; torch's own threads would only get in each other's way.
@@ -63,7 +72,7 @@ class Preparer:
         )
         self._columns = columns
         self._image_settings = settings.images
-        self._fetcher = Fetcher(settings.input.image_root, settings.fetch, settings.images.max_bytes)
+        self._fetcher = Fetcher(image_root, settings.fetch, settings.images.max_bytes)
         self._fetched: dict[str, Future[bytes]] = {}
         self._last: tuple[pa.Scalar, pa.Scalar, list[Image.Image]] | None = None
         asked, shown = columns.messages or columns.prompt, columns.image or columns.images
@@ -82,12 +91,14 @@ class Preparer:
         # All of a block's images are on their way while its first rows are decoded; equal references are fetched once.
         self._fetched = {name: self._fetcher.submit(name) for name in _named(table)}
         columns = [table[name] for name in (ID, IMAGES, REFERENCES, PROMPT, MESSAGES)]
+        unread = table[ERROR].to_pylist()
         with self._watched(table) as watch:
             for index in range(len(table)):
                 died = watch(index)
                 own = [column[index] for column in columns]
                 started = time.monotonic()
-                row = PreparedRow(own[0].as_py(), None, str(died)) if died else self._prepare(*own)
+                error = str(died) if died else unread[index]
+                row = PreparedRow(own[0].as_py(), None, error) if error else self._prepare(*own)
                 seconds += time.monotonic() - started
                 ready.append(row)
                 size += row.pixel_bytes

@@ -38,7 +38,7 @@ READING_THREADS = 32
 
 @dataclass(frozen=True)
 class Commit:
-    """What one output file holds.
+    """What one output file holds, in the order of shards' URLs and of their rows.
 
     Attributes:
         file: its name.
@@ -53,6 +53,12 @@ class Commit:
     written: Written
     retry: Mapping[str, RowSet] = field(default_factory=dict)
     revision: int = 0
+
+    def of_shard(self, table: pa.Table, shard: str) -> pa.Table:
+        """The rows of a shard out of the file's own table; several of each, where a row was asked several things."""
+        each = len(table) // max(1, sum(map(len, self.rows.values())))
+        before = sum(len(rows) for url, rows in self.rows.items() if url < shard)
+        return table.slice(each * before, each * len(self.rows[shard]))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

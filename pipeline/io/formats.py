@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections import defaultdict
+import contextlib
+import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
-from typing import Any, Protocol
+from typing import BinaryIO, Protocol
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.io.storage import PARQUET_SUFFIXES, open_filesystem, protocols
+from pipeline.errors import RowError
+from pipeline.io.listing import FileInfo
+from pipeline.io.loose import JsonLines
+from pipeline.io.storage import open_filesystem, protocols
+from pipeline.io.tars import WebDataset
+from pipeline.redact import cause_of
+from pipeline.rows import ERROR
 
 #: Bytes of a Parquet column fetched at once: one request to object storage, and a bound on memory.
 READ_BUFFER = 8 << 20
-#: What a line of an OpenAI batch is known by.
-OPENAI_ID = "custom_id"
+#: Images of a folder that one read task takes at most.
+IMAGES_PER_GROUP = 256
+#: The Hugging Face hub's name, in a table about image files, for the file of a row.
+FILE_NAME = "file_name"
 
 
 class ShardFile(Protocol):
@@ -34,7 +41,10 @@ class ShardFile(Protocol):
     def batches(
         self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Batches of at most `rows` rows of some row groups (None: all), with those of the columns that there are."""
+        """Batches of at most `rows` rows of some row groups (None: all), with those of the columns that there are.
+
+        Rows that cannot be read have their error in the column `ERROR`.
+        """
 
 
 @contextmanager
@@ -51,20 +61,35 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
 
 
 @contextmanager
-def open_shard(url: str) -> Iterator[ShardFile]:
-    """Open a shard, in the form that its name says."""
-    if url.endswith(PARQUET_SUFFIXES):
-        with open_parquet(url) as parquet:
-            yield _Parquet(parquet)
+def open_shard(file: FileInfo) -> Iterator[ShardFile]:
+    """Open a shard in its form."""
+    if file.form == "parquet":
+        with open_parquet(file.url) as parquet:
+            yield _Parquet(parquet, file.url)
+    elif file.form == "images":
+        yield _Images(file)
     else:
-        filesystem, path = open_filesystem(url)
-        with filesystem.open(path, "rb", compression="infer") as source:
-            yield _JsonLines(source)
+        filesystem, path = open_filesystem(file.url)
+        # A tar unpacks itself.
+        compression = None if file.form == "webdataset" else "infer"
+        with filesystem.open(path, "rb", compression=compression) as source:
+            opened: ShardFile
+            if file.form == "webdataset":
+                opened = WebDataset(source)
+            elif file.form == "arrow":
+                opened = _Arrow(source)
+            elif file.form == "csv":
+                opened = _Csv(source)
+            else:
+                opened = JsonLines(source)
+            yield _BesideImages(opened, posixpath.dirname(file.name)) if file.is_metadata else opened
 
 
 class _Parquet:
-    def __init__(self, parquet: pq.ParquetFile) -> None:
-        self._parquet = parquet
+    """Rows of a row group whose bytes are there but make no sense are error rows."""
+
+    def __init__(self, parquet: pq.ParquetFile, url: str) -> None:
+        self._parquet, self._url = parquet, url
 
     def layout(self) -> tuple[tuple[int, ...], pa.Schema]:
         metadata = self._parquet.metadata
@@ -75,83 +100,160 @@ class _Parquet:
         self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
     ) -> Iterator[pa.RecordBatch]:
         present = [name for name in columns if name in self._parquet.schema_arrow.names]
-        chosen = None if row_groups is None else list(row_groups)
-        yield from self._parquet.iter_batches(rows, row_groups=chosen, columns=present)
+        chosen = list(range(self._parquet.num_row_groups) if row_groups is None else row_groups)
+        given = 0
+        try:
+            for batch in self._parquet.iter_batches(rows, row_groups=chosen, columns=present):
+                yield batch
+                given += len(batch)
+        except (pa.ArrowException, OSError):
+            # A batch may hold rows of several groups; which of them is at fault shows when each is read alone.
+            for group in chosen:
+                count = self._parquet.metadata.row_group(group).num_rows
+                yield from self._group(group, rows, present, min(given, count))
+                given = max(0, given - count)
+
+    def _group(self, group: int, rows: int, present: list[str], skip: int) -> Iterator[pa.RecordBatch]:
+        """Batches of one row group, without its first rows."""
+        at = 0
+        try:
+            for batch in self._parquet.iter_batches(rows, row_groups=[group], columns=present):
+                left = batch.slice(max(0, skip - at))
+                at += len(batch)
+                if len(left):
+                    yield left
+        except (pa.ArrowException, OSError) as error:
+            self._fetch(group)
+            says = str(RowError("row_malformed", f"row group {group} is damaged ({cause_of(error)})"))
+            whole = pa.table({name: self._column(group, name) for name in present})
+            whole = whole.append_column(ERROR, pa.array([says] * len(whole)))
+            yield from whole.slice(max(at, skip)).combine_chunks().to_batches(rows)
+
+    def _column(self, group: int, name: str) -> pa.Array:
+        """A column of a damaged row group, nulls where it is not to be had: ids help to find the rows."""
+        kind = self._parquet.schema_arrow.field(name).type
+        if not pa.types.is_nested(kind) and not pa.types.is_large_binary(kind) and not pa.types.is_binary(kind):
+            with contextlib.suppress(pa.ArrowException, OSError):
+                return self._parquet.read_row_group(group, columns=[name])[name].combine_chunks()
+        return pa.nulls(self._parquet.metadata.row_group(group).num_rows, kind)
+
+    def _fetch(self, group: int) -> None:
+        """Read a row group's bytes, as they are.
+
+        Raises:
+            Exception: whatever the storage raises: then it is that which is at fault, and the task is tried again.
+        """
+        filesystem, path = open_filesystem(self._url)
+        own = self._parquet.metadata.row_group(group)
+        for chunk in map(own.column, range(own.num_columns)):
+            start = chunk.dictionary_page_offset or chunk.data_page_offset
+            filesystem.cat_file(path, start, start + chunk.total_compressed_size)
 
 
-class _JsonLines:
-    """One JSON object a line. Of an OpenAI batch (`custom_id`, `body`) the id and the chat are taken.
+class _Arrow:
+    """Arrow's own files and streams, as `datasets.save_to_disk` writes them."""
 
-    Everything is read when it is planned, so that a line that is no JSON is named before anything starts, and so that a
-    column has one type. Lists of texts are lists; other nested values become JSON text.
-    """
-
-    def __init__(self, source: io.BufferedIOBase) -> None:
-        self._source = source
+    def __init__(self, source: BinaryIO) -> None:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        self._file = pa.ipc.open_file(source) if is_file else None
+        self._stream = None if is_file else pa.ipc.open_stream(source)
 
     def layout(self) -> tuple[tuple[int, ...], pa.Schema]:
-        kinds: dict[str, set[str]] = defaultdict(set)
-        count = 0
-        for row in self._rows():
-            count += 1
-            for name, value in row.items():
-                kinds[name].add(type(value).__name__)
-        # One group: only from its beginning can a file of lines be read.
-        return (count,) if count else (), pa.schema([(name, _type_of(own)) for name, own in kinds.items()])
+        if self._file is not None:
+            count = self._file.num_record_batches
+            return tuple(self._file.get_batch(i).num_rows for i in range(count)), self._file.schema
+        assert self._stream is not None
+        # One group: only from its beginning can a stream be read.
+        rows = sum(batch.num_rows for batch in self._stream)
+        return (rows,) if rows else (), self._stream.schema
 
     def batches(
         self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
     ) -> Iterator[pa.RecordBatch]:
-        wanted = self._rows()
-        while own := list(islice(wanted, rows)):
-            yield _batch(own, columns)
+        for batch in self._record_batches(row_groups):
+            present = batch.select([name for name in columns if name in batch.schema.names])
+            for start in range(0, batch.num_rows, rows):
+                yield present.slice(start, rows)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(self._source, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number} is no JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is {type(row).__name__}, expected an object")
-            yield _plain(row)
+    def _record_batches(self, row_groups: Sequence[int] | None) -> Iterator[pa.RecordBatch]:
+        if self._file is None:
+            assert self._stream is not None
+            yield from self._stream
+        else:
+            chosen = range(self._file.num_record_batches) if row_groups is None else row_groups
+            yield from (self._file.get_batch(index) for index in chosen)
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    body = row.get("body")
-    if OPENAI_ID in row and isinstance(body, dict) and "messages" in body:
-        return {"id": str(row[OPENAI_ID]), "messages": json.dumps(body["messages"]), "model": body.get("model")}
-    return {name: _value(value) for name, value in row.items()}
+class _Csv:
+    """Values separated by commas under a line of names; all of them are text."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+
+    def layout(self) -> tuple[tuple[int, ...], pa.Schema]:
+        count, names = 0, []
+        for frame in self._frames(65_536):
+            count, names = count + len(frame), list(frame.columns)
+        return (count,) if count else (), pa.schema([(name, pa.string()) for name in names])
+
+    def batches(
+        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        for frame in self._frames(rows):
+            present = [name for name in columns if name in frame.columns]
+            yield pa.RecordBatch.from_arrays([pa.array(frame[name], pa.string()) for name in present], names=present)
+
+    def _frames(self, rows: int) -> Iterator[pd.DataFrame]:
+        yield from pd.read_csv(self._source, dtype=str, keep_default_na=False, na_values=[""], chunksize=rows)
 
 
-def _value(value: Any) -> Any:
-    if isinstance(value, list) and all(isinstance(one, str) or one is None for one in value):
-        return value
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+class _Images:
+    """A folder of image files: a row each, known by its path."""
+
+    def __init__(self, folder: FileInfo) -> None:
+        self._members = folder.members
+
+    def layout(self) -> tuple[tuple[int, ...], pa.Schema]:
+        starts = range(0, len(self._members), IMAGES_PER_GROUP)
+        groups = tuple(len(self._members[start : start + IMAGES_PER_GROUP]) for start in starts)
+        return groups, pa.schema([("id", pa.string()), ("image", pa.string())])
+
+    def batches(
+        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        groups = range(len(self._members)) if row_groups is None else row_groups
+        for start in (group * IMAGES_PER_GROUP for group in groups):
+            group = self._members[start : start + IMAGES_PER_GROUP]
+            for at in range(0, len(group), rows):
+                names = pa.array(group[at : at + rows], pa.string())
+                present = [name for name in columns if name in ("id", "image")]
+                yield pa.RecordBatch.from_arrays([names] * len(present), names=present)
 
 
-def _type_of(kinds: set[str]) -> pa.DataType:
-    """The type of a column whose values have these Python types."""
-    own = kinds - {"NoneType"}
-    if own == {"list"}:
-        return pa.list_(pa.string())
-    if own == {"bool"}:
-        return pa.bool_()
-    if own == {"int"}:
-        return pa.int64()
-    if own and own <= {"int", "float"}:
-        return pa.float64()
-    return pa.string()
+class _BesideImages:
+    """A table whose `file_name` names image files beside it: `image` is then their path below the input."""
 
+    def __init__(self, table: ShardFile, folder: str) -> None:
+        self._table, self._folder = table, folder
 
-def _batch(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> pa.RecordBatch:
-    arrays = {}
-    for name in columns:
-        values = [row.get(name) for row in rows]
-        kind = _type_of({type(value).__name__ for value in values})
-        if kind == pa.string():
-            values = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
-        arrays[name] = pa.array(values, kind)
-    return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+    def layout(self) -> tuple[tuple[int, ...], pa.Schema]:
+        groups, schema = self._table.layout()
+        adds = FILE_NAME in schema.names and not {"image", "images"} & set(schema.names)
+        return groups, schema.append(pa.field("image", pa.string())) if adds else schema
+
+    def batches(
+        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        wanted = list(dict.fromkeys([*columns, FILE_NAME])) if "image" in columns else columns
+        for batch in self._table.batches(rows, wanted, row_groups):
+            own = {name: batch.column(name) for name in batch.schema.names}
+            if "image" in columns and FILE_NAME in own:
+                named = own.get("image", pa.nulls(len(batch), pa.string())).to_pylist()
+                files = own[FILE_NAME].cast(pa.string()).to_pylist()
+                paths = [
+                    path or (file and posixpath.join(self._folder, file)) for path, file in zip(named, files, strict=True)
+                ]
+                own["image"] = pa.array(paths, pa.string())
+            kept = [name for name in own if name in columns or name == ERROR]
+            yield pa.RecordBatch.from_arrays([own[name] for name in kept], names=kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ import pyarrow.compute as pc
 from pipeline.config import ColumnSettings, InputSettings
 from pipeline.errors import ConfigError, InputError
 from pipeline.io.formats import open_shard
-from pipeline.io.storage import PARQUET_SUFFIXES, FileInfo, find_shards
-from pipeline.rows import OWN_PREFIX
+from pipeline.io.listing import FORM_NAMES, IMAGE_SUFFIXES, FileInfo, find_shards
+from pipeline.rows import ERROR, OWN_PREFIX, row_ids
 from pipeline.template import Template
 
 #: Footers and id columns are read by this many threads: object storage answers slowly, but many at once.
@@ -67,6 +68,7 @@ class InputPlan:
         extras_schema: fields of the extra columns in the output.
         prompts: what is asked of each row, by name, columns' values filled in; a single prompt has an empty name. None:
             rows have their own.
+        image_root: folder below which rows may name images by path; None: none may.
     """
 
     shards: tuple[Shard, ...]
@@ -74,6 +76,18 @@ class InputPlan:
     extras: dict[str, str]
     extras_schema: pa.Schema
     prompts: Mapping[str, Template]
+    image_root: str | None = None
+
+    @property
+    def forms(self) -> dict[str, int]:
+        """How many shards there are of each form, by what people call it."""
+        return dict(Counter(FORM_NAMES[shard.file.form] for shard in self.shards))
+
+    @property
+    def summary(self) -> str:
+        """The input in a few words."""
+        forms = ", ".join(f"{count:,} of {form}" for form, count in self.forms.items())
+        return f"{len(self.shards):,} shards ({forms}), {self.rows:,} rows"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,7 +117,7 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         InputError: nothing to read, an unreadable file, or columns that do not fit.
         ConfigError: settings that contradict each other.
     """
-    files = [file for file in find_shards(settings.path) if only is None or file.url in only]
+    files = [file for file in find_shards(settings.path, settings.format) if only is None or file.url in only]
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         footers = list(pool.map(_read_footer, files))
     schema = _unified_schema([(file, footer[1]) for file, footer in zip(files, footers, strict=True)])
@@ -116,7 +130,7 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
     shards = [Shard(file, groups, sum(groups)) for file, (groups, _) in zip(files, footers, strict=True)]
     shards = _limited(shards, settings.limit)
     if not shards:
-        raise InputError(f"input.path: the {len(files)} Parquet files at {settings.path!r} hold no rows")
+        raise InputError(f"input.path: the {len(files)} files at {settings.path!r} hold no rows")
     extras, extras_schema = _extra_columns(schema, columns, reserved)
     asked = {"": settings.prompt} if settings.prompt is not None else settings.prompts
     prompts = {name: Template.parse(text) for name, text in asked.items()}
@@ -128,6 +142,8 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         extras=extras,
         extras_schema=extras_schema,
         prompts=prompts,
+        # Images that the input itself consists of need no leave.
+        image_root=settings.image_root or next((f.base for f in files if f.form == "images" or f.is_metadata), None),
     )
 
 
@@ -159,13 +175,13 @@ def _check_names(files: list[FileInfo]) -> None:
 
 def _read_footer(file: FileInfo) -> tuple[tuple[int, ...], pa.Schema]:
     try:
-        with open_shard(file.url) as shard:
+        with open_shard(file) as shard:
             groups, schema = shard.layout()
             return groups, pa.schema([field.with_type(_plain(field.type)) for field in schema])
     except Exception as error:  # pyarrow and every fsspec backend have error types of their own
-        form = "Parquet" if file.url.endswith(PARQUET_SUFFIXES) else "JSON Lines"
         raise InputError(
-            f"input.path: cannot read {file.url} as {form} ({type(error).__name__}: {error}); repair or remove it"
+            f"input.path: cannot read {file.url} as {FORM_NAMES[file.form]} ({type(error).__name__}: {error}); repair or "
+            "remove it"
         ) from error
 
 
@@ -321,7 +337,8 @@ def _holds_text(field: pa.Field) -> bool:
 def _holds_images(field: pa.Field) -> bool:
     """Whether a column that is not in use holds images all the same: by its form, or by its name and bytes."""
     kind = field.type.value_type if is_list(field.type) else field.type
-    return is_image_struct(kind) or (field.name in ("image", "images") and is_binary(kind))
+    named = field.name in ("image", "images") or f".{field.name}".endswith(IMAGE_SUFFIXES)
+    return is_image_struct(kind) or (named and is_binary(kind))
 
 
 def _limited(shards: list[Shard], limit: int | None) -> list[Shard]:
@@ -387,13 +404,16 @@ def iter_ids(shard: Shard, column: str) -> Iterator[np.ndarray]:
     """
     left = shard.rows
     first = 0
-    with open_shard(shard.file.url) as opened:
+    with open_shard(shard.file) as opened:
         for batch in opened.batches(65_536, [column]):
-            ids = batch.column(0)[:left]
+            ids = batch.column(column)[:left]
             try:
                 ids.validate(full=True)
             except pa.ArrowInvalid as error:
                 raise InputError(f"input.columns.id: {shard.file.url} has ids that are no valid UTF-8 ({error})") from error
+            if ERROR in batch.schema.names:  # rows that cannot be read, nor their ids
+                numbers = np.arange(first, first + len(ids))
+                ids = row_ids(ids, batch.column(ERROR)[:left], shard.file.name, numbers)
             if ids.null_count:
                 row = first + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
                 raise InputError(f"input.columns.id: {shard.file.url} row {row} has no id in column {column!r}")

@@ -12,10 +12,23 @@ import pyarrow.compute as pc
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from pipeline.io.formats import open_shard
+from pipeline.io.formats import IMAGES_PER_GROUP, open_shard
 from pipeline.io.plan import InputPlan, Shard, is_list, is_text
 from pipeline.io.rowset import RowSet
-from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, QUESTION, READ_SCHEMA, REFERENCES, ROW, SHARD
+from pipeline.rows import (
+    ERROR,
+    ID,
+    IMAGES,
+    MESSAGES,
+    PLACE_SCHEMA,
+    PROMPT,
+    QUESTION,
+    READ_SCHEMA,
+    REFERENCES,
+    ROW,
+    SHARD,
+    row_ids,
+)
 from pipeline.template import Template
 
 #: A read task takes row groups of one shard until it has this many rows: enough to be worth a task.
@@ -68,7 +81,7 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
     rows_at_once = max(1, rows_per_block // plan.prompts_per_row)
     at = piece.first_row
     behind = piece.rows.intervals[-1][1]
-    with open_shard(piece.shard.file.url) as shard:
+    with open_shard(piece.shard.file) as shard:
         for batch in shard.batches(rows_at_once, wanted, piece.row_groups):
             numbers = np.arange(at, at + len(batch))
             chosen = piece.rows.contains(numbers)
@@ -88,10 +101,11 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
     def text(name: str | None) -> pa.Array:
         return pa.nulls(count, pa.string()) if name is None else batch.column(name).cast(pa.string())
 
+    errors = batch.column(ERROR) if ERROR in batch.schema.names else None
     if columns.id is None:
         ids = pa.array([f"{shard.file.name}#{number}" for number in numbers], pa.string())
     else:
-        ids = text(columns.id)
+        ids = row_ids(text(columns.id), errors, shard.file.name, numbers)
     if columns.image is not None:
         images, references = _one_image(batch.column(columns.image))
     elif columns.images is not None:
@@ -108,6 +122,7 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         REFERENCES: references,
         PROMPT: prompts,
         MESSAGES: text(columns.messages),
+        ERROR: pa.nulls(count, pa.string()) if errors is None else errors,
     }
     for field in plan.extras_schema:
         source = plan.extras[field.name]
@@ -181,7 +196,18 @@ def _lists(offsets: pa.Array, values: pa.Array, name: str, missing: pa.Array) ->
     return pa.ListArray.from_arrays(offsets, values, type=READ_SCHEMA.field(name).type, mask=missing)
 
 
-class ParquetShards(Datasource):
+def _own_images(piece: Piece) -> Piece:
+    """The same piece, of a folder of images, without the names of all the others."""
+    if not piece.shard.file.members:
+        return piece
+    first, last = piece.row_groups[0], piece.row_groups[-1]
+    members = piece.shard.file.members[first * IMAGES_PER_GROUP : (last + 1) * IMAGES_PER_GROUP]
+    groups = piece.shard.row_groups[first : last + 1]
+    shard = replace(piece.shard, file=replace(piece.shard.file, members=members), row_groups=groups)
+    return replace(piece, shard=shard, row_groups=tuple(range(len(groups))))
+
+
+class PlannedShards(Datasource):
     """The planned shards as a Ray Data source.
 
     Ray's own `read_parquet` tells no row numbers, of which default ids are made, and puts image structs into blocks whose
@@ -221,6 +247,7 @@ class ParquetShards(Datasource):
 
     def _reader(self, piece: Piece) -> Callable[[], Iterable[pa.Table]]:
         plan, rows_per_block = self._plan, self._rows_per_block
+        piece = _own_images(piece)
         # The task needs the plan's columns, not its thousands of other shards.
         own = replace(plan, shards=(piece.shard,))
         return lambda: read_piece(piece, own, rows_per_block)

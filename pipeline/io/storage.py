@@ -4,44 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import posixpath
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import InputError, OutputError
+from pipeline.errors import OutputError
 
 #: Where, in an output, the page lies that shows it.
 REPORT = "_run/report.html"
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
-#: JSON Lines, compressed or not; taken where there is no Parquet.
-JSON_SUFFIXES = tuple(name + zipped for name in (".jsonl", ".ndjson") for zipped in ("", ".gz", ".zst", ".bz2", ".xz"))
-
 #: fsspec's names of the storages whose folders are mere prefixes.
 OBJECT_STORES = frozenset({"s3", "gs", "abfs"})
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """A file found in the input.
-
-    Attributes:
-        url: where to open it, with its protocol.
-        name: its path below the folder (or glob) that was asked for: the file part of a row's default id.
-        size: bytes.
-        version: what changes when its content does: an object's etag, a local file's time of change; empty if the storage
-            tells neither.
-    """
-
-    url: str
-    name: str
-    size: int
-    version: str = ""
 
 
 def _be_patient_with_s3() -> None:
@@ -67,58 +44,6 @@ def protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
 
 
-def find_shards(path: str | list[str]) -> list[FileInfo]:
-    """Find the Parquet files of a file, a folder (searched below, too), a glob, or a list of them; sorted by URL.
-
-    Where a path holds none, its JSON Lines are taken. Names that begin with `_` or `.` are not data, by the convention of
-    every Parquet reader.
-
-    Raises:
-        InputError: a path holds neither or cannot be listed.
-    """
-    found: dict[str, FileInfo] = {}
-    for one in [path] if isinstance(path, str) else path:
-        for file in _find(one):
-            found[file.url] = file
-    return sorted(found.values(), key=lambda file: file.url)
-
-
-def _find(path: str) -> list[FileInfo]:
-    try:
-        filesystem, root = open_filesystem(path)
-        if filesystem.isfile(root):
-            listing, base = {root: filesystem.info(root)}, posixpath.dirname(root)
-        elif filesystem.isdir(root):
-            listing, base = filesystem.find(root, detail=True), root
-        elif wildcards := [at for at in map(root.find, "*?[") if at >= 0]:
-            listing = {info["name"]: info for info in filesystem.glob(root, detail=True).values() if info["type"] == "file"}
-            # Names count from the folder before the first wildcard.
-            base = posixpath.dirname(root[: min(wildcards)])
-        else:
-            raise InputError(f"input.path: {path!r} does not exist; expected Parquet or JSON Lines, a folder or a glob")
-    except InputError:
-        raise
-    except Exception as error:  # every fsspec backend has error types of its own
-        raise InputError(f"input.path: cannot list {path!r} ({type(error).__name__}: {error})") from error
-    files = []
-    for name, info in listing.items():
-        relative = name[len(base) :].lstrip("/")
-        hidden = any(part.startswith(("_", ".")) for part in relative.split("/"))
-        if name.endswith((*PARQUET_SUFFIXES, *JSON_SUFFIXES)) and not hidden:
-            files.append(FileInfo(filesystem.unstrip_protocol(name), relative, info["size"], _version(info)))
-    files = [file for file in files if file.url.endswith(PARQUET_SUFFIXES)] or files
-    if not files:
-        raise InputError(f"input.path: no Parquet file or JSON Lines at {path!r} ({len(listing)} files of other kinds)")
-    return files
-
-
-def _version(info: dict[str, Any]) -> str:
-    for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created"):
-        if info.get(key) is not None:
-            return str(info[key]).strip('"')
-    return ""
-
-
 class OutputFolder:
     """The folder that a job writes to. Picklable: write tasks open it again.
 
@@ -142,20 +67,18 @@ class OutputFolder:
         if not self._root:
             raise OutputError(f"output.path: {url!r} names no bucket or folder")
 
-    def check(self, inputs: Iterable[FileInfo]) -> None:
+    def check(self, inputs: Iterable[str]) -> None:
         """Make sure that the job may write here; changes nothing.
 
         Args:
-            inputs: what the job reads.
+            inputs: URLs of what the job reads.
 
         Raises:
             OutputError: an input lies in the folder, or it cannot be listed.
         """
         within = self._filesystem.unstrip_protocol(self._root).rstrip("/") + "/"
-        if inside := next((file for file in inputs if file.url.startswith(within)), None):
-            raise OutputError(
-                f"output.path: {self.url} holds the input {inside.url}; choose another folder for the results"
-            )
+        if inside := next((url for url in inputs if url.startswith(within)), None):
+            raise OutputError(f"output.path: {self.url} holds the input {inside}; choose another folder for the results")
         try:
             self.results()
         except Exception as error:  # every fsspec backend has error types of its own

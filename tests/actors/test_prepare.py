@@ -21,7 +21,18 @@ from pipeline.io.plan import Columns
 from pipeline.model.prompt import PromptProcessor
 from pipeline.model.shape import ModelShape
 from pipeline.model.vision import cut_images, pixel_table
-from pipeline.rows import ID, IMAGES, MESSAGES, OWN_PREFIX, PROMPT, READ_SCHEMA, REFERENCES, PreparedRow, prepared_rows
+from pipeline.rows import (
+    ERROR,
+    ID,
+    IMAGES,
+    MESSAGES,
+    OWN_PREFIX,
+    PROMPT,
+    READ_SCHEMA,
+    REFERENCES,
+    PreparedRow,
+    prepared_rows,
+)
 from tests.io.shards import picture
 
 #: Width and height of pictures: as they are, below min_pixels, above max_pixels, above qwen-vl-utils' own bound.
@@ -112,7 +123,7 @@ def prepare(
     for row in own:
         row[REFERENCES] = row[REFERENCES] or (row[IMAGES] and [None] * len(row[IMAGES]))
     table = pa.Table.from_pylist(own, schema=READ_SCHEMA).append_column("row", pa.array(range(len(rows))))
-    tables = list(Preparer(settings, chosen, require_images)(table))
+    tables = list(Preparer(settings, chosen, require_images, image_root=settings.input.image_root)(table))
     whole = pa.concat_tables(tables)
     assert whole["row"].to_pylist() == list(range(len(rows)))
     return prepared_rows(whole)
@@ -203,7 +214,8 @@ def test_a_prompt_that_is_no_utf8_is_an_error_of_its_row(golden: Path) -> None:
     not_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
     settings = settings_of(golden)
     none = {name: pa.array([[]], READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)}
-    table = pa.table({ID: ["a"], **none, PROMPT: not_utf8, MESSAGES: pa.nulls(1, pa.string())}, READ_SCHEMA)
+    nothing = {name: pa.nulls(1, pa.string()) for name in (MESSAGES, ERROR)}
+    table = pa.table({ID: ["a"], **none, PROMPT: not_utf8, **nothing}, READ_SCHEMA)
     (prepared,) = Preparer(settings, Columns(None, None, None, "question", None), False)(table)
     (row,) = prepared_rows(prepared)
     assert row.error is not None

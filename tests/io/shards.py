@@ -32,7 +32,7 @@ def write_shard(path: Path, columns: dict[str, Any], row_groups: list[int] | Non
 
 
 def plan_of(
-    path: Path | list[str],
+    path: Path | str | list[str],
     *,
     ask: str | None = None,
     asks: dict[str, str] | None = None,

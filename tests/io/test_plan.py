@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import ConfigError, InputError, JobError
+from pipeline.io.listing import find_shards
 from pipeline.io.plan import check_ids_unique
-from pipeline.io.storage import find_shards
 from pipeline.template import Template
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 
@@ -53,9 +53,9 @@ def test_a_hidden_folder_can_be_named_itself(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere", r"^input.path: '.*nowhere' does not exist; expected Parquet or JSON Lines, a folder or a glob$"),
-        ("notes.txt", r"^input.path: no Parquet file or JSON Lines at '.*notes.txt' \(1 files of other kinds\)$"),
-        ("x*.parquet", r"^input.path: no Parquet file or JSON Lines at '.*x\*.parquet' \(0 files of other kinds\)$"),
+        ("nowhere", r"^input.path: '.*nowhere' does not exist; expected a file, a folder or a glob$"),
+        ("notes.txt", r"^input.path: no data at '.*notes.txt' \(1 files\)$"),
+        ("x*.parquet", r"^input.path: no data at '.*x\*.parquet' \(0 files\)$"),
         ("deep/.hidden/../../_run/../deep/er", None),
     ],
 )
@@ -89,7 +89,7 @@ def test_limit_takes_the_first_rows_of_the_sorted_files(tmp_path: Path, limit: i
 
 def test_an_input_without_rows_is_an_error(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"prompt": pa.array([], pa.string())})
-    with pytest.raises(InputError, match=r"^input.path: the 1 Parquet files at '.*' hold no rows$"):
+    with pytest.raises(InputError, match=r"^input.path: the 1 files at '.*' hold no rows$"):
         plan_of(tmp_path)
 
 

@@ -6,19 +6,21 @@ import tempfile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.io.plan import InputPlan, check_ids_unique
-from pipeline.io.read import ROWS_PER_TASK, ParquetShards, read_piece
+from pipeline.io.read import ROWS_PER_TASK, PlannedShards, read_piece
 from pipeline.io.rowset import RowSet
-from pipeline.rows import ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, QUESTION, READ_SCHEMA, REFERENCES, ROW, SHARD
+from pipeline.rows import ERROR, ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, QUESTION, READ_SCHEMA, REFERENCES, ROW, SHARD
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 
 
-def everything(plan: InputPlan, rows_per_block: int = 3) -> ParquetShards:
-    return ParquetShards(plan, {s.file.url: RowSet.range(0, s.rows) for s in plan.shards}, rows_per_block)
+def everything(plan: InputPlan, rows_per_block: int = 3) -> PlannedShards:
+    return PlannedShards(plan, {s.file.url: RowSet.range(0, s.rows) for s in plan.shards}, rows_per_block)
 
 
 def read_all(plan: InputPlan, rows_per_block: int = 3) -> pa.Table:
@@ -180,6 +182,7 @@ def test_what_was_read_has_the_schema_of_every_block(tmp_path: Path) -> None:
             REFERENCES: [None],
             PROMPT: None,
             MESSAGES: "[]",
+            ERROR: None,
         }
     ]
 
@@ -222,3 +225,48 @@ def test_several_prompts_are_asked_of_each_row(tmp_path: Path) -> None:
     assert table[ROW].to_pylist() == [0, 0, 1, 1]
     assert table[IMAGES].to_pylist() == [[b"1"], [b"1"], [b"2"], [b"2"]]
     assert table.schema == pa.schema([*PLACE_SCHEMA, *READ_SCHEMA, *plan.extras_schema])
+
+
+def damage(path: Path, group: int, column: int) -> None:
+    """Overwrite the beginning of a column's pages."""
+    chunk = pq.read_metadata(path).row_group(group).column(column)
+    data = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + 20] = b"\xff" * 20
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("rows_per_block", [2, 3, 100])
+def test_rows_of_a_damaged_row_group_are_error_rows_and_the_others_are_read(tmp_path: Path, rows_per_block: int) -> None:
+    ids = [f"r{n}" for n in range(10)]
+    path = write_shard(tmp_path / "a.parquet", {"id": ids, "image": [b"x"] * 10, "prompt": ids}, [4, 3, 3])
+    damage(path, 1, 1)
+    plan = plan_of(tmp_path)
+    table = read_all(plan, rows_per_block)
+    damaged = [4, 5, 6]
+    assert table[ROW].to_pylist() == list(range(10))
+    assert [n for n, error in enumerate(table[ERROR].to_pylist()) if error] == damaged
+    assert table[ERROR][4].as_py().startswith("row_malformed: row group 1 is damaged (OSError: ")
+    assert table[ID].to_pylist() == ids
+    assert table[IMAGES].to_pylist() == [None if n in damaged else [b"x"] for n in range(10)]
+
+
+def test_ids_in_a_damaged_row_group_do_not_keep_a_job_from_starting(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.parquet", {"id": list("abcdef"), "prompt": list("abcdef")}, [3, 3])
+    damage(path, 0, 0)
+    plan = plan_of(tmp_path)
+    check_ids_unique(plan)
+    assert read_all(plan)[ID].to_pylist() == ["a.parquet#0", "a.parquet#1", "a.parquet#2", "d", "e", "f"]
+
+
+def test_storage_that_fails_makes_no_error_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(tmp_path / "a.parquet", {"prompt": ["a"]})
+    plan = plan_of(tmp_path)
+    damage(path, 0, 0)
+
+    def fails(*_: object, **__: object) -> bytes:
+        raise ConnectionError("no way there")
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fails)
+    with pytest.raises(ConnectionError, match="no way there"):
+        read_all(plan)

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import OutputSettings
 from pipeline.errors import OutputError
-from pipeline.io.storage import FileInfo, OutputFolder, _be_patient_with_s3, open_filesystem
+from pipeline.io.storage import OutputFolder, _be_patient_with_s3, open_filesystem
 from pipeline.io.write import Written, output_schema
 from tests.io.shards import write_shard
 
@@ -57,7 +57,7 @@ def test_clearing_deletes_results_and_run_folder_but_the_lock_and_nothing_else(t
 
 
 def test_a_folder_that_holds_the_input_is_refused(tmp_path: Path) -> None:
-    shard = FileInfo(f"file://{tmp_path}/shards/a.parquet", "a.parquet", 1)
+    shard = f"file://{tmp_path}/shards/a.parquet"
     for path in (tmp_path, tmp_path / "shards"):
         with pytest.raises(OutputError, match=r"holds the input file://.*/shards/a.parquet; choose another folder"):
             OutputFolder(str(path)).check([shard])
