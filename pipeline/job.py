@@ -188,7 +188,6 @@ def run_job(job: Job) -> Summary:
     """
     started = time.monotonic()
     settings, plan = job.settings, job.plan
-    print(f"input: {plan.summary}", file=sys.stderr, flush=True)
     folder = OutputFolder(settings.output.path)
     folder.make()
     run = run_name()
@@ -371,6 +370,8 @@ class _Rounds:
         started_here = _connect(settings.ray.address)
         try:
             _stop_on_sigterm()  # again: connecting to Ray installs a handler of Ray's
+            if not self.seconds:
+                print(f"input: {self._job.plan.summary}", file=sys.stderr, flush=True)
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
             resources = share_cluster(settings, sum(cpus) or 1.0, sum(gpus), max(cpus))

@@ -161,6 +161,7 @@ def _replica(gauges: Mapping[str, float]) -> str:
     parts.append(f"cache {gauges['cache_tokens'] / gauges['cache_size']:.0%}")
     parts.append(f"memory {gauges['memory'] / 2**30:.1f} GiB")
     if "gpu_memory" in gauges:
+        parts += [f"GPU {gauges['gpu_use']:.0%}"] if "gpu_use" in gauges else []
         parts.append(f"GPU memory {gauges['gpu_memory'] / 2**30:.1f} of {gauges['gpu_memory_total'] / 2**30:.0f} GiB")
     return "  ".join(parts)
 
@@ -220,7 +221,7 @@ class Watch:
                 self._count_down(facts)
             else:
                 self._journal.event(kind, **facts)  # type: ignore[arg-type]
-        totals = Counter[str]()
+        totals = Counter[str](replicas=len(self._look.gauges))
         for own in self._look.gauges.values():
             totals.update(own)
         if self._look.counts:

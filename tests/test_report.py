@@ -93,7 +93,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
             journal._sampled = 0.0
             counts = {"rows": 8 * step, "new_tokens": 60 * step, "prepare_ms": 900 * step, "step_ms": 700 * step}
             gauges = {
+                "replicas": 2,
                 "memory": 2.0**30 * (1 + step / 20),
+                "gpu_use": 1.8,
                 "cache_tokens": 10 * step,
                 "cache_size": 1000,
                 "images_reused": step,

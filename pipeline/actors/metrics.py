@@ -25,6 +25,7 @@ GAUGES = {
     "awaker_kv_cache_used_ratio": ("Share of a replica's key/value cache that requests hold.", "replica"),
     "awaker_replica_memory_bytes": ("Memory of a replica's process.", "replica"),
     "awaker_replica_gpu_memory_bytes": ("Memory taken on a replica's GPU.", "replica"),
+    "awaker_replica_gpu_use_ratio": ("Share of time in which a replica's GPU computed.", "replica"),
     "awaker_route_agreement_ratio": ("Share of (request, gate) pairs on their group's commonest expert.", "phase"),
 }
 
@@ -58,6 +59,8 @@ def gauges(look: Look) -> dict[tuple[str, str | None], float]:
             told["awaker_batch_requests", replica] = own["running"]
             told["awaker_kv_cache_used_ratio", replica] = own["cache_tokens"] / own["cache_size"]
         told |= {(f"awaker_replica_{key}_bytes", replica): own[key] for key in ("memory", "gpu_memory") if key in own}
+        if "gpu_use" in own:
+            told["awaker_replica_gpu_use_ratio", replica] = own["gpu_use"]
     for phase in ("prefill", "decode"):
         if pairs := look.engines[f"{phase}_pairs"]:
             told["awaker_route_agreement_ratio", phase] = look.engines[phase] / pairs

@@ -200,7 +200,7 @@ class Replica:
             flagged=sum(bool(one.flags) for one in judged),
         )
         # Awaited: once the last block is written, every block is counted.
-        gauges = {**self._engine.gauges(), **_memory(self._device)}
+        gauges = {**self._engine.gauges(), **process_gauges(self._device)}
         await self._monitor.report.remote(self._name, counts, self._engine.counts(), gauges)
 
     def _samples(self, rows: list[PreparedRow], own: list[Place], results: list[Any], extras: pa.Table) -> pa.Table | None:
@@ -247,13 +247,15 @@ class Replica:
         return pa.table({**own, **{name: extras[name] for name in extras.column_names}}, schema=schema)
 
 
-def _memory(device: torch.device) -> dict[str, float]:
-    """Bytes that this process takes, and those of its GPU that are taken by anybody."""
+def process_gauges(device: torch.device) -> dict[str, float]:
+    """Bytes that this process takes; of its GPU the bytes taken by anybody, and the share of time in which it computed."""
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
     told = {"memory": float(pages * os.sysconf("SC_PAGE_SIZE"))}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         told |= {"gpu_memory": float(total - free), "gpu_memory_total": float(total)}
+        with contextlib.suppress(Exception):  # not every driver tells, nor any part of a divided GPU
+            told["gpu_use"] = torch.cuda.utilization(device) / 100
     return told
 
 

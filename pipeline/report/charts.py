@@ -81,7 +81,7 @@ def rates(timeline: Entries) -> go.Figure | None:
 
 
 def memory(timeline: Entries) -> go.Figure | None:
-    """Memory of the replicas over time."""
+    """Memory of the replicas over time, and what else is told of them at a moment."""
     names = {"memory": "processes", "gpu_memory": "GPUs"}
     traces = []
     for key, label in names.items():
@@ -91,11 +91,18 @@ def memory(timeline: Entries) -> go.Figure | None:
     if any(entry.get("cache_size") for entry in timeline):
         share = _series(timeline, lambda now, before: now.get("cache_tokens", 0) / max(1, now.get("cache_size", 1)))
         traces.append(go.Scatter(x=share[0], y=share[1], name="key/value cache (right)", yaxis="y2", mode="lines"))
+    if any("gpu_use" in entry for entry in timeline):
+        # Told summed over the replicas, like everything else of theirs.
+        busy = _series(timeline, lambda now, before: now.get("gpu_use", 0) / max(1, now.get("replicas", 1)))
+        traces.append(go.Scatter(x=busy[0], y=busy[1], name="GPUs busy (right)", yaxis="y2", mode="lines"))
     if not traces:
         return None
     second = {"overlaying": "y", "side": "right", "showgrid": False, "range": [0, 1.02], "tickformat": ".0%", "dtick": 0.25}
     return _figure(
-        traces, "Replicas' memory (GiB), and how full their cache is", yaxis={"rangemode": "tozero"}, yaxis2=second
+        traces,
+        "Replicas' memory (GiB), how full their cache and how busy their GPUs are",
+        yaxis={"rangemode": "tozero"},
+        yaxis2=second,
     )
 
 

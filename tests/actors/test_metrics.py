@@ -23,6 +23,7 @@ REPLICA = {
     "cache_size": 1000,
     "memory": 1e9,
     "gpu_memory": 2e9,
+    "gpu_use": 0.9,
 }
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import regex
+import torch
 
-from pipeline.actors.replica import Judged, Replica
+from pipeline.actors.replica import Judged, Replica, process_gauges
 from pipeline.config import JobSettings, load_settings
 from pipeline.model.prompt import PromptProcessor
 from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
@@ -76,3 +77,20 @@ def test_what_never_becomes_valid_keeps_its_first_answer_and_its_flag(checkpoint
 
 def test_only_flags_that_are_named_are_worth_another_try(checkpoint: tuple[Path, Path]) -> None:
     assert {one.tries for one in answers(checkpoint, regex="never", retry_flags=["repetition"])} == {1}
+
+
+def test_a_gpu_that_does_not_say_how_busy_it_is_is_told_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 93)
+    told = process_gauges(gpu)
+    assert (told["gpu_use"], told["gpu_memory"], told["gpu_memory_total"]) == (0.93, 5 << 30, 8 << 30)
+
+    def unknown(device: torch.device) -> int:
+        raise RuntimeError("not supported")
+
+    monkeypatch.setattr(torch.cuda, "utilization", unknown)
+    told = process_gauges(gpu)
+    assert told["gpu_memory"] == 5 << 30
+    assert "gpu_use" not in told
+    assert process_gauges(torch.device("cpu")).keys() == {"memory"}

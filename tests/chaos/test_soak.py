@@ -1,4 +1,4 @@
-"""A long job over dirty data: every row is accounted for, and no process grows.
+"""A long job over dirty data: every row is accounted for, no process grows, and the time left is told rightly.
 
 `SOAK_ROWS` rows (20,000 in `make soak`; none in `make test`), one in a hundred of them bad, on the small checkpoint.
 """
@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.actors.looks import Look
+from pipeline.progress import LogDisplay, Pace
 from pipeline.scenes.dataset import ScenesSettings, write_scenes
 from tests.conftest import RayCluster
 from tests.jobs.support import ROOT, run_on_cluster
@@ -87,8 +89,16 @@ class MemoryWatch(threading.Thread):
 @pytest.mark.skipif(ROWS == 0, reason="run by `make soak`")
 @pytest.mark.timeout(7200)
 def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
-    tmp_path: Path, ray_cluster: RayCluster
+    tmp_path: Path, ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    told: list[tuple[float, int, float | None]] = []
+    shown = LogDisplay.update
+
+    def update(display: LogDisplay, look: Look, pace: Pace) -> None:
+        told.append((time.monotonic(), look.counts["rows"], pace.seconds_left))
+        shown(display, look, pace)
+
+    monkeypatch.setattr(LogDisplay, "update", update)
     write_scenes(ScenesSettings(output=str(tmp_path / "in"), rows=ROWS, rows_per_shard=2000, seed=5))
     spoiled = spoil(tmp_path / "in", random.Random(5))
     total = sum(pq.read_metadata(shard).num_rows for shard in (tmp_path / "in").glob("*.parquet"))
@@ -107,14 +117,22 @@ def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
         },
     )
     watch.stopped.set()
+    ended = time.monotonic()
 
     rows = pq.read_table(tmp_path / "out", columns=["id", "error"]).to_pylist()
     assert len(rows) == len({row["id"] for row in rows}) == total
     failed = {row["id"]: row["error"].split(":")[0] for row in rows if row["error"]}
     assert failed == spoiled
     for kind, samples in watch.seen.items():
-        begun, ended = samples[0][0], samples[-1][0]
-        quarter = [int(4 * (at - begun) / max(ended - begun, 1e-9)) for at, _ in samples]
+        first, behind = samples[0][0], samples[-1][0] + INTERVAL
+        quarter = [int(4 * (at - first) / (behind - first)) for at, _ in samples]
         second, last = (max((s for (_, s), q in zip(samples, quarter, strict=True) if q == n), default=0) for n in (1, 3))
         print(f"{kind}: {second / 2**20:.0f} MiB in the second quarter, {last / 2**20:.0f} MiB in the last")
         assert last <= second * (1 + GROWTH_SHARE) + GROWTH_BYTES, kind
+    worst = 0.0
+    for at, done, left in told:
+        if done >= total / 10 and ended - at > 60:
+            assert left is not None
+            worst = max(worst, abs(left - (ended - at)) / (ended - at))
+    print(f"the time left was wrong by {worst:.0%} at most, after the first tenth")
+    assert worst <= 0.2

@@ -74,7 +74,7 @@ def test_a_process_of_its_own_ends_within_seconds(golden: Path, shards: Path, tm
         ({"model__base": ""}, "model.base: missing; set it in the file or with --set model.base=..."),
         ({"model__base": "/nowhere"}, "model.base: '/nowhere' is no existing folder or file"),
         ({"model__adapter": "/nowhere"}, "model.adapter: '/nowhere' is no existing folder or file"),
-        ({"input__path": "/nowhere/*.parquet"}, "input.path: no Parquet file or JSON Lines at '/nowhere/*.parquet'"),
+        ({"input__path": "/nowhere/*.parquet"}, "input.path: no data at '/nowhere/*.parquet'"),
         ({"input__columns__prompt": "null"}, "nothing to ask: "),
         (
             {"input__columns__prompt": "promt"},
@@ -135,7 +135,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(job: Job, shards: Path
     settings = yaml.safe_load(configuration)
     assert settings["input"]["limit"] == 3
     assert settings["model"]["top_k_experts"] == 1
-    assert "# input: 2 shards, 3 rows" in rest
+    assert "# input: 2 shards (2 of Parquet), 3 rows" in rest
     assert f"{shards}/a.parquet  2 rows" in rest
     assert f"{shards}/deeper/b.parquet  1 rows" in rest
     for line in (

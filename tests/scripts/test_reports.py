@@ -32,7 +32,7 @@ def test_the_script_answers_as_released_and_reports_readably(golden: Path, tmp_p
     # In a log: progress on standard error and nothing else there, the first answers and the summary on standard output.
     # (Ray's C++ core warns of the way in which Ray Data itself starts its actors; nothing switches that off alone.)
     lines = [line for line in done.stderr.splitlines() if "core_worker.cc" not in line]
-    assert [line for line in lines if not PROGRESS.fullmatch(line)] == []
+    assert [line for line in lines if not PROGRESS.fullmatch(line)] == ["input: 1 shards (1 of Parquet), 10 rows"]
     assert lines[-1].startswith("progress rows=10 of=10 errors=0 ")
     assert lines[-1].endswith(" prepared=0 waiting=0 running=0 uncommitted=0")
     assert "expected.parquet#0  Describe this image." in done.stdout
