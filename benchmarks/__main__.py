@@ -20,9 +20,13 @@ NAMES = (
     "grouping",
     "repetition",
     "planning",
+    "report",
     "memory",
     "conversion",
 )
+
+#: Rounds of which figures should be the medians.
+REPEATS_ASKED = 3
 
 HEADER = """# What was measured
 
@@ -42,6 +46,8 @@ def main(names: list[str]) -> None:
         print("\n".join(lines), flush=True)
         where = json.loads((RESULTS / f"{name}.json").read_text())
         measured = f"Measured {where['date']} on {where['cpus']} CPU cores ({where['machine']})."
+        if where.get("repeats", REPEATS_ASKED) < REPEATS_ASKED:
+            measured += f" Medians of {where['repeats']} round{'s' * (where['repeats'] > 1)}, not {REPEATS_ASKED}."
         question = (module.__doc__ or name).strip()
         sections[name] = "\n".join([f"## {name}", "", question, "", measured, "", *lines, ""])
     order = sorted(sections, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))

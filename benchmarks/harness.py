@@ -29,14 +29,17 @@ finally:
 """
 
 
-REPEATS = 3
+#: Rounds of which the median counts; fewer on a machine on which a round takes minutes.
+REPEATS = int(os.environ.get("BENCH_REPEATS", "3"))
 
 
-def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Seconds that `work` takes: the median of several rounds, after one that warms up."""
-    work()
+def median_seconds(
+    work: Callable[[], object], repeats: int | None = None, warm_up: Callable[[], object] | None = None
+) -> float:
+    """Seconds that `work` takes: the median of several rounds (`REPEATS`), after one that warms up, or `warm_up`."""
+    (warm_up or work)()
     taken = []
-    for _ in range(repeats):
+    for _ in range(repeats or REPEATS):
         started = time.perf_counter()
         work()
         taken.append(time.perf_counter() - started)
@@ -61,6 +64,7 @@ def peak_memory(command: Sequence[str]) -> int:
 def save(name: str, figures: dict[str, Any]) -> None:
     """Keep a benchmark's figures, with where and when they were measured."""
     where = {"date": datetime.now(UTC).date().isoformat(), "cpus": os.cpu_count(), "machine": platform.machine()}
+    where["repeats"] = REPEATS
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**where, **figures}, indent=2) + "\n")
 

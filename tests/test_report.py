@@ -109,13 +109,13 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
         start = datetime(2027, 1, 15, 8, tzinfo=UTC)
         for number, event in enumerate(journal._events):
             event["time"] = (start + timedelta(hours=number)).isoformat()
+    write_report(folder)
     return folder
 
 
 @pytest.fixture
 def page(output: OutputFolder, browser: Any, tmp_path: Path) -> Any:  # noqa: F811
     """The report, opened."""
-    write_report(output)
     context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
     opened = context.new_page()
     problems: list[str] = []

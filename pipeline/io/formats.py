@@ -106,12 +106,16 @@ class _Parquet:
             for batch in self._parquet.iter_batches(rows, row_groups=chosen, columns=present):
                 yield batch
                 given += len(batch)
+        except pa.ArrowMemoryError:
+            raise
         except (pa.ArrowException, OSError):
             # A batch may hold rows of several groups; which of them is at fault shows when each is read alone.
             for group in chosen:
                 count = self._parquet.metadata.row_group(group).num_rows
-                yield from self._group(group, rows, present, min(given, count))
-                given = max(0, given - count)
+                skip = min(given, count)
+                given -= skip
+                if skip < count:
+                    yield from self._group(group, rows, present, skip)
 
     def _group(self, group: int, rows: int, present: list[str], skip: int) -> Iterator[pa.RecordBatch]:
         """Batches of one row group, without its first rows."""
@@ -122,6 +126,8 @@ class _Parquet:
                 at += len(batch)
                 if len(left):
                     yield left
+        except pa.ArrowMemoryError:
+            raise
         except (pa.ArrowException, OSError) as error:
             self._fetch(group)
             says = str(RowError("row_malformed", f"row group {group} is damaged ({cause_of(error)})"))

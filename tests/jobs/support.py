@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import subprocess
@@ -13,9 +14,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from pipeline.actors.prepare import Preparer
+from pipeline.actors.replica import load_engine
 from pipeline.config import JobSettings, load_settings
+from pipeline.engine import Request
+from pipeline.io.plan import plan_input
+from pipeline.io.read import PlannedShards, read_piece
+from pipeline.io.rowset import RowSet
+from pipeline.io.write import RESERVED_COLUMNS
 from pipeline.job import Task, check_job, run_job
+from pipeline.rows import prepared_rows
 from pipeline.summary import Summary
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +80,34 @@ def sets(assignments: dict[str, Any]) -> list[str]:
 def run_on_cluster(task: Task, assignments: dict[str, Any]) -> Summary:
     """Check and run a job on the Ray connection of this process."""
     return run_job(check_job(task, load_settings(JobSettings, None, [f"{k}={v}" for k, v in assignments.items()])))
+
+
+def answered_here(task: Task, assignments: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a job's rows are answered, by id, without Ray and without an output: a job's start takes long."""
+    settings = load_settings(JobSettings, None, [f"{k}={v}" for k, v in assignments.items()])
+    plan = plan_input(settings.input, RESERVED_COLUMNS)
+    preparer = Preparer(settings, plan.columns, task == "caption", image_root=plan.image_root)
+    source = PlannedShards(plan, {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}, 32)
+    read = (table for piece in source.pieces for table in read_piece(piece, plan, 32))
+    rows = [row for table in read for prepared in preparer(table) for row in prepared_rows(prepared)]
+    engine, sampling = load_engine(settings, torch.device("cpu"))
+    with contextlib.closing(engine):
+        requests = [Request(row.input_ids, row.span, row.images, sampling) for row in rows if row.error is None]
+        answers = iter(engine.generate(requests))
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        answer = None if row.error is not None else next(answers)
+        found[row.id] = {
+            "prompt": row.prompt,
+            "text": answer and answer.text,
+            "status": "ok" if answer else "error",
+            "error": row.error,
+            "finish_reason": answer and answer.finish_reason,
+            "prompt_tokens": answer and answer.prompt_tokens,
+            "visual_tokens": answer and answer.visual_tokens,
+            "new_tokens": answer and len(answer.token_ids),
+        }
+    return found
 
 
 def released_model(golden: Path) -> dict[str, Any]:
