@@ -189,7 +189,6 @@ def test_what_rows_say_stays_text(page: Any) -> None:
 
 
 def test_it_is_readable_on_a_phone_and_in_the_dark(output: OutputFolder, browser: Any) -> None:  # noqa: F811
-    write_report(output)
     context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark", offline=True)
     opened = context.new_page()
     opened.goto(f"file://{output.url.removeprefix('file://')}/{REPORT}")
