@@ -65,7 +65,10 @@ def spoil(folder: Path, draw: random.Random) -> dict[str, str]:
 
 
 class MemoryWatch(threading.Thread):
-    """Notes the resident memory of Ray's processes by kind, now and then."""
+    """Notes now and then how much memory of their own (what they share, the object store, aside) Ray's processes have.
+
+    Of each kind it is the largest process.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -75,13 +78,13 @@ class MemoryWatch(threading.Thread):
     def run(self) -> None:
         while not self.stopped.wait(INTERVAL):
             sizes: Counter[str] = Counter()
-            for process in psutil.process_iter(["cmdline", "memory_info"]):
+            for process in psutil.process_iter(["cmdline"]):
                 title = " ".join(process.info["cmdline"] or [])
                 for kind in ("Replica", "Preparer", "Committer", "Monitor"):
                     if title.startswith("ray::") and kind in title:
-                        with suppress(psutil.NoSuchProcess):
-                            sizes[kind] = max(sizes[kind], process.info["memory_info"].rss)
-            sizes["driver"] = psutil.Process().memory_info().rss
+                        with suppress(psutil.Error):
+                            sizes[kind] = max(sizes[kind], process.memory_full_info().uss)
+            sizes["driver"] = psutil.Process().memory_full_info().uss
             for kind, size in sizes.items():
                 self.seen[kind].append((time.monotonic(), size))
 
@@ -125,12 +128,15 @@ def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
     assert len(rows) == len({row["id"] for row in rows}) == total
     failed = {row["id"]: row["error"].split(":")[0] for row in rows if row["error"]}
     assert failed == spoiled
+    grown = {}
     for kind, samples in watch.seen.items():
         first, behind = samples[0][0], samples[-1][0] + INTERVAL
         quarter = [int(4 * (at - first) / (behind - first)) for at, _ in samples]
         second, last = (max((s for (_, s), q in zip(samples, quarter, strict=True) if q == n), default=0) for n in (1, 3))
         print(f"{kind}: {second / 2**20:.0f} MiB in the second quarter, {last / 2**20:.0f} MiB in the last")
-        assert last <= second * (1 + GROWTH_SHARE) + GROWTH_BYTES, kind
+        print("   ", *(round(size / 2**20) for _, size in samples[:: max(1, len(samples) // 40)]))
+        if last > second * (1 + GROWTH_SHARE) + GROWTH_BYTES:
+            grown[kind] = (second, last)
     worst = 0.0
     for at, done, left in told:
         if done >= total / 10 and ended - at > 60:
@@ -138,3 +144,4 @@ def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
             worst = max(worst, abs(left - (ended - at)) / (ended - at))
     print(f"the time left was wrong by {worst:.0%} at most, after the first tenth")
     assert worst <= 0.2
+    assert not grown
