@@ -19,6 +19,7 @@ NAMES = (
     "strategies",
     "grouping",
     "repetition",
+    "languages",
     "planning",
     "report",
     "memory",

@@ -13,7 +13,15 @@ from typing import Any, Literal, get_args
 import jsonschema
 import regex
 
-from pipeline.languages import asked_script, count_words, script_of, share_in, words_by_script
+from pipeline.languages import (
+    asked_language,
+    count_words,
+    language_of,
+    main_script,
+    script_of,
+    share_in,
+    words_by_script,
+)
 
 #: Every flag an answer can carry, the gravest first: of two tries, the one without the graver flag is the better.
 Flag = Literal["empty", "invalid", "repetition", "refusal", "language", "truncated", "too_short"]
@@ -21,6 +29,8 @@ GRAVEST_FIRST: tuple[Flag, ...] = get_args(Flag)
 
 #: An answer of fewer words is no sign of a language: it may be read off a sign in the picture.
 LANGUAGE_WORDS = 5
+#: Of one of fewer words only the script is looked at: too little for telling languages of one script apart.
+GUESSED_WORDS = 12
 #: An answer whose words are to a smaller share in the script asked for is in another language.
 LANGUAGE_SHARE = 0.2
 #: Longest time that an answer may take a job's own expression: some take for ever on the wrong text.
@@ -116,8 +126,14 @@ class Flagger:
         words = words_by_script(text)
         if words.total() < LANGUAGE_WORDS:
             return False
-        script = asked_script(prompt) if self._rules.language == "auto" else script_of(self._rules.language)
-        return script is not None and share_in(script, words) < LANGUAGE_SHARE
+        wanted = asked_language(prompt) if self._rules.language == "auto" else self._rules.language
+        script = main_script(prompt) if wanted is None else script_of(wanted)
+        if script is not None and share_in(script, words) < LANGUAGE_SHARE:
+            return True
+        if words.total() < GUESSED_WORDS:
+            return False
+        wanted, found = wanted or language_of(prompt), language_of(text)
+        return wanted is not None and found is not None and found != wanted
 
 
 def doubt(flags: Iterable[str]) -> tuple[int, ...]:

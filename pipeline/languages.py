@@ -1,9 +1,10 @@
-"""Which language a text should be in, and whether it is, as far as its script tells."""
+"""Which language a text should be in, and which it is in: by its script, and where it is long enough by its words."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import regex
 
@@ -27,6 +28,16 @@ _SCRIPTS: dict[str, str] = {
     "thai": "Thai",
     "ukrainian": "Cyrillic",
 }
+
+#: What py3langid calls them.
+_CODES: dict[str, Language] = {
+    "ar": "arabic", "zh": "chinese", "nl": "dutch", "en": "english", "fr": "french", "de": "german", "el": "greek",
+    "he": "hebrew", "hi": "hindi", "id": "indonesian", "it": "italian", "ja": "japanese", "ko": "korean", "pl": "polish",
+    "pt": "portuguese", "ru": "russian", "es": "spanish", "sv": "swedish", "th": "thai", "tr": "turkish",
+    "uk": "ukrainian", "vi": "vietnamese",
+}  # fmt: skip
+#: How probable a language must be to be believed; `python -m benchmarks languages` shows what other values do.
+SURE = 0.9
 
 #: Their names in Chinese prompts.
 _CHINESE_NAMES: dict[str, Language] = {
@@ -60,12 +71,17 @@ def count_words(text: str) -> int:
     return words_by_script(text).total() + sum(1 for _ in _NUMBERS.finditer(text))
 
 
-def asked_script(prompt: str) -> str | None:
-    """The script that a prompt wants its answer in: of the language it asks for, else its own; None if it has none."""
+def asked_language(prompt: str) -> Language | None:
+    """The language that a prompt asks for by name ("in French", "用英文"); None if it names none."""
     found = _ASKED.search(prompt)
-    if found:
-        return script_of(_CHINESE_NAMES.get(found["chinese_name"] or "") or found["name"].lower())
-    scripts = words_by_script(prompt)
+    if not found:
+        return None
+    return _CHINESE_NAMES.get(found["chinese_name"] or "") or found["name"].lower()
+
+
+def main_script(text: str) -> str | None:
+    """The script of most words of a text; None if it has none."""
+    scripts = words_by_script(text)
     if scripts["Kana"]:
         return "Kana"
     return max(scripts, key=scripts.__getitem__) if scripts else None
@@ -74,6 +90,28 @@ def asked_script(prompt: str) -> str | None:
 def script_of(language: str) -> str:
     """The script a language is written in."""
     return _SCRIPTS.get(language, "Latin")
+
+
+@functools.cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier.set_languages(_CODES)
+    return identifier
+
+
+@functools.lru_cache(1024)  # prompts come again and again
+def guessed(text: str) -> tuple[Language, float]:
+    """The most probable language of a text, and its probability."""
+    code, probability = _identifier().classify(text)
+    return _CODES[code], float(probability)
+
+
+def language_of(text: str) -> Language | None:
+    """The language of a text; None where that cannot be told for `SURE`."""
+    language, probability = guessed(text)
+    return language if probability >= SURE else None
 
 
 def share_in(script: str, words: Counter[str]) -> float:

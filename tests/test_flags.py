@@ -75,6 +75,31 @@ def test_answers_in_other_letters_than_asked_for_are_flagged(text: str, prompt: 
     assert flags(text, prompt) == ["language"]
 
 
+FRENCH = "Deux chiens courent à travers un grand champ vert, derrière une vieille grange rouge, sous un ciel bleu."
+ENGLISH = 'Two dogs run across a wide green field behind an old red barn whose sign says "Bienvenue à la ferme".'
+RUSSIAN = "Две собаки бегут по широкому зелёному полю за старым красным сараем под ясным голубым небом у реки."
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "language", "foreign"),
+    [
+        (FRENCH, "Describe this image in detail, please.", "auto", True),
+        (ENGLISH, "Describe this image in detail, please.", "auto", False),
+        (FRENCH, "Describe the picture in French.", "auto", False),
+        (ENGLISH, "Describe the picture in French.", "auto", True),
+        (FRENCH, "描述", "english", True),
+        (FRENCH, "Image?", "auto", False),  # who could say which language this is?
+        ("Deux chiens dans un champ.", ASK, "auto", False),  # too short to be told by its words
+        (RUSSIAN, "Опиши картинку", "ukrainian", True),
+        (RUSSIAN, "Опиши картинку", "russian", False),
+    ],
+)
+def test_longer_answers_in_another_language_of_the_same_script_are_flagged(
+    text: str, prompt: str, language: Any, foreign: bool
+) -> None:
+    assert flags(text, prompt, language=language) == ["language"] * foreign
+
+
 def test_the_language_may_be_set_or_left_free() -> None:
     assert flags("Two dogs run across a field.", language="chinese") == ["language"]
     assert flags("两只狗在草地上奔跑。", language="any") == []
