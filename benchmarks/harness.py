@@ -61,6 +61,19 @@ def peak_memory(command: Sequence[str]) -> int:
     return int(found[-1]) * 1024
 
 
+def own_memory(pid: int) -> int:
+    """Bytes of memory that a process has for itself: what it allocated, without files and shared memory.
+
+    Not psutil's `uss`: pages of Ray's object store count there as the own of a process that alone has touched them.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0  # of one that has just ended there is nothing
+
+
 def save(name: str, figures: dict[str, Any]) -> None:
     """Keep a benchmark's figures, with where and when they were measured."""
     where = {"date": datetime.now(UTC).date().isoformat(), "cpus": os.cpu_count(), "machine": platform.machine()}

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.harness import ROOT, mebibytes, save
+from benchmarks.harness import ROOT, mebibytes, own_memory, save
 from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
 
 ROWS = (200, 2_500, 5_000)
@@ -60,9 +60,9 @@ def measure(rows: int, folder: Path, base: Path, adapter: Path) -> dict[str, flo
         time.sleep(0.5)
         try:
             # Memory of a process's own: the object store is shared, and counted once, below.
-            own = driver.memory_full_info().uss
-            workers = [p.memory_full_info().uss for p in driver.children(recursive=True) if p.name().startswith("ray::")]
-        except psutil.Error:
+            own = own_memory(driver.pid)
+            workers = [own_memory(p.pid) for p in driver.children(recursive=True) if p.name().startswith("ray::")]
+        except (psutil.Error, OSError):
             continue
         peaks["driver"] = max(peaks["driver"], own)
         peaks["workers"] = max(peaks["workers"], sum(workers))

@@ -23,6 +23,8 @@ import pipeline.compat  # noqa: F401 - before transformers imports torchvision
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray's workers give way to every other process (15 of 19); beside another test process they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Ray's token authentication, for the head node and all who talk to it; read once, when ray is imported.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.harness import own_memory
 from pipeline.actors.looks import Look
 from pipeline.progress import LogDisplay, Pace
 from pipeline.scenes.dataset import ScenesSettings, write_scenes
-from tests.conftest import RayCluster
 from tests.jobs.support import ROOT, run_on_cluster
 
 ROWS = int(os.environ.get("SOAK_ROWS", "0"))
@@ -82,9 +82,9 @@ class MemoryWatch(threading.Thread):
                 title = " ".join(process.info["cmdline"] or [])
                 for kind in ("Replica", "Preparer", "Committer", "Monitor"):
                     if title.startswith("ray::") and kind in title:
-                        with suppress(psutil.Error):
-                            sizes[kind] = max(sizes[kind], process.memory_full_info().uss)
-            sizes["driver"] = psutil.Process().memory_full_info().uss
+                        with suppress(OSError):
+                            sizes[kind] = max(sizes[kind], own_memory(process.pid))
+            sizes["driver"] = own_memory(os.getpid())
             for kind, size in sizes.items():
                 self.seen[kind].append((time.monotonic(), size))
 
@@ -92,7 +92,7 @@ class MemoryWatch(threading.Thread):
 @pytest.mark.skipif(ROWS == 0, reason="run by `make soak`")
 @pytest.mark.timeout(7200)
 def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
-    tmp_path: Path, ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[float, int, float | None]] = []
     shown = LogDisplay.update
@@ -119,6 +119,9 @@ def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
             "output.path": tmp_path / "out",
             "generation.max_new_tokens": 64,
             "evaluate.truth": "answer",
+            # Small enough to be full before anybody looks.
+            "engine.vision_cache_bytes": 8 << 20,
+            "engine.answer_cache": 256,
         },
     )
     watch.stopped.set()
