@@ -62,6 +62,11 @@ BLOCK_BYTES = 16 << 20
 #: default ends the job at the first. What dies more often dies of itself.
 INIT_DEATHS = 10
 
+#: Ray Data holds a stage back for the next one only when half of the object store is full. Rows prepared hours ahead fill
+#: disks, are lost with a node and make the pace at first another than later, so it does so always: prepared and waiting are
+#: twice what is under way.
+HOLD_BACK = "RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD"
+
 #: From this many ids on, reading them takes long enough to say so.
 MANY_IDS = 1_000_000
 
@@ -394,6 +399,7 @@ def _run_stages(
     at: str,
     journal: Journal,
 ) -> tuple[Counter[str], Counter[str]]:
+    os.environ.setdefault(HOLD_BACK, "0")  # read by Ray Data when it is imported
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 

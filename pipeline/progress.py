@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -26,6 +26,12 @@ from pipeline.summary import duration
 LOOK_INTERVAL = 0.5
 LOG_INTERVAL = 10.0
 
+#: Over fewer seconds than these nothing is told of the pace: answers come in batches.
+PACE_SECONDS = 10.0
+
+#: How finely the time since the first answers is divided to tell the pace of its later half.
+PACE_NOTES = 100
+
 #: Seconds to wait for the totals before showing the last ones again.
 ANSWER_TIMEOUT = 5.0
 
@@ -33,7 +39,8 @@ ANSWER_TIMEOUT = 5.0
 class Pace:
     """How fast rows are answered, and how long the rest will take.
 
-    Counted from the first answers: loading the model is no sign of the pace.
+    Counted over the later half of the time since the first answers (`PACE_SECONDS` at least): loading the model is no sign
+    of the pace, and a machine that fills its queues first, or is throttled, keeps another pace later.
 
     Args:
         rows: rows that the job will answer.
@@ -41,26 +48,36 @@ class Pace:
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
-        self._first: tuple[float, Counter[str]] | None = None
+        self._begun: float | None = None
+        self._noted: deque[tuple[float, Counter[str]]] = deque()  # the later half, and one before it
         self._now = (0.0, Counter[str]())
 
     def note(self, now: float, counts: Counter[str]) -> None:
         """Note the totals at a time in seconds."""
         self._now = (now, counts)
-        if self._first is None and counts["rows"]:
-            self._first = (now, Counter(counts))
+        if self._begun is None:
+            if not counts["rows"]:
+                return
+            self._begun = now
+        elapsed = now - self._begun
+        if not self._noted or now - self._noted[-1][0] >= elapsed / PACE_NOTES:
+            self._noted.append((now, Counter(counts)))
+        while len(self._noted) > 1 and self._noted[1][0] <= now - max(elapsed / 2, PACE_SECONDS):
+            self._noted.popleft()
 
     def rate(self, what: str) -> float | None:
         """How many a second; None until that can be told."""
-        if self._first is None or self._now[0] - self._first[0] < 1:
+        if not self._noted or self._now[0] - self._noted[0][0] < 1:
             return None
-        return (self._now[1][what] - self._first[1][what]) / (self._now[0] - self._first[0]) or None
+        (then, before), (now, counts) = self._noted[0], self._now
+        return (counts[what] - before[what]) / (now - then) or None
 
     @property
     def seconds_left(self) -> float | None:
         """Until the last row; None until that can be told."""
+        left = max(0, self._rows - self._now[1]["rows"])
         rate = self.rate("rows")
-        return None if rate is None else max(0, self._rows - self._now[1]["rows"]) / rate
+        return left / rate if left and rate else None if left else 0.0
 
 
 class Display(Protocol):

@@ -141,6 +141,17 @@ def test_the_time_left_is_right_within_a_fifth_after_a_tenth_of_the_job(factors:
                 assert pace.seconds_left == pytest.approx(left, rel=0.2)
 
 
+def test_a_pace_that_changes_is_forgotten_once_as_long_has_passed_again() -> None:
+    """Ten rows a second for a minute, then four."""
+    pace = Pace(6000)
+    for second in range(240):
+        pace.note(float(second), Counter(rows=1 + 10 * min(second, 60) + 4 * max(0, second - 60)))
+        if second == 60:
+            assert pace.rate("rows") == pytest.approx(10)
+        if second >= 120:
+            assert pace.rate("rows") == pytest.approx(4)
+
+
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 4096)
