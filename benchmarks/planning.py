@@ -55,7 +55,7 @@ def generate(folder: Path, shards: int) -> None:
             done = np.flatnonzero(rng.random(blocks) < DONE) * 32
             rows[f"file://{name}"] = RowSet.of_intervals([(int(b), min(int(b) + 32, ROWS_PER_SHARD)) for b in done])
         log.commit(empty, rows, None)
-        if first // per_file % UNINDEXED == 0:
+        if first // per_file % UNINDEXED == 0 and log._unindexed:
             log._unindexed.popitem()
     log.index()
 

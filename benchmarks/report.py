@@ -81,6 +81,7 @@ def generate(folder: OutputFolder) -> None:
                 place = {SHARD: "in", ROW: number, "sample": why, "pictures": [photograph(rng)]}
                 rows.append({**row(rng, number), **place})
             OutputLog(folder, f"samples-{number:06d}").keep_samples(pa.Table.from_pylist(rows, kept))
+    folder.write("_run/lock.json", b'{"run": "mine"}')
     with Journal(folder, "mine") as journal:
         journal.event("run_started")
         for step in range(720):
