@@ -140,7 +140,7 @@ def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device, se
             wide = 2.0 if name == "gates.weight" else 1.0
             tensor.normal_(0, wide / size[-1] ** 0.5, generator=generator)
         tensors[name] = tensor
-    return assemble(shape, tensors, pixel_table(IMAGE_MEAN, IMAGE_STD, 1 / 255).to(device))
+    return assemble(shape, tensors, pixel_table(IMAGE_MEAN, IMAGE_STD, 1 / 255).to(device), prepack=True)
 
 
 def random_requests(

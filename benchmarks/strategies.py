@@ -41,7 +41,8 @@ def main() -> list[str]:
 
     def mixture(out: int, into: int) -> Mixture:
         stacked = torch.randn((experts + 1) * rank + out, into, device=device, dtype=dtype) * 0.02
-        return Mixture(stacked, torch.randn(out, (experts + 1) * rank, device=device, dtype=dtype) * 0.02, rank)
+        b = torch.randn(out, (experts + 1) * rank, device=device, dtype=dtype) * 0.02
+        return Mixture.of(stacked, b, rank, prepack=True)
 
     width, wide = base.hidden, base.mlp_width
     layer = [mixture(width, width), mixture(wide, width), mixture(wide, width), mixture(width, wide)]
@@ -81,8 +82,8 @@ def main() -> list[str]:
 def _median(layer: list[Mixture], gate: GateFactors | None, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of the four projections; without a gate, of their W alone."""
     if gate is None:
-        layer = [Mixture(m.stacked[m.b.shape[1] :], None, 0) for m in layer if m.b is not None]
-    inputs = [torch.randn(tokens, m.stacked.shape[1], device=device, dtype=dtype) for m in layer]
+        layer = [Mixture.of(m.weight, None, 0, prepack=True) for m in layer]
+    inputs = [torch.randn(tokens, m.dense.shape[1], device=device, dtype=dtype) for m in layer]
     taken = []
     for _ in range(REPEATS + 3):
         if device.type == "cuda":

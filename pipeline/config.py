@@ -40,6 +40,9 @@ class ModelSettings(Settings):
     adapter: str | None = Field(None, description="Awaker adapter: the same, or a pytorch_model.bin; null: plain Qwen2-VL")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="dtype of weights and arithmetic")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where the cluster has GPUs")
+    prepack: bool = Field(
+        True, description="on a CPU: lay large weights out for its products: faster, but replicas share no mapped file"
+    )
     decode_route: Literal["released", "prefill"] = Field(
         "released", description="released: decode routes by the prompt's words alone; prefill: keep the prefill's route"
     )

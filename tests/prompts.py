@@ -77,8 +77,8 @@ def engine_for(base: Path, adapter: Path | None, **options: Any) -> tuple[Any, P
     from pipeline.model.awaker import load_model
     from pipeline.model.checkpoint import open_checkpoint
 
-    top_k, dtype = options.pop("top_k", 1), options.pop("dtype", torch.float32)
+    top_k, dtype, prepack = options.pop("top_k", 1), options.pop("dtype", torch.float32), options.pop("prepack", True)
     checkpoint = open_checkpoint(str(base), None if adapter is None else str(adapter), top_k=top_k)
     processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    model = load_model(checkpoint, processor.image_processor, dtype, torch.device("cpu"))
+    model = load_model(checkpoint, processor.image_processor, dtype, torch.device("cpu"), prepack=prepack)
     return Engine(model, processor.tokenizer, processor.special.image_pad, EngineOptions(**options)), processor

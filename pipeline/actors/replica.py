@@ -67,7 +67,8 @@ def load_engine(settings: JobSettings, device: torch.device, threads: int | None
     if device.type == "cpu" and threads is not None:
         torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else threads)
     processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    model = load_model(checkpoint, processor.image_processor, DTYPES[model_settings.dtype], device)
+    dtype = DTYPES[model_settings.dtype]
+    model = load_model(checkpoint, processor.image_processor, dtype, device, prepack=model_settings.prepack)
     has_config = (checkpoint.folder / "generation_config.json").is_file()
     config = GenerationConfig.from_pretrained(checkpoint.folder) if has_config else GenerationConfig()
     sampling = Sampling.from_generation_config(config, **generation.model_dump(include=SAMPLING_KEYS))

@@ -60,9 +60,7 @@ class FoldedExperts:
     def _fold(self, encoded: Encoded) -> None:
         if not self._folded:
             names = ("o", "gate", "up", "down")
-            self._folded = [{n: torch.empty_like(_dense(getattr(layer, n))) for n in names} for layer in self._layers]
-            layers = zip(self._layers, self._folded, strict=True)
-            self.decoder = replace(self.decoder, layers=tuple(_with(layer, weights) for layer, weights in layers))
+            self._folded = [{n: torch.empty_like(getattr(layer, n).weight) for n in names} for layer in self._layers]
         assert encoded.factors is not None
         assert encoded.gates is not None
         for index, (layer, weights) in enumerate(zip(self._layers, self._folded, strict=True)):
@@ -70,24 +68,22 @@ class FoldedExperts:
                 gate = 2 * index + (name != "o")
                 experts = [*encoded.gates[1, gate].nonzero()[0].tolist(), encoded.gates.shape[-1]]
                 _fold_mixture(getattr(layer, name), encoded.factors[1, gate], experts, into)
+        layers = zip(self._layers, self._folded, strict=True)
+        self.decoder = replace(self.decoder, layers=tuple(_with(layer, weights) for layer, weights in layers))
 
 
 def _with(layer: DecoderLayer, weights: dict[str, Tensor]) -> DecoderLayer:
-    return replace(layer, **{name: Mixture(weight, None, 0) for name, weight in weights.items()})
-
-
-def _dense(mixture: Mixture) -> Tensor:
-    """W, of [out, in]."""
-    assert mixture.b is not None
-    return mixture.stacked[mixture.b.shape[1] :]
+    # Where the experts are packed, so is what they are folded into; elsewhere it stays the tensor it is.
+    mixtures = {n: Mixture.of(weight, None, 0, prepack=getattr(layer, n).dense.is_mkldnn) for n, weight in weights.items()}
+    return replace(layer, **mixtures)
 
 
 def _fold_mixture(mixture: Mixture, factors: Tensor, experts: Sequence[int], into: Tensor) -> None:
     """Write W + sum over `experts` of factor * B A into `into`: in float32, rounded once."""
     assert mixture.b is not None
     rank = mixture.rank
-    total = _dense(mixture).float()
+    total = mixture.weight.float()
     for expert in experts:
         own = slice(expert * rank, (expert + 1) * rank)
-        total = torch.addmm(total, mixture.b[:, own].float() * factors[expert].float(), mixture.stacked[own].float())
+        total = torch.addmm(total, mixture.b[:, own].float() * factors[expert].float(), mixture.a(expert).float())
     into.copy_(total)

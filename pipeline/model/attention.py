@@ -74,6 +74,36 @@ class Sequences:
         return cls(tuple(queries), tuple(starts), tuple(rows), on_device)
 
 
+#: Requests whose keys are gathered into one table fill this share of it at least; and how many rows such a table has.
+LEAST_FILLED = 0.75
+GATHERED_ROWS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Decoding requests whose keys and values are gathered into one table, for one product over all of them on a CPU.
+
+    Attributes:
+        requests: [B] int64, which of the step's decoding requests they are.
+        rows: [B * L] int64, rows of the cache, L for each request. Behind its last one stands that row again: what a row
+            that was never written holds must not reach a product, not even times zero.
+        mask: [B, 1, 1, L] bool, which of them count; None: all.
+    """
+
+    requests: Tensor
+    rows: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, requests: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Gathered:
+        """Those of requests [B] with extents that start at and have filled so many rows [B]."""
+        steps = np.arange(lengths.max())
+        rows = starts[:, None] + np.minimum(steps, lengths[:, None] - 1)
+        counts = steps < lengths[:, None]
+        mask = None if counts.all() else torch.from_numpy(counts)[:, None, None]
+        return cls(torch.from_numpy(requests), torch.from_numpy(rows.ravel()), mask)
+
+
 @dataclass(frozen=True)
 class StepLayout:
     """Which request a step's tokens belong to: first the parts of prompts, then one new token for each decoding request.
@@ -93,9 +123,18 @@ class StepLayout:
     lengths: Tensor
 
     @cached_property
-    def extents(self) -> list[slice]:
-        """The filled rows of each decoding request; reading them from a device would wait for it."""
-        return [slice(s, s + n) for s, n in zip(self.starts.tolist(), self.lengths.tolist(), strict=True)]
+    def gathered(self) -> list[Gathered]:
+        """The decoding requests in groups of similar length; to read their lengths from a device would wait for it."""
+        starts, lengths = self.starts.numpy(), self.lengths.numpy()
+        order = np.argsort(-lengths, kind="stable")
+        groups, first = [], 0
+        while first < len(order):
+            longest = lengths[order[first]]
+            alike = int((lengths[order[first:]] >= longest * LEAST_FILLED).sum())
+            own = np.sort(order[first : first + min(alike, max(1, GATHERED_ROWS // int(longest)))])
+            groups.append(Gathered.of(own, starts[own], lengths[own]))
+            first += len(own)
+        return groups
 
 
 def attend(layout: StepLayout, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -190,9 +229,11 @@ def attend_decode(q: Tensor, keys: Tensor, values: Tensor, layout: StepLayout) -
 
         return decode_attention(q, keys, values, layout.starts, layout.lengths)
     # The queries that share a key/value head stand in the place of query positions: no key is copied.
-    grouped = q.unflatten(1, (keys.shape[1], -1)).unsqueeze(1)  # [requests, 1, kv_heads, group, head_dim]
-    attended = []
-    for query, own in zip(grouped, layout.extents, strict=True):
-        key, value = keys[own].transpose(0, 1).unsqueeze(0), values[own].transpose(0, 1).unsqueeze(0)
-        attended.append(scaled_dot_product_attention(query, key, value))
-    return torch.cat(attended).flatten(1)
+    grouped = q.unflatten(1, (keys.shape[1], -1))  # [requests, kv_heads, group, head_dim]
+    out = torch.empty_like(grouped)
+    for group in layout.gathered:
+        count = len(group.requests)
+        key, value = (t.index_select(0, group.rows).unflatten(0, (count, -1)).transpose(1, 2) for t in (keys, values))
+        attended = scaled_dot_product_attention(grouped[group.requests], key, value, attn_mask=group.mask)
+        out.index_copy_(0, group.requests, attended)
+    return out.flatten(1)

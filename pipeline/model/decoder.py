@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.model.attention import StepLayout, attend
 from pipeline.model.experts import GateFactors, Mixture, mixture_linear
-from pipeline.model.ops import add_rms_norm, rotate_, silu_multiply
+from pipeline.model.ops import add_rms_norm, linear, rotate_, silu_multiply
 from pipeline.model.shape import ModelShape
 
 
@@ -88,17 +87,21 @@ class Decoder:
         rotated = shape.heads + shape.kv_heads
         cos, sin = rotary(positions, shape, embeddings.dtype)
         x, delta = embeddings, None
+        last = len(self.layers) - 1 if layout.chunks is not None else None
         for index, (layer, gate) in enumerate(zip(self.layers, gates, strict=True)):
             x, normed = add_rms_norm(x, delta, layer.input_norm, shape.rms_eps)
-            qkv = F.linear(normed, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, shape.head_dim))
+            qkv = linear(normed, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, shape.head_dim))
             q, k = rotate_(qkv[:, :rotated], cos, sin).split([shape.heads, shape.kv_heads], dim=1)
             attended = attend(layout, index, q, k, qkv[:, rotated:])
+            if index == last:
+                # Behind the last attention only what is answered matters: of a prompt, its last token.
+                x, attended = x.index_select(0, answered), attended.index_select(0, answered)
+                gate = LayerGates(*(None if own is None else own.of_few(answered) for own in (gate.o, gate.mlp)))
             x, normed = add_rms_norm(x, mixture_linear(attended, layer.o, gate.o), layer.post_norm, shape.rms_eps)
             hidden = silu_multiply(mixture_linear(normed, layer.gate, gate.mlp), mixture_linear(normed, layer.up, gate.mlp))
             delta = mixture_linear(hidden, layer.down, gate.mlp)
-        # Only what is answered goes on to the vocabulary.
-        x = x.index_select(0, answered)
-        if delta is not None:
-            delta = delta.index_select(0, answered)
+        if last is None:
+            x = x.index_select(0, answered)
+            delta = None if delta is None else delta.index_select(0, answered)
         _, normed = add_rms_norm(x, delta, self.final_norm, shape.rms_eps)
-        return F.linear(normed, self.lm_head).float()
+        return linear(normed, self.lm_head).float()

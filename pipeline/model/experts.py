@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+
+from pipeline.model.ops import linear, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,49 @@ class Mixture:
     """Weights of one projection with its experts.
 
     Attributes:
-        stacked: [(E + 1) * rank + out, in]: the experts' A, the global expert's A, then W. Products over a range of its
-            rows are products with several of them at once. Without an adapter it is W.
+        low: [E * rank, in], the experts' A; no rows without an adapter.
+        dense: [rank + out, in], the global expert's A, then W: one product for both. Without an adapter it is W.
+        whole: [(E + 1) * rank + out, in], both; None where `dense` is packed (see `pipeline.model.ops.pack`).
         b: [out, (E + 1) * rank], the experts' B side by side, the global one last; None without an adapter.
+        pairs: for each expert [out, 2 * rank], the global expert's B and its own; empty where `dense` is not packed.
         rank: r; 0 without an adapter.
     """
 
-    stacked: Tensor
+    low: Tensor
+    dense: Tensor
+    whole: Tensor | None
     b: Tensor | None
+    pairs: tuple[Tensor, ...]
     rank: int
+
+    @classmethod
+    def of(cls, stacked: Tensor, b: Tensor | None, rank: int, *, prepack: bool) -> Mixture:
+        """A projection of its serving tensors.
+
+        Args:
+            stacked: [(E + 1) * rank + out, in], the experts' A, the global expert's A, then W; W without an adapter.
+            b: as the attribute.
+            rank: as the attribute.
+            prepack: lay the weights out for this processor, in memory of their own.
+        """
+        below = 0 if b is None else b.shape[1] - rank
+        low, dense = stacked[:below], stacked[below:]
+        packed = pack(dense) if prepack else dense
+        if not packed.is_mkldnn:
+            return cls(low, dense, stacked, b, (), rank)
+        pairs = () if b is None else tuple(torch.cat([b[:, below:], own], 1) for own in b[:, :below].split(rank, 1))
+        return cls(low.clone(), packed, None, b, pairs, rank)
+
+    @property
+    def weight(self) -> Tensor:
+        """W, of [out, in]: a view, or where it is packed a copy."""
+        return unpack(self.dense)[self.rank :]
+
+    def a(self, expert: int) -> Tensor:
+        """A of an expert, [rank, in]; the global one is number E."""
+        if expert * self.rank == len(self.low):
+            return unpack(self.dense)[: self.rank]
+        return self.low[expert * self.rank : (expert + 1) * self.rank]
 
 
 @dataclass(frozen=True)
@@ -55,6 +90,10 @@ class GateFactors:
     dense: tuple[int, ...]
     sparse: tuple[tuple[int, Tensor], ...] = ()
 
+    def of_few(self, tokens: Tensor) -> GateFactors:
+        """The factors of a few tokens, int64 indices: every expert is computed for each of them."""
+        return GateFactors(self.factors.index_select(0, tokens), tuple(range(self.factors.shape[-1] - 1)))
+
 
 def mixture_linear(x: Tensor, mixture: Mixture, gate: GateFactors | None) -> Tensor:
     """Apply a projection with its experts.
@@ -67,29 +106,36 @@ def mixture_linear(x: Tensor, mixture: Mixture, gate: GateFactors | None) -> Ten
     Returns:
         [tokens, out], in the dtype of `x`.
     """
-    stacked, b, rank = mixture.stacked, mixture.b, mixture.rank
+    b, rank = mixture.b, mixture.rank
     if gate is None or b is None:
-        return linear(x, stacked)
+        return linear(x, mixture.dense)
     experts = gate.factors.shape[-1] - 1
     if len(gate.dense) == experts:
-        product = linear(x, stacked)
-        below = (experts + 1) * rank
-        low = product[:, :below].unflatten(-1, (-1, rank)) * gate.factors.unsqueeze(-1)
-        return product[:, below:].addmm_(low.flatten(-2), b.t())
+        if mixture.whole is not None:
+            product = linear(x, mixture.whole)
+            below = (experts + 1) * rank
+            low, out = product[:, :below], product[:, below:]
+        else:
+            product = linear(x, mixture.dense)
+            low, out = torch.cat([linear(x, mixture.low), product[:, :rank]], 1), product[:, rank:]
+        scaled = low.unflatten(-1, (-1, rank)) * gate.factors.unsqueeze(-1)
+        return out.addmm_(scaled.flatten(-2), b.t())
 
-    def rows(expert: int) -> slice:
-        return slice(expert * rank, (expert + 1) * rank)
+    def own_b(expert: int) -> Tensor:
+        return b[:, expert * rank : (expert + 1) * rank]
 
-    product = linear(x, stacked[experts * rank :])
+    product = linear(x, mixture.dense)
     out = product[:, rank:]
-    low, up = [product[:, :rank] * gate.factors[:, experts, None]], [b[:, rows(experts)]]
-    for expert in gate.dense:
-        low.append(linear(x, stacked[rows(expert)]) * gate.factors[:, expert, None])
-        up.append(b[:, rows(expert)])
+    parts = [product[:, :rank] * gate.factors[:, experts, None]]
+    parts += [linear(x, mixture.a(expert)) * gate.factors[:, expert, None] for expert in gate.dense]
+    if len(gate.dense) == 1 and mixture.pairs:
+        up = mixture.pairs[gate.dense[0]]
+    else:
+        up = torch.cat([own_b(experts), *map(own_b, gate.dense)], dim=1)
     # One pass over the output for all of them: at prefill that is what the experts cost.
-    out.addmm_(torch.cat(low, dim=1), torch.cat(up, dim=1).t())
+    out.addmm_(torch.cat(parts, dim=1), up.t())
     for expert, tokens in gate.sparse:
         factors = gate.factors[:, expert].index_select(0, tokens).unsqueeze(-1)
-        low = linear(x.index_select(0, tokens), stacked[rows(expert)]) * factors
-        out.index_add_(0, tokens, low @ b[:, rows(expert)].t())
+        low = linear(x.index_select(0, tokens), mixture.a(expert)) * factors
+        out.index_add_(0, tokens, low @ own_b(expert).t())
     return out

@@ -6,10 +6,55 @@ its first argument.
 
 from __future__ import annotations
 
+import platform
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+#: Weights of fewer elements lie in the processor's cache, where oneDNN's layout brings nothing and its calls cost more.
+PACK_FROM = 1 << 20
+
+#: Tokens of a step that oneDNN chooses its layout for; products of more and of fewer run in it, too.
+PACK_TOKENS = 64
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [out, in] for `linear`, on a CPU in oneDNN's own layout where that is faster.
+
+    Products of up to a hundred tokens take half the time, because nothing is laid out anew for each of them. A packed
+    weight is a copy: it cannot be sliced, and not be shared between processes by mapping a file.
+    """
+    if weight.device.type != "cpu" or weight.numel() < PACK_FROM or not _can_pack(weight.dtype):
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_TOKENS)
+    return packed
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def unpack(weight: Tensor) -> Tensor:
+    """What `pack` was given."""
+    return weight.to_dense() if weight.is_mkldnn else weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X W^T + b.
+
+    Args:
+        x: [tokens, in].
+        weight: [out, in], packed or not.
+        bias: [out].
+    """
+    if weight.is_mkldnn:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+    return F.linear(x, weight, bias)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -75,7 +120,7 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
         from pipeline.model.kernels import silu_multiply as fused
 
         return fused(gate, up)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)  # in the memory that SiLU took: large tensors are slow to come by on a CPU
 
 
 def quick_gelu_(x: Tensor) -> Tensor:
@@ -84,7 +129,7 @@ def quick_gelu_(x: Tensor) -> Tensor:
         from pipeline.model.kernels import quick_gelu_ as fused
 
         return fused(x)
-    return x * torch.sigmoid(1.702 * x)
+    return (1.702 * x).sigmoid_().mul_(x)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

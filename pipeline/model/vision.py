@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.model.attention import Sequences, attend_sequences
-from pipeline.model.ops import quick_gelu_, rotate_, to_device
+from pipeline.model.ops import linear, quick_gelu_, rotate_, to_device
 from pipeline.model.shape import VisionShape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -39,7 +39,7 @@ class Affine:
 
     def linear(self, x: Tensor) -> Tensor:
         """X W^T + b."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def norm(self, x: Tensor) -> Tensor:
         """LayerNorm over the last dimension."""
@@ -188,7 +188,7 @@ class VisionTower:
         angles = rotary_angles(patches.places, self.shape)
         cos, sin = angles.cos(), angles.sin()
 
-        x = F.linear(cut.to(dtype), self.patch_embedding)
+        x = linear(cut.to(dtype), self.patch_embedding)
         for block in self.blocks:
             x = x + block.proj.linear(self._attend(block.qkv.linear(block.norm1.norm(x)), cos, sin, sequences))
             hidden = ACTIVATIONS[self.shape.activation](block.fc1.linear(block.norm2.norm(x)))

@@ -35,13 +35,21 @@ def golden_questions(released: Path) -> tuple[list[Asked], list[dict[str, Any]]]
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 @pytest.mark.parametrize("group_by_expert", [True, False])
-def test_golden_rows_in_any_batch(golden: Path, batch_size: int, group_by_expert: bool) -> None:
+@pytest.mark.parametrize("prepack", [True, False])
+def test_golden_rows_in_any_batch(
+    golden: Path, batch_size: int, group_by_expert: bool, prepack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.model.ops.PACK_FROM", 1)
     released = golden / "released"
     asked, rows = golden_questions(released)
     config = GenerationConfig.from_pretrained(released / "base")
     sampling = Sampling.from_generation_config(config, max_new_tokens=24)
     engine, processor = engine_for(
-        released / "base", released / "adapter", batch_size=batch_size, group_by_expert=group_by_expert
+        released / "base",
+        released / "adapter",
+        batch_size=batch_size,
+        group_by_expert=group_by_expert,
+        prepack=prepack,
     )
     requests = [as_request(a, processor, sampling) for a in asked]
     for row, request in zip(rows, requests, strict=True):
@@ -76,6 +84,7 @@ def checkpoints(draw: st.DrawFn) -> tuple[RandomShape, int]:
     decode_route=st.sampled_from(["released", "prefill"]),
     penalty=st.sampled_from([1.0, 1.3]),
     step_tokens=st.sampled_from([5, 64, 2048]),
+    pack_from=st.sampled_from([1, 1 << 20]),
 )
 def test_any_checkpoint_batch_and_order_equals_the_reference(
     checkpoint: tuple[RandomShape, int],
@@ -85,10 +94,12 @@ def test_any_checkpoint_batch_and_order_equals_the_reference(
     decode_route: str,
     penalty: float,
     step_tokens: int,
+    pack_from: int,
 ) -> None:
     shape, top_k = checkpoint
     asked = random_questions(5, seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.model.ops.PACK_FROM", pack_from)
         base, adapter = write_random_checkpoint(Path(folder), shape, seed)
         tensors = torch.load(adapter / "pytorch_model.bin", weights_only=True)
         reference = Reference(base, tensors, top_k, decode_route)

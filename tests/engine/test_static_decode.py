@@ -72,11 +72,13 @@ def test_a_batch_is_filled_up_and_cut_back() -> None:
     assert seen == [[3, 9], [1, 2, 0, 9]]
 
 
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("static", "packed"), [(False, False), (True, False), (False, True)])
 def test_folded_experts_answer_the_same_and_leave_other_routes_alone(
-    checkpoint: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, static: bool
+    checkpoint: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, static: bool, packed: bool
 ) -> None:
     """In float32 folding changes the last bits alone. Rows of another prompt come before, between and after."""
+    if packed:
+        monkeypatch.setattr("pipeline.model.ops.PACK_FROM", 1)
     if static:
         monkeypatch.setattr(runner_module, "static_sizes", lambda device, most: (4, most))
     (one,) = random_questions(1, seed=2, images=(0,))

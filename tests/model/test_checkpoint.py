@@ -206,10 +206,10 @@ def anonymous():
 checkpoint = open_checkpoint(sys.argv[1], None)
 processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
 before = anonymous()
-model = load_model(checkpoint, processor.image_processor, torch.bfloat16, torch.device("cpu"))
+model = load_model(checkpoint, processor.image_processor, torch.bfloat16, torch.device("cpu"), prepack=False)
 for layer in model.decoder.layers:
     for mixture in (layer.o, layer.gate, layer.up, layer.down):
-        mixture.stacked.sum(), mixture.b.sum()
+        mixture.whole.sum(), mixture.b.sum()
 print("anonymous", anonymous() - before)
 """
 
