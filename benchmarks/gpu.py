@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.floors import Floors
 from benchmarks.harness import save
 from pipeline.engine import Engine, EngineOptions, Request, Sampling
 from pipeline.engine.encode import Encoder
@@ -160,74 +161,6 @@ def random_requests(
             ids = np.concatenate([[VISION_START], [IMAGE_PAD] * visual, [VISION_END], words[2:]]).astype(np.int32)
         made.append(Request(ids, (0, len(ids)), images, Sampling(new_tokens, eos_token_ids=())))
     return made
-
-
-@dataclass(frozen=True)
-class Floors:
-    """The least time of each stage on this device: arithmetic over the shape.
-
-    Attributes:
-        shape: the model's sizes.
-        flops: floating-point operations a second of a large product.
-        bandwidth: bytes a second read from memory.
-    """
-
-    shape: ModelShape
-    flops: float
-    bandwidth: float
-
-    @property
-    def projections(self) -> int:
-        """Parameters of the decoder's linear layers."""
-        s = self.shape
-        attention = s.hidden * s.head_dim * (2 * s.heads + 2 * s.kv_heads)
-        return s.layers * (attention + 3 * s.hidden * s.mlp_width)
-
-    @property
-    def expert(self) -> int:
-        """Parameters of one expert in all layers."""
-        s = self.shape
-        if s.adapter is None:
-            return 0
-        return s.layers * s.adapter.rank * (s.hidden + s.heads * s.head_dim + 3 * (s.hidden + s.mlp_width))
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of keys and values of a token, in bfloat16."""
-        return 2 * 2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim
-
-    def vision_flops(self, patches: int) -> float:
-        """Operations of the vision tower for one image."""
-        v = self.shape.vision
-        block = 4 * v.width**2 + 2 * v.width * v.mlp_width
-        merged = v.width * v.merge_size**2
-        linear = v.depth * block + v.width * v.channels * v.temporal_patch_size * v.patch_size**2
-        merger = (merged**2 + merged * self.shape.hidden) / v.merge_size**2
-        return 2.0 * patches * (linear + merger) + 4.0 * v.depth * v.width * patches**2
-
-    def prefill_flops(self, tokens: int) -> float:
-        """Operations of the decoder for one prompt, with the request's own expert and the global one."""
-        s = self.shape
-        return 2.0 * tokens * (self.projections + 2 * self.expert) + 2.0 * s.layers * s.heads * s.head_dim * tokens**2
-
-    def decode_seconds(self, batch: int, context: int) -> float:
-        """A decode step: weights read once, or multiplied with, whichever takes longer; then keys and values."""
-        s = self.shape
-        head = s.hidden * s.vocabulary
-        read: float = self.projections + head
-        used = self.projections + head
-        if s.adapter is not None:
-            routed = s.adapter.experts * (1 - (1 - 1 / s.adapter.experts) ** batch)
-            read += (routed + 1) * self.expert
-            used += 2 * self.expert
-        weights = max(2 * read / self.bandwidth, 2.0 * batch * used / self.flops)
-        return weights + batch * context * self.cache_bytes / self.bandwidth
-
-    def request_seconds(self, visual: int, text: int, new: int, batch: int) -> float:
-        """One request's share of a full device."""
-        prompt = visual + text
-        tower = self.vision_flops(visual * self.shape.vision.merge_size**2) / self.flops
-        return tower + self.prefill_flops(prompt) / self.flops + new * self.decode_seconds(batch, prompt + new // 2) / batch
 
 
 class Bench:

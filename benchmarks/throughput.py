@@ -1,17 +1,23 @@
-"""How fast is the engine with experts on two cores, against transformers' `generate` on the base model without?"""
+"""How fast is the engine with experts on two cores, against transformers' `generate` on the base model without?
+
+The floor is what the matrix products take that nobody can leave out, without padding, at the rate of one large product.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from benchmarks.floors import Floors
 from benchmarks.harness import median_seconds, save
-from benchmarks.workloads import DTYPE, Asked, Transformers, load_random, noise
+from benchmarks.workloads import DTYPE, Asked, Loaded, Transformers, load_random, noise
 
 QUESTION = "Describe this image in detail."
-STATIC_BATCHES = (8, 16, 32)
+STATIC_BATCHES = (8, 16, 32, 64)
 
 
 def equal_lengths(count: int = 64) -> list[Asked]:
@@ -25,6 +31,29 @@ def mixed_lengths(count: int = 64) -> list[Asked]:
     rng = np.random.default_rng(1)
     sides = 28 * rng.integers(1, 17, (count, 2))
     return [Asked(noise(rng, int(h), int(w)), QUESTION, int(rng.integers(4, 97))) for h, w in sides]
+
+
+def flops_a_second() -> float:
+    """Floating-point operations a second of one large product in PyTorch."""
+    a, b = torch.randn(2048, 1024, dtype=DTYPE), torch.randn(4096, 1024, dtype=DTYPE)
+    seconds = median_seconds(lambda: [torch.nn.functional.linear(a, b) for _ in range(10)], repeats=5)
+    return 10 * 2 * a.numel() * len(b) / seconds
+
+
+def floors(loaded: Loaded, workloads: dict[str, list[Asked]], rate: float) -> dict[str, dict[str, float]]:
+    """New tokens a second if the products that nobody can leave out, without padding, ran at `rate`."""
+    shape = loaded.model.shape
+    found: dict[str, dict[str, float]] = {}
+    for name, own in (("with experts", shape), ("without", replace(shape, adapter=None))):
+        each = Floors(own, rate, 1.0)
+        for workload, asked in workloads.items():
+            flops = 0.0
+            for one, request in zip(asked, loaded.requests(asked), strict=True):
+                patches = sum(i.shape[0] * i.shape[1] for i in request.images) // shape.vision.patch_size**2
+                flops += each.request_flops(len(request.input_ids), patches, one.new_tokens)
+            tokens = sum(one.new_tokens for one in asked)
+            found.setdefault(f"floor {name}", {})[workload] = tokens * rate / flops
+    return found
 
 
 def main() -> list[str]:
@@ -42,6 +71,8 @@ def main() -> list[str]:
                         warm_up=lambda asked=asked: engine.generate(loaded.requests(asked[:8])),  # type: ignore[misc]
                     )
                     own[name] = sum(a.new_tokens for a in asked) / seconds
+        rate = flops_a_second()
+        rates |= floors(loaded, workloads, rate)
         peer = Transformers(Path(folder) / "plain")
         for size in STATIC_BATCHES:
             own = rates.setdefault(f"transformers `generate`, no experts, batches of {size}", {})
@@ -52,11 +83,11 @@ def main() -> list[str]:
                 )
                 own[name] = sum(a.new_tokens for a in asked) / seconds
     best = {name: max(own[name] for who, own in rates.items() if who.startswith("transformers")) for name in workloads}
-    save("throughput", {"dtype": str(DTYPE), "tokens_per_second": rates, "transformers_best": best})
+    save("throughput", {"dtype": str(DTYPE), "flops_a_second": rate, "tokens_per_second": rates, "transformers_best": best})
     header = " | ".join(f"{name}: new tokens a second | times transformers' best" for name in workloads)
     return [
         f"64 requests; equal: 64 visual and 32 new tokens each; mixed: 1 to 256 visual, 4 to 96 new. {DTYPE}, all work on "
-        "images and text included.",
+        f"images and text included. A large product runs at {rate / 1e9:.0f} GFLOP/s here.",
         "",
         f"| what | {header} |",
         "|---|" + "---|---|" * len(workloads),

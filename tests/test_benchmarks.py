@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import gpu
+from benchmarks.floors import Floors
 
 
 def test_the_gpu_benchmark_runs_at_a_tiny_size(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,7 +18,7 @@ def test_the_gpu_benchmark_runs_at_a_tiny_size(capsys: pytest.CaptureFixture[str
 
 def test_floors_are_those_of_the_arithmetic() -> None:
     """The figures of the 7B model on an H200, worked out by hand: 790 TFLOP/s, 4.3 TB/s, bfloat16."""
-    floors = gpu.Floors(gpu.AWAKER_7B, 790e12, 4.3e12)
+    floors = Floors(gpu.AWAKER_7B, 790e12, 4.3e12)
     assert floors.projections == pytest.approx(6.525e9, rel=1e-3)
     assert floors.expert == pytest.approx(535.8e6, rel=1e-3)
     assert floors.cache_bytes == 57_344
