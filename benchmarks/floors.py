@@ -37,6 +37,11 @@ class Floors:
         return s.layers * s.adapter.rank * (s.hidden + s.heads * s.head_dim + 3 * (s.hidden + s.mlp_width))
 
     @property
+    def used(self) -> int:
+        """Parameters that a new token passes: its own expert's and the global one's among them."""
+        return self.projections + 2 * self.expert + self.shape.hidden * self.shape.vocabulary
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values of a token, in bfloat16."""
         return 2 * 2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim
@@ -57,21 +62,16 @@ class Floors:
 
     def request_flops(self, prompt: int, patches: int, new: int) -> float:
         """Operations of one request on a device whose memory is never waited for; attention to its answer left out."""
-        s = self.shape
-        decode = self.projections + 2 * self.expert + s.hidden * s.vocabulary
-        return self.vision_flops(patches) + self.prefill_flops(prompt) + 2.0 * new * decode
+        return self.vision_flops(patches) + self.prefill_flops(prompt) + 2.0 * new * self.used
 
     def decode_seconds(self, batch: int, context: int) -> float:
         """A decode step: weights read once, or multiplied with, whichever takes longer; then keys and values."""
         s = self.shape
-        head = s.hidden * s.vocabulary
-        read: float = self.projections + head
-        used = self.projections + head
+        read: float = self.projections + s.hidden * s.vocabulary
         if s.adapter is not None:
             routed = s.adapter.experts * (1 - (1 - 1 / s.adapter.experts) ** batch)
             read += (routed + 1) * self.expert
-            used += 2 * self.expert
-        weights = max(2 * read / self.bandwidth, 2.0 * batch * used / self.flops)
+        weights = max(2 * read / self.bandwidth, 2.0 * batch * self.used / self.flops)
         return weights + batch * context * self.cache_bytes / self.bandwidth
 
     def request_seconds(self, visual: int, text: int, new: int, batch: int) -> float:

@@ -46,16 +46,15 @@ def flops_a_second() -> float:
 def floors(loaded: Loaded, workloads: dict[str, list[Asked]], rate: float) -> dict[str, dict[str, float]]:
     """New tokens a second if the products that nobody can leave out, without padding, ran at `rate`."""
     shape = loaded.model.shape
-    found: dict[str, dict[str, float]] = {}
-    for name, own in (("with experts", shape), ("without", replace(shape, adapter=None))):
-        each = Floors(own, rate, 1.0)
-        for workload, asked in workloads.items():
-            flops = 0.0
-            for one, request in zip(asked, loaded.requests(asked), strict=True):
-                patches = sum(i.shape[0] * i.shape[1] for i in request.images) // shape.vision.patch_size**2
-                flops += each.request_flops(len(request.input_ids), patches, one.new_tokens)
-            tokens = sum(one.new_tokens for one in asked)
-            found.setdefault(f"floor {name}", {})[workload] = tokens * rate / flops
+    kinds = {"with experts": shape, "without": replace(shape, adapter=None)}
+    found: dict[str, dict[str, float]] = {f"floor {name}": {} for name in kinds}
+    for workload, asked in workloads.items():
+        requests = loaded.requests(asked)
+        patches = [sum(i.shape[0] * i.shape[1] for i in r.images) // shape.vision.patch_size**2 for r in requests]
+        prompts, new = [len(r.input_ids) for r in requests], [one.new_tokens for one in asked]
+        for name, kind in kinds.items():
+            flops = sum(map(Floors(kind, rate, 1.0).request_flops, prompts, patches, new))
+            found[f"floor {name}"][workload] = sum(new) * rate / flops
     return found
 
 
