@@ -38,12 +38,11 @@ class ShardFile(Protocol):
             ValueError: the content is not what the file's name says.
         """
 
-    def batches(
-        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
-    ) -> Iterator[pa.RecordBatch]:
+    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
         """Batches of at most `rows` rows of some row groups (None: all), with those of the columns that there are.
 
-        Rows that cannot be read have their error in the column `ERROR`.
+        `columns` are the wanted ones, with their planned types. Forms whose values have no types of their own build these;
+        the others give what they hold. Rows that cannot be read have their error in the column `ERROR`.
         """
 
 
@@ -96,10 +95,8 @@ class _Parquet:
         groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         return groups, self._parquet.schema_arrow
 
-    def batches(
-        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
-    ) -> Iterator[pa.RecordBatch]:
-        present = [name for name in columns if name in self._parquet.schema_arrow.names]
+    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+        present = [name for name in columns.names if name in self._parquet.schema_arrow.names]
         chosen = list(range(self._parquet.num_row_groups) if row_groups is None else row_groups)
         given = 0
         try:
@@ -174,11 +171,9 @@ class _Arrow:
         rows = sum(batch.num_rows for batch in self._stream)
         return (rows,) if rows else (), self._stream.schema
 
-    def batches(
-        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
-    ) -> Iterator[pa.RecordBatch]:
+    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
         for batch in self._record_batches(row_groups):
-            present = batch.select([name for name in columns if name in batch.schema.names])
+            present = batch.select([name for name in columns.names if name in batch.schema.names])
             for start in range(0, batch.num_rows, rows):
                 yield present.slice(start, rows)
 
@@ -203,11 +198,9 @@ class _Csv:
             count, names = count + len(frame), list(frame.columns)
         return (count,) if count else (), pa.schema([(name, pa.string()) for name in names])
 
-    def batches(
-        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
-    ) -> Iterator[pa.RecordBatch]:
+    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
         for frame in self._frames(rows):
-            present = [name for name in columns if name in frame.columns]
+            present = [name for name in columns.names if name in frame.columns]
             yield pa.RecordBatch.from_arrays([pa.array(frame[name], pa.string()) for name in present], names=present)
 
     def _frames(self, rows: int) -> Iterator[pd.DataFrame]:
@@ -225,15 +218,13 @@ class _Images:
         groups = tuple(len(self._members[start : start + IMAGES_PER_GROUP]) for start in starts)
         return groups, pa.schema([("id", pa.string()), ("image", pa.string())])
 
-    def batches(
-        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
-    ) -> Iterator[pa.RecordBatch]:
+    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
         groups = range(len(self._members)) if row_groups is None else row_groups
         for start in (group * IMAGES_PER_GROUP for group in groups):
             group = self._members[start : start + IMAGES_PER_GROUP]
             for at in range(0, len(group), rows):
                 names = pa.array(group[at : at + rows], pa.string())
-                present = [name for name in columns if name in ("id", "image")]
+                present = [name for name in columns.names if name in ("id", "image")]
                 yield pa.RecordBatch.from_arrays([names] * len(present), names=present)
 
 
@@ -248,18 +239,18 @@ class _BesideImages:
         adds = FILE_NAME in schema.names and not {"image", "images"} & set(schema.names)
         return groups, schema.append(pa.field("image", pa.string())) if adds else schema
 
-    def batches(
-        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
-    ) -> Iterator[pa.RecordBatch]:
-        wanted = list(dict.fromkeys([*columns, FILE_NAME])) if "image" in columns else columns
+    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+        wanted, names = columns, columns.names
+        if "image" in names and FILE_NAME not in names:
+            wanted = columns.append(pa.field(FILE_NAME, pa.string()))
         for batch in self._table.batches(rows, wanted, row_groups):
             own = {name: batch.column(name) for name in batch.schema.names}
-            if "image" in columns and FILE_NAME in own:
+            if "image" in names and FILE_NAME in own:
                 named = own.get("image", pa.nulls(len(batch), pa.string())).to_pylist()
                 files = own[FILE_NAME].cast(pa.string()).to_pylist()
                 paths = [
                     path or (file and posixpath.join(self._folder, file)) for path, file in zip(named, files, strict=True)
                 ]
                 own["image"] = pa.array(paths, pa.string())
-            kept = [name for name in own if name in columns or name == ERROR]
+            kept = [name for name in own if name in names or name == ERROR]
             yield pa.RecordBatch.from_arrays([own[name] for name in kept], names=kept)

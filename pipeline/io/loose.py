@@ -37,9 +37,7 @@ class JsonLines:
         """
         return layout_of(self._rows())
 
-    def batches(
-        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
-    ) -> Iterator[pa.RecordBatch]:
+    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
         """See `ShardFile`."""
         return batches_of(self._rows(), rows, columns)
 
@@ -106,11 +104,12 @@ def layout_of(rows: Iterable[Row]) -> tuple[tuple[int, ...], pa.Schema]:
     return (count,) if count else (), pa.schema([(name, _type_of(own)) for name, own in kinds.items()])
 
 
-def batches_of(rows: Iterable[Row], size: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def batches_of(rows: Iterable[Row], size: int, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Batches of at most `size` rows with these columns, and `ERROR` where a row is malformed."""
     left = iter(rows)
     while own := list(islice(left, size)):
-        yield _batch(own, [*columns, ERROR] if any(ERROR in row for row in own) else columns)
+        names = columns.names
+        yield _batch(own, [*names, ERROR] if any(ERROR in row for row in own) else names)
 
 
 def _type_of(kinds: set[str]) -> pa.DataType:

@@ -66,6 +66,7 @@ class InputPlan:
         columns: the columns in use.
         extras: extra input columns by the name they have in the output.
         extras_schema: fields of the extra columns in the output.
+        schema: all columns of the input, under their own names and with their planned types.
         prompts: what is asked of each row, by name, columns' values filled in; a single prompt has an empty name. None:
             rows have their own.
         image_root: folder below which rows may name images by path; None: none may.
@@ -75,6 +76,7 @@ class InputPlan:
     columns: Columns
     extras: dict[str, str]
     extras_schema: pa.Schema
+    schema: pa.Schema
     prompts: Mapping[str, Template]
     image_root: str | None = None
 
@@ -141,6 +143,7 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         columns=columns,
         extras=extras,
         extras_schema=extras_schema,
+        schema=schema,
         prompts=prompts,
         # Images that the input itself consists of need no leave.
         image_root=settings.image_root or next((f.base for f in files if f.form == "images" or f.is_metadata), None),
@@ -374,7 +377,7 @@ def check_ids_unique(plan: InputPlan) -> None:
 
         def hashes(shard: Shard) -> list[np.ndarray]:
             found = []
-            for ids in iter_ids(shard, column):
+            for ids in iter_ids(shard, plan.schema.field(column)):
                 own = pd.util.hash_array(ids, categorize=False)
                 order = np.argsort(own % buckets, kind="stable")
                 found.append(own[order])
@@ -396,7 +399,7 @@ def check_ids_unique(plan: InputPlan) -> None:
         _name_duplicate(plan, column, suspects)
 
 
-def iter_ids(shard: Shard, column: str) -> Iterator[np.ndarray]:
+def iter_ids(shard: Shard, column: pa.Field) -> Iterator[np.ndarray]:
     """The ids of a shard's rows as text, a batch at a time: object arrays.
 
     Raises:
@@ -405,8 +408,8 @@ def iter_ids(shard: Shard, column: str) -> Iterator[np.ndarray]:
     left = shard.rows
     first = 0
     with open_shard(shard.file) as opened:
-        for batch in opened.batches(65_536, [column]):
-            ids = batch.column(column)[:left]
+        for batch in opened.batches(65_536, pa.schema([column])):
+            ids = batch.column(column.name)[:left]
             try:
                 ids.validate(full=True)
             except pa.ArrowInvalid as error:
@@ -416,7 +419,7 @@ def iter_ids(shard: Shard, column: str) -> Iterator[np.ndarray]:
                 ids = row_ids(ids, batch.column(ERROR)[:left], shard.file.name, numbers)
             if ids.null_count:
                 row = first + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
-                raise InputError(f"input.columns.id: {shard.file.url} row {row} has no id in column {column!r}")
+                raise InputError(f"input.columns.id: {shard.file.url} row {row} has no id in column {column.name!r}")
             yield pc.cast(ids, pa.string()).to_numpy(zero_copy_only=False)
             first += len(ids)
             left -= len(ids)
@@ -428,7 +431,7 @@ def _name_duplicate(plan: InputPlan, column: str, suspects: set[int]) -> None:
     wanted = np.fromiter(suspects, dtype=np.uint64)
     seen: dict[str, str] = {}
     for shard in plan.shards:
-        for ids in iter_ids(shard, column):
+        for ids in iter_ids(shard, plan.schema.field(column)):
             for id_ in ids[np.isin(pd.util.hash_array(ids, categorize=False), wanted)]:
                 if id_ in seen:
                     raise InputError(

@@ -76,7 +76,9 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
     """
     columns = plan.columns
     asked = [name for prompt in plan.prompts.values() for name in prompt.columns]
-    wanted = list(dict.fromkeys((*columns.named(), *plan.extras.values(), *asked)))
+    wanted = pa.schema(
+        [plan.schema.field(name) for name in dict.fromkeys((*columns.named(), *plan.extras.values(), *asked))]
+    )
     # A block holds the prompts of so many rows.
     rows_at_once = max(1, rows_per_block // plan.prompts_per_row)
     at = piece.first_row

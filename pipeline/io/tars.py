@@ -47,11 +47,11 @@ class WebDataset:
         """
         return layout_of(self._samples(pictures=False))
 
-    def batches(
-        self, rows: int, columns: Sequence[str], row_groups: Sequence[int] | None = None
-    ) -> Iterator[pa.RecordBatch]:
+    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
         """See `ShardFile`."""
-        pictures = any(f".{name}".endswith(IMAGE_SUFFIXES) for name in columns if name != "id") or "image" in columns
+        pictures = (
+            any(f".{name}".endswith(IMAGE_SUFFIXES) for name in columns.names if name != "id") or "image" in columns.names
+        )
         return batches_of(self._samples(pictures=pictures), rows, columns)
 
     def _samples(self, *, pictures: bool) -> Iterator[Row]:
