@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from benchmarks.harness import ROOT, mebibytes, peak_memory, save
 from pipeline.config import InputSettings, OutputSettings
 from pipeline.io.commits import OutputLog, done_rows
+from pipeline.io.lease import Lease
 from pipeline.io.plan import plan_input
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
@@ -43,7 +44,7 @@ def generate(folder: Path, shards: int) -> None:
 
     output = OutputFolder(str(folder / "out"))
     output.make()
-    log = OutputLog(output, "20261122T000000-abcdef")
+    log = OutputLog(output, Lease(output, "before").take())
     rng = np.random.default_rng(0)
     empty = output_schema(OutputSettings(path="out"), pa.schema([])).empty_table()
     # Every row is done or not by blocks of 32, since replicas answer blocks out of order; a file holds ten shards' worth.
@@ -73,7 +74,7 @@ def plan(folder: Path) -> dict[str, float]:
 
     planned = plan_input(InputSettings(path=str(folder / "in")), RESERVED_COLUMNS)
     lap("listing and footers")
-    commits = OutputLog(OutputFolder(str(folder / "out")), "next").commits()
+    commits = OutputLog(OutputFolder(str(folder / "out"))).commits()
     lap("commits")
     missing = missing_rows(planned, done_rows(commits))
     lap("missing rows")

@@ -20,6 +20,7 @@ from pipeline.actors.samples import SAMPLE_SCHEMA, SIDE, as_jpeg
 from pipeline.config import OutputSettings
 from pipeline.io.commits import OutputLog
 from pipeline.io.journal import Journal
+from pipeline.io.lease import Lease
 from pipeline.io.manifest import Manifest
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import REPORT, OutputFolder
@@ -65,7 +66,7 @@ def generate(folder: OutputFolder) -> None:
     total = FILES * ROWS_PER_FILE
     Manifest("caption", {}, {}, {"file:///in.parquet": (1, "v", total)}, "0").save(folder)
     folder.write("_run/config.yaml", b"model: {}\n")
-    log = OutputLog(folder, "mine")
+    log = OutputLog(folder, Lease(folder, "mine").take())
     schema = output_schema(OutputSettings(path="o"), pa.schema([]))
     table = pa.Table.from_pylist([row(rng, number) for number in range(ROWS_PER_FILE)], schema)
     for file in range(FILES):
@@ -80,8 +81,7 @@ def generate(folder: OutputFolder) -> None:
                 number += 1
                 place = {SHARD: "in", ROW: number, "sample": why, "pictures": [photograph(rng)]}
                 rows.append({**row(rng, number), **place})
-            OutputLog(folder, f"samples-{number:06d}").keep_samples(pa.Table.from_pylist(rows, kept))
-    folder.write("_run/lock.json", b'{"run": "mine"}')
+            log.keep_samples(pa.Table.from_pylist(rows, kept))
     with Journal(folder, "mine") as journal:
         journal.event("run_started")
         for step in range(720):

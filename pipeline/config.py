@@ -179,6 +179,12 @@ class OutputSettings(Settings):
     commit_seconds: float = Field(
         60.0, gt=0, description="longest time that an answered row waits to be committed; a crash costs no more than this"
     )
+    patience_seconds: float = Field(
+        600.0, gt=0, description="how long results that the storage refuses are kept and tried again before the job ends"
+    )
+    lock_seconds: float = Field(
+        30.0, ge=1, description="how long nothing must have been heard of a run before another may take its output.path"
+    )
     retry_errors: bool = Field(False, description="try error rows again whose error may have passed: network, memory")
     overwrite: bool = Field(False, description="delete what earlier runs left in output.path first, instead of going on")
 

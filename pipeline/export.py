@@ -45,7 +45,7 @@ def export(results: OutputFolder, target: OutputFolder, form: Form) -> Iterator[
     """
     manifest = Manifest.of_output(results)
     target.make()
-    commits = OutputLog(results, "export").commits()
+    commits = OutputLog(results).commits()
     files = _tars(results, manifest, commits) if form == "webdataset" else _lines(results, commits, _LINES[form], form)
     for name, data in files:
         target.write(name, data)

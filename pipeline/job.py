@@ -27,20 +27,20 @@ from rich.console import Console
 from pipeline.config import JobSettings, as_yaml
 from pipeline.errors import ConfigError, InputError, OutputError, Stopped
 from pipeline.io.accuracy import Truth, is_right
-from pipeline.io.commits import Commit, OutputLog, done_rows, retry_rows
+from pipeline.io.commits import RETRIES, Commit, OutputLog, done_rows, epoch_of, retry_rows
 from pipeline.io.journal import Journal
-from pipeline.io.lease import Lease
+from pipeline.io.lease import Fence, Lease, LeaseTimes
 from pipeline.io.listing import find_shards
 from pipeline.io.manifest import Manifest
 from pipeline.io.plan import InputPlan, check_ids_unique, plan_input
-from pipeline.io.retries import RETRIES, merge_retries
+from pipeline.io.retries import merge_retries
 from pipeline.io.rowset import RowSet, difference, intersection
 from pipeline.io.storage import REPORT, OutputFolder
 from pipeline.io.write import RESERVED_COLUMNS, Written, layout_schema
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
 from pipeline.progress import Watch
-from pipeline.redact import cause_of
+from pipeline.redact import cause_of, without_secrets
 from pipeline.resources import TASK_CPUS, Resources, share_cluster
 from pipeline.summary import Summary
 
@@ -136,7 +136,13 @@ def check_may_go_on(job: Job, folder: OutputFolder) -> bool:
     before = Manifest.load(folder)
     if before is not None:
         job.manifest.check_same(before, folder.url, growing=job.growing)
-    elif results := folder.results():
+    elif results := OutputLog(folder).names():
+        own = next((name for name in results if epoch_of(name) is not None), None)
+        if own is not None:
+            raise OutputError(
+                f"output.path: {folder.url} holds results ({own}, ...), but its _run/manifest.json is gone; put it back to "
+                "go on, or choose another folder"
+            )
         raise OutputError(
             f"output.path: {folder.url} already holds {len(results)} Parquet files that no run of this program began; "
             "choose another folder, or --fresh to replace them"
@@ -194,55 +200,92 @@ def run_job(job: Job) -> Summary:
     started = time.monotonic()
     settings, plan = job.settings, job.plan
     folder = OutputFolder(settings.output.path)
-    folder.make()
     run = run_name()
-    lease = Lease(folder, run, tell=lambda line: print(line, file=sys.stderr, flush=True))
-    lease.take()
+    lease = Lease(folder, run, LeaseTimes(settings.output.lock_seconds), tell=_tell)
+    with folder.explained("write to"):
+        folder.make()
+        fence = lease.take()
     with _stoppable(), contextlib.ExitStack() as stack:
-        stack.callback(lease.release)
-        if settings.output.overwrite:
-            folder.clear()
-        check_may_go_on(job, folder)  # again, now that nobody else can write here
-        job.manifest.save(folder, growing=job.growing)
-        folder.write("_run/config.yaml", as_yaml(settings).encode())
+        stack.callback(give_back, lease)
+        with folder.explained("write to"):
+            _begin(job, folder, fence)
         journal = stack.enter_context(Journal(folder, run))
-        log = OutputLog(folder, run)
+        log = OutputLog(folder, fence)
         rounds = _Rounds(job, folder, run, journal)
         merge_retries(folder, run, job.truth)  # an earlier run may have ended before it could
-        commits = log.commits()
+        commits = log.commits(mend=True)
         missing = missing_rows(plan, done_rows(commits))
         left = sum(map(len, missing.values()))
         journal.event("run_started", task=job.task, rows=plan.rows, missing=left, versions=_versions())
         while missing:
             before = sum(map(len, missing.values()))
             if before < plan.rows:
-                done = plan.rows - before
-                print(f"{done:,} of {plan.rows:,} rows are done; answering {before:,}", file=sys.stderr, flush=True)
+                _tell(f"{plan.rows - before:,} of {plan.rows:,} rows are done; answering {before:,}")
             rounds.run(missing)
             commits = log.commits()
             missing = missing_rows(plan, done_rows(commits))
             left = sum(map(len, missing.values()))
-            if left >= before or (left and input_changed(job)):
+            changed = input_changed(job)
+            if left >= before or (left and changed):
                 raise InputError(
                     f"input.path: {plan.rows:,} rows were counted at the start, but {plan.rows - left:,} were answered: a "
-                    f"shard changed while the job ran; {folder.url} is incomplete, run the job again"
+                    f"shard changed while the job ran{_named(changed)}; {folder.url} is incomplete, run the job again"
+                )
+            if changed:
+                raise InputError(
+                    f"input.path: a shard changed while the job ran{_named(changed)}: which of its answers in {folder.url} "
+                    "are of the earlier content cannot be told. Put the earlier content back and run the job again, or answer "
+                    "the new content into another output.path"
                 )
         if settings.output.retry_errors:
             commits = rounds.retry(retryable_rows(plan, commits))
         written = sum((commit.written for commit in commits), Written())
         summary = Summary(folder.url, written, rounds.answered, time.monotonic() - started, rounds.seconds, rounds.engines)
-        folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
+        with folder.explained("write to"):
+            lease.check()
+            # Again: a run that was paused while it wrote its own may have put it in this one's place.
+            job.manifest.save(folder, growing=job.growing)
+            folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
         journal.event("run_finished", rows=written.rows, errors=written.errors.total())
         journal.save()
         if rounds.answered or not folder.exists(REPORT):
-            _report(folder)
+            _report(folder, lease)
     return summary
 
 
-def _report(folder: OutputFolder) -> None:
+def _begin(job: Job, folder: OutputFolder, fence: Fence) -> None:
+    """Settle which of the files that lie in the output count, and write down what this run is."""
+    log = OutputLog(folder, fence)
+    fresh = job.settings.output.overwrite
+    if not fresh:
+        check_may_go_on(job, folder)  # again, now that nobody else can write here
+    superseded = log.accept(fresh=fresh)
+    if superseded and not fresh:
+        _tell(f"removed {len(superseded)} files that a run wrote after it had lost {folder.url}, such as {superseded[0]}")
+    if fresh:
+        folder.clear()
+    folder.remove_partial()
+    job.manifest.save(folder, growing=job.growing)
+    folder.write("_run/config.yaml", as_yaml(job.settings).encode())
+
+
+def give_back(lease: Lease) -> None:
+    """Give an output back, at the end of a run that must not fail for it."""
+    try:
+        lease.release()
+    except Exception as error:  # of whatever kind: the lock expires by itself
+        logger.warning("cannot give the output back (%s); the next run waits until its lock expires", cause_of(error))
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _report(folder: OutputFolder, lease: Lease) -> None:
     from pipeline.report.page import write_report  # a job that fails at once need not wait for Plotly
 
     try:
+        lease.check()
         write_report(folder)
     except Exception as error:  # of whatever kind: the results are there
         logger.warning("cannot write the report (%s); `python jobs/report.py` makes it anew", cause_of(error))
@@ -253,11 +296,16 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def input_changed(job: Job) -> bool:
-    """Whether a shard is no longer what was planned."""
+def input_changed(job: Job) -> list[str]:
+    """URLs of the shards that are no longer what was planned."""
     source = job.settings.input
     now = {(file.url, file.size, file.version) for file in find_shards(source.path, source.format)}
-    return any((s.file.url, s.file.size, s.file.version) not in now for s in job.plan.shards)
+    return [s.file.url for s in job.plan.shards if (s.file.url, s.file.size, s.file.version) not in now]
+
+
+def _named(shards: list[str]) -> str:
+    more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
+    return f" ({without_secrets(shards[0])}{more})" if shards else ""
 
 
 def missing_rows(plan: InputPlan, done: Mapping[str, RowSet]) -> dict[str, RowSet]:
@@ -355,17 +403,17 @@ class _Rounds:
 
     def retry(self, rows: dict[str, RowSet]) -> list[Commit]:
         """Answer rows again and put the outcomes in the place of their errors; all commits after that."""
-        again = OutputLog(self._folder, self._run, RETRIES)
+        again = OutputLog(self._folder, at=RETRIES)
         left = rows
         while left:
             before = sum(map(len, left.values()))
-            print(f"trying {before:,} error rows again", file=sys.stderr, flush=True)
+            _tell(f"trying {before:,} error rows again")
             self.run(left, RETRIES)
             left = difference(rows, done_rows(again.commits()))
             if sum(map(len, left.values())) >= before:
                 break  # the input changed; the rows keep their errors
         merge_retries(self._folder, self._run, self._job.truth)
-        return OutputLog(self._folder, self._run).commits()
+        return OutputLog(self._folder).commits()
 
     def run(self, missing: dict[str, RowSet], at: str = "") -> None:
         """Answer and commit the missing rows, as far as nothing dies."""
@@ -433,7 +481,7 @@ def _run_stages(
         run,
         layout_schema(settings.output, plan.extras_schema, plan.names),
         job.truth,
-        CommitSettings(settings.output.rows_per_file, settings.output.commit_seconds, at),
+        CommitSettings(settings.output.rows_per_file, settings.output.commit_seconds, at, settings.output.patience_seconds),
         settings.errors,
         monitor_name,
         Prompts(plan.names, settings.output.prompts),

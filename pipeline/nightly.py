@@ -7,6 +7,7 @@ it too. Its manifest lists the shards it took, with sizes and etags or times; wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -18,10 +19,12 @@ from pydantic import Field, field_validator
 
 from pipeline.config import JobSettings, Settings
 from pipeline.errors import ConfigError, OutputError
+from pipeline.io.commits import OutputLog
+from pipeline.io.lease import Lease, LeaseTimes, forget_earlier
 from pipeline.io.listing import find_shards
 from pipeline.io.manifest import Manifest
 from pipeline.io.storage import OutputFolder
-from pipeline.job import Task, check_job, run_job
+from pipeline.job import Task, check_job, give_back, run_job, run_name
 from pipeline.summary import Summary
 
 SUCCESS = "_SUCCESS"
@@ -85,15 +88,20 @@ class Work:
 def read_partitions(root: OutputFolder) -> list[Partition]:
     """The partitions of an output folder, oldest first.
 
+    A night that died before it had written its manifest left a folder without results: nothing is lost by passing it over.
+
     Raises:
-        OutputError: a folder of a partition's name that no run of this program began.
+        OutputError: a folder of a partition's name with results that no run of this program began.
     """
     found = []
     for name in root.folders():
         if name.startswith(PREFIX):
-            manifest = Manifest.load(OutputFolder(f"{root.url}/{name}"))
+            folder = OutputFolder(f"{root.url}/{name}")
+            manifest = Manifest.load(folder)
             if manifest is None:
-                raise OutputError(f"output.path: {root.url}/{name} has no manifest; move it away or choose another folder")
+                if OutputLog(folder).names():
+                    raise OutputError(f"output.path: {folder.url} has no manifest; move it away or choose another folder")
+                continue
             shards = {url: (size, version) for url, (size, version, _) in manifest.shards.items()}
             found.append(Partition(name, shards, root.exists(f"{name}/{SUCCESS}")))
     return found
@@ -143,6 +151,22 @@ def run_night(settings: NightlySettings, *, dry_run: bool = False) -> list[Summa
     files = find_shards(settings.input.path, settings.input.format)
     root.check(file.url for file in files)
     listing = {file.url: (file.size, file.version) for file in files}
+    with contextlib.ExitStack() as stack:
+        if not dry_run:
+            # One lock for all partitions, from reading them to the last `_SUCCESS`: two nights at once, on either side of
+            # midnight, would each find the same shards new.
+            lease = Lease(root, run_name(), LeaseTimes(settings.output.lock_seconds), tell=_tell)
+            with root.explained("write to"):
+                root.make()
+                forget_earlier(lease.take())
+            stack.callback(give_back, lease)
+        return _run_parts(settings, root, listing, None if dry_run else lease)
+
+
+def _run_parts(
+    settings: NightlySettings, root: OutputFolder, listing: Mapping[str, Facts], lease: Lease | None
+) -> list[Summary]:
+    """Run what is new; without the root's lock only say so."""
     today = PREFIX + (settings.nightly.date or datetime.now(UTC).date().isoformat())
     work = plan_night(read_partitions(root), listing, today, retry=settings.output.retry_errors)
     if not work:
@@ -153,25 +177,28 @@ def run_night(settings: NightlySettings, *, dry_run: bool = False) -> list[Summa
             _tell(f"{len(part.waiting):,} shards changed since {part.partition} took them; another day's run takes them")
         if not part.shards:
             continue
-        if dry_run:
+        if lease is None:
             print(f"{len(part.shards):,} shards would go to {root.url}/{part.partition}")
             continue
         _tell(f"{len(part.shards):,} shards for {root.url}/{part.partition}")
-        summaries.append(_run(settings, settings.nightly.task, root, part))
+        summaries.append(_run(settings, settings.nightly.task, root, part, lease))
     return summaries
 
 
-def _run(settings: NightlySettings, task: Task, root: OutputFolder, part: Work) -> Summary:
+def _run(settings: NightlySettings, task: Task, root: OutputFolder, part: Work, lease: Lease) -> Summary:
     folder = OutputFolder(f"{root.url}/{part.partition}")
     output = settings.output.model_copy(update={"path": folder.url})
     own: dict[str, Any] = {name: getattr(settings, name) for name in JobSettings.model_fields}
     job = check_job(task, JobSettings.model_construct(**{**own, "output": output}), only=part.shards)
+    lease.check()
     folder.remove(SUCCESS)  # until it holds the new shards too
     summary = run_job(job)
     facts = summary.as_dict()
     told = {name: facts[name] for name in ("rows", "ok", "errors", "files")}
     told |= {"shards": len(job.plan.shards), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-    folder.write(SUCCESS, json.dumps(told).encode())
+    with folder.explained("write to"):
+        lease.check()
+        folder.write(SUCCESS, json.dumps(told).encode())
     return summary
 
 

@@ -131,6 +131,35 @@ def s3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             server.terminate()
 
 
+@pytest.fixture(scope="session")
+def _fencing_store() -> Iterator[str]:
+    """Endpoint of an S3 server that honours If-None-Match and If-Match, which rclone's does not."""
+    (port,) = _free_ports(1)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            _wait_for_port(port)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def fencing_s3(_fencing_store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of a new bucket in a store that can create an object on condition that there is none."""
+    import s3fs
+
+    variables = {"AWS_ACCESS_KEY_ID": "AWAKERTESTKEY0123456", "AWS_SECRET_ACCESS_KEY": "secret"}
+    for name, value in {**variables, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": _fencing_store}.items():
+        monkeypatch.setenv(name, value)
+    # fsspec keeps its clients, whatever the environment says by now.
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket = f"bucket-{secrets.token_hex(4)}"
+    s3fs.S3FileSystem().mkdir(bucket)
+    yield f"s3://{bucket}"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]

@@ -17,6 +17,7 @@ from pipeline.io.commits import OutputLog
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
 from pipeline.io.write import output_schema
+from tests.io.epochs import hold
 
 GOOD = {"status": "ok", "prompt_tokens": 9}
 ROWS: list[dict[str, Any]] = [
@@ -32,7 +33,7 @@ def results(tmp_path: Path) -> OutputFolder:
     folder.make()
     manifest = {"task": "vqa", "settings": {}, "model": {}, "shards": {}, "code": "0"}
     folder.write("_run/manifest.json", json.dumps(manifest).encode())
-    log = OutputLog(folder, "mine")
+    log = OutputLog(folder, hold(folder))
     schema = output_schema(OutputSettings(path="o"), pa.schema([("model", pa.string())]))
     for number, rows in enumerate((ROWS[:2], ROWS[2:])):
         table = pa.Table.from_pylist([{**row, "model": "m"} for row in rows], schema)
@@ -83,7 +84,7 @@ def test_a_webdataset_gets_tars_of_the_same_keys_in_the_same_order(results: Outp
         {first: RowSet.of_rows([0, 3]), second: RowSet.range(0, 2)},
         {third: RowSet.range(0, 1), first: RowSet.range(1, 3)},
     )
-    log = OutputLog(results, "mine")
+    log = OutputLog(results, hold(results))
     schema = output_schema(OutputSettings(path="o"), pa.schema([]))
     for number, own in enumerate(rows):
         keys = [f"{url[11:-4]}/{row:03d}" for url in sorted(own) for row in own[url]]

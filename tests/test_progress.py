@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from pipeline.io.write import Written
 from pipeline.progress import Pace, Watch
 from pipeline.summary import Summary, duration
 from tests.conftest import RayCluster
+from tests.io.epochs import hold
 
 
 def show(rows: int, journal: Journal | None = None) -> None:
@@ -87,7 +87,7 @@ def test_the_journal_keeps_events_and_samples_behind_those_of_earlier_runs(ray_c
     folder = OutputFolder(str(tmp_path))
     folder.make()
     for run in ("first", "second"):
-        folder.write("_run/lock.json", json.dumps({"run": run}).encode())
+        hold(folder, run)
         with Journal(folder, run) as journal:
             show(400, journal)
     events = [(one["run"], one["event"], one.get("shard")) for one in read_entries(folder, EVENTS)]
@@ -103,7 +103,7 @@ def test_samples_are_thinned_and_a_run_that_lost_the_output_writes_none(
 ) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.make()
-    folder.write("_run/lock.json", b'{"run": "mine"}')
+    hold(folder)
     clock = itertools.count(1000)
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     journal = Journal(folder, "mine")
@@ -119,7 +119,7 @@ def test_samples_are_thinned_and_a_run_that_lost_the_output_writes_none(
     (failed,) = read_entries(folder, EVENTS)
     assert failed["event"] == "run_failed"
     assert failed["cause"] == "ZeroDivisionError: s3://***@host/ a b"
-    folder.write("_run/lock.json", b'{"run": "another"}')
+    hold(folder, "another")
     with Journal(folder, "mine") as journal:
         journal.event("run_started")
     assert read_entries(folder, EVENTS) == [failed]

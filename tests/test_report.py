@@ -25,6 +25,7 @@ from pipeline.io.write import output_schema
 from pipeline.report.page import write_report
 from pipeline.rows import PLACE_SCHEMA, ROW, SHARD
 from tests.browser import browser  # noqa: F401  (a fixture)
+from tests.io.epochs import hold
 from tests.jobs.support import run_script
 
 HOSTILE = "<script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\"></script><!--"
@@ -63,7 +64,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
     """An output as a job leaves it, but for the job."""
     folder = OutputFolder(str(tmp_path_factory.mktemp("output")))
     folder.make()
-    folder.write("_run/lock.json", b'{"run": "mine"}')
+    fence = hold(folder)
     folder.write("_run/config.yaml", b"evaluate: {truth: answer}\ncost: {gpu_hour: 2.5}\n")
     manifest = {"task": "vqa", "settings": {}, "model": {"model.safetensors": "ab12"}, "code": "0.1.0 (abc)"}
     folder.write(
@@ -71,7 +72,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
     )
     made = rows()
     schema = output_schema(OutputSettings(path="o"), EXTRAS)
-    log = OutputLog(folder, "mine")
+    log = OutputLog(folder, fence)
     log.commit(pa.Table.from_pylist(made, schema), {"file:///in.parquet": RowSet.range(0, ROWS)}, None)
     picture = as_jpeg(np.full((56, 84, 3), 90, np.uint8))
     kept = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -20,16 +21,13 @@ from pipeline.config import ErrorSettings
 from pipeline.errors import JobError, OutputError, TooManyErrorsError, worth_another_try
 from pipeline.io.accuracy import Truth
 from pipeline.io.commits import OutputLog, done_rows
-from pipeline.io.lease import LeaseLostError, check_lock
+from pipeline.io.lease import Fence
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
 from pipeline.redact import cause_of
 from pipeline.rows import QUESTION, ROW, SHARD, own_columns_dropped
 
 logger = logging.getLogger(__name__)
-
-#: Seconds that storage may refuse results before the run gives up; answers wait meanwhile, and none is lost.
-PATIENCE = 600.0
 
 #: How long the monitor may take, at the end, to hear of the last file.
 LAST_WORD_SECONDS = 5.0
@@ -48,11 +46,13 @@ class CommitSettings:
         rows: rows of a file.
         seconds: how long an answered row waits.
         at: folder within the output; empty: results.
+        patience: seconds that storage may refuse results before the run gives up; answers wait meanwhile, none is lost.
     """
 
     rows: int
     seconds: float
     at: str = ""
+    patience: float = 600.0
 
 
 @dataclass
@@ -68,8 +68,9 @@ class _Gathered:
 class Committer:
     """Writes output files. One of it lives in a run, so that every row has one place to go.
 
-    A row that comes again, because Ray ran its block twice, is dropped. Rows that were not yet committed when this actor
-    dies are lost with it and are missing afterwards: the run looks for them and answers them again.
+    It begins an epoch of the output, so that one started before it in the same run, which Ray lost touch with, is fenced
+    off. A row that comes again, because Ray ran its block twice, is dropped. Rows that were not yet committed when this
+    actor dies are lost with it and are missing afterwards: the run looks for them and answers them again.
 
     Args:
         folder: the output.
@@ -94,19 +95,25 @@ class Committer:
         monitor: str | None = None,
         prompts: Prompts | None = None,
     ) -> None:
-        self._monitor = None
+        self._settings, self._monitor = settings, None
         if monitor is not None:
             import ray
 
             self._monitor = ray.get_actor(monitor)
         self._assembler = Assembler(prompts or Prompts(), schema)
-        self._folder, self._run, self._schema, self._truth, self._settings = folder, run, schema, truth, settings
-        self._log = OutputLog(folder, run, settings.at)
-        # Read here, not handed over: started again, it must know what it committed before it died.
-        self._taken: dict[str, RowSet] = defaultdict(RowSet.empty, done_rows(self._log.commits()))
+        self._folder, self._schema, self._truth = folder, schema, truth
+        self._taken: dict[str, RowSet] = defaultdict(RowSet.empty)
         self._gathered = _Gathered()
         self._lock = threading.Lock()
         self._failure: Exception | None = None
+        try:
+            # An epoch of its own: one that Ray gave up, but that still reaches the storage, writes nothing from here on.
+            self._log = OutputLog(folder, self._patiently(lambda: Fence.begin(folder, run)), settings.at)
+            self._patiently(self._log.accept)
+            # Read here, not handed over: started again, it must know what it committed before it died.
+            self._taken.update(done_rows(self._log.commits(mend=True)))
+        except Exception as error:  # an actor that cannot be made could not say why
+            self._failure = self._explained(error)
         self._error_settings = errors
         self._rows, self._errors = 0, Counter[str]()
         self._examples: dict[str, str] = {}
@@ -128,8 +135,6 @@ class Committer:
     def failure(self) -> JobError | None:
         """Why this run must not go on, for a person; None where nothing is known."""
         with self._lock:
-            if isinstance(self._failure, LeaseLostError):
-                return OutputError(f"output.path: another run took {self._folder.url} over ({self._failure})")
             return self._failure if isinstance(self._failure, JobError) else None
 
     def finish(self) -> None:
@@ -138,7 +143,8 @@ class Committer:
             if self._failure is not None:
                 raise self._failure
             self._commit()
-            self._patiently(self._log.index)
+            with contextlib.suppress(Exception):  # it only repeats what the files say
+                self._patiently(self._log.index)
         if self._monitor is not None:
             import ray
 
@@ -197,18 +203,17 @@ class Committer:
         gathered = self._gathered
         if not gathered.count:
             return
-        # A run that took the output over has planned these rows anew: they must not be written twice.
         started = time.monotonic()
-        try:
-            self._patiently(lambda: check_lock(self._folder, self._run))
-        except LeaseLostError as error:
-            self._failure = error
-            raise
         rows, retry = ({s: own for s, own in sets.items() if own} for sets in (gathered.rows, gathered.retry))
         # In the order of the input, so that the footer's rows tell which is which; the sort is stable.
         table = pa.concat_tables(gathered.tables).sort_by([(SHARD, "ascending"), (ROW, "ascending")])
         table = own_columns_dropped(table).combine_chunks()
-        self._patiently(lambda: self._log.commit(table, rows, self._truth, retry))
+        try:
+            # A run that took the output over has planned these rows anew: the log asks before and after each try.
+            self._patiently(lambda: self._log.commit(table, rows, self._truth, retry))
+        except Exception as error:  # of whatever kind: these rows cannot be written, and none may be taken after them
+            self._failure = self._explained(error)
+            raise self._failure from error
         self._gathered = _Gathered()
         if gathered.samples:
             try:
@@ -221,6 +226,16 @@ class Committer:
             self._monitor.count.remote({"committed": answers, "commit_ms": spent})
             self._monitor.event.remote(COMMITTED, {shard: len(own) for shard, own in rows.items()})
 
+    def _explained(self, error: Exception) -> Exception:
+        """An error of the storage as one line for a person; every other as it is."""
+        if isinstance(error, JobError):
+            return error
+        try:
+            with self._folder.explained("write results to"):
+                raise error
+        except OutputError as explained:
+            return explained
+
     def _commit_in_time(self) -> None:
         while True:
             time.sleep(min(1.0, self._settings.seconds / 4))
@@ -229,20 +244,20 @@ class Committer:
                     try:
                         self._commit()
                     except Exception as error:  # whoever comes next hears of it; there is nobody here to tell
-                        self._failure = error
+                        self._failure = self._failure or error
                         return
 
     def _patiently(self, operation: Callable[[], _T]) -> _T:
         """Do something on the output's storage, again and again while it fails for reasons that may pass.
 
         Raises:
-            Exception: the operation's own, at once where no other try would help, or after `PATIENCE`.
+            Exception: the operation's own, at once where no other try would help, or after `CommitSettings.patience`.
         """
-        hopeless = (LeaseLostError, JobError, FileNotFoundError, PermissionError)
+        hopeless = (JobError, FileNotFoundError, PermissionError)
         return tenacity.Retrying(
             retry=tenacity.retry_if_not_exception_type(hopeless),
             wait=tenacity.wait_exponential_jitter(initial=0.5, max=30),
-            stop=tenacity.stop_after_delay(PATIENCE),
+            stop=tenacity.stop_after_delay(self._settings.patience),
             before_sleep=self._tell,
             reraise=True,
         )(operation)

@@ -13,13 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.io.accuracy import Truth
-from pipeline.io.commits import OutputLog, done_rows, retry_rows
-from pipeline.io.lease import check_lock
+from pipeline.io.commits import RETRIES, OutputLog, done_rows, retry_rows
+from pipeline.io.lease import Fence
 from pipeline.io.rowset import difference, intersection
 from pipeline.io.storage import OutputFolder
-
-#: Where outcomes lie until they are in place.
-RETRIES = "_run/retries/"
 
 
 def merge_retries(folder: OutputFolder, run: str, truth: Truth | None) -> int:
@@ -29,19 +26,23 @@ def merge_retries(folder: OutputFolder, run: str, truth: Truth | None) -> int:
         folder: the output; `run` holds its lock.
         run: the run's name.
         truth: what to compare answers with, or None.
+
+    Raises:
+        LeaseLostError: the run holds the output no more.
     """
-    outcomes = OutputLog(folder, run, RETRIES).commits()
+    # Outcomes that cannot be read are tried again: their rows still have their errors.
+    outcomes = OutputLog(folder, at=RETRIES).commits(mend=True)
     if not outcomes:
         return 0
+    log = OutputLog(folder, Fence.begin(folder, run))
+    log.accept()
     answered = done_rows(outcomes)
     passed = difference(answered, retry_rows(outcomes))
     table = pa.concat_tables([_read(folder, f"{RETRIES}{one.file}") for one in outcomes])
     place = {id_: number for number, id_ in enumerate(table["id"].to_pylist())}
-    log = OutputLog(folder, run)
-    for commit in log.commits():
+    for commit in log.commits(mend=True):
         if not intersection(commit.retry, answered):
             continue
-        check_lock(folder, run)
         before = _read(folder, commit.file)
         both = pa.concat_tables([before, table])
         chosen = [len(before) + place[i] if i in place else n for n, i in enumerate(before["id"].to_pylist())]

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import OutputError
+from pipeline.errors import JobError, OutputError
+from pipeline.redact import cause_of
 
 #: Where, in an output, the page lies that shows it.
 REPORT = "_run/report.html"
 
+#: Who holds an output (`pipeline.io.lease`), and which files count (`pipeline.io.commits`): what outlives `clear`.
+LEASE = "_run/lease"
+ACCEPTED = "_run/accepted"
+#: How local files end that are not yet whole.
+PARTIAL = ".partial"
+
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 #: fsspec's names of the storages whose folders are mere prefixes.
 OBJECT_STORES = frozenset({"s3", "gs", "abfs"})
+#: What a filesystem says that knows no hard links.
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
+#: What S3 says where a condition of a write does not hold.
+_CONDITION_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
+
+
+class ReplacedError(Exception):
+    """A file is no longer what it was when it was read: somebody else wrote it meanwhile."""
 
 
 def _be_patient_with_s3() -> None:
@@ -85,22 +102,40 @@ class OutputFolder:
             raise OutputError(f"output.path: cannot list {self.url} ({type(error).__name__}: {error})") from error
 
     def clear(self) -> None:
-        """Delete what earlier runs left: results and all of `_run/` but the lock; nothing else.
+        """Delete what earlier runs left: results and all of `_run/` but who holds it and what counts; nothing else.
 
         Raises:
             OutputError: something cannot be deleted.
         """
         run = f"{self._root}/{self.RUN_FOLDER}"
-        try:
+        kept = tuple(f"{self._root}/{name}/" for name in (LEASE, ACCEPTED))
+        with self.explained("clear"):
             # Results first: what is left of them after a crash still tells what it holds.
             for file in self.results():
                 self._filesystem.rm_file(file)
             if self._filesystem.isdir(run):
                 for file in self._filesystem.find(run):
-                    if not file.endswith("/lock.json"):
+                    if not file.startswith(kept):
                         self._filesystem.rm_file(file)
+
+    @contextlib.contextmanager
+    def explained(self, doing: str) -> Iterator[None]:
+        """What storage raises here becomes one line for a person.
+
+        Args:
+            doing: what is done to the folder: `write to`, `clear`.
+
+        Raises:
+            OutputError: in the place of errors of the filesystem.
+        """
+        try:
+            yield
+        except (JobError, ReplacedError):
+            raise
         except Exception as error:  # every fsspec backend has error types of its own
-            raise OutputError(f"output.path: cannot clear {self.url} ({type(error).__name__}: {error})") from error
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            more = "; free some space and run the same command again: what is committed stays" if full else ""
+            raise OutputError(f"output.path: cannot {doing} {self.url} ({cause_of(error)}){more}") from error
 
     def make(self) -> None:
         """Make the folder and try to write.
@@ -109,14 +144,12 @@ class OutputFolder:
             OutputError: the folder cannot be written.
         """
         run = f"{self._root}/{self.RUN_FOLDER}"
-        try:
+        with self.explained("write to"):
             # An object store has no folders to make, but fsspec would make a bucket of a mistyped name.
             if not OBJECT_STORES.intersection(protocols(self._filesystem)):
                 self._filesystem.makedirs(run, exist_ok=True)
-            self.write(f"{self.RUN_FOLDER}/probe", b"")
+            self.write(f"{self.RUN_FOLDER}/probe", b"probe")
             self._filesystem.rm_file(f"{run}/probe")
-        except Exception as error:  # every fsspec backend has error types of its own
-            raise OutputError(f"output.path: cannot write to {self.url} ({type(error).__name__}: {error})") from error
 
     def _listing(self, folder: str = "") -> dict[str, dict[str, Any]]:
         """What lies directly in a folder of this one, by name; nothing where there is no folder."""
@@ -130,20 +163,128 @@ class OutputFolder:
         """Paths of the Parquet files that lie directly in the folder, or `at` a folder in it; none where there is none."""
         return sorted(one["name"] for name, one in self._listing(at).items() if name.endswith(PARQUET_SUFFIXES))
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a whole file; a reader sees all of it or nothing.
+    def sizes(self, at: str = "") -> dict[str, int | None]:
+        """Bytes of the Parquet files that lie directly in the folder, or `at` a folder in it, by name."""
+        return {n: one.get("size") for n, one in self._listing(at).items() if n.endswith(PARQUET_SUFFIXES)}
 
-        Object stores show an object once its upload is complete. A local file is written beside and renamed.
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on a disk of this machine (or one that looks so)."""
+        return isinstance(self._filesystem, LocalFileSystem)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file; a reader sees all of it or nothing, also after a power cut.
+
+        Object stores show an object once its upload is complete. A local file is written beside, synced and renamed.
         """
-        target = f"{self._root}/{name}"
-        if not isinstance(self._filesystem, LocalFileSystem):
-            self._filesystem.pipe_file(target, data)
+        if not self.is_local:
+            self._filesystem.pipe_file(f"{self._root}/{name}", data)
             return
-        partial = Path(self._root) / self.RUN_FOLDER / f"{Path(name).name}.{os.getpid()}.partial"
-        for folder in (partial.parent, Path(target).parent):
+        with self._beside(name, data) as partial:
+            target = Path(self._root, name)
+            partial.replace(target)
+            _sync_folder(target.parent)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a whole file unless there is one of its name; whether there now is one of these very bytes.
+
+        Of several that create one name at once, one alone succeeds, where the storage can do so at all (see
+        `creates_exclusively`). `data` holds something that nobody else would write: an answer may be lost, and then the
+        file that is found there is our own.
+        """
+        if not self.is_local:
+            try:
+                self._filesystem.pipe_file(f"{self._root}/{name}", data, mode="create")
+            except FileExistsError:
+                return self.read(name) == data
+            except OSError as error:
+                if not _is_condition(error):
+                    raise
+                return self.exists(name) and self.read(name) == data
+            return True
+        target = Path(self._root, name)
+        with self._beside(name, data) as partial:
+            try:
+                os.link(partial, target)
+            except FileExistsError:
+                return target.read_bytes() == data
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _create_without_links(target, data)
+            _sync_folder(target.parent)
+        return True
+
+    def creates_exclusively(self) -> bool:
+        """Whether `create` is what it says: a second one of the same name is refused. Tried with a file of its own."""
+        name = f"{self.RUN_FOLDER}/probe-{secrets.token_hex(8)}"
+        try:
+            return self.create(name, b"first") and not self.create(name, b"second")
+        except (NotImplementedError, TypeError, ValueError):  # a backend that does not know of it
+            return False
+        except OSError as error:
+            if self.is_local or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+                raise
+            self.write(name, b"first")  # if that fails, too, it is the storage
+            return False
+        finally:
+            self.remove(name)
+
+    def version(self, name: str) -> str | None:
+        """What changes whenever a file does, where the storage can make a write depend on it; else None."""
+        if "s3" not in protocols(self._filesystem):
+            return None
+        self._filesystem.invalidate_cache()
+        found: str | None = self._filesystem.info(f"{self._root}/{name}").get("ETag")
+        return found
+
+    def replace(self, name: str, data: bytes, version: str | None) -> None:
+        """Write a file in the place of the one whose `version` was asked; None: whatever is there.
+
+        Raises:
+            ReplacedError: it is another by now.
+        """
+        if version is None:
+            self.write(name, data)
+            return
+        try:
+            self._filesystem.pipe_file(f"{self._root}/{name}", data, IfMatch=version)
+        except OSError as error:
+            if not _is_condition(error):
+                raise
+            if self.read(name) != data:  # else the answer to our own write was lost, and the client tried again
+                raise ReplacedError(f"{self.url}/{name} was written by somebody else") from error
+
+    @contextlib.contextmanager
+    def _beside(self, name: str, data: bytes) -> Iterator[Path]:
+        """A synced file of these bytes in `_run/`, to be given its name; gone afterwards."""
+        target = Path(self._root, name)
+        unique = f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
+        partial = Path(self._root, self.RUN_FOLDER, unique)
+        for folder in (partial.parent, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(target)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def remove_partial(self) -> None:
+        """Delete local files that were never given their names: a dead process left them."""
+        for name in self.names(self.RUN_FOLDER):
+            if name.endswith(PARTIAL):
+                self.remove(name)
+
+    def set_aside(self, name: str) -> str:
+        """Move a file out of the way, into `_run/damaged/`; its new name."""
+        aside = f"{self.RUN_FOLDER}/damaged/{name.rsplit('/', 1)[-1]}-{secrets.token_hex(2)}"
+        if self.is_local:
+            Path(self._root, aside).parent.mkdir(parents=True, exist_ok=True)
+        self._filesystem.mv(f"{self._root}/{name}", f"{self._root}/{aside}")
+        return aside
 
     def names(self, folder: str) -> list[str]:
         """Names, within the output folder, of the files directly in one of its folders; none where there is none."""
@@ -166,3 +307,38 @@ class OutputFolder:
     def read(self, name: str) -> bytes:
         """Read a whole file, by its name within the folder."""
         return self._filesystem.cat_file(f"{self._root}/{name}")
+
+
+def _is_condition(error: OSError) -> bool:
+    """Whether a store refused a write because its condition does not hold."""
+    cause: BaseException | None = error
+    while cause is not None:
+        told = getattr(cause, "response", None)
+        if isinstance(told, dict) and told.get("Error", {}).get("Code") in _CONDITION_CODES:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _create_without_links(target: Path, data: bytes) -> bool:
+    """`create` where there are no hard links: exclusive, but a crash may leave the file cut short."""
+    try:
+        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return target.read_bytes() == data
+    with open(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(target.parent)
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a name that was given in a folder outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network filesystems sync no folders
+            os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -78,7 +78,7 @@ def gather(folder: OutputFolder, most_rows: int, seed: int) -> Gathered:
         OutputError: no run of this program began here.
     """
     manifest = Manifest.of_output(folder)
-    commits = OutputLog(folder, "report").commits()
+    commits = OutputLog(folder).commits()
     chosen = random.Random(seed).sample(commits, min(FILES, len(commits)))
     return Gathered(
         url=folder.url,

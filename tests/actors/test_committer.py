@@ -25,6 +25,7 @@ from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
 from pipeline.io.write import layout_schema, output_schema
 from pipeline.rows import QUESTION, ROW, SHARD
+from tests.io.epochs import hold
 
 SCHEMA = output_schema(OutputSettings(path="out"), pa.schema([]))
 
@@ -33,7 +34,7 @@ SCHEMA = output_schema(OutputSettings(path="out"), pa.schema([]))
 def folder(tmp_path: Path) -> OutputFolder:
     found = OutputFolder(str(tmp_path / "out"))
     found.make()
-    found.write("_run/lock.json", b'{"run": "mine"}')
+    hold(found)
     return found
 
 
@@ -62,7 +63,7 @@ def test_rows_that_come_again_are_dropped(folder: OutputFolder) -> None:
     assert writer.take(pa.concat_tables([block("a", 0, 7), block("b", 0, 0)])) == 2
     writer.finish()
     assert sorted(ids(folder)) == ["a#0", "a#1", "a#2", "a#5", "a#7", "b#0"]
-    done = done_rows(OutputLog(folder, "other").commits())
+    done = done_rows(OutputLog(folder).commits())
     assert {shard: rows.intervals for shard, rows in done.items()} == {"a": [(0, 3), (5, 6), (7, 8)], "b": [(0, 1)]}
 
 
@@ -87,12 +88,19 @@ def test_a_row_waits_no_longer_than_it_may(folder: OutputFolder) -> None:
 
 def test_a_run_that_lost_the_output_writes_nothing_more(folder: OutputFolder) -> None:
     writer = committer(folder)
-    folder.write("_run/lock.json", b'{"run": "another"}')
+    hold(folder, "another")
     with pytest.raises(LeaseLostError, match="held by run another"):
         writer.take(block("a", 0, 1, 2, 3))
-    # Found out by the thread that commits in time, it ends the next block.
+    # One that is started now hears of it at once, and says so when it is asked.
+    with pytest.raises(LeaseLostError, match="held by run another"):
+        committer(folder).take(block("a", 0))
+    assert ids(folder) == []
+
+
+def test_the_thread_that_commits_in_time_finds_out_that_the_output_is_lost(folder: OutputFolder) -> None:
     in_time = committer(folder, rows=1000, seconds=0.1)
     in_time.take(block("a", 0))
+    hold(folder, "another")
     end = time.monotonic() + 10
     while in_time._failure is None and time.monotonic() < end:
         time.sleep(0.05)
@@ -129,8 +137,9 @@ def test_storage_that_fails_for_a_while_costs_no_row_and_doubles_none(folder: Ou
 def test_a_refusal_that_will_not_pass_ends_the_run_at_once(folder: OutputFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = committer(folder, rows=1)
     monkeypatch.setattr(folder, "write", lambda name, data: (_ for _ in ()).throw(PermissionError("no more")))
-    with pytest.raises(PermissionError, match="no more"):
+    with pytest.raises(OutputError, match=r"^output.path: cannot write results to .* \(PermissionError: no more\)$"):
         writer.take(block("a", 0))
+    assert "no more" in str(writer.failure())
 
 
 def test_the_index_repeats_the_footers_and_may_be_lost(folder: OutputFolder) -> None:
@@ -138,9 +147,9 @@ def test_the_index_repeats_the_footers_and_may_be_lost(folder: OutputFolder) -> 
     for row in range(FILES_PER_INDEX + 3):
         writer.take(block("a", 2 * row))
     assert len(folder.names("_run/index")) == 1
-    told = OutputLog(folder, "x").commits()
+    told = OutputLog(folder).commits()
     folder.remove(folder.names("_run/index")[0])
-    from_footers = OutputLog(folder, "x").commits()
+    from_footers = OutputLog(folder).commits()
     assert [c.as_dict() for c in told] == [c.as_dict() for c in from_footers]
     assert len(done_rows(told)["a"]) == FILES_PER_INDEX + 3
 
@@ -150,11 +159,11 @@ def test_a_row_in_two_files_and_a_file_of_somebody_else_are_errors(folder: Outpu
     writer.take(block("a", 0))
     data = folder.read(Path(folder.results()[0]).name)
     folder.write("copy.parquet", data)
-    with pytest.raises(OutputError, match="rows of a stand in more than one file"):
-        done_rows(OutputLog(folder, "x").commits())
+    with pytest.raises(OutputError, match=r"copy.parquet is a copy of part-\S+, or was renamed; remove it, or give it"):
+        OutputLog(folder).commits()
     pq.write_table(pa.table({"a": [1]}), Path(folder.url) / "copy.parquet")
     with pytest.raises(OutputError, match=r"copy.parquet was not written by a run of this program"):
-        OutputLog(folder, "x").commits()
+        OutputLog(folder).commits()
 
 
 def test_a_run_in_which_most_rows_fail_ends_and_names_the_commonest_error(folder: OutputFolder) -> None:
@@ -198,7 +207,7 @@ def test_outcomes_of_second_tries_take_the_place_of_the_errors_they_replace(fold
     writer.take(block("b", 0, error="image_decode: column 'image' is no readable image"))
     writer.take(block("b", 1, error="out_of_memory: 80 GB"))
     writer.finish()
-    commits = OutputLog(folder, "mine").commits()
+    commits = OutputLog(folder).commits()
     assert [{s: r.intervals for s, r in commit.retry.items()} for commit in commits] == [{"a": [(2, 4)]}, {"b": [(1, 2)]}]
 
     retry(folder, block("a", 2), block("a", 3, error="image_fetch: again"), block("b", 1))
@@ -216,7 +225,7 @@ def test_outcomes_of_second_tries_take_the_place_of_the_errors_they_replace(fold
             "b#0": "image_decode: column 'image' is no readable image",
         }
         assert merge_retries(folder, "mine", None) == 0
-        after = OutputLog(folder, "mine").commits()
+        after = OutputLog(folder).commits()
         assert [{s: r.intervals for s, r in commit.retry.items()} for commit in after] == [{"a": [(3, 4)]}, {}]
         assert sum(commit.written.errors.total() for commit in after) == 2
         assert done_rows(after) == done_rows(commits)
@@ -252,7 +261,7 @@ def test_a_row_of_several_prompts_is_done_once_all_are_answered(
     with tempfile.TemporaryDirectory() as path:
         folder = OutputFolder(path)
         folder.make()
-        folder.write("_run/lock.json", b'{"run": "mine"}')
+        hold(folder)
         schema = layout_schema(OutputSettings(path="out", prompts=layout), pa.schema([]), NAMES)
         limits = CommitSettings(4, 60.0)
         writer = Committer(folder, "mine", schema, None, limits, ErrorSettings(), None, Prompts(NAMES, layout))
@@ -276,6 +285,6 @@ def test_a_row_of_several_prompts_is_done_once_all_are_answered(
                 assert [rows[f"a#{row}"][f"text_{name}"] for name in NAMES] == [f"{row} {name}" for name in NAMES]
                 assert rows[f"a#{row}"]["prompt_tokens"] == 21
                 assert rows[f"a#{row}"]["status"] == ("error" if order[0][0] == row else "ok")
-        commits = OutputLog(folder, "other").commits()
+        commits = OutputLog(folder).commits()
         assert done_rows(commits)["a"].intervals == RowSet.of_rows(done).intervals
         assert sum(len(own) for commit in commits for own in commit.retry.values()) == (order[0][0] in done)

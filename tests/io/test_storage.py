@@ -48,12 +48,19 @@ def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(tmp_path
 
 def test_clearing_deletes_results_and_run_folder_but_the_lock_and_nothing_else(tmp_path: Path) -> None:
     folder = OutputFolder(str(tmp_path))
-    for name in ("part-0.parquet", "_run/summary.json", "_run/index/0.json", "_run/lock.json", "notes.txt"):
+    for name in (
+        "part-0.parquet",
+        "_run/summary.json",
+        "_run/index/0.json",
+        "_run/lease/00000001.json",
+        "_run/accepted/00000001.json",
+        "notes.txt",
+    ):
         folder.write(name, b"old")
     write_shard(tmp_path / "deeper" / "a.parquet", {"a": [1]})
     folder.clear()
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert left == ["_run/lock.json", "deeper/a.parquet", "notes.txt"]
+    assert left == ["_run/accepted/00000001.json", "_run/lease/00000001.json", "deeper/a.parquet", "notes.txt"]
 
 
 def test_a_folder_that_holds_the_input_is_refused(tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import OutputError
-from pipeline.io.lease import Lease, LeaseTimes, read_lock
-from pipeline.io.storage import OutputFolder
 from tests.conftest import RayCluster
 from tests.io.shards import write_shard
 from tests.jobs.support import ROOT, assert_as_released, expected_rows, released_model, results, run_on_cluster, sets
@@ -74,8 +72,9 @@ def test_a_killed_job_goes_on_where_it_stopped(
         assert written(tmp_path / "out").items() >= kept.items()
         kept = written(tmp_path / "out")
         assert 0 < rows_in(tmp_path / "out") < len(expected)
-        # Asked to stop, it gives the lock back and tells what it wrote; killed, it leaves both to the next run.
-        assert (tmp_path / "out/_run/lock.json").exists() == (sent == signal.SIGKILL)
+        # Asked to stop, it gives the output back and tells what it wrote; killed, it leaves both to the next run.
+        (beat,) = (tmp_path / "out/_run/lease").glob("*.beat")
+        assert json.loads(beat.read_text())["released"] == (sent == signal.SIGTERM)
 
     before = rows_in(tmp_path / "out")
     summary = run_on_cluster("vqa", job)
@@ -101,51 +100,3 @@ def test_a_killed_job_goes_on_where_it_stopped(
     for part in (*changes, "--fresh deletes them"):
         assert part in str(caught.value)
     assert written(tmp_path / "out") == after
-
-
-def test_a_second_run_on_one_output_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    folder = OutputFolder(str(tmp_path))
-    folder.make()
-    times = LeaseTimes(renew=0.1, expire=1.0, settle=0.05)
-    first = Lease(folder, "first", times)
-    first.take()
-    # As if it ran on another machine: its process cannot be looked at.
-    with pytest.raises(OutputError, match="run first on .* is writing"):
-        Lease(folder, "second", times).take()
-    first.release()
-    third = Lease(folder, "third", times)
-    third.take()
-    third.release()
-
-
-def test_a_dead_runs_lock_expires(tmp_path: Path) -> None:
-    folder = OutputFolder(str(tmp_path))
-    folder.make()
-    folder.write("_run/lock.json", b'{"run": "dead", "host": "elsewhere", "pid": 1, "renewals": 7}')
-    told: list[str] = []
-    lease = Lease(folder, "next", LeaseTimes(renew=0.1, expire=0.3, settle=0.05), told.append)
-    lease.take()
-    assert "locked by run dead on elsewhere" in told[0]
-    lease.release()
-
-
-def test_storage_that_fails_for_a_moment_does_not_cost_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = OutputFolder(str(tmp_path))
-    folder.make()
-    lease = Lease(folder, "mine", LeaseTimes(renew=0.02, expire=1.0, settle=0.01))
-    lease.take()
-    failed = threading.Event()
-
-    def fail(name: str) -> bytes:
-        failed.set()
-        raise RuntimeError("botocore's errors are no OSErrors")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folder, "read", fail)
-        assert failed.wait(10)
-    before = read_lock(folder)
-    end = time.monotonic() + 10
-    while read_lock(folder) == before and time.monotonic() < end:
-        time.sleep(0.02)
-    assert read_lock(folder) != before
-    lease.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -47,4 +48,5 @@ def test_a_bad_night_of_the_object_store_loses_and_doubles_nothing(golden: Path,
     for shard in range(4):
         for row in rows:
             assert_as_released(by_id[f"{shard}/{row['id']}"], row)
-    assert not (s3_folder / "morning/_run/lock.json").exists()
+    (beat,) = (s3_folder / "morning/_run/lease").glob("*.beat")
+    assert json.loads(beat.read_text())["released"]
