@@ -16,6 +16,7 @@ given rows could be written only once all of them are answered, and an hour's an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -53,6 +54,8 @@ SAMPLES = "_run/samples"
 FILES_PER_INDEX = 64
 #: Seconds that a writer who lost the output waits to hear whether his last file counts, and how often he asks.
 VERDICT_SECONDS, ASK_SECONDS = 10.0, 0.2
+#: How often what there is is read anew because a file went away meanwhile.
+READING_TRIES = 5
 #: Footers and index objects are read by this many threads.
 READING_THREADS = 32
 
@@ -195,6 +198,13 @@ class OutputLog:
         Raises:
             OutputError: the folder holds Parquet files of somebody else, copies of ours, or damaged ones.
         """
+        for _ in range(READING_TRIES - 1):
+            # Whoever writes may remove a file between its listing and its reading: then it does not count.
+            with contextlib.suppress(FileNotFoundError):
+                return self._commits(mend=mend)
+        return self._commits(mend=mend)
+
+    def _commits(self, *, mend: bool) -> list[Commit]:
         accepted = Accepted.load(self._folder)
         there = self._folder.sizes(self._at)
         sizes = {name: size for name, size in there.items() if accepted.counts(f"{self._at}{name}")}
