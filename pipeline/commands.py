@@ -91,6 +91,25 @@ def _report() -> tuple[type[Settings], Callable[[Any, bool], None]]:
     return ReportSettings, work
 
 
+def _verify() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+    from pipeline.config import VerifySettings
+
+    def work(settings: VerifySettings, dry_run: bool) -> None:
+        from pipeline.errors import OutputError
+        from pipeline.io.storage import OutputFolder
+        from pipeline.verify import verify
+
+        found = verify(OutputFolder(settings.output.path), remove_superseded=settings.remove_superseded and not dry_run)
+        print("\n".join(found.lines()))
+        if found.problems:
+            raise OutputError(f"output.path: {found.url} has {len(found.problems)} problems: {found.problems[0]}")
+        if found.missing:
+            left = sum(found.missing.values())
+            raise OutputError(f"output.path: {found.url} is not finished: {left:,} rows are missing; run the job again")
+
+    return VerifySettings, work
+
+
 def _export() -> tuple[type[Settings], Callable[[Any, bool], None]]:
     from pipeline.config import ExportSettings
 
@@ -155,6 +174,11 @@ COMMANDS = {
         _convert,
     ),
     "report": Command("Make the report of a finished or running job anew.", "--set output.path=s3://b/answers/", _report),
+    "verify": Command(
+        "Check an output: every planned row once, every file whole; files that do not count are named.",
+        "--set output.path=s3://b/answers/",
+        _verify,
+    ),
     "export": Command(
         "Write a job's results as JSON Lines, or as an OpenAI batch's result.",
         "--set output.path=s3://b/answers/ --set export.path=s3://b/lines/ --set export.format=openai",

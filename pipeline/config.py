@@ -375,6 +375,13 @@ class ReportSettings(Settings):
     seed: int = Field(0, description="of the draw of the output files that these rows are read from")
 
 
+class VerifySettings(Settings):
+    """Everything that `jobs/verify.py` takes."""
+
+    output: FinishedOutputSettings = Field(default_factory=dict, validate_default=True)
+    remove_superseded: bool = Field(False, description="delete files of a run that had lost the output, as every run does")
+
+
 class ExportTargetSettings(Settings):
     """Where results are exported to, and how."""
 

@@ -234,8 +234,8 @@ def run_job(job: Job) -> Summary:
             if changed:
                 raise InputError(
                     f"input.path: a shard changed while the job ran{_named(changed)}: which of its answers in {folder.url} "
-                    "are of the earlier content cannot be told. Put the earlier content back and run the job again, or answer "
-                    "the new content into another output.path"
+                    "are of the earlier content cannot be told. Put the earlier content back and run the job again, or "
+                    "answer the new content into another output.path"
                 )
         if settings.output.retry_errors:
             commits = rounds.retry(retryable_rows(plan, commits))

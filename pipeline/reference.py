@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline.config import ConvertSettings, ExportSettings, JobSettings, ReportSettings, Settings
+from pipeline.config import ConvertSettings, ExportSettings, JobSettings, ReportSettings, Settings, VerifySettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
@@ -35,6 +35,8 @@ def page() -> str:
     parts += [
         "## report\n",
         *_group(ReportSettings),
+        "## verify\n",
+        *_group(VerifySettings),
         "## export\n",
         *_group(ExportSettings),
         "## convert\n",

@@ -219,7 +219,7 @@ class OutputLog:
                     if same and (latest is None or latest.revision < commit.revision):
                         known[commit.file] = commit
             unknown = sorted(sizes.keys() - known.keys())
-            for file, read in zip(unknown, pool.map(self._read_footer, unknown), strict=True):
+            for file, read in zip(unknown, pool.map(self.read_commit, unknown), strict=True):
                 if read is None and epoch_of(file) is None:
                     raise OutputError(
                         f"output.path: {self._folder.url}/{file} was not written by a run of this program; move it away, "
@@ -243,8 +243,8 @@ class OutputLog:
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
             return []  # gone or damaged: it only repeats what the footers say
 
-    def _read_footer(self, file: str) -> Commit | None:
-        """What a file says of itself; None where it cannot be read, or says nothing.
+    def read_commit(self, file: str) -> Commit | None:
+        """What a file says of itself in its footer; None where it cannot be read, or says nothing.
 
         Raises:
             OutputError: it is a copy of another.

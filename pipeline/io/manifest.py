@@ -15,6 +15,7 @@ from pipeline.config import JobSettings
 from pipeline.errors import OutputError
 from pipeline.io.plan import InputPlan
 from pipeline.io.storage import OutputFolder
+from pipeline.redact import cause_of
 
 MANIFEST = "_run/manifest.json"
 #: Settings that change how fast rows are answered, never what the answers are.
@@ -59,13 +60,23 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: OutputFolder) -> Manifest | None:
-        """What an earlier run left; None where there was none."""
+        """What an earlier run left; None where there was none.
+
+        Raises:
+            OutputError: it cannot be read.
+        """
         try:
             told = json.loads(folder.read(MANIFEST))
+            told["shards"] = {name: tuple(facts) for name, facts in told["shards"].items()}
+            # What a later version adds is not known here; what it compares, that version compares.
+            return cls(**{name: told[name] for name in cls.__dataclass_fields__})
         except FileNotFoundError:
             return None
-        told["shards"] = {name: tuple(facts) for name, facts in told["shards"].items()}
-        return cls(**told)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise OutputError(
+                f"output.path: {folder.url}/{MANIFEST} is damaged ({cause_of(error)}); put it back from a copy, or choose "
+                "another output.path: without it nobody knows by which settings the answers there were given"
+            ) from error
 
     @classmethod
     def of_output(cls, folder: OutputFolder) -> Manifest:

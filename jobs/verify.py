@@ -1,0 +1,12 @@
+"""Check an output: every planned row once, every file whole."""
+
+import sys
+from pathlib import Path
+
+# Under `ray job submit --working-dir .` the package beside this file is the one to run, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.commands import run
+
+if __name__ == "__main__":
+    sys.exit(run("verify", sys.argv[1:], "python jobs/verify.py"))
