@@ -47,9 +47,7 @@ class Verdict:
         """For a person."""
         told = [f"{self.rows:,} of {self.planned:,} rows in {len(self.files):,} files of {self.url}"]
         told += [f"missing  {count:,} rows of {without_secrets(shard)}" for shard, count in self.missing.items()]
-        told += [
-            f"superseded  {name}: of a run that had lost the output; the next run removes it" for name in self.superseded
-        ]
+        told += [f"superseded  {name}: of a run that had lost the output; the next removes it" for name in self.superseded]
         return told + [f"problem  {problem}" for problem in self.problems]
 
 
@@ -75,7 +73,7 @@ def verify(folder: OutputFolder, *, remove_superseded: bool = False) -> Verdict:
                 continue
             for shard, rows in found.rows.items():
                 holding[shard].append((name, rows))
-    rows, missing = 0, {}
+    answered, missing = 0, {}
     for shard in sorted(manifest.shards.keys() | holding.keys()):
         planned = RowSet.range(0, manifest.shards[shard][2]) if shard in manifest.shards else RowSet.empty()
         done = RowSet.of_intervals([pair for _, own in holding[shard] for pair in own.intervals])
@@ -83,7 +81,7 @@ def verify(folder: OutputFolder, *, remove_superseded: bool = False) -> Verdict:
             problems += _standing_twice(shard, holding[shard])
         if beyond := done - planned:
             problems.append(f"{len(beyond):,} rows of {without_secrets(shard)} are answered that were never planned")
-        rows += len(done & planned)
+        answered += len(done & planned)
         if left := planned - done:
             missing[shard] = len(left)
     superseded = log.superseded()
@@ -91,7 +89,7 @@ def verify(folder: OutputFolder, *, remove_superseded: bool = False) -> Verdict:
         for name in superseded:
             folder.remove(name)
     planned_rows = sum(count for _, _, count in manifest.shards.values())
-    return Verdict(folder.url, planned_rows, rows, tuple(files), tuple(superseded), missing, tuple(problems))
+    return Verdict(folder.url, planned_rows, answered, tuple(files), tuple(superseded), missing, tuple(problems))
 
 
 def _examined(log: OutputLog, folder: OutputFolder, name: str) -> Commit | str:

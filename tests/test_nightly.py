@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from pipeline.config import load_settings
 from pipeline.errors import ConfigError, OutputError
-from pipeline.nightly import NightlySettings, Partition, plan_night, run_night
+from pipeline.io.lease import Lease, LeaseTimes
+from pipeline.io.storage import OutputFolder
+from pipeline.nightly import NightlySettings, Partition, plan_night, read_partitions, run_night
 from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.conftest import RayCluster
 from tests.io.shards import write_shard
@@ -100,9 +102,9 @@ def night(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def run(night: dict[str, Any], **more: Any) -> int:
+def run(night: dict[str, Any], *, dry_run: bool = False, **more: Any) -> int:
     assignments = [f"{key}={value}" for key, value in {**night, **more}.items()]
-    return len(run_night(load_settings(NightlySettings, None, assignments)))
+    return len(run_night(load_settings(NightlySettings, None, assignments), dry_run=dry_run))
 
 
 def test_nights_over_a_growing_input(night: dict[str, Any], tmp_path: Path, ray_cluster: RayCluster) -> None:
@@ -142,6 +144,40 @@ def test_what_a_night_refuses(night: dict[str, Any], tmp_path: Path) -> None:
         run(night, **{"nightly.date": "'23.11.'"})
     with pytest.raises(ConfigError, match="a nightly run deletes nothing"):
         run(night, **{"output.overwrite": "true"})
-    (tmp_path / "out/date=2026-11-22").mkdir(parents=True)
+    write_shard(tmp_path / "out/date=2026-11-22/a.parquet", {"prompt": ["somebody's"]})
     with pytest.raises(OutputError, match="date=2026-11-22 has no manifest"):
         run(night)
+
+
+def test_a_night_that_died_before_its_manifest_is_gone_on_with(tmp_path: Path) -> None:
+    """Killed, or on a full disk: its folder, its lock and what it was about to write may be there, and results are not."""
+    root = OutputFolder(str(tmp_path))
+    (tmp_path / "date=2026-11-21").mkdir()
+    for day in ("date=2026-11-22", "date=2026-11-23"):
+        folder = OutputFolder(f"{root.url}/{day}")
+        folder.make()
+        Lease(folder, day, LeaseTimes(expire=60)).take()
+    folder.write("_run/manifest.json.12-ab.partial", b"{")
+    assert read_partitions(root) == []
+    (work,) = plan_night(read_partitions(root), {"a": (1, "x")}, "date=2026-11-23")
+    assert (work.partition, work.shards) == ("date=2026-11-23", {"a"})
+
+
+def test_two_nights_on_either_side_of_midnight_do_not_both_run(night: dict[str, Any], tmp_path: Path) -> None:
+    write_shard(tmp_path / "in/a.parquet", {"prompt": pa.array(["?"])})
+    root = OutputFolder(str(tmp_path / "out"))
+    root.make()
+    yesterday = Lease(root, "yesterday", LeaseTimes(expire=1.5))
+    yesterday.take()
+    assert run(night, dry_run=True) == 0
+    with pytest.raises(OutputError, match=r"run yesterday on .* is writing to .*/out; wait for it"):
+        run(night)
+    assert not (tmp_path / "out" / MONDAY).exists()
+    yesterday.release()
+
+
+def test_a_clock_that_goes_back_takes_nothing_twice() -> None:
+    later = Partition(TUESDAY, {"a": (1, "x")}, finished=True)
+    assert plan_night([later], {"a": (1, "x")}, MONDAY) == []
+    (work,) = plan_night([later], {"a": (1, "x"), "b": (1, "x")}, MONDAY)
+    assert (work.partition, work.shards) == (MONDAY, {"b"})

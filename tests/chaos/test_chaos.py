@@ -1,4 +1,4 @@
-"""Drivers, workers and nodes die at random moments; afterwards every row is answered exactly once, as if nothing had been.
+"""Drivers, workers and nodes die or are cut off at random; afterwards every row is answered once, as if nothing had been.
 
 `CHAOS_ROUNDS` deaths (5 in `make test`, 50 in `make chaos`), drawn from `CHAOS_SEED`, which a failure names.
 """
@@ -22,15 +22,20 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
+from pipeline.io.storage import OutputFolder
 from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
 from pipeline.scenes.dataset import ScenesSettings, write_scenes
+from pipeline.verify import verify
 from tests.jobs.support import ROOT, answered_here, results, sets
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "5"))
 SEED = int(os.environ.get("CHAOS_SEED", "20261122"))
 ROWS = 60 * ROUNDS
 #: What is killed, and how often.
-VICTIMS = {"driver": 0.3, "worker": 0.5, "node": 0.2}
+VICTIMS = {"driver": 0.3, "worker": 0.4, "node": 0.15, "cut off": 0.15}
+#: When Ray counts a node as dead that does not answer; and seconds that one is cut off, which are more.
+HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
+CUT_OFF_SECONDS = 20.0
 
 
 @pytest.fixture
@@ -60,14 +65,36 @@ class Nodes:
     """Three nodes on this machine: the head, which lives, and two that may die and are replaced."""
 
     def __init__(self) -> None:
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": HEALTH}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.mortal = [self.cluster.add_node(num_cpus=2) for _ in range(2)]
+        self._cut_off: list[tuple[float, list[psutil.Process]]] = []
 
     def kill(self, draw: random.Random) -> None:
         """One node goes away without a word; another joins."""
         node = self.mortal.pop(draw.randrange(len(self.mortal)))
         self.cluster.remove_node(node, allow_graceful=False)
         self.mortal.append(self.cluster.add_node(num_cpus=2))
+
+    def cut_off(self, draw: random.Random) -> None:
+        """One node stands still for longer than Ray waits for it, then goes on as if nothing had been; another joins."""
+        node = self.mortal.pop(draw.randrange(len(self.mortal)))
+        processes = [psutil.Process(part.process.pid) for parts in node.all_processes.values() for part in parts]
+        for process in [*processes, *(child for one in processes for child in one.children(recursive=True))]:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+                self._cut_off.append((time.monotonic() + CUT_OFF_SECONDS, [process]))
+        self.mortal.append(self.cluster.add_node(num_cpus=2))
+
+    def go_on(self, *, all_of_them: bool = False) -> bool:
+        """Let nodes go on that were cut off for long enough; whether there were any."""
+        due = [entry for entry in self._cut_off if all_of_them or entry[0] <= time.monotonic()]
+        self._cut_off = [entry for entry in self._cut_off if entry not in due]
+        for _, processes in due:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+        return bool(due)
 
     def workers(self) -> list[psutil.Process]:
         """The processes in which this cluster's tasks and actors run."""
@@ -117,6 +144,8 @@ def kill_one(nodes: Nodes, driver: subprocess.Popen[bytes], draw: random.Random)
         victim = "driver"
     if victim == "node":
         nodes.kill(draw)
+    elif victim == "cut off":
+        nodes.cut_off(draw)
     else:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
@@ -142,6 +171,7 @@ def test_whatever_dies_every_row_is_answered_exactly_once(job: dict[str, Any], t
             goal = min(ROWS - 1, committed(out) + 1)
             until = time.monotonic() + 120
             while driver.poll() is None and committed(out) < goal and time.monotonic() < until:
+                nodes.go_on()
                 time.sleep(0.1)
             time.sleep(draw.uniform(0, 2))
             if driver.poll() is None:
@@ -151,12 +181,20 @@ def test_whatever_dies_every_row_is_answered_exactly_once(job: dict[str, Any], t
             if driver.poll() is not None and round_ < ROUNDS - 1:
                 assert driver.returncode in (0, -signal.SIGKILL), log.read_text()[-3000:]
                 driver = drive(job, nodes, log)
-        if driver.wait(600) == -signal.SIGKILL:
+        until = time.monotonic() + 600
+        while driver.poll() is None and time.monotonic() < until:
+            nodes.go_on()
+            time.sleep(0.1)
+        if nodes.go_on(all_of_them=True):
+            time.sleep(5)  # whatever still waits to be written, is written now
+        if driver.wait(1) == -signal.SIGKILL:
             driver = drive(job, nodes, log)
             assert driver.wait(600) == 0, log.read_text()[-3000:]
         assert driver.returncode == 0, log.read_text()[-3000:]
     finally:
         driver.kill()
+    verdict = verify(OutputFolder(str(out)))
+    assert (verdict.rows, verdict.problems) == (ROWS, ()), f"seed {SEED}"
     assert killed.total() >= ROUNDS // 2, f"the job was over too soon: {killed}"
     answered = results(out)  # each once
     assert answered.keys() == expected.keys()

@@ -206,6 +206,65 @@ def test_a_merge_that_lost_the_output_replaces_nothing(folder: OutputFolder) -> 
     assert (commit.retry, commit.revision) == ({}, 1)
 
 
+class KilledError(BaseException):
+    """The process is gone."""
+
+
+class Mortal(OutputFolder):
+    """Storage under a process that is killed before its n-th operation on it."""
+
+    left = 0
+
+    def _dies(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KilledError
+
+    def write(self, name: str, data: bytes) -> None:
+        self._dies()
+        super().write(name, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        self._dies()
+        return super().create(name, data)
+
+    def remove(self, name: str) -> None:
+        self._dies()
+        super().remove(name)
+
+
+def test_whenever_a_merge_of_outcomes_is_killed_every_row_stands_once_and_the_next_run_finishes_it(tmp_path: Path) -> None:
+    operations = 0
+    while True:
+        folder = Mortal(str(tmp_path / str(operations)))
+        folder.left = 1000
+        folder.make()
+        hold(folder)
+        first = committer(folder, rows=2)
+        for shard in ("a", "b"):
+            first.take(block(shard, 0, 1, error="image_fetch: no"))
+        again = Committer(folder, "mine", SCHEMA, None, CommitSettings(1, 60.0, RETRIES), ErrorSettings())
+        for shard in ("a", "b"):
+            again.take(block(shard, 1))
+        again.finish()
+        folder.left = operations
+        try:
+            merge_retries(folder, "mine", None)
+            break
+        except KilledError:
+            folder.left = 1000
+        every = ["a#0", "a#1", "b#0", "b#1"]
+        assert read_ids(folder) == every
+        hold(folder, "next")
+        assert merge_retries(folder, "next", None) in (0, 1, 2)
+        assert read_ids(folder) == every
+        told = [commit.retry for commit in OutputLog(folder).commits()]
+        assert told == [{"a": RowSet.range(0, 1)}, {"b": RowSet.range(0, 1)}]
+        assert OutputLog(folder, at=RETRIES).commits() == []
+        operations += 1
+    assert operations > 5
+
+
 def test_a_file_tells_its_epoch_and_writer_in_name_and_footer(folder: OutputFolder) -> None:
     hold(folder)
     writer_ = committer(folder, rows=1)
