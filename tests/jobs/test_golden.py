@@ -122,3 +122,17 @@ def test_rows_that_go_missing_while_a_job_runs_are_an_error(golden: Path, tmp_pa
     with pytest.raises(InputError, match="5 rows were counted at the start, but 3 were answered"):
         run_job(job)
     assert len(results(tmp_path / "out")) == 3
+
+
+def test_a_shard_that_is_replaced_while_a_job_runs_is_noticed_however_many_rows_the_new_one_has(
+    golden: Path, tmp_path: Path, ray_cluster: RayCluster
+) -> None:
+    shard = tmp_path / "in" / "a.parquet"
+    write_shard(shard, {"prompt": ["What?"] * 3})
+    settings = {**released_model(golden), "input.path": shard, "output.path": tmp_path / "out"}
+    job = check_job("vqa", load_settings(JobSettings, None, [f"{key}={value}" for key, value in settings.items()]))
+    write_shard(shard, {"prompt": ["Who?"] * 7})
+    with pytest.raises(
+        InputError, match=r"a shard changed while the job ran \(file://.*/in/a.parquet\): which of its answers"
+    ):
+        run_job(job)
