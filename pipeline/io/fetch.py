@@ -421,8 +421,8 @@ def _from_disk(root: str, path: str, most: int) -> bytes:
         if os.path.dirname(target) not in _blobs_of(folder):
             raise RowError(
                 "image_forbidden",
-                f"{shown(path)} is a link to what does not lie below input.image_root; copy the file there instead (cp -L), or set "
-                "input.image_root to a folder that both lie below",
+                f"{shown(path)} is a link to what does not lie below input.image_root; copy the file there instead (cp "
+                "-L), or set input.image_root to a folder that both lie below",
             )
     # Not blocking: a pipe without a writer would hold this thread for good.
     handle = os.open(target, os.O_RDONLY | os.O_NONBLOCK)
