@@ -24,6 +24,8 @@ from pipeline.errors import RowError
 from pipeline.io import addresses, fetch
 from pipeline.io.addresses import is_public
 from pipeline.io.fetch import MAX_REFERENCE, Fetcher, scheme_of, shown
+from pipeline.io.listing import find_shards
+from pipeline.io.storage import open_filesystem
 from tests.io.web import BODY, Web
 
 LIMIT = 100_000
@@ -486,6 +488,16 @@ def test_files_may_be_called_like_urls(tmp_path: Path, make: Any) -> None:
     fetcher = make(tmp_path)
     for name in ("data:x.png", "file:x.png", "data:a,b.png", "a::b.png", "zip::c.png", " blank .png", "s3:x.png"):
         assert fetcher.submit(name).result(20) == name.encode()
+
+
+def test_colons_are_part_of_a_files_name_unless_a_chain_begins(tmp_path: Path) -> None:
+    (tmp_path / "a::b.jsonl").write_text('{"prompt": "Why?"}\n')
+    (shard,) = find_shards(str(tmp_path))
+    for url in (shard.url, str(tmp_path / "a::b.jsonl")):
+        filesystem, path = open_filesystem(url)
+        assert filesystem.cat_file(path) == b'{"prompt": "Why?"}\n'
+    filesystem, path = open_filesystem(f"simplecache::{tmp_path}/c.jsonl")
+    assert (filesystem.protocol, path) == ("simplecache", f"{tmp_path}/c.jsonl")
 
 
 def test_paths_are_read_as_qwen_vl_utils_and_browsers_read_them(tmp_path: Path, make: Any) -> None:
