@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import ConfigError
 from pipeline.flags import Flag
+from pipeline.io.buckets import bucket_of
 from pipeline.io.listing import Form
 from pipeline.languages import Language
 from pipeline.redact import scrubbed
@@ -157,12 +158,35 @@ class FetchSettings(Settings):
         ["http", "https", "s3", "gs", "gcs", "abfs", "az", "hf"],
         description="URLs that rows may name; others of fsspec's where they are trusted",
     )
+    buckets: list[str] = Field(
+        default_factory=list,
+        description="buckets whose objects rows may name besides those of input.path and input.image_root, or folders in "
+        "them: s3://other, hf://datasets/owner/name",
+    )
     allow_hosts: list[str] = Field(
         default_factory=list, description="hosts that http(s) URLs may name though their addresses are private"
+    )
+    user_agent: str = Field(
+        "awaker-batch", min_length=1, description="what servers are told who asks: some want a name and an address of yours"
     )
     concurrency: PositiveInt = Field(32, description="fetches at once, of each preparing actor")
     timeout_seconds: float = Field(30.0, gt=0, description="longest time of one try, from its first byte to its last")
     tries: PositiveInt = Field(4, description="of an image whose error may pass: time-outs, lost connections, 5xx, 429")
+
+    @field_validator("buckets")
+    @classmethod
+    def _buckets_are_named(cls, values: list[str]) -> list[str]:
+        for value in values:
+            if bucket_of(value) is None:
+                raise ValueError(f"holds {value!r}; expected a bucket with its scheme, such as s3://bucket")
+        return values
+
+    @field_validator("user_agent")
+    @classmethod
+    def _user_agent_is_a_header(cls, value: str) -> str:
+        if not (value.isascii() and value.isprintable()):
+            raise ValueError("is no header of a request; expected ASCII in one line")
+        return value
 
 
 class OutputSettings(Settings):

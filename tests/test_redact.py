@@ -1,9 +1,12 @@
 """Credentials do not leave: not in texts, not in written configurations."""
 
+import time
+
 import pytest
 
 from pipeline.config import JobSettings, as_yaml
-from pipeline.redact import without_secrets
+from pipeline.io.fetch import shown
+from pipeline.redact import LOOKED_AT, SHOWN, cause_of, one_line, scrubbed, without_secrets
 
 SECRET = "hunter2hunter2"
 
@@ -18,6 +21,31 @@ SECRET = "hunter2hunter2"
         (f'{{"session_token": "{SECRET}", "region": "x"}}', '"region": "x"'),
         (f"Authorization: {SECRET}", "Authorization"),
         (f"account_key={SECRET};", ";"),
+        (f"s3://AKIA:wJal/{SECRET}@bucket/out", "s3://***@bucket/out"),
+        (f"s3://AKIA:12/{SECRET}@bucket/out", "s3://***@bucket/out"),
+        (f"ftp://user:p@{SECRET}@host/x", "ftp://***@host/x"),
+        (f"//user:{SECRET}@host/x", "//***@host/x"),
+        (f"http:\\\\user:{SECRET}@host/x", "***@host/x"),
+        (f"s3://AKIA:{SECRET}%40bucket/x", "s3://***@bucket/x"),
+        (f'Invalid bucket name "AKIA:{SECRET}@bucket": Bucket', '@bucket": Bucket'),
+        (f"s3://b/k?X-Amz-Signature={SECRET}&X-Amz-Credential=AK", "s3://b/k"),
+        (f"abfs://c@acc.dfs.core.windows.net/x?sv=2020&sig={SECRET}", "abfs://c@acc.dfs.core.windows.net/x"),
+        (f"https%3A%2F%2Fa%2Fb%3FX-Amz-Signature%3D{SECRET}", "https%3A%2F%2Fa%2Fb"),
+        (f"https://a/b.png;X-Amz-Signature={SECRET}", "https://a/b.png"),
+        (f"https://a/b?sig=x'{SECRET}", "https://a/b"),
+        (f"{{'key': '{SECRET}', 'secret': '{SECRET}', 'token': '{SECRET}', 'region': 'x'}}", "'region': 'x'"),
+        (f'{{\\"secret\\": \\"{SECRET}\\", \\"region\\": 1}}', "region"),
+        (f'{{"password": "a\\"{SECRET}", "region": 1}}', '"region": 1'),
+        (f'"secret": "a {SECRET}', '"secret": "***'),
+        (f"secret = wJal/{SECRET}/x, region", "secret = ***, region"),
+        (f"key={SECRET} sig={SECRET} sas={SECRET} x-amz-security-token: {SECRET} end", " end"),
+        (f"AccountName=a;AccountKey={SECRET}==;EndpointSuffix=x", "AccountName=a;AccountKey=***;EndpointSuffix=x"),
+        (f"HF_TOKEN={SECRET} rest", "HF_TOKEN=*** rest"),
+        (f"Authorization: Bearer {SECRET}, rest", "rest"),
+        (f"sent Bearer {SECRET} to h", "to h"),
+        (f"'authorization': 'AWS4-HMAC-SHA256 Credential=AKIA/1, Signature={SECRET}', rest", "rest"),
+        (f"for hf_{SECRET}{SECRET} there", "for *** there"),
+        (f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}", "***"),
     ],
 )
 def test_secrets_are_taken_out_and_the_rest_stays(text: str, kept: str) -> None:
@@ -27,7 +55,23 @@ def test_secrets_are_taken_out_and_the_rest_stays(text: str, kept: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["s3://bucket/part-?.parquet", "/data/a?b.parquet", "the key 'prompt': empty", "a@b.example"]
+    "text",
+    [
+        "s3://bucket/part-?.parquet",
+        "/data/a?b.parquet",
+        "the key 'prompt': empty",
+        "a@b.example",
+        "s3://bucket/a#b?c.parquet",
+        "http://host:8080/@user/a.jpg",
+        "https://host/@user/a.jpg",
+        "abfs://container@account.dfs.core.windows.net/a",
+        "hf://datasets/me/own@main/a.parquet",
+        "generation.max_new_tokens: expected a number, got 'x'",
+        "--set a: expected dotted.key=value",
+        "model.base: unknown key: did you mean x?",
+        "__key__: 0001, Kansas: a state, monkey=1, keys: 3",
+        "2026-11-25T10:00:00 [::1]:80",
+    ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert without_secrets(text) == text
@@ -43,3 +87,53 @@ def test_a_written_configuration_holds_no_credentials() -> None:
     )
     assert SECRET not in as_yaml(settings)
     assert "s3://***@in/" in as_yaml(settings)
+
+
+HOSTILE = [
+    "http://",
+    "secret_access_",
+    "://a",
+    "@",
+    "a:@",
+    "secret='",
+    'secret=\\"',
+    "key=",
+    "?a=",
+    "Bearer ",
+    "-----BEGIN ",
+    "%3D",
+    "s3://a:b@",
+    "a.",
+    "\\",
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_a_hostile_text_takes_no_longer_than_its_length(piece: str) -> None:
+    began = time.monotonic()
+    without_secrets(piece * (200_000 // len(piece)))
+    without_secrets(piece * (200_000 // len(piece)) + "'\" @")
+    assert time.monotonic() - began < 2
+
+
+def test_what_is_shown_of_a_long_text_is_short_and_holds_no_half_of_a_secret() -> None:
+    long = "x" * 1_000_000
+    assert len(shown(long)) < 210
+    assert len(cause_of(ValueError(long))) <= SHOWN + 1
+    assert cause_of(ValueError("a\n b\ud800")) == "ValueError: a b\\ud800"
+    for text in (f"s3://AKIA:{SECRET}{long}@bucket", f"https://{SECRET}{long}@host/", f"s3://AKIA:a/{SECRET}{long}@b/c"):
+        assert SECRET not in shown(text)
+        assert SECRET not in one_line(text)
+    for at in range(LOOKED_AT - 60, LOOKED_AT, 7):  # wherever the cut falls
+        text = "x " * (at // 2) + f"s3://AKIA:{SECRET}@bucket secret={SECRET} https://h/?sig={SECRET} " + long
+        assert SECRET[:6] not in one_line(text, 3000)
+    assert shown("http://host/" + long).startswith("'http://host/xxx")
+
+
+def test_values_under_the_names_of_secrets_are_hidden() -> None:
+    assert scrubbed({"secret": SECRET, "key": "path", "list": [f"s3://a:{SECRET}@b"], "tokens": 3}) == {
+        "secret": "***",
+        "key": "path",
+        "list": ["s3://***@b"],
+        "tokens": 3,
+    }

@@ -72,7 +72,7 @@ class Preparer:
         )
         self._columns = columns
         self._image_settings = settings.images
-        self._fetcher = Fetcher(image_root, settings.fetch, settings.images.max_bytes)
+        self._fetcher = Fetcher(image_root, settings.fetch, settings.images.max_bytes, settings.input.path)
         self._fetched: dict[str, Future[bytes]] = {}
         self._last: tuple[pa.Scalar, pa.Scalar, list[Image.Image]] | None = None
         asked, shown = columns.messages or columns.prompt, columns.image or columns.images

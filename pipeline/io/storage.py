@@ -51,8 +51,22 @@ def _be_patient_with_s3() -> None:
 _be_patient_with_s3()
 
 
+#: fsspec's filesystems that show another one's files in some way, and so begin a chain: `simplecache::s3://bucket/a`.
+WRAPPERS = frozenset({"zip", "tar", "libarchive", "simplecache", "filecache", "blockcache", "cached", "dir", "reference"})
+
+
 def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a URL or local path, and the path within it."""
+    """The filesystem of a URL or local path, and the path within it.
+
+    `::` chains filesystems only behind one of `WRAPPERS`; elsewhere it is part of a name.
+    """
+    first, chained, _ = url.partition("::")
+    scheme, separator, _ = first.partition("://")
+    if chained and scheme not in WRAPPERS:
+        protocol = scheme if separator else "file"
+        kind = fsspec.get_filesystem_class(protocol)
+        options = kind._get_kwargs_from_urls(url)
+        return fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
     return fsspec.core.url_to_fs(url)
 
 

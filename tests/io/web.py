@@ -14,8 +14,8 @@ BODY = b"picture " * 1000
 class Web(ThreadingHTTPServer):
     """A server of good and bad bodies on loopback.
 
-    `asked` counts requests by path, `files` are good bodies by path (any other path has `BODY`), and while it is `down` it
-    answers 503.
+    `asked` counts requests by path, `lines` and `agents` are their first lines and User-Agents, `files` are good bodies by
+    path (any other path has `BODY`), and while it is `down` it answers 503.
     """
 
     daemon_threads = True
@@ -23,10 +23,12 @@ class Web(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: Counter[str] = Counter()
+        self.lines: list[str] = []
+        self.agents: list[str] = []
         self.redirect = ""
         self.files: dict[str, bytes] = {}
         self.down = False
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self.server_address[1]}/{path}"
@@ -42,6 +44,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.split("?")[0].lstrip("/")
         self.server.asked[name] += 1
+        self.server.lines.append(self.requestline)
+        self.server.agents.append(self.headers["User-Agent"])
         if self.server.down:
             self._send(503, b"")
         elif name == "redirect":
@@ -69,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
         for key, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(key, value)
+            self.send_header(key, value.encode().decode("latin-1"))  # UTF-8, as servers send it
         self.end_headers()
         self.wfile.write(body)
 
