@@ -30,6 +30,7 @@ from pipeline.rows import (
     PROMPT,
     READ_SCHEMA,
     REFERENCES,
+    SETTINGS,
     PreparedRow,
     prepared_rows,
 )
@@ -146,7 +147,7 @@ def test_each_row_has_its_own_fate(golden: Path) -> None:
         ],
         images="pictures",
     )
-    assert [row.id for row in rows if row.error is None] == ["good", "text"]
+    assert [row.id for row in rows if row.error is None] == ["good", "pad", "text"]
     errors = {row.id: row.error for row in rows if row.error}
     assert errors["broken"].startswith("image_decode: image 1 of column 'pictures' (500 bytes) is no readable image")
     assert errors["null"] == "image_missing: column 'pictures' is null or has no bytes"
@@ -155,9 +156,8 @@ def test_each_row_has_its_own_fate(golden: Path) -> None:
     assert errors["long"].startswith("prompt_too_long: ")
     assert "the model's context is 4096" in errors["long"]
     assert errors["thin"].startswith("image_decode: cannot resize an image (ValueError: absolute aspect ratio")
-    assert errors["pad"].startswith("prompt_positions: the prompt has 2 places for images but 1 images")
     assert [row.prompt for row in rows][:3] == ["What?"] * 3
-    assert [len(row.images) for row in rows] == [1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert [len(row.images) for row in rows] == [1, 0, 0, 0, 0, 0, 0, 1, 0]
 
 
 def test_images_named_by_path_are_fetched_and_an_error_names_them(golden: Path, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_prompt_that_is_no_utf8_is_an_error_of_its_row(golden: Path) -> None:
     not_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
     settings = settings_of(golden)
     none = {name: pa.array([[]], READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)}
-    nothing = {name: pa.nulls(1, pa.string()) for name in (MESSAGES, ERROR)}
+    nothing = {name: pa.nulls(1, pa.string()) for name in (MESSAGES, SETTINGS, ERROR)}
     table = pa.table({ID: ["a"], **none, PROMPT: not_utf8, **nothing}, READ_SCHEMA)
     (prepared,) = Preparer(settings, Columns(None, None, None, "question", None), False)(table)
     (row,) = prepared_rows(prepared)
