@@ -73,7 +73,8 @@ def rules_for_rows(generation: GenerationSettings, folder: Path) -> str:
     if generation.max_new_tokens is not None:
         told += f", at most {generation.max_new_tokens:,} new tokens (generation.max_new_tokens)"
     if generation.top_k is None and job_sampling(generation, folder).top_k == 1:
-        told += "; the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 draws as OpenAI's API does"
+        told += "; the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 (and top_p=1) draws as OpenAI's "
+        told += "API does"
     return told
 
 

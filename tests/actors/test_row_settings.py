@@ -183,6 +183,6 @@ def test_a_plan_says_what_holds_for_lines(tmp_path: Path) -> None:
     told = rules_for_rows(GenerationSettings(max_new_tokens=64), tmp_path)
     assert told.startswith("of their own where lines have them (max_tokens, max_completion_tokens, temperature, top_p,")
     assert "at most 64 new tokens (generation.max_new_tokens)" in told
-    assert "the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 draws" in told
+    assert "the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 (and top_p=1) draws" in told
     assert "greedy" not in rules_for_rows(GenerationSettings(top_k=0), tmp_path)
     assert job_sampling(GenerationSettings(), tmp_path).with_own({"stop": ["a"], "top_k": 0}).stop == ("a",)
