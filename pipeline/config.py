@@ -15,7 +15,7 @@ import jsonschema
 import regex
 import yaml
 from PIL import ImageColor
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.flags import Flag
@@ -26,6 +26,22 @@ from pipeline.redact import scrubbed
 from pipeline.template import Template
 
 PositiveInt = Annotated[int, Field(ge=1)]
+
+
+def _is_divisible_by(value: float) -> float:
+    # Logits are divided by it, as float32: less than this is 0, or makes them infinite.
+    if 0 < value < 1e-6:
+        raise ValueError("is too small; expected 0 (greedy), or 0.000001 at least")
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_is_divisible_by)]
+NewTokens = Annotated[int, Field(ge=1, lt=2**31)]
+Penalty = Annotated[float, Field(ge=0.001, le=1000)]
+TopK = Annotated[int, Field(ge=0)]
+#: What torch's generators take; a further try adds a little to it.
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Settings(BaseModel):
@@ -93,6 +109,11 @@ class InputSettings(Settings):
     )
     missing_image: Literal["error", "text_only"] = Field(
         "error", description="a row whose image is null: an error row, or answered from its text alone"
+    )
+    control_tokens: Literal["text", "error", "allow"] = Field(
+        "text",
+        description="tokens such as <|im_end|> in a row's own text: text like any other, so that no row forges turns or "
+        "images; an error row; or the model's own, as the released code takes them",
     )
 
     @field_validator("prompt")
@@ -223,13 +244,13 @@ class ErrorSettings(Settings):
 class GenerationSettings(Settings):
     """How answers are sampled. Unset keys: the checkpoint's generation_config.json, as transformers applies it."""
 
-    max_new_tokens: PositiveInt | None = Field(None, description="most tokens of an answer")
-    temperature: float | None = Field(None, ge=0, description="0: greedy; above 0: sample")
+    max_new_tokens: NewTokens | None = Field(None, description="most tokens of an answer")
+    temperature: Temperature | None = Field(None, description="0: greedy; above 0: sample")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Annotated[int, Field(ge=0)] | None = Field(None, description="0: all tokens")
-    repetition_penalty: float | None = Field(None, gt=0, description="over prompt and answer alike; 1: none")
+    top_k: TopK | None = Field(None, description="0: all tokens")
+    repetition_penalty: Penalty | None = Field(None, description="over prompt and answer alike; 1: none")
     stop: list[str] | None = Field(None, description="an answer ends before the first of these strings")
-    seed: int = Field(0, description="every row samples with a generator of its own, seeded with this")
+    seed: Seed = Field(0, description="every row samples with a generator of its own, seeded with this")
     stop_repetition: bool = Field(True, description="cut an answer off once it ends in a loop (docs/flags.md)")
     regex: str | None = Field(None, description="a regular expression that an answer must match as a whole, else: invalid")
     json_schema: dict[str, Any] | None = Field(None, description="a JSON schema that an answer must satisfy, else: invalid")

@@ -24,6 +24,7 @@ from typing import Literal
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from pipeline.actors.row_settings import rules_for_rows
 from pipeline.config import JobSettings, as_yaml
 from pipeline.errors import ConfigError, InputError, OutputError, Stopped
 from pipeline.io.accuracy import Truth, is_right
@@ -42,6 +43,7 @@ from pipeline.model.prompt import PromptProcessor
 from pipeline.progress import Watch
 from pipeline.redact import cause_of, without_secrets
 from pipeline.resources import TASK_CPUS, Resources, share_cluster
+from pipeline.rows import SETTINGS
 from pipeline.summary import Summary
 
 logger = logging.getLogger(__name__)
@@ -181,6 +183,7 @@ def describe(job: Job) -> str:
         f"prompt: {asked}",
         f"images: {seen}",
         f"passed through: {extras}",
+        *_own_settings(job),
         f"output: {', '.join(layout_schema(settings.output, plan.extras_schema, plan.names).names)}",
         "",
         "# would run",
@@ -188,6 +191,12 @@ def describe(job: Job) -> str:
         f"{settings.model.dtype}, results to {settings.output.path}",
     ]
     return "\n".join(lines)
+
+
+def _own_settings(job: Job) -> list[str]:
+    if SETTINGS not in job.plan.schema.names:
+        return []
+    return [f"sampling: {rules_for_rows(job.settings.generation, job.checkpoint.folder)}"]
 
 
 def run_job(job: Job) -> Summary:
@@ -424,7 +433,7 @@ class _Rounds:
         try:
             _stop_on_sigterm()  # again: connecting to Ray installs a handler of Ray's
             if not self.seconds:
-                print(f"input: {self._job.plan.summary}", file=sys.stderr, flush=True)
+                print(f"input: {self._job.plan.summary}", *_own_settings(self._job), sep="\n", file=sys.stderr, flush=True)
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
             resources = share_cluster(settings, sum(cpus) or 1.0, sum(gpus), max(cpus))

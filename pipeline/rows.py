@@ -6,8 +6,10 @@ columns, under the names they have in the output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ IMAGES = "awaker:images"
 REFERENCES = "awaker:references"
 PROMPT = "awaker:prompt"
 MESSAGES = "awaker:messages"
+SETTINGS = "awaker:settings"
 ERROR = "awaker:error"
 
 #: Where a row comes from: the shard's URL, and its number in it. With them the output knows what it holds. And which of
@@ -31,7 +34,8 @@ PLACE_SCHEMA = pa.schema([pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64()
 Place = tuple[str, int] | tuple[str, int, str]
 
 #: What reading adds to the extra columns. Images are encoded bytes, or null where a path or URL is in the same place of
-#: `REFERENCES`; a null list is a missing image. A row that cannot be read has an error, and an id.
+#: `REFERENCES`; a null list is a missing image. A row that cannot be read has an error, and an id. Settings are what a line
+#: of an OpenAI batch says beside its chat, as JSON.
 #: large_binary: with 32-bit offsets, blocks of more than 2 GiB of images could not be put together.
 READ_SCHEMA = pa.schema(
     [
@@ -40,6 +44,7 @@ READ_SCHEMA = pa.schema(
         pa.field(REFERENCES, pa.list_(pa.string())),
         pa.field(PROMPT, pa.string()),
         pa.field(MESSAGES, pa.string()),
+        pa.field(SETTINGS, pa.string()),
         pa.field(ERROR, pa.string()),
     ]
 )
@@ -48,6 +53,7 @@ INPUT_IDS = "awaker:input_ids"
 SPAN = "awaker:span"
 PIXELS = "awaker:pixels"
 SIZES = "awaker:sizes"
+SAMPLING = "awaker:sampling"
 
 #: What preparing makes of them: uint8 pixels instead of image files.
 PREPARED_SCHEMA = pa.schema(
@@ -59,6 +65,7 @@ PREPARED_SCHEMA = pa.schema(
         pa.field(SPAN, pa.list_(pa.int32(), 2)),
         pa.field(PIXELS, pa.list_(pa.large_binary())),
         pa.field(SIZES, pa.list_(pa.int32())),
+        pa.field(SAMPLING, pa.string()),
     ]
 )
 
@@ -74,6 +81,7 @@ class PreparedRow:
         input_ids: [T] int32.
         span: the positions that route it.
         images: each [height, width, 3] uint8.
+        sampling: its own settings of `Sampling`, by name; all others are the job's.
     """
 
     id: str
@@ -82,6 +90,7 @@ class PreparedRow:
     input_ids: np.ndarray | None = None
     span: tuple[int, int] | None = None
     images: tuple[np.ndarray, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pixel_bytes(self) -> int:
@@ -131,6 +140,7 @@ def prepared_table(rows: Sequence[PreparedRow]) -> pa.Table:
             SPAN: [row.span for row in rows],
             PIXELS: [[image.tobytes() for image in row.images] for row in rows],
             SIZES: [[side for image in row.images for side in image.shape[:2]] for row in rows],
+            SAMPLING: [json.dumps(row.sampling) if row.sampling else None for row in rows],
         },
         schema=PREPARED_SCHEMA,
     )
@@ -139,8 +149,8 @@ def prepared_table(rows: Sequence[PreparedRow]) -> pa.Table:
 def prepared_rows(table: pa.Table) -> list[PreparedRow]:
     """The rows of a table of `PREPARED_SCHEMA`; pixels are views of the table's memory."""
     rows = []
-    columns = (table[name] for name in (ID, PROMPT, ERROR, INPUT_IDS, SPAN, PIXELS, SIZES))
-    for id_, prompt, error, ids, span, pixels, sizes in zip(*columns, strict=True):
+    columns = (table[name] for name in (ID, PROMPT, ERROR, INPUT_IDS, SPAN, PIXELS, SIZES, SAMPLING))
+    for id_, prompt, error, ids, span, pixels, sizes, sampling in zip(*columns, strict=True):
         if error.is_valid:
             rows.append(PreparedRow(id_.as_py(), prompt.as_py(), error.as_py()))
             continue
@@ -150,7 +160,10 @@ def prepared_rows(table: pa.Table) -> list[PreparedRow]:
             for buffer, height, width in zip(pixels.values, sides[::2], sides[1::2], strict=True)
         )
         start, end = span.as_py()
+        own = json.loads(sampling.as_py()) if sampling.is_valid else {}
         rows.append(
-            PreparedRow(id_.as_py(), prompt.as_py(), None, ids.values.to_numpy().astype(np.int32), (start, end), images)
+            PreparedRow(
+                id_.as_py(), prompt.as_py(), None, ids.values.to_numpy().astype(np.int32), (start, end), images, own
+            )
         )
     return rows

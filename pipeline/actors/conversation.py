@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
-from collections.abc import Callable, Sequence
+import re
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -32,6 +34,28 @@ def from_prompt(prompt: str | None, images: Sequence[Image.Image], field: str) -
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
 
+#: Most brackets and commas of a chat given as JSON; with fewer it is read in some 100 MB, whatever it holds. Pictures in it
+#: have neither.
+MOST_MARKS = 1 << 18
+
+#: Types of parts: those of transformers and qwen-vl-utils, of OpenAI's chats, and of its Responses.
+TEXTS = frozenset({"text", "input_text", "output_text"})
+IMAGES = frozenset({"image", "image_url", "input_image"})
+#: Keys that hold an image, or say where it is.
+SOURCES = ("image", "image_url", "url", "path", "base64")
+#: Keys of qwen-vl-utils that say how an image is resized.
+SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+#: Least and most pixels that qwen-vl-utils itself makes of an image: 4 and 16,384 visual tokens of 28 x 28.
+LEAST_PIXELS, MOST_PIXELS = 4 * 28 * 28, 16_384 * 28 * 28
+#: `detail` is OpenAI's hint for a service that has several resolutions; here each image has its own.
+_IMAGE_KEYS = {"type", "detail", *SOURCES, *SIZES}
+
+#: Roles as other services write them.
+ROLES = {"developer": "system"}
+
+#: Half a surrogate pair, as JSON escapes it; whole pairs look the same.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
 #: Decodes image bytes that came from a field, or raises `RowError`.
 Decode = Callable[[bytes, str], Image.Image]
 #: Bytes of the image at a path or URL, or raises `RowError`.
@@ -43,8 +67,9 @@ def from_messages(
 ) -> tuple[list[Message], str]:
     """A chat given as JSON: a list of turns with `role` and `content` (text, or a list of text and image parts).
 
-    An image part without an image of its own takes the next image of the row; one with a `data:` URI, a path or a URL, in
-    Qwen's form ("image") or OpenAI's ("image_url"), has its own.
+    An image part without an image of its own takes the next image of the row. One with a `data:` URI, base64, a path or a
+    URL has its own, in the form of transformers (`url`, `path`, `base64`), of qwen-vl-utils (`image`) or of OpenAI
+    (`image_url`). A key whose value is null counts as absent: tables give every part the keys of all.
 
     Args:
         text: the chat.
@@ -61,73 +86,77 @@ def from_messages(
     """
     if text is None or not text.strip():
         raise RowError("prompt_missing", f"{field} is {'null' if text is None else 'empty'}")
-    try:
-        turns = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError("messages_invalid", f"{field} is no JSON ({error})") from error
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise RowError("messages_invalid", f"{field} is no list of turns {{role, content}}")
-    roles = [turn.get("role") for turn in turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not spoken or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)) or len(spoken) % 2 == 0:
-        raise RowError(
-            "messages_invalid",
-            f"{field} has the turns {', '.join(map(str, roles)) or '(none)'}; expected an optional system turn, then user "
-            "and assistant in turn, ending with the user",
-        )
+    # As a whole, before any image is touched.
+    messages = _read(text, field)
+    parts = list(_image_parts(messages))
+    wanted = sum(part["image"] is None for part in parts)
+    if wanted > len(images):
+        raise RowError("image_missing", "messages has more image parts than the row has images")
     row_images = iter(images)
-
-    def own(url: Any) -> Image.Image:
-        return _own_image(url, decode, fetch)
-
-    messages = [{"role": turn["role"], "content": _content(turn.get("content"), row_images, own)} for turn in turns]
-    if left := len(list(row_images)):
+    for part in parts:
+        part["image"] = next(row_images) if part["image"] is None else part["image"].load(decode, fetch)
+    if left := len(images) - wanted:
         raise RowError("messages_invalid", f"{field} has no place for {left} of the row's {len(images)} images")
     return messages, _text_of(messages[-1])
 
 
-#: Loads the image that a part names or holds.
-_Own = Callable[[Any], Image.Image]
+@dataclass(frozen=True)
+class _Source:
+    """Where an image part has its image: a `data:` URI, a path or a URL; or base64 alone."""
+
+    text: str
+    is_base64: bool = False
+
+    @property
+    def is_data(self) -> bool:
+        return not self.is_base64 and _is_data(self.text)
+
+    @property
+    def reference(self) -> str | None:
+        """The path or URL to fetch, if it is one."""
+        return None if self.is_base64 or self.is_data else self.text
+
+    def load(self, decode: Decode, fetch: Fetch) -> Image.Image:
+        if self.reference is not None:
+            return decode(fetch(self.text), f"an image that messages names, {shown(self.text)}")
+        field = "base64 in messages" if self.is_base64 else "a data: URI in messages"
+        data = self.text
+        if _is_data(data):
+            header, comma, data = self.text.partition(",")
+            if not comma or not header.rstrip().lower().endswith(";base64"):
+                raise RowError("image_decode", "a data: URI in messages is not base64")
+            data = urllib.parse.unquote(data)
+        return decode(_from_base64(data, field), field)
 
 
-def _content(content: Any, row_images: Any, own: _Own) -> str | list[dict[str, Any]]:
-    if isinstance(content, str):
-        return _encodable(content)
-    if not isinstance(content, list):
+def _read(text: str, field: str) -> list[Message]:
+    """A chat given as JSON, its image parts with a `_Source` or None in the place of an image."""
+    turns = _turns(text, field)
+    roles = [turn.get("role") for turn in turns]
+    spoken = [ROLES.get(role, role) if isinstance(role, str) else role for role in roles]
+    rest = spoken[1:] if spoken[:1] == ["system"] else spoken
+    if not rest or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(rest)) or len(rest) % 2 == 0:
+        told = ", ".join(_named(role) for role in roles[:8]) + (f" and {len(roles) - 8} more" if len(roles) > 8 else "")
         raise RowError(
-            "messages_invalid", f"the content of a turn in messages is {type(content).__name__}, expected text or parts"
+            "messages_invalid",
+            f"{field} has the turns {told or '(none)'}; expected an optional system turn, then user "
+            "and assistant in turn, ending with the user",
         )
-    return [_part(part, row_images, own) for part in content]
+    for role, turn in zip(spoken, turns, strict=True):
+        # Empty lists of tool calls and the like say nothing; anything else would be lost.
+        said = {key for key, value in turn.items() if value not in (None, [], {}, "")}
+        if more := sorted(said - {"role", "content"}):
+            raise RowError(
+                "messages_invalid",
+                f"a {role} turn of messages has the key {_quoted(more[0])}, which is not followed; expected role, content",
+            )
+    return [{"role": role, "content": _content(turn.get("content"))} for role, turn in zip(spoken, turns, strict=True)]
 
 
-def _part(part: Any, row_images: Any, own: _Own) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": _encodable(part["text"])}
-    if kind == "image" and part.get("image") is None:
-        image = next(row_images, None)
-        if image is None:
-            raise RowError("image_missing", "messages has more image parts than the row has images")
-        return {"type": "image", "image": image}
-    if kind == "image":
-        return {"type": "image", "image": own(part["image"])}
-    if kind == "image_url":
-        return {"type": "image", "image": own(_url_of(part))}
-    raise RowError("messages_invalid", f"a part of messages has type {kind!r}, expected text, image or image_url")
-
-
-def _encodable(text: str) -> str:
-    # JSON may escape half a surrogate pair, which is a Python string but no text that could be tokenized or written.
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError("prompt_invalid", f"a text in messages is no valid Unicode ({error})") from error
-    return text
-
-
-def _url_of(part: dict[str, Any]) -> Any:
-    url = part.get("image_url")
-    return url.get("url") if isinstance(url, dict) else url
+def _image_parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
+    for message in messages:
+        if not isinstance(message["content"], str):
+            yield from (part for part in message["content"] if part["type"] == "image")
 
 
 def named_images(text: str | None) -> list[str]:
@@ -136,27 +165,157 @@ def named_images(text: str | None) -> list[str]:
     Whatever is wrong with the chat, `from_messages` says.
     """
     try:
-        turns = json.loads(text or "[]")
-    except (ValueError, RecursionError):
+        contents = [{"content": _content(turn.get("content"))} for turn in _turns(text or "", "")]
+    except RowError:
         return []
-    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    urls = [part.get("image") if part.get("type") == "image" else _url_of(part) for part in parts]
-    return [url for url in urls if isinstance(url, str) and not url.startswith("data:")]
+    sources = [part["image"] for part in _image_parts(contents)]
+    return [source.reference for source in sources if source is not None and source.reference is not None]
 
 
-def _own_image(url: Any, decode: Decode, fetch: Fetch) -> Image.Image:
-    if not isinstance(url, str) or not url:
-        raise RowError("image_missing", "an image part of messages has no data: URI, path or URL")
-    if not url.startswith("data:"):
-        return decode(fetch(url), f"an image that messages names, {shown(url)}")
-    header, comma, data = url.partition(",")
-    if not comma or not header.endswith(";base64"):
-        raise RowError("image_decode", "a data: URI in messages is not base64")
+def _turns(text: str, field: str) -> list[dict[str, Any]]:
+    """The turns of a chat given as JSON; every text in it can be written as UTF-8."""
+    if (marks := sum(map(text.count, "{[,"))) > MOST_MARKS:
+        raise RowError("messages_invalid", f"{field} has {marks:,} brackets and commas, expected at most {MOST_MARKS:,}")
     try:
-        return decode(base64.b64decode(data, validate=True), "a data: URI in messages")
-    except binascii.Error as error:
-        raise RowError("image_decode", f"a data: URI in messages is no valid base64 ({error})") from error
+        turns = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(turns, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        # JSON may escape half a surrogate pair, which is a Python string but no text that could be tokenized or written.
+        raise RowError(
+            "prompt_invalid", f"a text in messages is no valid Unicode (half a surrogate pair: {error})"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RowError("messages_invalid", f"{field} is no JSON ({error})") from error
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError("messages_invalid", f"{field} is no list of turns {{role, content}}")
+    return turns
+
+
+def _content(content: Any) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError(
+            "messages_invalid", f"the content of a turn in messages is {type(content).__name__}, expected text or parts"
+        )
+    return [_part(part) for part in content]
+
+
+def _part(part: Any) -> dict[str, Any]:
+    given = _given(part)
+    kind = _kind(given)
+    if kind == "text":
+        _refuse_others(given, {"type", "text"}, "a text part")
+        if not isinstance(given.get("text"), str):
+            raise RowError(
+                "messages_invalid", f"a part of messages has type {_quoted(given.get('type'))} and no text of its own"
+            )
+        return {"type": "text", "text": given["text"]}
+    if kind == "image":
+        _refuse_others(given, _IMAGE_KEYS, "an image part")
+        return {"type": "image", "image": _source(given), **_sizes(given)}
+    raise RowError(
+        "messages_invalid",
+        f"a part of messages has type {_quoted(given.get('type'))}, expected text, image or image_url",
+    )
+
+
+def _given(part: Any) -> dict[str, Any]:
+    """The keys of a part that say something."""
+    return {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+
+
+def _kind(given: Mapping[str, Any]) -> str | None:
+    """`text`, `image` or, for anything else, None; Qwen's own parts have no type, but a key of its name."""
+    kind = given.get("type")
+    if kind is None:
+        return "image" if any(key in given for key in SOURCES) else "text" if "text" in given else None
+    if not isinstance(kind, str):
+        return None
+    return "text" if kind in TEXTS else "image" if kind in IMAGES else None
+
+
+def _refuse_others(given: Mapping[str, Any], known: Set[str], what: str) -> None:
+    """What is not followed is not passed over: the answer would be to another question."""
+    if others := sorted(given.keys() - known):
+        raise RowError(
+            "messages_invalid",
+            f"{what} of messages has the key {_quoted(others[0])}, which is not followed; expected "
+            f"{', '.join(sorted(known))}",
+        )
+
+
+def _sizes(given: Mapping[str, Any]) -> dict[str, int]:
+    """How a part wants its image resized, for qwen-vl-utils, which trusts these."""
+    sizes = {}
+    for key in SIZES:
+        if key not in given:
+            continue
+        value = given[key]
+        # Tables that had nulls in such a column give whole numbers as floats.
+        whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
+        if not whole or not 1 <= value <= MOST_PIXELS:
+            raise RowError(
+                "messages_invalid",
+                f"{key} of an image part is {_quoted(value)}, expected a whole number from 1 to {MOST_PIXELS:,}",
+            )
+        sizes[key] = int(value)
+    if ("resized_height" in sizes) != ("resized_width" in sizes):
+        raise RowError("messages_invalid", "an image part has one of resized_height and resized_width, expected both")
+    least, most = sizes.get("min_pixels", LEAST_PIXELS), sizes.get("max_pixels", MOST_PIXELS)
+    if least > most:
+        raise RowError(
+            "messages_invalid",
+            f"an image part has max_pixels {most:,}, below its min_pixels {least:,} ({LEAST_PIXELS:,} where it has none)",
+        )
+    return sizes
+
+
+def _source(given: Mapping[str, Any]) -> _Source | None:
+    """Where a part has its image; None: it takes the row's next one."""
+    named = [key for key in SOURCES if key in given]
+    if len(named) > 1:
+        raise RowError(
+            "messages_invalid", f"an image part of messages has both {named[0]!r} and {named[1]!r}, expected one"
+        )
+    if not named and given.get("type") not in ("image_url", "input_image"):
+        return None
+    value = given[named[0]] if named else None
+    if named == ["image_url"] and isinstance(value, dict):
+        _refuse_others(_given(value), {"url", "detail"}, "an image_url")
+        value = value.get("url")
+    if not isinstance(value, str) or not value.strip():
+        raise RowError("image_missing", "an image part of messages has no data: URI, path or URL")
+    return _Source(value.strip() if _is_data(value.strip()) else value, named == ["base64"])
+
+
+def _is_data(text: str) -> bool:
+    return text[:5].lower() == "data:"
+
+
+#: Blanks and line ends that writers put between the characters of base64, and the alphabet of URLs.
+_BASE64 = {ord(blank): None for blank in " \t\r\n\v\f="} | {ord("-"): "+", ord("_"): "/"}
+
+
+def _from_base64(data: str, field: str) -> bytes:
+    """Bytes of base64 as people have it: in lines, in the alphabet of URLs, without padding."""
+    try:
+        plain = data.translate(_BASE64)
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError as error:  # binascii.Error, and what is not even ASCII
+        raise RowError("image_decode", f"{field} is no valid base64 ({error})") from error
+
+
+def _quoted(value: Any) -> str:
+    """A value of a row in an error: escaped, and short."""
+    told = ascii(value[:80] if isinstance(value, str) else value)
+    return told if len(told) <= 80 else told[:80] + "..."
+
+
+def _named(value: Any) -> str:
+    """A role or type in an error: as it is where it is one word."""
+    return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z_-]{1,40}", value) else _quoted(value)
 
 
 def _text_of(message: Message) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.actors.conversation import from_messages, from_prompt, named_images
 from pipeline.actors.images import decode_image
+from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
 from pipeline.config import JobSettings
 from pipeline.errors import RowError, RowErrorCode
@@ -28,6 +29,7 @@ from pipeline.rows import (
     MESSAGES,
     PROMPT,
     REFERENCES,
+    SETTINGS,
     PreparedRow,
     carried,
     places,
@@ -68,10 +70,11 @@ class Preparer:
         # Several of these share a machine; torch's own threads would only get in each other's way.
         torch.set_num_threads(1)
         self.processor = PromptProcessor.from_settings(
-            settings.model.base, settings.model.min_pixels, settings.model.max_pixels
+            settings.model.base, settings.model.min_pixels, settings.model.max_pixels, settings.input.control_tokens
         )
         self._columns = columns
         self._image_settings = settings.images
+        self._most_new_tokens = settings.generation.max_new_tokens
         self._fetcher = Fetcher(image_root, settings.fetch, settings.images.max_bytes, settings.input.path)
         self._fetched: dict[str, Future[bytes]] = {}
         self._last: tuple[pa.Scalar, pa.Scalar, list[Image.Image]] | None = None
@@ -90,7 +93,7 @@ class Preparer:
         seconds, retries = 0.0, self._fetcher.retries
         # All of a block's images are on their way while its first rows are decoded; equal references are fetched once.
         self._fetched = {name: self._fetcher.submit(name) for name in _named(table)}
-        columns = [table[name] for name in (ID, IMAGES, REFERENCES, PROMPT, MESSAGES)]
+        columns = [table[name] for name in (ID, IMAGES, REFERENCES, PROMPT, MESSAGES, SETTINGS)]
         unread = table[ERROR].to_pylist()
         with self._watched(table) as watch:
             for index in range(len(table)):
@@ -131,10 +134,17 @@ class Preparer:
         self._monitor.end.remote("prepare", own[0])
 
     def _prepare(
-        self, id_: pa.Scalar, images: pa.Scalar, references: pa.Scalar, prompt: pa.Scalar, messages: pa.Scalar
+        self,
+        id_: pa.Scalar,
+        images: pa.Scalar,
+        references: pa.Scalar,
+        prompt: pa.Scalar,
+        messages: pa.Scalar,
+        settings: pa.Scalar,
     ) -> PreparedRow:
         row_id, asked = id_.as_py(), None
         try:
+            sampling = row_settings(settings.as_py(), self._most_new_tokens)
             if self._columns.messages is None:
                 asked = _text(prompt, self._asked_field)  # before the images: an error row shows its prompt
             decoded = self._decoded_once(images, references)
@@ -147,7 +157,7 @@ class Preparer:
             prepared = self.processor.prepare(conversation)
             if self._require_images and not prepared.images:
                 raise RowError("image_missing", f"{self._images_field} holds no image to caption")
-            return PreparedRow(row_id, asked, None, prepared.input_ids, prepared.span, prepared.images)
+            return PreparedRow(row_id, asked, None, prepared.input_ids, prepared.span, prepared.images, sampling)
         except RowError as error:
             return PreparedRow(row_id, asked, str(error))
         except Exception as error:  # an exception here would end the job, for the sake of one row

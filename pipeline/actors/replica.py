@@ -10,7 +10,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.actors.row_settings import job_sampling
 from pipeline.actors.samples import SAMPLE_SCHEMA, RowSampler, as_jpeg
 from pipeline.actors.witness import TRIES, Verdict
 from pipeline.config import JobSettings
@@ -34,9 +35,6 @@ from pipeline.rows import PLACE_SCHEMA, Place, PreparedRow, carried, places, pre
 #: Rows of a suspect block that are answered at a time: few enough that little is left to search, and enough that a node
 #: that merely went away does not cost a replica minutes.
 SUSPECTS = 8
-
-#: Keys of `generation` that say how one answer is sampled; the others are about what becomes of it.
-SAMPLING_KEYS = {field.name for field in fields(Sampling)} - {"eos_token_ids"}
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,7 @@ NARROW = 256
 
 def load_engine(settings: JobSettings, device: torch.device, threads: int | None = None) -> tuple[Engine, Sampling]:
     """Load checkpoint and tokenizer and start an engine, as a replica does; on a CPU with so many threads at most."""
-    from transformers import GenerationConfig
-
-    model_settings, generation = settings.model, settings.generation
+    model_settings = settings.model
     checkpoint = open_checkpoint(
         model_settings.base,
         model_settings.adapter,
@@ -69,9 +65,7 @@ def load_engine(settings: JobSettings, device: torch.device, threads: int | None
     processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     dtype = DTYPES[model_settings.dtype]
     model = load_model(checkpoint, processor.image_processor, dtype, device, prepack=model_settings.prepack)
-    has_config = (checkpoint.folder / "generation_config.json").is_file()
-    config = GenerationConfig.from_pretrained(checkpoint.folder) if has_config else GenerationConfig()
-    sampling = Sampling.from_generation_config(config, **generation.model_dump(include=SAMPLING_KEYS))
+    sampling = job_sampling(settings.generation, checkpoint.folder)
     options = EngineOptions(**settings.engine.model_dump(), decode_route=model_settings.decode_route)
     return Engine(model, processor.tokenizer, processor.special.image_pad, options), sampling
 
@@ -154,11 +148,12 @@ class Replica:
         if row.input_ids is None or row.span is None:
             return row.error
         generation = self._settings.generation
-        best = await self._try(row, self._sampling)
+        sampling = self._sampling.with_own(row.sampling)
+        best = await self._try(row, sampling)
         while best.tries <= generation.retries and set(best.flags) & set(generation.retry_flags):
             again = best  # where the other try fails: there is an answer, if a doubtful one
             with contextlib.suppress(GenerationError):
-                again = await self._try(row, self._sampling.varied(generation.retry_temperature, best.tries))
+                again = await self._try(row, sampling.varied(generation.retry_temperature, best.tries))
             better = min(best, again, key=lambda judged: doubt(judged.flags))
             best = replace(better, tries=best.tries + 1)
         return best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,13 @@ class Sampling:
             seed=seed,
             stop_repetition=stop_repetition,
         )
+
+    def with_own(self, settings: Mapping[str, Any]) -> Sampling:
+        """For a request with settings of its own, by name: as if they had been laid over the configuration."""
+        own = dict(settings)
+        if "stop" in own:
+            own["stop"] = tuple(own["stop"])
+        return replace(self, **own)
 
     def varied(self, temperature: float, attempt: int) -> Sampling:
         """For another try at the same request: drawn at this temperature, from all tokens, with a seed of its own."""

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from pipeline.errors import RowError
-from pipeline.rows import ERROR
+from pipeline.rows import ERROR, SETTINGS
 
 #: What a line of an OpenAI batch is known by.
 OPENAI_ID = "custom_id"
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 class JsonLines:
-    """One JSON object a line. Of an OpenAI batch (`custom_id`, `body`) the id and the chat are taken.
+    """One JSON object a line. Of an OpenAI batch (`custom_id`, `body`) the id, chat, model and settings are taken.
 
     Everything is read when it is planned, so that a column has one type. Lists of texts are lists; other nested values
     become JSON text. A line that is no object is an error row.
@@ -67,10 +67,21 @@ def parsed_object(data: bytes, where: str) -> Row:
 
 
 def _plain(row: Row) -> Row:
-    body = row.get("body")
-    if OPENAI_ID in row and isinstance(body, dict) and "messages" in body:
-        return {"id": str(row[OPENAI_ID]), "messages": json.dumps(body["messages"]), "model": body.get("model")}
-    return flattened(row)
+    if OPENAI_ID not in row or "body" not in row:
+        return flattened(row)
+    own_id, body = row[OPENAI_ID], row["body"]
+    if not isinstance(own_id, (str, int)) or isinstance(own_id, bool):
+        raise RowError("row_malformed", f"{OPENAI_ID} is {type(own_id).__name__}, expected text")
+    if not isinstance(body, dict) or body.get("messages") is None:
+        # One such line must not take the others' columns from them.
+        return {"id": str(own_id), ERROR: str(RowError("row_malformed", "body is no object with messages"))}
+    settings = {key: value for key, value in body.items() if key not in ("messages", "model") and value is not None}
+    return {
+        "id": str(own_id),
+        "messages": json.dumps(body["messages"]),
+        "model": _value(body.get("model")),
+        SETTINGS: json.dumps(settings) if settings else None,
+    }
 
 
 def flattened(row: Mapping[str, Any]) -> Row:

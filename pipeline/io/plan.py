@@ -20,7 +20,7 @@ from pipeline.config import ColumnSettings, InputSettings
 from pipeline.errors import ConfigError, InputError
 from pipeline.io.formats import open_shard
 from pipeline.io.listing import FORM_NAMES, IMAGE_SUFFIXES, FileInfo, find_shards
-from pipeline.rows import ERROR, OWN_PREFIX, row_ids
+from pipeline.rows import ERROR, OWN_PREFIX, SETTINGS, row_ids
 from pipeline.template import Template
 
 #: Footers and id columns are read by this many threads: object storage answers slowly, but many at once.
@@ -133,7 +133,8 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
     shards = _limited(shards, settings.limit)
     if not shards:
         raise InputError(f"input.path: the {len(files)} files at {settings.path!r} hold no rows")
-    extras, extras_schema = _extra_columns(schema, columns, reserved)
+    lines = all(file.form == "jsonl" for file in files)
+    extras, extras_schema = _extra_columns(schema, columns, reserved, line_settings=lines)
     asked = {"": settings.prompt} if settings.prompt is not None else settings.prompts
     prompts = {name: Template.parse(text) for name, text in asked.items()}
     for name, prompt in prompts.items():
@@ -315,10 +316,14 @@ def _check_types(columns: Columns, schema: pa.Schema) -> None:
             raise InputError(f"input.columns.{key}: column {name!r} is {kind(name)}, expected {expected}")
 
 
-def _extra_columns(schema: pa.Schema, columns: Columns, reserved: frozenset[str]) -> tuple[dict[str, str], pa.Schema]:
+def _extra_columns(
+    schema: pa.Schema, columns: Columns, reserved: frozenset[str], *, line_settings: bool
+) -> tuple[dict[str, str], pa.Schema]:
     extras: dict[str, str] = {}
     fields = []
     for field in schema:
+        if field.name == SETTINGS and line_settings:
+            continue
         # Where an image was taken from is as good as an id; what it consists of is not repeated.
         names_image = field.name in (columns.image, columns.images) and _holds_text(field)
         if (field.name in columns.named() and not names_image) or _holds_images(field):

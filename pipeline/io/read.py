@@ -26,6 +26,7 @@ from pipeline.rows import (
     READ_SCHEMA,
     REFERENCES,
     ROW,
+    SETTINGS,
     SHARD,
     row_ids,
 )
@@ -76,6 +77,8 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
     """
     columns = plan.columns
     asked = [name for prompt in plan.prompts.values() for name in prompt.columns]
+    if SETTINGS in plan.schema.names:
+        asked.append(SETTINGS)
     wanted = pa.schema(
         [plan.schema.field(name) for name in dict.fromkeys((*columns.named(), *plan.extras.values(), *asked))]
     )
@@ -124,6 +127,7 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         REFERENCES: references,
         PROMPT: prompts,
         MESSAGES: text(columns.messages),
+        SETTINGS: text(SETTINGS if SETTINGS in batch.schema.names else None),
         ERROR: pa.nulls(count, pa.string()) if errors is None else errors,
     }
     for field in plan.extras_schema:

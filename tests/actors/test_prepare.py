@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from PIL import Image
 from qwen_vl_utils import process_vision_info
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 
-from pipeline.actors.conversation import from_prompt
+from pipeline.actors.conversation import from_messages, from_prompt
 from pipeline.actors.prepare import Preparer
 from pipeline.config import JobSettings
 from pipeline.io.plan import Columns
-from pipeline.model.prompt import PromptProcessor
+from pipeline.model.prompt import Prompt, PromptProcessor
 from pipeline.model.shape import ModelShape
 from pipeline.model.vision import cut_images, pixel_table
 from pipeline.rows import (
@@ -30,6 +31,7 @@ from pipeline.rows import (
     PROMPT,
     READ_SCHEMA,
     REFERENCES,
+    SETTINGS,
     PreparedRow,
     prepared_rows,
 )
@@ -82,15 +84,52 @@ def test_several_pictures_and_none_equal_the_released_processor(golden: Path) ->
     check_against_released(base, [], {})
 
 
+@pytest.mark.parametrize(
+    ("asked", "bounds", "size"),
+    [
+        ({"max_pixels": 3136}, {}, (84, 56)),
+        ({"max_pixels": 20_000}, {}, (168, 84)),
+        ({"min_pixels": 60_000}, {}, (336, 196)),
+        ({"min_pixels": 9_000, "max_pixels": 12_000}, {}, (140, 56)),
+        ({"resized_height": 100, "resized_width": 57}, {}, (56, 112)),
+        ({"resized_height": 1, "resized_width": 100}, {}, (112, 28)),
+        # Both given: the sizes, as fetch_image does.
+        ({"resized_height": 56, "resized_width": 84, "max_pixels": 3136}, {}, (84, 56)),
+        # The job's bounds hold after the part's.
+        ({"resized_height": 1120, "resized_width": 840}, {"max_pixels": 50_000}, (168, 252)),
+        ({"max_pixels": 3136}, {"min_pixels": 30_000}, (252, 140)),
+    ],
+)
+def test_an_image_of_a_chat_is_resized_as_it_asks_to_the_last_bit(
+    golden: Path, asked: dict[str, int], bounds: dict[str, int], size: tuple[int, int]
+) -> None:
+    part = {"type": "image", **{key: float(value) for key, value in asked.items()}, "path": None}
+    chat = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+    messages, _ = from_messages(json.dumps(chat), [noise(301, 167)], "chat", unused, unused)
+    by_hand = [
+        {"role": "user", "content": [{"type": "image", "image": noise(301, 167), **asked}, *messages[0]["content"][1:]]}
+    ]
+    prompt = compare_with_released(golden / "released" / "base", messages, by_hand, bounds)
+    assert prompt.images[0].shape[1::-1] == size
+
+
+def unused(*_: Any) -> Any:
+    raise AssertionError("a row's own picture is decoded already")
+
+
 def check_against_released(base: Path, images: list[Image.Image], bounds: dict[str, int]) -> None:
     messages = from_prompt("How many circles are there? 有几个？", images, "column 'prompt'")
-    expected = released_inputs(base, messages, bounds)
+    compare_with_released(base, messages, messages, bounds)
+
+
+def compare_with_released(base: Path, messages: list[Any], theirs: list[Any], bounds: dict[str, int]) -> Prompt:
+    expected = released_inputs(base, theirs, bounds)
     processor = PromptProcessor.from_settings(str(base), bounds.get("min_pixels"), bounds.get("max_pixels"))
     prompt = processor.prepare(messages)
     assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
-    if not images:
+    if "pixel_values" not in expected:
         assert prompt.images == ()
-        return
+        return prompt
     vision = ModelShape.from_config(AutoConfig.from_pretrained(base)).vision
     settings = processor.image_processor
     table = pixel_table(settings.image_mean, settings.image_std, settings.rescale_factor)
@@ -99,6 +138,7 @@ def check_against_released(base: Path, images: list[Image.Image], bounds: dict[s
     assert torch.equal(patches, expected["pixel_values"])
     grids = [(1, image.shape[0] // vision.patch_size, image.shape[1] // vision.patch_size) for image in prompt.images]
     assert grids == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]
+    return prompt
 
 
 def settings_of(golden: Path, missing_image: str = "error", image_root: Path | None = None) -> JobSettings:
@@ -146,7 +186,7 @@ def test_each_row_has_its_own_fate(golden: Path) -> None:
         ],
         images="pictures",
     )
-    assert [row.id for row in rows if row.error is None] == ["good", "text"]
+    assert [row.id for row in rows if row.error is None] == ["good", "pad", "text"]
     errors = {row.id: row.error for row in rows if row.error}
     assert errors["broken"].startswith("image_decode: image 1 of column 'pictures' (500 bytes) is no readable image")
     assert errors["null"] == "image_missing: column 'pictures' is null or has no bytes"
@@ -155,9 +195,8 @@ def test_each_row_has_its_own_fate(golden: Path) -> None:
     assert errors["long"].startswith("prompt_too_long: ")
     assert "the model's context is 4096" in errors["long"]
     assert errors["thin"].startswith("image_decode: cannot resize an image (ValueError: absolute aspect ratio")
-    assert errors["pad"].startswith("prompt_positions: the prompt has 2 places for images but 1 images")
     assert [row.prompt for row in rows][:3] == ["What?"] * 3
-    assert [len(row.images) for row in rows] == [1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert [len(row.images) for row in rows] == [1, 0, 0, 0, 0, 0, 0, 1, 0]
 
 
 def test_images_named_by_path_are_fetched_and_an_error_names_them(golden: Path, tmp_path: Path) -> None:
@@ -214,7 +253,7 @@ def test_a_prompt_that_is_no_utf8_is_an_error_of_its_row(golden: Path) -> None:
     not_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
     settings = settings_of(golden)
     none = {name: pa.array([[]], READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)}
-    nothing = {name: pa.nulls(1, pa.string()) for name in (MESSAGES, ERROR)}
+    nothing = {name: pa.nulls(1, pa.string()) for name in (MESSAGES, SETTINGS, ERROR)}
     table = pa.table({ID: ["a"], **none, PROMPT: not_utf8, **nothing}, READ_SCHEMA)
     (prepared,) = Preparer(settings, Columns(None, None, None, "question", None), False)(table)
     (row,) = prepared_rows(prepared)

@@ -42,7 +42,7 @@ DIRT: dict[str, Callable[[dict], None]] = {
     "image_decode": lambda row: row.update(image=cut(row["image"])),
     "image_missing": lambda row: row.update(image=None),
     "prompt_missing": lambda row: row.update(prompt=" "),
-    "prompt_positions": lambda row: row.update(prompt="What is <|image_pad|>?"),
+    "prompt_invalid": lambda row: row.update(prompt="What is <|image_pad|>?"),
     "prompt_too_long": lambda row: row.update(prompt="circle " * 3000),
 }
 
@@ -116,6 +116,7 @@ def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
             "model.adapter": SMALL / "adapter",
             "model.dtype": "float32",
             "input.path": tmp_path / "in",
+            "input.control_tokens": "error",
             "output.path": tmp_path / "out",
             "generation.max_new_tokens": 64,
             "evaluate.truth": "answer",

@@ -15,7 +15,20 @@ from hypothesis import strategies as st
 from pipeline.io.plan import InputPlan, check_ids_unique
 from pipeline.io.read import ROWS_PER_TASK, PlannedShards, read_piece
 from pipeline.io.rowset import RowSet
-from pipeline.rows import ERROR, ID, IMAGES, MESSAGES, PLACE_SCHEMA, PROMPT, QUESTION, READ_SCHEMA, REFERENCES, ROW, SHARD
+from pipeline.rows import (
+    ERROR,
+    ID,
+    IMAGES,
+    MESSAGES,
+    PLACE_SCHEMA,
+    PROMPT,
+    QUESTION,
+    READ_SCHEMA,
+    REFERENCES,
+    ROW,
+    SETTINGS,
+    SHARD,
+)
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 
 
@@ -182,6 +195,7 @@ def test_what_was_read_has_the_schema_of_every_block(tmp_path: Path) -> None:
             REFERENCES: [None],
             PROMPT: None,
             MESSAGES: "[]",
+            SETTINGS: None,
             ERROR: None,
         }
     ]

@@ -44,7 +44,7 @@ def bad_rows(good: bytes) -> dict[str, tuple[dict[str, Any], str]]:
         "null in list": ({"prompt": "What?", "images": [None]}, "image_missing: image 0 of column 'images' is null"),
         "only a path": (row("What?", None), "image_forbidden: 'somewhere.jpg' is a path; set input.image_root"),
         "too long": (row("circle " * 5000, good), "prompt_too_long: "),
-        "placeholder": (row("What is <|image_pad|>?", good), "prompt_positions: "),
+        "placeholder": (row("What is <|image_pad|>?", good), "prompt_invalid: the prompt's own text holds"),
     }
 
 
@@ -76,6 +76,7 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
         {
             **released_model(golden),
             "input.path": tmp_path / "in",
+            "input.control_tokens": "error",
             "output.path": tmp_path / "out",
             "output.rows_per_file": 8,
             "preparation.rows_per_block": 2,
@@ -97,7 +98,7 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
         assert [answers[id_][name] for name in nothing] == [None] * len(nothing)
 
     codes = {"image_decode": 2, "prompt_missing": 2, "image_missing": 2, "image_forbidden": 1}
-    codes |= {"prompt_too_long": 1, "prompt_positions": 1}
+    codes |= {"prompt_too_long": 1, "prompt_invalid": 1}
     assert dict(summary.written.errors) == codes
     told = json.loads((tmp_path / "out/_run/summary.json").read_text())
     assert (told["rows"], told["ok"], told["errors"]) == (19, 10, codes)
