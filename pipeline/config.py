@@ -94,6 +94,10 @@ class InputSettings(Settings):
         "error", description="a row whose image is null: an error row, or answered from its text alone"
     )
 
+    max_row_bytes: PositiveInt = Field(
+        64 << 20, description="most bytes of a row, pictures not counted; a larger one is an error row"
+    )
+
     @field_validator("prompt")
     @classmethod
     def _prompt_asks(cls, value: str | None) -> str | None:
