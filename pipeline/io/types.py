@@ -298,7 +298,7 @@ def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
     array.validate(full=True)
     if pa.types.is_run_end_encoded(array.type):
         array = pc.run_end_decode(array)
-    if isinstance(array.type, pa.UuidType) and array.type != kind:
+    if array.type != kind and _casts_wrongly(array.type):
         return _rebuilt(array, kind)
     if is_json(array.type) and is_json(kind):
         return pa.ExtensionArray.from_storage(kind, array.storage.cast(kind.storage_type))
@@ -307,6 +307,13 @@ def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if _holds_times(kind):
         array.to_pylist()  # years that Python does not have could be written, but not told
     return array
+
+
+@functools.lru_cache(maxsize=65_536)
+def _casts_wrongly(kind: pa.DataType) -> bool:
+    """Whether pyarrow's cast would do harm: it takes a uuid's bytes for text, and leaves out the last offset of views."""
+    views = (pa.types.is_list_view, pa.types.is_large_list_view)
+    return any(isinstance(one, pa.UuidType) or any(test(one) for test in views) for one in _within(kind))
 
 
 @functools.lru_cache(maxsize=65_536)
