@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import posixpath
 import tempfile
@@ -328,9 +329,10 @@ def _planned_types(
 ) -> _Planned:
     """One type for each column, which holds the values of all shards with every digit."""
     fields, contradictions, notes = [], {}, {}
+    integers = _Integers(files, schemas)
     for name, own in kinds.items():
         first, *others = own
-        within = _within_of(name, files, schemas)
+        within = integers.within(name)
         planned = first
         for kind in others:
             wider = widened(planned, kind, within)
@@ -350,41 +352,64 @@ def _planned_types(
     return _Planned(pa.schema(fields), contradictions, notes)
 
 
-def _within_of(name: str, files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> Within:
-    """What the footers say of the integers in a column."""
+class _Integers:
+    """How large the integers are that shards store, by what their footers say; read once, and only where types differ."""
 
-    def within(kind: pa.DataType, limit: int) -> bool:
-        holding = {
-            id(schema): name in schema.names and contains(schema.field(name).type, kind)
-            for schema in {id(schema): schema for schema in schemas}.values()
-        }
-        asked = [file for file, schema in zip(files, schemas, strict=True) if holding[id(schema)]]
-        with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            return all(pool.map(lambda file: _integers_within(file, name, kind, limit), asked))
+    def __init__(self, files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> None:
+        self._schemas = {id(schema): schema for schema in schemas}
+        self._files: dict[int, list[FileInfo]] = {}
+        for file, schema in zip(files, schemas, strict=True):
+            self._files.setdefault(id(schema), []).append(file)
+        self._largest: dict[int, dict[str, tuple[float, float]]] = {}
 
-    return within
+    def within(self, name: str) -> Within:
+        """For the integers in a column."""
+
+        def within(kind: pa.DataType, limit: int) -> bool:
+            raw = pa.types.is_temporal(kind)
+            # Parquet has no seconds: they are kept as milliseconds.
+            times = 1000 if pa.types.is_timestamp(kind) and kind.unit == "s" else 1
+            for key, schema in self._schemas.items():
+                if schema.get_field_index(name) < 0 or not contains(schema.field(name).type, kind):
+                    continue
+                if any(file.form != "parquet" for file in self._files[key]):
+                    return False
+                for path, largest in self._of(key).items():
+                    if f"{path}.".startswith(f"{name}.") and largest[raw] > limit * times:
+                        return False
+            return True
+
+        return within
+
+    def _of(self, key: int) -> dict[str, tuple[float, float]]:
+        """By a value's place in the columns: the largest integer, and the largest as it is stored."""
+        if key not in self._largest:
+            largest: dict[str, tuple[float, float]] = {}
+            with ThreadPoolExecutor(LISTING_THREADS) as pool:
+                for own in pool.map(_largest_integers, self._files[key]):
+                    for path, ends in own.items():
+                        before = largest.get(path, (0, 0))
+                        largest[path] = max(before[0], ends[0]), max(before[1], ends[1])
+            self._largest[key] = largest
+        return self._largest[key]
 
 
-def _integers_within(file: FileInfo, name: str, kind: pa.DataType, limit: int) -> bool:
-    if file.form != "parquet":
-        return False
-    raw = pa.types.is_temporal(kind)
-    # Parquet has no seconds: they are kept as milliseconds.
-    times = 1000 if raw and kind.unit == "s" and pa.types.is_timestamp(kind) else 1
+def _largest_integers(file: FileInfo) -> dict[str, tuple[float, float]]:
+    largest: dict[str, tuple[float, float]] = {}
     with open_parquet(file.url) as parquet:
         groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
         for chunk in (group.column(index) for group in groups for index in range(group.num_columns)):
-            if chunk.physical_type != "INT64" or not f"{chunk.path_in_schema}.".startswith(f"{name}."):
+            if chunk.physical_type != "INT64":
                 continue
-            told = chunk.statistics
-            if told is None or not told.has_min_max:
-                if told is None or told.null_count != chunk.num_values:
-                    return False
-                continue
-            ends = (told.min_raw, told.max_raw) if raw else (told.min, told.max)
-            if not all(isinstance(end, int) and abs(end) <= limit * times for end in ends):
-                return False
-    return True
+            told, own = chunk.statistics, (math.inf, math.inf)
+            if told is not None and told.has_min_max:
+                ends = [told.min, told.max] if isinstance(told.min, int) else [math.inf]
+                own = max(map(abs, ends)), max(abs(told.min_raw), abs(told.max_raw))
+            elif told is not None and told.null_count == chunk.num_values:
+                own = 0, 0
+            before = largest.get(chunk.path_in_schema, (0, 0))
+            largest[chunk.path_in_schema] = max(before[0], own[0]), max(before[1], own[1])
+    return largest
 
 
 def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:

@@ -38,6 +38,8 @@ ROWS_PER_TASK = 256
 
 #: Rows are put together up to this many bytes: offsets of text end at eight times as many.
 PART_BYTES = 256 << 20
+#: A row's text, once for each prompt, takes at most this much, whatever the settings say.
+MOST_TEXT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class _Columns:
     Attributes:
         errors: by row.
         values: extra columns and those that prompts name, under the input's names; null where the shard lacks one.
-        texts: the id, prompt and chat as text.
+        texts: prompt and chat, under the input's names.
+        ids: as text, or None where there are none.
         images: images and references, or None where there are none.
     """
 
@@ -131,10 +134,11 @@ class _Columns:
         columns = plan.columns
         asked = [name for prompt in plan.prompts.values() for name in prompt.columns]
         self.values = {name: self._value(name, plan) for name in dict.fromkeys((*plan.extras.values(), *asked))}
-        self.texts = {name: self._text(name, plan) for name in (columns.id, columns.prompt, columns.messages) if name}
+        self.texts = {name: self._text(name) for name in (columns.prompt, columns.messages) if name is not None}
+        self.ids = None if columns.id is None else said(self._checked(columns.id, *_fitted_plainly(self._own[columns.id])))
         shown = columns.image or columns.images
         self.images = None if shown is None else _images_of(self._checked(shown, *_fitted_plainly(self._own[shown])))
-        self._bound(plan.max_row_bytes)
+        self._bound(min(plan.max_row_bytes, MOST_TEXT // plan.prompts_per_row))
 
     def _checked(self, name: str, array: pa.Array, wrong: Mapping[int, str]) -> pa.Array:
         for row, cause in wrong.items():
@@ -145,17 +149,13 @@ class _Columns:
         kind = plan.schema.field(name).type
         return self._checked(name, *fitted(self._own[name], kind)) if name in self._own else pa.nulls(self._rows, kind)
 
-    def _text(self, name: str, plan: InputPlan) -> pa.Array:
+    def _text(self, name: str) -> pa.Array:
         array = self._own[name]
-        if is_chat(array.type):
-            return self._checked(name, *chats(array))
-        if name == plan.columns.id:
-            array = self._checked(name, *_fitted_plainly(array))
-        # Whether a prompt is valid, preparing says.
-        return said(array)
+        # Whether a text is valid, preparing says.
+        return self._checked(name, *chats(array)) if is_chat(array.type) else said(array)
 
     def _bound(self, most: int) -> None:
-        """Rows larger than that lose what they hold: no stage could put them together with others."""
+        """Rows larger than that lose all but id and place: no stage could put them together with others."""
         groups = [self.values, self.texts]
         arrays = [array for group in groups for array in group.values()]
         if sum(array.nbytes for array in arrays) <= most:
@@ -163,7 +163,7 @@ class _Columns:
         sizes = {row: sum(array.slice(row, 1).nbytes for array in arrays) for row in range(self._rows)}
         large = {row: size for row, size in sizes.items() if size > most}
         for row, size in large.items():
-            cause = f"the row has {size:,} bytes besides pictures, above input.max_row_bytes {most:,}"
+            cause = f"the row has {size:,} bytes besides pictures, above {most:,} (input.max_row_bytes)"
             self.errors[row] = str(RowError("row_malformed", cause))
         for group in groups:
             for name, array in group.items():
@@ -185,10 +185,10 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         return pa.nulls(count, pa.string()) if name is None else own.texts[name].cast(pa.string())
 
     errors = pa.array([own.errors.get(row) for row in range(count)], pa.string()) if own.errors else None
-    if columns.id is None:
+    if own.ids is None:
         ids = pa.array([f"{shard.file.name}#{number}" for number in numbers], pa.string())
     else:
-        ids, errors = row_ids(text(columns.id), errors, shard.file.name, numbers, f"column {columns.id!r}")
+        ids, errors = row_ids(own.ids, errors, shard.file.name, numbers, f"column {columns.id!r}")
     images, references = own.images or (
         pa.array([[]] * count, READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)
     )

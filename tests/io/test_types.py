@@ -6,6 +6,7 @@ import json
 import re
 import uuid
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.io import plan as planning
 from pipeline.io.plan import InputPlan, check_ids_unique, partition_of
 from pipeline.io.read import PlannedShards, read_piece
 from pipeline.io.rowset import RowSet
@@ -58,6 +60,8 @@ YEAR_9999 = 253_402_300_799_000_000
         (pa.array([1], pa.uint8()), pa.array([0.5], pa.float32()), pa.float64(), [1.0, 0.5]),
         (pa.array([3], pa.uint64()), pa.array([-1]), pa.int64(), [3, -1]),
         (pa.array([(1 << 64) - 1], pa.uint64()), pa.array([-1]), pa.decimal128(20, 0), [(1 << 64) - 1, -1]),
+        (pa.array([1], pa.decimal128(5, 2)), pa.array([BIG]), None, [Decimal("1.00"), Decimal(BIG)]),
+        (pa.array([1], pa.decimal128(5, 2)), pa.array([0.1]), pa.string(), ["1.00", "0.1"]),
         (pa.nulls(1), pa.array(["a"]), pa.string(), [None, "a"]),
         (pa.array([{"a": None}], pa.struct([("a", pa.null())])), pa.array([{"a": 1}]), None, [{"a": None}, {"a": 1}]),
         (pa.array([[]], pa.list_(pa.null())), pa.array([[1]]), None, [[], [1]]),
@@ -91,6 +95,17 @@ def test_times_within_reach_take_the_finer_unit(tmp_path: Path) -> None:
 def test_what_became_of_a_column_is_said_in_the_line_about_the_input(tmp_path: Path) -> None:
     *_, plan = planned_of(tmp_path, pa.array([BIG]), pa.array([0.5]))
     assert plan.summary.endswith("2 rows; column 'x' is int64 and double in different shards, and written as string")
+
+
+def test_footers_are_read_again_once_however_many_columns_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    again = planning.open_parquet
+    monkeypatch.setattr(planning, "open_parquet", lambda url: opened.append(url) or again(url))
+    for shard in range(6):
+        values = [1] if shard % 2 else [0.5]
+        write_shard(tmp_path / f"{shard}.parquet", {"prompt": ["?"], **dict.fromkeys("abcde", values)})
+    assert plan_of(tmp_path).extras_schema.types == [pa.float64()] * 5
+    assert [Path(url).name for url in opened] == ["1.parquet", "3.parquet", "5.parquet"]
 
 
 PICKY = pa.struct([pa.field("a", pa.int64(), nullable=False)])
@@ -351,14 +366,14 @@ def test_a_row_larger_than_its_bound_is_an_error_row_without_what_it_held(tmp_pa
     write_shard(tmp_path / "a.parquet", rows)
     plan = plan_of(tmp_path, max_row_bytes=1000)
     table = read(plan)
-    assert table[ID].to_pylist() == ["a", "a.parquet#1", "a.parquet#2"]
+    assert table[ID].to_pylist() == ["a", "b", "c"]
     assert table["more"].to_pylist() == ["m", None, None]
     assert table["nested"].to_pylist() == [["n"], None, None]
     assert table[PROMPT].to_pylist() == ["?", None, None]
     assert table[REFERENCES].to_pylist() == [["x.png"], None, None]
     first, *others = table[ERROR].to_pylist()
     assert first is None
-    expected = r"row_malformed: the row has 2,0\d\d bytes besides pictures, above input.max_row_bytes 1,000"
+    expected = r"row_malformed: the row has 2,0\d\d bytes besides pictures, above 1,000 \(input.max_row_bytes\)"
     assert all(re.fullmatch(expected, error) for error in others)
 
 
