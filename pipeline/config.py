@@ -116,6 +116,10 @@ class InputSettings(Settings):
         "images; an error row; or the model's own, as the released code takes them",
     )
 
+    max_row_bytes: PositiveInt = Field(
+        64 << 20, description="most bytes of a row, pictures not counted; a larger one is an error row"
+    )
+
     @field_validator("prompt")
     @classmethod
     def _prompt_asks(cls, value: str | None) -> str | None:

@@ -29,6 +29,10 @@ from pipeline.rows import QUESTION, ROW, SHARD, own_columns_dropped
 
 logger = logging.getLogger(__name__)
 
+#: A file is written once its rows take this much memory, however few they are: columns of more than 2 GiB of text cannot be
+#: put together.
+FILE_BYTES = 1 << 30
+
 #: How long the monitor may take, at the end, to hear of the last file.
 LAST_WORD_SECONDS = 5.0
 
@@ -62,6 +66,7 @@ class _Gathered:
     rows: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
     retry: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
     count: int = 0
+    size: int = 0
     since: float = 0.0
 
 
@@ -128,7 +133,7 @@ class Committer:
             if samples is not None:
                 self._gathered.samples.append(samples)
             self._judge(table)
-            if self._gathered.count >= self._settings.rows:
+            if self._gathered.count >= self._settings.rows or self._gathered.size >= FILE_BYTES:
                 self._commit()
         return new
 
@@ -178,6 +183,7 @@ class Committer:
             own = own_columns_dropped(kept).cast(self._schema)
             self._gathered.tables.append(own.append_column(SHARD, kept[SHARD]).append_column(ROW, kept[ROW]))
             self._gathered.count += new
+            self._gathered.size += own.nbytes
         return new
 
     def _judge(self, table: pa.Table) -> None:

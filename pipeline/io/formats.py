@@ -22,6 +22,8 @@ from pipeline.rows import ERROR
 
 #: Bytes of a Parquet column fetched at once: one request to object storage, and a bound on memory.
 READ_BUFFER = 8 << 20
+#: Bytes of rows decoded at once, as far as a footer tells: rows may be of any size.
+BATCH_BYTES = 256 << 20
 #: Images of a folder that one read task takes at most.
 IMAGES_PER_GROUP = 256
 #: The Hugging Face hub's name, in a table about image files, for the file of a row.
@@ -96,8 +98,10 @@ class _Parquet:
         return groups, self._parquet.schema_arrow
 
     def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
-        present = [name for name in columns.names if name in self._parquet.schema_arrow.names]
+        own = set(self._parquet.schema_arrow.names)
+        present = [name for name in columns.names if name in own]
         chosen = list(range(self._parquet.num_row_groups) if row_groups is None else row_groups)
+        rows = min([rows, *(self._rows_at_once(group, present) for group in chosen)])
         given = 0
         try:
             for batch in self._parquet.iter_batches(rows, row_groups=chosen, columns=present):
@@ -113,6 +117,15 @@ class _Parquet:
                 given -= skip
                 if skip < count:
                     yield from self._group(group, rows, present, skip)
+
+    def _rows_at_once(self, group: int, present: Sequence[str]) -> int:
+        """How many rows of a group are decoded into `BATCH_BYTES`, by what the footer says of them."""
+        metadata, wanted = self._parquet.metadata.row_group(group), set(present)
+        if metadata.total_byte_size <= BATCH_BYTES:
+            return max(1, metadata.num_rows)
+        chunks = map(metadata.column, range(metadata.num_columns))
+        size = sum(c.total_uncompressed_size for c in chunks if {(at := c.path_in_schema), at.split(".")[0]} & wanted)
+        return max(1, metadata.num_rows * BATCH_BYTES // max(size, BATCH_BYTES))
 
     def _group(self, group: int, rows: int, present: list[str], skip: int) -> Iterator[pa.RecordBatch]:
         """Batches of one row group, without its first rows."""
@@ -173,7 +186,8 @@ class _Arrow:
 
     def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
         for batch in self._record_batches(row_groups):
-            present = batch.select([name for name in columns.names if name in batch.schema.names])
+            own = set(batch.schema.names)
+            present = batch.select([name for name in columns.names if name in own])
             for start in range(0, batch.num_rows, rows):
                 yield present.slice(start, rows)
 

@@ -3,28 +3,59 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import posixpath
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.config import ColumnSettings, InputSettings
 from pipeline.errors import ConfigError, InputError
-from pipeline.io.formats import open_shard
+from pipeline.io.formats import open_parquet, open_shard
 from pipeline.io.listing import FORM_NAMES, IMAGE_SUFFIXES, FileInfo, find_shards
+from pipeline.io.types import (
+    Within,
+    contains,
+    is_binary,
+    is_chat,
+    is_image,
+    is_image_struct,
+    is_json,
+    is_list,
+    is_new_form,
+    is_sayable,
+    is_text,
+    names_twice,
+    plain_type,
+    said,
+    shown_type,
+    widened,
+)
+from pipeline.io.write import ANSWER_COLUMNS
 from pipeline.rows import ERROR, OWN_PREFIX, SETTINGS, row_ids
 from pipeline.template import Template
 
 #: Footers and id columns are read by this many threads: object storage answers slowly, but many at once.
 LISTING_THREADS = 16
+
+#: More columns than this are not a table but keys that vary from row to row.
+MAX_COLUMNS = 20_000
+
+#: Forms whose values have no types of their own: planning guesses them from what it sees.
+UNTYPED = frozenset({"jsonl", "webdataset", "csv"})
+
+#: A folder's name `key=value` with this value says that there is none.
+NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
@@ -40,6 +71,27 @@ class Shard:
     file: FileInfo
     row_groups: tuple[int, ...]
     rows: int
+
+    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+        """See `ShardFile`; what the names of the shard's folders say are columns, too, unless it has them itself."""
+        told = {key: value for key, value in partition_of(self.file.name).items() if key in columns.names}
+        with open_shard(self.file) as opened:
+            for batch in opened.batches(rows, columns, row_groups):
+                more = {key: value for key, value in told.items() if key not in batch.schema.names}
+                if more:
+                    arrays = [pa.array([value] * len(batch), pa.string()) for value in more.values()]
+                    batch = pa.RecordBatch.from_arrays([*batch.columns, *arrays], names=[*batch.schema.names, *more])
+                yield batch
+
+
+def partition_of(name: str) -> dict[str, str | None]:
+    """What a file's folders say in Hive's form, `key=value/`: text, with percent-encoding undone."""
+    found: dict[str, str | None] = {}
+    for folder in posixpath.dirname(name).split("/") if "=" in name else ():
+        key, equals, value = folder.partition("=")
+        if key and equals:
+            found[unquote(key)] = None if value == NO_PARTITION else unquote(value)
+    return found
 
 
 @dataclass(frozen=True)
@@ -70,6 +122,8 @@ class InputPlan:
         prompts: what is asked of each row, by name, columns' values filled in; a single prompt has an empty name. None:
             rows have their own.
         image_root: folder below which rows may name images by path; None: none may.
+        max_row_bytes: most bytes of a row, pictures not counted.
+        notes: what became of columns whose types differ among shards, for people.
     """
 
     shards: tuple[Shard, ...]
@@ -79,6 +133,8 @@ class InputPlan:
     schema: pa.Schema
     prompts: Mapping[str, Template]
     image_root: str | None = None
+    max_row_bytes: int = 64 << 20
+    notes: tuple[str, ...] = ()
 
     @property
     def forms(self) -> dict[str, int]:
@@ -89,7 +145,7 @@ class InputPlan:
     def summary(self) -> str:
         """The input in a few words."""
         forms = ", ".join(f"{count:,} of {form}" for form, count in self.forms.items())
-        return f"{len(self.shards):,} shards ({forms}), {self.rows:,} rows"
+        return "; ".join((f"{len(self.shards):,} shards ({forms}), {self.rows:,} rows", *self.notes))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,21 +176,29 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         ConfigError: settings that contradict each other.
     """
     files = [file for file in find_shards(settings.path, settings.format) if only is None or file.url in only]
+    schemas = _Schemas()
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        footers = list(pool.map(_read_footer, files))
-    schema = _unified_schema([(file, footer[1]) for file, footer in zip(files, footers, strict=True)])
+        footers = list(pool.map(lambda file: _read_footer(file, schemas), files))
+    own_schemas = [schema for _, schema in footers]
+    kinds = _column_kinds(files, own_schemas)
+    chosen = {key: getattr(settings.columns, key) for key in ("image", "images")}
+    images = {key if name == "auto" else name for key, name in chosen.items()}
+    planned = _planned_types(kinds, files, own_schemas, images)
+    schema = planned.schema
     columns = _settle_columns(settings, schema)
-    for file, (_, own) in zip(files, footers, strict=True):
-        if missing := [name for name in columns.named() if name not in own.names]:
-            raise InputError(f"input.columns: {file.url} has no column {missing[0]!r}; its columns: {_listed(own.names)}")
+    _check_types(columns, schema, kinds)
+    _check_contradictions(columns, planned.contradictions, kinds)
+    _check_present(columns, files, own_schemas)
     if columns.id is None:
         _check_names(files)
     shards = [Shard(file, groups, sum(groups)) for file, (groups, _) in zip(files, footers, strict=True)]
     shards = _limited(shards, settings.limit)
     if not shards:
         raise InputError(f"input.path: the {len(files)} files at {settings.path!r} hold no rows")
+    several = frozenset(f"{name}_{prompt}" for prompt in settings.prompts for name in ANSWER_COLUMNS)
+    unwritten = planned.contradictions.keys() & set(columns.named())
     lines = all(file.form == "jsonl" for file in files)
-    extras, extras_schema = _extra_columns(schema, columns, reserved, line_settings=lines)
+    extras, extras_schema = _extra_columns(schema, columns, reserved | several, unwritten, line_settings=lines)
     asked = {"": settings.prompt} if settings.prompt is not None else settings.prompts
     prompts = {name: Template.parse(text) for name, text in asked.items()}
     for name, prompt in prompts.items():
@@ -148,6 +212,8 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         prompts=prompts,
         # Images that the input itself consists of need no leave.
         image_root=settings.image_root or next((f.base for f in files if f.form == "images" or f.is_metadata), None),
+        max_row_bytes=settings.max_row_bytes,
+        notes=tuple(planned.notes[name] for name in extras.values() if name in planned.notes),
     )
 
 
@@ -162,8 +228,8 @@ def _check_template(key: str, prompt: Template, schema: pa.Schema) -> None:
                 f"Its columns: {_listed(schema.names)}"
             )
         kind = schema.field(name).type
-        if pa.types.is_nested(kind) or is_binary(kind):
-            raise InputError(f"{key}: column {name!r} holds {kind}; expected text or numbers")
+        if not is_sayable(kind):
+            raise InputError(f"{key}: column {name!r} holds {shown_type(kind)}; expected text or numbers")
 
 
 def _check_names(files: list[FileInfo]) -> None:
@@ -177,11 +243,49 @@ def _check_names(files: list[FileInfo]) -> None:
             )
 
 
-def _read_footer(file: FileInfo) -> tuple[tuple[int, ...], pa.Schema]:
+class _Schemas:
+    """The plain schemas of shards, each once: most shards have the same one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._latest: tuple[pa.Schema, pa.Schema] | None = None
+        self._known: dict[tuple[tuple[str, ...], tuple[pa.DataType, ...]], pa.Schema] = {}
+
+    def plain(self, schema: pa.Schema, url: str) -> pa.Schema:
+        """A schema with its planned types, one object for all equal ones.
+
+        Raises:
+            InputError: two columns, or two fields of a struct, have one name.
+        """
+        with self._lock:
+            if self._latest is not None and self._latest[0].equals(schema):
+                return self._latest[1]
+            key = tuple(schema.names), tuple(schema.types)
+            if key not in self._known:
+                _check_distinct(schema, url)
+                self._known[key] = pa.schema([(field.name, plain_type(field.type)) for field in schema])
+            self._latest = schema.remove_metadata(), self._known[key]
+            return self._known[key]
+
+
+def _check_distinct(schema: pa.Schema, url: str) -> None:
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise InputError(f"input.path: {url} has {twice[0]!r} as the name of two columns; rename one of them")
+    if twice := [field.name for field in schema if names_twice(field.type)]:
+        raise InputError(
+            f"input.path: {url} has a struct with two fields of one name in column {twice[0]!r} "
+            f"({shown_type(schema.field(twice[0]).type)}); rename one of them"
+        )
+
+
+def _read_footer(file: FileInfo, schemas: _Schemas) -> tuple[tuple[int, ...], pa.Schema]:
     try:
         with open_shard(file) as shard:
             groups, schema = shard.layout()
-            return groups, pa.schema([field.with_type(_plain(field.type)) for field in schema])
+            return groups, schemas.plain(schema, file.url)
+    except InputError:
+        raise
     except Exception as error:  # pyarrow and every fsspec backend have error types of their own
         raise InputError(
             f"input.path: cannot read {file.url} as {FORM_NAMES[file.form]} ({type(error).__name__}: {error}); repair or "
@@ -189,32 +293,124 @@ def _read_footer(file: FileInfo) -> tuple[tuple[int, ...], pa.Schema]:
         ) from error
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """A type without the forms of storage that only some writers use: pandas' categories, Polars' views."""
-    if pa.types.is_dictionary(kind):
-        return _plain(kind.value_type)
-    if pa.types.is_string_view(kind):
-        return pa.large_string()
-    if pa.types.is_binary_view(kind):
-        return pa.large_binary()
-    if is_list(kind) and (value := _plain(kind.value_type)) != kind.value_type:
-        return pa.list_(value)
-    return kind
+#: The types that a column has in shards, each with the first shard that has it.
+_Kinds = dict[str, dict[pa.DataType, FileInfo]]
 
 
-def _unified_schema(schemas: list[tuple[FileInfo, pa.Schema]]) -> pa.Schema:
-    unified = schemas[0][1].remove_metadata()
-    for file, schema in schemas[1:]:
-        if schema.equals(unified):
+def _column_kinds(files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> _Kinds:
+    kinds: _Kinds = {}
+    seen: set[int] = set()
+    for file, schema in zip(files, schemas, strict=True):
+        if id(schema) in seen:
             continue
-        try:
-            unified = pa.unify_schemas([unified, schema.remove_metadata()], promote_options="permissive")
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise InputError(
-                f"input.path: the columns of {file.url} do not fit those of {schemas[0][0].url} ({error}); "
-                "bring the shards to one schema"
-            ) from error
-    return unified
+        seen.add(id(schema))
+        for field in schema:
+            kinds.setdefault(field.name, {}).setdefault(field.type, file)
+    if len(kinds) > MAX_COLUMNS:
+        raise InputError(
+            f"input.path: the shards have {len(kinds):,} different columns, such as {_listed(list(kinds)[-3:])}, "
+            f"expected at most {MAX_COLUMNS:,}; keep what varies from row to row in one column, as JSON text or a map"
+        )
+    # A column that shards have themselves is read from them alone: its type is known.
+    told = {key: file for file in files for key in partition_of(file.name) if key not in kinds}
+    return kinds | {key: {pa.string(): file} for key, file in told.items()}
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """Types of all columns; columns whose shards contradict each other, and what people should hear of others."""
+
+    schema: pa.Schema
+    contradictions: Mapping[str, tuple[pa.DataType, pa.DataType]]
+    notes: Mapping[str, str]
+
+
+def _planned_types(
+    kinds: _Kinds, files: Sequence[FileInfo], schemas: Sequence[pa.Schema], images: set[str | None]
+) -> _Planned:
+    """One type for each column, which holds the values of all shards with every digit."""
+    fields, contradictions, notes = [], {}, {}
+    integers = _Integers(files, schemas)
+    for name, own in kinds.items():
+        first, *others = own
+        within = integers.within(name)
+        planned = first
+        for kind in others:
+            wider = widened(planned, kind, within)
+            if wider is None and all(file.form in UNTYPED for file in own.values()):
+                wider = next(filter(is_list, own), pa.string()) if name in images else pa.string()
+            if wider is None:
+                contradictions[name] = planned, kind
+                untyped = (kind for kind, file in own.items() if file.form in UNTYPED)
+                planned = next(untyped, planned)
+                break
+            planned = wider
+        fields.append((name, planned))
+        told = [kind for kind in own if not pa.types.is_null(kind)]
+        if len(told) > 1 and is_new_form(planned, told):
+            listed = " and ".join(map(shown_type, told[:3]))
+            notes[name] = f"column {name!r} is {listed} in different shards, and written as {shown_type(planned)}"
+    return _Planned(pa.schema(fields), contradictions, notes)
+
+
+class _Integers:
+    """How large the integers are that shards store, by what their footers say; read once, and only where types differ."""
+
+    def __init__(self, files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> None:
+        self._schemas = {id(schema): schema for schema in schemas}
+        self._files: dict[int, list[FileInfo]] = {}
+        for file, schema in zip(files, schemas, strict=True):
+            self._files.setdefault(id(schema), []).append(file)
+        self._largest: dict[int, dict[str, tuple[float, float]]] = {}
+
+    def within(self, name: str) -> Within:
+        """For the integers in a column."""
+
+        def within(kind: pa.DataType, limit: int) -> bool:
+            raw = pa.types.is_temporal(kind)
+            # Parquet has no seconds: they are kept as milliseconds.
+            times = 1000 if pa.types.is_timestamp(kind) and kind.unit == "s" else 1
+            for key, schema in self._schemas.items():
+                if schema.get_field_index(name) < 0 or not contains(schema.field(name).type, kind):
+                    continue
+                if any(file.form != "parquet" for file in self._files[key]):
+                    return False
+                for path, largest in self._of(key).items():
+                    if f"{path}.".startswith(f"{name}.") and largest[raw] > limit * times:
+                        return False
+            return True
+
+        return within
+
+    def _of(self, key: int) -> dict[str, tuple[float, float]]:
+        """By a value's place in the columns: the largest integer, and the largest as it is stored."""
+        if key not in self._largest:
+            largest: dict[str, tuple[float, float]] = {}
+            with ThreadPoolExecutor(LISTING_THREADS) as pool:
+                for own in pool.map(_largest_integers, self._files[key]):
+                    for path, ends in own.items():
+                        before = largest.get(path, (0, 0))
+                        largest[path] = max(before[0], ends[0]), max(before[1], ends[1])
+            self._largest[key] = largest
+        return self._largest[key]
+
+
+def _largest_integers(file: FileInfo) -> dict[str, tuple[float, float]]:
+    largest: dict[str, tuple[float, float]] = {}
+    with open_parquet(file.url) as parquet:
+        groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
+        for chunk in (group.column(index) for group in groups for index in range(group.num_columns)):
+            if chunk.physical_type != "INT64":
+                continue
+            told, own = chunk.statistics, (math.inf, math.inf)
+            if told is not None and told.has_min_max:
+                ends = [told.min, told.max] if isinstance(told.min, int) else [math.inf]
+                own = max(map(abs, ends)), max(abs(told.min_raw), abs(told.max_raw))
+            elif told is not None and told.null_count == chunk.num_values:
+                own = 0, 0
+            before = largest.get(chunk.path_in_schema, (0, 0))
+            largest[chunk.path_in_schema] = max(before[0], own[0]), max(before[1], own[1])
+    return largest
 
 
 def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
@@ -264,61 +460,76 @@ def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
                 "key of the one not to use to null"
             )
         chosen["image" if wanted.image == "auto" else "images"] = None
-    columns = Columns(**chosen)
-    _check_types(columns, schema)
-    return columns
+    return Columns(**chosen)
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a type holds text."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _is_id(kind: pa.DataType) -> bool:
+    whole = pa.types.is_decimal(kind) and kind.scale == 0
+    return is_text(kind) or pa.types.is_integer(kind) or isinstance(kind, pa.UuidType) or whole
 
 
-def is_binary(kind: pa.DataType) -> bool:
-    """Whether a type holds plain bytes."""
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+def _is_image_list(kind: pa.DataType) -> bool:
+    return is_list(kind) and is_image(kind.value_type)
 
 
-def is_image_struct(kind: pa.DataType) -> bool:
-    """Whether a type is the Hugging Face form struct<bytes, path>."""
-    if not pa.types.is_struct(kind):
-        return False
-    at = kind.get_field_index("bytes")
-    return at >= 0 and is_binary(kind.field(at).type)
+def _is_written(kind: pa.DataType) -> bool:
+    return is_text(kind) or is_json(kind)
 
 
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a type is a list of variable length."""
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+#: What the columns that are read for their meaning may hold, and how a person is told.
+_ROLES: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "id": (_is_id, "text or integers"),
+    "image": (
+        lambda kind: is_image(kind) or _is_image_list(kind),
+        "bytes, struct<bytes, path>, or text (a path or URL)",
+    ),
+    "images": (_is_image_list, "a list of bytes, of struct<bytes, path>, or of text (paths or URLs)"),
+    "prompt": (_is_written, "text"),
+    "messages": (
+        lambda kind: _is_written(kind) or is_chat(kind),
+        "text (a chat as JSON), or a list of structs with the fields role and content",
+    ),
+}
 
 
-def _check_types(columns: Columns, schema: pa.Schema) -> None:
-    def kind(name: str) -> pa.DataType:
-        return schema.field(name).type
+def _check_types(columns: Columns, schema: pa.Schema, kinds: _Kinds) -> None:
+    for key, (fits, expected) in _ROLES.items():
+        name = getattr(columns, key)
+        for kind in (schema.field(name).type, *kinds[name]) if name is not None else ():
+            if not (fits(kind) or pa.types.is_null(kind)):
+                hint = "; a chat is named in input.columns.messages" if key == "prompt" and is_chat(kind) else ""
+                raise InputError(f"input.columns.{key}: column {name!r} is {shown_type(kind)}, expected {expected}{hint}")
 
-    def is_image(t: pa.DataType) -> bool:
-        return is_binary(t) or is_image_struct(t) or is_text(t)
 
-    checks = [
-        ("id", columns.id, lambda t: is_text(t) or pa.types.is_integer(t), "text or integers"),
-        ("image", columns.image, is_image, "bytes, struct<bytes, path>, or text (a path or URL)"),
-        (
-            "images",
-            columns.images,
-            lambda t: is_list(t) and is_image(t.value_type),
-            "a list of bytes, of struct<bytes, path>, or of text (paths or URLs)",
-        ),
-        ("prompt", columns.prompt, is_text, "text"),
-        ("messages", columns.messages, is_text, "text (a chat as JSON)"),
-    ]
-    for key, name, fits, expected in checks:
-        if name is not None and not (fits(kind(name)) or pa.types.is_null(kind(name))):
-            raise InputError(f"input.columns.{key}: column {name!r} is {kind(name)}, expected {expected}")
+def _check_contradictions(
+    columns: Columns, contradictions: Mapping[str, tuple[pa.DataType, pa.DataType]], kinds: _Kinds
+) -> None:
+    """Shards may hold ids, images and chats each in a form of its own: they are brought to one when they are read."""
+    for name, (planned, kind) in contradictions.items():
+        if name in (columns.id, columns.image, columns.images, columns.messages):
+            continue
+        first, file = next(iter(kinds[name].values())), kinds[name][kind]
+        raise InputError(
+            f"input.path: the columns of {file.url} do not fit those of {first.url} (column {name!r} is "
+            f"{shown_type(kind)}, not {shown_type(planned)}); bring the shards to one schema"
+        )
+
+
+def _check_present(columns: Columns, files: Iterable[FileInfo], schemas: Iterable[pa.Schema]) -> None:
+    seen: dict[int, set[str]] = {}
+    for file, schema in zip(files, schemas, strict=True):
+        missing = seen.get(id(schema))
+        if missing is None:
+            missing = seen[id(schema)] = set(columns.named()) - set(schema.names)
+        for name in columns.named() if missing else ():
+            if name in missing and name not in partition_of(file.name):
+                raise InputError(f"input.columns: {file.url} has no column {name!r}; its columns: {_listed(schema.names)}")
 
 
 def _extra_columns(
-    schema: pa.Schema, columns: Columns, reserved: frozenset[str], *, line_settings: bool
+    schema: pa.Schema, columns: Columns, reserved: frozenset[str], unwritten: set[str], *, line_settings: bool
 ) -> tuple[dict[str, str], pa.Schema]:
+    """Extra columns by their names in the output, and their types; those in use that have no one type are not written."""
     extras: dict[str, str] = {}
     fields = []
     for field in schema:
@@ -326,7 +537,7 @@ def _extra_columns(
             continue
         # Where an image was taken from is as good as an id; what it consists of is not repeated.
         names_image = field.name in (columns.image, columns.images) and _holds_text(field)
-        if (field.name in columns.named() and not names_image) or _holds_images(field):
+        if (field.name in columns.named() and not names_image) or field.name in unwritten or _holds_images(field):
             continue
         if field.name.startswith(OWN_PREFIX):
             raise InputError(f"input.path: column {field.name!r} begins with {OWN_PREFIX!r}, which is ours; rename it")
@@ -334,7 +545,7 @@ def _extra_columns(
         if name in extras or (name != field.name and name in schema.names):
             raise InputError(f"input.path: column {field.name!r} would be written as {name!r}, which exists; rename it")
         extras[name] = field.name
-        fields.append(field.with_name(name).remove_metadata())
+        fields.append(field.with_name(name))
     return extras, pa.schema(fields)
 
 
@@ -412,24 +623,24 @@ def iter_ids(shard: Shard, column: pa.Field) -> Iterator[np.ndarray]:
     """
     left = shard.rows
     first = 0
-    with open_shard(shard.file) as opened:
-        for batch in opened.batches(65_536, pa.schema([column])):
-            ids = batch.column(column.name)[:left]
-            try:
-                ids.validate(full=True)
-            except pa.ArrowInvalid as error:
-                raise InputError(f"input.columns.id: {shard.file.url} has ids that are no valid UTF-8 ({error})") from error
-            if ERROR in batch.schema.names:  # rows that cannot be read, nor their ids
-                numbers = np.arange(first, first + len(ids))
-                ids = row_ids(ids, batch.column(ERROR)[:left], shard.file.name, numbers)
-            if ids.null_count:
-                row = first + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
-                raise InputError(f"input.columns.id: {shard.file.url} row {row} has no id in column {column.name!r}")
-            yield pc.cast(ids, pa.string()).to_numpy(zero_copy_only=False)
-            first += len(ids)
-            left -= len(ids)
-            if left == 0:
-                return
+    for batch in shard.batches(65_536, pa.schema([column])):
+        ids = batch.column(column.name)[:left]
+        try:
+            ids.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"input.columns.id: {shard.file.url} has ids that are no valid UTF-8 ({error})") from error
+        # Rows that cannot be read have no ids of their own.
+        errors = batch.column(ERROR)[:left] if ERROR in batch.schema.names else None
+        numbers = np.arange(first, first + len(ids))
+        ids, _ = row_ids(said(ids), errors, shard.file.name, numbers, f"column {column.name!r}")
+        if ids.null_count:
+            row = first + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
+            raise InputError(f"input.columns.id: {shard.file.url} row {row} has no id in column {column.name!r}")
+        yield ids.to_numpy(zero_copy_only=False)
+        first += len(ids)
+        left -= len(ids)
+        if left == 0:
+            return
 
 
 def _name_duplicate(plan: InputPlan, column: str, suspects: set[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,11 @@ import pyarrow.compute as pc
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from pipeline.io.formats import IMAGES_PER_GROUP, open_shard
-from pipeline.io.plan import InputPlan, Shard, is_list, is_text
+from pipeline.errors import RowError
+from pipeline.io.formats import IMAGES_PER_GROUP
+from pipeline.io.plan import InputPlan, Shard
 from pipeline.io.rowset import RowSet
+from pipeline.io.types import chats, fitted, is_chat, is_list, is_text, plain_type, said, without
 from pipeline.rows import (
     ERROR,
     ID,
@@ -34,6 +36,11 @@ from pipeline.template import Template
 
 #: A read task takes row groups of one shard until it has this many rows: enough to be worth a task.
 ROWS_PER_TASK = 256
+
+#: Rows are put together up to this many bytes: offsets of text end at eight times as many.
+PART_BYTES = 256 << 20
+#: A row's text, once for each prompt, takes at most this much, whatever the settings say.
+MOST_TEXT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -86,38 +93,110 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
     rows_at_once = max(1, rows_per_block // plan.prompts_per_row)
     at = piece.first_row
     behind = piece.rows.intervals[-1][1]
-    with open_shard(piece.shard.file) as shard:
-        for batch in shard.batches(rows_at_once, wanted, piece.row_groups):
-            numbers = np.arange(at, at + len(batch))
+    for batch in piece.shard.batches(rows_at_once, wanted, piece.row_groups):
+        for part in _cut(batch, PART_BYTES // plan.prompts_per_row):
+            numbers = np.arange(at, at + len(part))
             chosen = piece.rows.contains(numbers)
-            if chosen.all():
-                yield _as_read(batch, plan, piece.shard, numbers)
-            elif chosen.any():
-                yield _as_read(batch.filter(pa.array(chosen)), plan, piece.shard, numbers[chosen])
-            at += len(batch)
+            if chosen.any():
+                table = _as_read(part, plan, piece.shard, numbers)
+                # Only now: of columns as some writers leave them no row can be taken.
+                yield table if chosen.all() else table.filter(pa.array(np.repeat(chosen, plan.prompts_per_row)))
+            at += len(part)
             if at >= behind:
                 return
+
+
+def _cut(batch: pa.RecordBatch, size: int) -> Iterator[pa.RecordBatch]:
+    """A batch in parts of at most so many bytes, as far as its rows are no larger."""
+    if len(batch) <= 1 or batch.nbytes <= size:
+        yield batch
+    else:
+        half = len(batch) // 2
+        yield from _cut(batch.slice(0, half), size)
+        yield from _cut(batch.slice(half), size)
+
+
+class _Columns:
+    """A batch's columns in their planned types, and what is wrong with the rows whose values do not fit.
+
+    Attributes:
+        errors: by row.
+        values: extra columns and those that prompts name, under the input's names; null where the shard lacks one.
+        texts: prompt, chat and a batch line's settings, under the input's names.
+        ids: as text, or None where there are none.
+        images: images and references, or None where there are none.
+    """
+
+    def __init__(self, batch: pa.RecordBatch, plan: InputPlan) -> None:
+        self._own = dict(zip(batch.schema.names, batch.columns, strict=True))
+        self._rows = len(batch)
+        self.errors: dict[int, str] = {}
+        for row, error in enumerate(self._own[ERROR].to_pylist() if ERROR in self._own else ()):
+            if error is not None:
+                self.errors[row] = error
+        columns = plan.columns
+        asked = [name for prompt in plan.prompts.values() for name in prompt.columns]
+        self.values = {name: self._value(name, plan) for name in dict.fromkeys((*plan.extras.values(), *asked))}
+        texts = [name for name in (columns.prompt, columns.messages) if name is not None]
+        self.texts = {name: self._text(name) for name in (*texts, *({SETTINGS} & self._own.keys()))}
+        self.ids = None if columns.id is None else said(self._checked(columns.id, *_fitted_plainly(self._own[columns.id])))
+        shown = columns.image or columns.images
+        self.images = None if shown is None else _images_of(self._checked(shown, *_fitted_plainly(self._own[shown])))
+        self._bound(min(plan.max_row_bytes, MOST_TEXT // plan.prompts_per_row))
+
+    def _checked(self, name: str, array: pa.Array, wrong: Mapping[int, str]) -> pa.Array:
+        for row, cause in wrong.items():
+            self.errors.setdefault(row, str(RowError("row_malformed", f"column {name!r} {cause}")))
+        return array
+
+    def _value(self, name: str, plan: InputPlan) -> pa.Array:
+        kind = plan.schema.field(name).type
+        return self._checked(name, *fitted(self._own[name], kind)) if name in self._own else pa.nulls(self._rows, kind)
+
+    def _text(self, name: str) -> pa.Array:
+        array = self._own[name]
+        # Whether a text is valid, preparing says.
+        return self._checked(name, *chats(array)) if is_chat(array.type) else said(array)
+
+    def _bound(self, most: int) -> None:
+        """Rows larger than that lose all but id and place: no stage could put them together with others."""
+        groups = [self.values, self.texts]
+        arrays = [array for group in groups for array in group.values()]
+        if sum(array.nbytes for array in arrays) <= most:
+            return
+        sizes = {row: sum(array.slice(row, 1).nbytes for array in arrays) for row in range(self._rows)}
+        large = {row: size for row, size in sizes.items() if size > most}
+        for row, size in large.items():
+            cause = f"the row has {size:,} bytes besides pictures, above {most:,} (input.max_row_bytes)"
+            self.errors[row] = str(RowError("row_malformed", cause))
+        for group in groups:
+            for name, array in group.items():
+                group[name] = without(array, large)
+        if self.images is not None:
+            self.images = without(self.images[0], large), without(self.images[1], large)
+
+
+def _fitted_plainly(array: pa.Array) -> tuple[pa.Array, dict[int, str]]:
+    return fitted(array, plain_type(array.type))
 
 
 def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.ndarray) -> pa.Table:
     count = len(batch)
     columns = plan.columns
+    own = _Columns(batch, plan)
 
     def text(name: str | None) -> pa.Array:
-        return pa.nulls(count, pa.string()) if name is None else batch.column(name).cast(pa.string())
+        return pa.nulls(count, pa.string()) if name is None else own.texts[name].cast(pa.string())
 
-    errors = batch.column(ERROR) if ERROR in batch.schema.names else None
-    if columns.id is None:
+    errors = pa.array([own.errors.get(row) for row in range(count)], pa.string()) if own.errors else None
+    if own.ids is None:
         ids = pa.array([f"{shard.file.name}#{number}" for number in numbers], pa.string())
     else:
-        ids = row_ids(text(columns.id), errors, shard.file.name, numbers)
-    if columns.image is not None:
-        images, references = _one_image(batch.column(columns.image))
-    elif columns.images is not None:
-        images, references = _several_images(batch.column(columns.images))
-    else:
-        images, references = (pa.array([[]] * count, READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES))
-    prompts = text(columns.prompt) if "" not in plan.prompts else _filled(plan.prompts[""], batch)
+        ids, errors = row_ids(own.ids, errors, shard.file.name, numbers, f"column {columns.id!r}")
+    images, references = own.images or (
+        pa.array([[]] * count, READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)
+    )
+    prompts = text(columns.prompt) if "" not in plan.prompts else _filled(plan.prompts[""], own, count)
     place = {SHARD: pa.array([shard.file.url] * count, pa.string()), ROW: pa.array(numbers, pa.int64())}
     place[QUESTION] = pa.array([""] * count, pa.string())
     arrays = {
@@ -127,22 +206,20 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         REFERENCES: references,
         PROMPT: prompts,
         MESSAGES: text(columns.messages),
-        SETTINGS: text(SETTINGS if SETTINGS in batch.schema.names else None),
+        SETTINGS: text(SETTINGS if SETTINGS in own.texts else None),
         ERROR: pa.nulls(count, pa.string()) if errors is None else errors,
     }
-    for field in plan.extras_schema:
-        source = plan.extras[field.name]
-        # A shard may lack an extra column that others have.
-        has = source in batch.schema.names
-        arrays[field.name] = batch.column(source).cast(field.type) if has else pa.nulls(count, field.type)
+    arrays |= {name: own.values[source] for name, source in plan.extras.items()}
     table = pa.table(arrays, schema=pa.schema([*PLACE_SCHEMA, *READ_SCHEMA, *plan.extras_schema]))
-    return _asked_each(table, batch, plan) if plan.names else table
+    return _asked_each(table, own, plan) if plan.names else table
 
 
-def _asked_each(table: pa.Table, batch: pa.RecordBatch, plan: InputPlan) -> pa.Table:
+def _asked_each(table: pa.Table, own: _Columns, plan: InputPlan) -> pa.Table:
     """Every row once for each prompt, next to each other."""
     names = plan.names
-    filled = np.stack([np.array(_filled(plan.prompts[name], batch).to_pylist(), object) for name in names], axis=1)
+    filled = np.stack(
+        [np.array(_filled(plan.prompts[name], own, len(table)).to_pylist(), object) for name in names], axis=1
+    )
     repeated = table.take(np.repeat(np.arange(len(table)), len(names)))
     ids = [f"{id_}/{name}" if id_ is not None else None for id_ in table[ID].to_pylist() for name in names]
     columns = {ID: ids, PROMPT: filled.reshape(-1).tolist(), QUESTION: list(names) * len(table)}
@@ -152,20 +229,14 @@ def _asked_each(table: pa.Table, batch: pa.RecordBatch, plan: InputPlan) -> pa.T
     return repeated
 
 
-def _filled(prompt: Template, batch: pa.RecordBatch) -> pa.Array:
-    # A shard may lack a column that others have: null, like a value that is not there.
-    values = {
-        name: batch.column(name).cast(pa.string()).to_pylist() if name in batch.schema.names else [None] * len(batch)
-        for name in prompt.columns
-    }
-    return pa.array(prompt.fill(values, len(batch)), pa.string())
+def _filled(prompt: Template, own: _Columns, rows: int) -> pa.Array:
+    values = {name: said(own.values[name]).to_pylist() for name in prompt.columns}
+    return pa.array(prompt.fill(values, rows), pa.string())
 
 
 def _bytes_and_references(array: pa.Array) -> tuple[pa.Array, pa.Array]:
     """Images of an array of bytes, of structs {bytes, path} or of texts: bytes, and paths or URLs where there are none."""
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    if is_text(array.type) or pa.types.is_string_view(array.type):
+    if is_text(array.type):
         return pa.nulls(len(array), pa.large_binary()), _none_if_empty(array.cast(pa.string()))
     paths = pa.nulls(len(array), pa.string())
     if pa.types.is_struct(array.type):
@@ -179,6 +250,11 @@ def _none_if_empty(texts: pa.Array) -> pa.Array:
     return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 
+def _images_of(array: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Images and references of each row, from a plain column of one image a row or of lists."""
+    return _several_images(array) if is_list(array.type) else _one_image(array)
+
+
 def _one_image(array: pa.Array) -> tuple[pa.Array, pa.Array]:
     """Lists of one image each, null where there is neither bytes nor a reference; and the references in their places."""
     images, references = _bytes_and_references(array)
@@ -188,9 +264,8 @@ def _one_image(array: pa.Array) -> tuple[pa.Array, pa.Array]:
 
 
 def _several_images(array: pa.Array) -> tuple[pa.Array, pa.Array]:
-    if not is_list(array.type):  # a column of nulls alone
-        images, references = (pa.nulls(len(array), READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES))
-        return images, references
+    if pa.types.is_fixed_size_list(array.type):
+        array = array.cast(pa.list_(array.type.value_field))
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     # flatten, not .values: it follows the array's offset and leaves out what null lists cover.

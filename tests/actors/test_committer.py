@@ -67,6 +67,17 @@ def test_rows_that_come_again_are_dropped(folder: OutputFolder) -> None:
     assert {shard: rows.intervals for shard, rows in done.items()} == {"a": [(0, 3), (5, 6), (7, 8)], "b": [(0, 1)]}
 
 
+def test_a_file_is_written_once_its_rows_take_much_memory_however_few_they_are(
+    folder: OutputFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = block("a", 0).nbytes
+    monkeypatch.setattr("pipeline.actors.committer.FILE_BYTES", 2 * size)
+    writer = committer(folder, rows=1000)
+    for row in range(5):
+        writer.take(block("a", row))
+    assert 2 <= len(ids(folder)) < 5
+
+
 def test_one_that_is_started_again_knows_what_it_committed_and_overwrites_nothing(folder: OutputFolder) -> None:
     first = committer(folder, rows=2)
     first.take(block("a", 0, 1))

@@ -37,11 +37,19 @@ def plan_of(
     ask: str | None = None,
     asks: dict[str, str] | None = None,
     limit: int | None = None,
+    max_row_bytes: int = 64 << 20,
     **columns: str | None,
 ) -> InputPlan:
     """Plan an input as a job does; `ask` is one prompt for all rows, `asks` are several by name."""
     paths = path if isinstance(path, list) else str(path)
-    settings = InputSettings(path=paths, prompt=ask, prompts=asks or {}, limit=limit, columns=ColumnSettings(**columns))
+    settings = InputSettings(
+        path=paths,
+        prompt=ask,
+        prompts=asks or {},
+        limit=limit,
+        max_row_bytes=max_row_bytes,
+        columns=ColumnSettings(**columns),
+    )
     return plan_input(settings, RESERVED_COLUMNS)
 
 
