@@ -93,6 +93,14 @@ class InputSettings(Settings):
     missing_image: Literal["error", "text_only"] = Field(
         "error", description="a row whose image is null: an error row, or answered from its text alone"
     )
+    max_line_bytes: PositiveInt = Field(
+        64 << 20, description="most bytes of a line (JSON Lines, CSV), or of a WebDataset sample's text or JSON, unpacked"
+    )
+    max_sample_bytes: PositiveInt = Field(512 << 20, description="most bytes of a WebDataset sample's files, unpacked")
+    max_sample_files: PositiveInt = Field(1000, description="most files of a WebDataset sample")
+    max_columns: PositiveInt = Field(
+        1000, description="most keys of a row that has no types of its own, and of all rows of such a shard together"
+    )
 
     @field_validator("prompt")
     @classmethod

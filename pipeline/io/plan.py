@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,7 +21,8 @@ import pyarrow.compute as pc
 from pipeline.config import ColumnSettings, InputSettings
 from pipeline.errors import ConfigError, InputError
 from pipeline.io.formats import open_shard
-from pipeline.io.listing import FORM_NAMES, IMAGE_SUFFIXES, FileInfo, find_shards
+from pipeline.io.listing import FORM_NAMES, IMAGE_SUFFIXES, UNTYPED, FileInfo, find_shards
+from pipeline.io.loose import Untyped, common_types
 from pipeline.rows import ERROR, OWN_PREFIX, row_ids
 from pipeline.template import Template
 
@@ -70,6 +73,7 @@ class InputPlan:
         prompts: what is asked of each row, by name, columns' values filled in; a single prompt has an empty name. None:
             rows have their own.
         image_root: folder below which rows may name images by path; None: none may.
+        untyped: how rows without types of their own are read.
     """
 
     shards: tuple[Shard, ...]
@@ -79,6 +83,7 @@ class InputPlan:
     schema: pa.Schema
     prompts: Mapping[str, Template]
     image_root: str | None = None
+    untyped: Untyped = dataclasses.field(default_factory=Untyped)
 
     @property
     def forms(self) -> dict[str, int]:
@@ -119,10 +124,15 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         InputError: nothing to read, an unreadable file, or columns that do not fit.
         ConfigError: settings that contradict each other.
     """
-    files = [file for file in find_shards(settings.path, settings.format) if only is None or file.url in only]
+    found = find_shards(settings.path, settings.format, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    files = [file for file in found if only is None or file.url in only]
+    untyped = Untyped.of(settings)
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        footers = list(pool.map(_read_footer, files))
-    schema = _unified_schema([(file, footer[1]) for file, footer in zip(files, footers, strict=True)])
+        footers = list(pool.map(lambda file: _read_footer(file, untyped), files))
+    schemas = [footer[1] for footer in footers]
+    loose = common_types((own for file, own in zip(files, schemas, strict=True) if file.form in UNTYPED), untyped)
+    schemas = [_retyped(own, loose) if file.form in UNTYPED else own for file, own in zip(files, schemas, strict=True)]
+    schema = _unified_schema(list(zip(files, schemas, strict=True)))
     columns = _settle_columns(settings, schema)
     for file, (_, own) in zip(files, footers, strict=True):
         if missing := [name for name in columns.named() if name not in own.names]:
@@ -147,6 +157,7 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         prompts=prompts,
         # Images that the input itself consists of need no leave.
         image_root=settings.image_root or next((f.base for f in files if f.form == "images" or f.is_metadata), None),
+        untyped=untyped,
     )
 
 
@@ -176,9 +187,9 @@ def _check_names(files: list[FileInfo]) -> None:
             )
 
 
-def _read_footer(file: FileInfo) -> tuple[tuple[int, ...], pa.Schema]:
+def _read_footer(file: FileInfo, untyped: Untyped) -> tuple[tuple[int, ...], pa.Schema]:
     try:
-        with open_shard(file) as shard:
+        with open_shard(file, untyped) as shard:
             groups, schema = shard.layout()
             return groups, pa.schema([field.with_type(_plain(field.type)) for field in schema])
     except Exception as error:  # pyarrow and every fsspec backend have error types of their own
@@ -199,6 +210,12 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     if is_list(kind) and (value := _plain(kind.value_type)) != kind.value_type:
         return pa.list_(value)
     return kind
+
+
+def _retyped(schema: pa.Schema, kinds: Mapping[str, pa.DataType]) -> pa.Schema:
+    if kinds.keys().isdisjoint(schema.names):
+        return schema
+    return pa.schema([field.with_type(kinds.get(field.name, field.type)) for field in schema])
 
 
 def _unified_schema(schemas: list[tuple[FileInfo, pa.Schema]]) -> pa.Schema:
@@ -263,6 +280,8 @@ def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
                 "key of the one not to use to null"
             )
         chosen["image" if wanted.image == "auto" else "images"] = None
+    if chosen["image"] and is_list(schema.field(chosen["image"]).type):
+        chosen["image"], chosen["images"] = None, chosen["image"]
     columns = Columns(**chosen)
     _check_types(columns, schema)
     return columns
@@ -325,9 +344,11 @@ def _extra_columns(schema: pa.Schema, columns: Columns, reserved: frozenset[str]
             continue
         if field.name.startswith(OWN_PREFIX):
             raise InputError(f"input.path: column {field.name!r} begins with {OWN_PREFIX!r}, which is ours; rename it")
-        name = f"input_{field.name}" if field.name in reserved else field.name
-        if name in extras or (name != field.name and name in schema.names):
-            raise InputError(f"input.path: column {field.name!r} would be written as {name!r}, which exists; rename it")
+        name = field.name
+        while name in reserved or (name != field.name and name in schema.names):
+            name = f"input_{name}"
+        if name in extras:
+            raise InputError(f"input.path: two columns are called {field.name!r}; rename one")
         extras[name] = field.name
         fields.append(field.with_name(name).remove_metadata())
     return extras, pa.schema(fields)
@@ -377,7 +398,7 @@ def check_ids_unique(plan: InputPlan) -> None:
 
         def hashes(shard: Shard) -> list[np.ndarray]:
             found = []
-            for ids in iter_ids(shard, plan.schema.field(column)):
+            for ids in iter_ids(shard, plan.schema.field(column), plan.untyped):
                 own = pd.util.hash_array(ids, categorize=False)
                 order = np.argsort(own % buckets, kind="stable")
                 found.append(own[order])
@@ -399,7 +420,7 @@ def check_ids_unique(plan: InputPlan) -> None:
         _name_duplicate(plan, column, suspects)
 
 
-def iter_ids(shard: Shard, column: pa.Field) -> Iterator[np.ndarray]:
+def iter_ids(shard: Shard, column: pa.Field, untyped: Untyped) -> Iterator[np.ndarray]:
     """The ids of a shard's rows as text, a batch at a time: object arrays.
 
     Raises:
@@ -407,7 +428,7 @@ def iter_ids(shard: Shard, column: pa.Field) -> Iterator[np.ndarray]:
     """
     left = shard.rows
     first = 0
-    with open_shard(shard.file) as opened:
+    with open_shard(shard.file, untyped) as opened:
         for batch in opened.batches(65_536, pa.schema([column])):
             ids = batch.column(column.name)[:left]
             try:
@@ -431,7 +452,7 @@ def _name_duplicate(plan: InputPlan, column: str, suspects: set[int]) -> None:
     wanted = np.fromiter(suspects, dtype=np.uint64)
     seen: dict[str, str] = {}
     for shard in plan.shards:
-        for ids in iter_ids(shard, plan.schema.field(column)):
+        for ids in iter_ids(shard, plan.schema.field(column), plan.untyped):
             for id_ in ids[np.isin(pd.util.hash_array(ids, categorize=False), wanted)]:
                 if id_ in seen:
                     raise InputError(

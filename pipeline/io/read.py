@@ -83,7 +83,7 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
     rows_at_once = max(1, rows_per_block // plan.prompts_per_row)
     at = piece.first_row
     behind = piece.rows.intervals[-1][1]
-    with open_shard(piece.shard.file) as shard:
+    with open_shard(piece.shard.file, plan.untyped) as shard:
         for batch in shard.batches(rows_at_once, wanted, piece.row_groups):
             numbers = np.arange(at, at + len(batch))
             chosen = piece.rows.contains(numbers)
