@@ -215,7 +215,7 @@ class _Images:
 
 
 def _no_utf8(name: str) -> str:
-    return str(RowError("row_malformed", f"the file name {shown(name)} is no valid UTF-8; rename it"))
+    return str(RowError("row_malformed", f"the file name {shown(name)[1:-1]} is no valid UTF-8; rename it"))
 
 
 class _BesideImages:
