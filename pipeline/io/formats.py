@@ -207,11 +207,17 @@ class _Images:
             group = self._members[start : start + IMAGES_PER_GROUP]
             for at in range(0, len(group), rows):
                 own = group[at : at + rows]
-                names = pa.array([name if is_encodable(name) else None for name in own], pa.string())
-                arrays = {name: names for name in columns.names if name in ("id", "image")}
-                if names.null_count:
+                ids = pa.array([name if is_encodable(name) else None for name in own], pa.string())
+                paths = pa.array([_as_path(name) for name in ids.to_pylist()], pa.string())
+                arrays = {name: made for name, made in (("id", ids), ("image", paths)) if name in columns.names}
+                if ids.null_count:
                     arrays[ERROR] = pa.array([None if is_encodable(name) else _no_utf8(name) for name in own], pa.string())
                 yield pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+
+
+def _as_path(name: str | None) -> str | None:
+    """A file's name that cannot be taken for a URL."""
+    return f"./{name}" if name is not None and name.lower().startswith(("data:", "file:")) else name
 
 
 def _no_utf8(name: str) -> str:

@@ -22,6 +22,8 @@ BATCH_BYTES = 64 << 20
 NAME_LENGTH = 1000
 #: Integers up to this are exact as floating-point numbers.
 _EXACT = 1 << 53
+#: Marks a column of integers of which some are not.
+_LONG = b"awaker:long"
 #: Of a line that is not kept, read at once.
 _SKIPPED = 1 << 20
 
@@ -226,8 +228,7 @@ def layout_of(rows: Iterable[Row], untyped: Untyped) -> tuple[tuple[int, ...], p
             )
     if malformed and malformed == count:
         raise ValueError(first)
-    schema = pa.schema([(name, _type_of(name, own - {"none"}, untyped)) for name, own in kinds.items()])
-    return (count,) if count else (), schema
+    return (count,) if count else (), pa.schema([_field(name, own - {"none"}, untyped) for name, own in kinds.items()])
 
 
 def _kind(value: Any) -> str:
@@ -237,6 +238,10 @@ def _kind(value: Any) -> str:
     if type(value) is int:
         return "int" if -_EXACT <= value <= _EXACT else "long" if -(1 << 63) <= value < 1 << 63 else "huge"
     return type(value).__name__
+
+
+def _field(name: str, kinds: set[str], untyped: Untyped) -> pa.Field:
+    return pa.field(name, _type_of(name, kinds, untyped), metadata={_LONG: b""} if "long" in kinds else None)
 
 
 def _type_of(name: str, kinds: set[str], untyped: Untyped) -> pa.DataType:
@@ -263,20 +268,24 @@ def _type_of(name: str, kinds: set[str], untyped: Untyped) -> pa.DataType:
 def common_types(schemas: Iterable[pa.Schema], untyped: Untyped) -> dict[str, pa.DataType]:
     """Types of the columns that shards without types of their own see differently; each can be read as any of them."""
     kinds: dict[str, set[pa.DataType]] = defaultdict(set)
+    long: set[str] = set()
     last = None
     for schema in schemas:
-        if last is None or not schema.equals(last):
+        if last is None or not schema.equals(last, check_metadata=True):
             last = schema
             for field in schema:
                 kinds[field.name].add(field.type)
+                if _LONG in (field.metadata or {}):
+                    long.add(field.name)
     told = {name: own - {pa.null()} for name, own in kinds.items()}
     # Bytes are no text.
-    return {n: _common(n, own, untyped) for n, own in told.items() if len(own) > 1 and pa.large_binary() not in own}
+    differing = {name: own for name, own in told.items() if len(own) > 1 and pa.large_binary() not in own}
+    return {name: _common(name, own, untyped, long=name in long) for name, own in differing.items()}
 
 
-def _common(name: str, kinds: set[pa.DataType], untyped: Untyped) -> pa.DataType:
-    if kinds == {pa.int64(), pa.float64()}:
-        return pa.float64()
+def _common(name: str, kinds: set[pa.DataType], untyped: Untyped, *, long: bool) -> pa.DataType:
+    if kinds == {pa.int64(), pa.float64()} and name not in untyped.texts | untyped.ids:
+        return pa.string() if long else pa.float64()
     several = name in untyped.images and kinds == {pa.string(), pa.list_(pa.string())}
     return pa.list_(pa.string()) if several else pa.string()
 

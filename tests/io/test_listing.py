@@ -48,6 +48,13 @@ def test_an_image_file_whose_name_is_no_utf8_is_an_error_row(tmp_path: Path) -> 
     assert table[ERROR] == [None, None, "row_malformed: the file name d/caf\\udce9.png is no valid UTF-8; rename it"]
 
 
+def test_an_image_file_whose_name_looks_like_a_url_is_a_path(tmp_path: Path) -> None:
+    write_images(tmp_path, ["c:d.png", "data:x.png", "File:y.png"])
+    table = read(plan_of(tmp_path, ask="What?"))
+    assert table[ID] == ["File:y.png", "c:d.png", "data:x.png"]
+    assert table[REFERENCES] == [["./File:y.png"], ["c:d.png"], ["./data:x.png"]]
+
+
 @pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"caf\xe9/a.jsonl", b"caf\xe9/a.png"])
 def test_a_shard_whose_name_is_no_utf8_is_named(tmp_path: Path, name: bytes) -> None:
     path = tmp_path / os.fsdecode(name)

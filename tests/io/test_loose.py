@@ -60,6 +60,7 @@ def test_a_column_has_one_type_whatever_a_block_of_it_holds(tmp_path: Path, name
         ([1, "n/a"], pa.string(), ["1", "n/a"]),
         ([1, 2**64], pa.string(), ["1", str(2**64)]),
         ([1, 2.5], pa.float64(), [1.0, 2.5]),
+        ([2**53 + 1, 2.5], pa.string(), ["9007199254740993", "2.5"]),
         ([True, ["x"]], pa.string(), ["true", '["x"]']),
     ],
 )
