@@ -83,7 +83,7 @@ def _opened(file: FileInfo, untyped: Untyped) -> Iterator[ShardFile]:
             elif file.form == "webdataset":
                 yield WebDataset(unpacked(source), untyped)
             elif file.form == "csv":
-                yield Csv(unpacked(source), untyped, "\t" if ".tsv" in posixpath.basename(file.name).lower() else ",")
+                yield Csv(unpacked(source), untyped, file.separator)
             else:
                 yield JsonLines(unpacked(source), untyped)
 

@@ -32,13 +32,14 @@ IMAGE_SUFFIXES: tuple[str, ...] = (
 )
 #: How compressed files of lines are called; what they are their first bytes say.
 _COMPRESSED = ("", ".gz", ".zst", ".bz2", ".xz")
+_TABS = ".tsv"
 #: Which names each form's files have.
 SUFFIXES: dict[Form, tuple[str, ...]] = {
     "parquet": PARQUET_SUFFIXES,
     "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"),
     "arrow": (".arrow",),
     "jsonl": tuple(name + zipped for name in (".jsonl", ".ndjson") for zipped in _COMPRESSED),
-    "csv": tuple(name + zipped for name in (".csv", ".tsv") for zipped in _COMPRESSED),
+    "csv": tuple(name + zipped for name in (".csv", _TABS) for zipped in _COMPRESSED),
     "images": IMAGE_SUFFIXES,
 }
 #: The Hugging Face hub's name, less its suffix, for a table about the image files beside it.
@@ -74,6 +75,11 @@ class FileInfo:
     def is_metadata(self) -> bool:
         """Whether its rows name image files that lie beside it."""
         return self.form in ("parquet", "jsonl", "csv") and posixpath.basename(self.name).split(".", 1)[0] == METADATA
+
+    @property
+    def separator(self) -> str:
+        """What stands between the values of a CSV."""
+        return "\t" if self.name.lower().endswith(tuple(_TABS + zipped for zipped in _COMPRESSED)) else ","
 
 
 def find_shards(

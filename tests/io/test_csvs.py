@@ -59,7 +59,7 @@ def test_a_row_that_has_more_values_than_there_are_names_throughout_is_refused(t
         plan_of(tmp_path / "a.csv")
 
 
-@pytest.mark.parametrize("name", ["a.tsv", "metadata.tsv"])
+@pytest.mark.parametrize("name", ["a.tsv", "metadata.TSV", "a.csv.tsv"])
 def test_values_separated_by_tabs_are_a_csv_too(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('index\tquestion\n0\tRed, or blue?\n1\t"a\tb"\n')
     plan = plan_of(tmp_path / name, id="index", prompt="question")
