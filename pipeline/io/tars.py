@@ -33,9 +33,14 @@ TEXTS = frozenset({"txt", "text", "caption", "prompt", "cls"})
 _IMAGES = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 #: What any other column of a sample may not be called.
 _OWN = ("id", "image")
-#: Most bytes of a header: what tarfile reads at once, however much a header claims.
+#: Most bytes of all headers of a member: its name, and what else is told of it.
 HEADER_BYTES = 1 << 20
 _END = tarfile.NUL * tarfile.BLOCKSIZE
+#: Where a header says of what kind it is, and the kinds of extended ones.
+_KIND = slice(156, 157)
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+#: More digits than the name of a file has characters.
+_MANY_DIGITS = re.compile(rb"\d{256}")
 
 
 class WebDataset:
@@ -209,30 +214,38 @@ def _members(blocks: _Blocks) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile
                 )
             raise tarfile.ReadError(f"it breaks off or is damaged at byte {tar.offset:,}")
         block = _END
-        while block == _END:
-            at = blocks.tell()
-            block = blocks.read(tarfile.BLOCKSIZE)
+        with blocks.unbounded():
+            while block == _END:
+                at = blocks.tell()
+                block = blocks.read(tarfile.BLOCKSIZE)
         if not block.strip(tarfile.NUL):
             return
         blocks.put_back(block)
 
 
 class _Blocks:
-    """A tar as tarfile reads it: forwards, no header above its bound, and with the latest block to look at."""
+    """A tar as tarfile reads it: forwards, no member's headers above their bound, and with the latest block to look at.
+
+    tarfile holds the whole of what a header claims, goes backwards where that is negative, and looks for the parts of
+    extended headers in ways that take quadratic time; later Pythons than 3.11.7 mend some of it.
+    """
 
     def __init__(self, source: BinaryIO) -> None:
         self._source = source
         self._ahead = b""
-        self._most: int | None = HEADER_BYTES
+        self._left: int | None = HEADER_BYTES
         self.latest = b""
 
     def read(self, size: int) -> bytes:
-        if self._most is not None and size > self._most:
-            raise tarfile.ReadError(f"a header at byte {self.tell():,} claims {size:,} bytes")
-        self.latest = self._ahead[:size]
-        self._ahead = self._ahead[size:]
+        if self._left is not None:
+            self._left -= size
+            if self._left < 0:
+                raise tarfile.ReadError(f"headers at byte {self.tell():,} claim more than {HEADER_BYTES:,} bytes")
+        header, self.latest, self._ahead = self.latest, self._ahead[:size], self._ahead[size:]
         while len(self.latest) < size and (more := self._source.read(size - len(self.latest))):
             self.latest += more
+        if self._left is not None and header[_KIND] in _EXTENDED and not _is_extended(self.latest):
+            raise tarfile.ReadError(f"an extended header before byte {self.tell():,} is damaged")
         return self.latest
 
     def put_back(self, block: bytes) -> None:
@@ -242,14 +255,31 @@ class _Blocks:
         return self._source.tell() - len(self._ahead)
 
     def seek(self, position: int) -> int:
-        if position != self.tell():
+        if position < self.tell():
+            raise tarfile.ReadError(f"a header before byte {self.tell():,} leads backwards")
+        if position > self.tell():
             self._ahead = b""
             self._source.seek(position)
         return position
 
     @contextlib.contextmanager
     def unbounded(self) -> Iterator[None]:
-        """Read members' data, whose size the caller has looked at."""
-        self._most = None
+        """Read what is no header, and whose size the caller has looked at."""
+        self._left = None
         yield
-        self._most = HEADER_BYTES
+        self._left = HEADER_BYTES
+
+
+def _is_extended(data: bytes) -> bool:
+    """Whether data is what an extended header holds: lines of `<length> <key>=<value>`."""
+    records = data.rstrip(tarfile.NUL)
+    at = 0
+    while at < len(records):
+        length = records[at : at + 20].partition(b" ")[0]
+        if not length.isdigit() or not int(length):
+            return False
+        record = records[at : at + int(length)]
+        if len(record) < int(length) or not record.endswith(b"\n") or b"=" not in record:
+            return False
+        at += int(length)
+    return _MANY_DIGITS.search(records) is None

@@ -156,14 +156,45 @@ def test_pictures_that_unpack_to_more_than_the_bound_are_not_unpacked_into_memor
     assert held < 8 << 20
 
 
-def test_a_header_that_claims_too_much_is_not_read_into_memory(tmp_path: Path) -> None:
-    """tarfile holds the whole of a header that names a file, or says more about it."""
-    for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE):
-        info = tarfile.TarInfo("a.jpg")
-        info.type, info.size = kind, HEADER_BYTES + 1
-        (tmp_path / "x.tar").write_bytes(tar_of("a.jpg")[:1024] + info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
-        with pytest.raises(InputError, match=r"ReadError: a header at byte 1,536 claims 1,049,088 bytes"):
-            planned(tmp_path)
+def header_of(kind: bytes, size: int) -> bytes:
+    info = tarfile.TarInfo("a.jpg")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+DIGITS = b"9" * 1_000_000
+RECORDS = b"3 a" * 300_000 + b"="
+HEADERS = {
+    "a long name": (header_of(tarfile.GNUTYPE_LONGNAME, HEADER_BYTES), "claim more than 1,048,576 bytes"),
+    "extended": (header_of(tarfile.XHDTYPE, HEADER_BYTES), "claim more than 1,048,576 bytes"),
+    "for all": (header_of(tarfile.XGLTYPE, 5 << 30), "claim more than 1,048,576 bytes"),
+    "many": (header_of(tarfile.XGLTYPE, 0) * 3000, "Error: "),
+    "negative": (header_of(tarfile.REGTYPE, -1024), "leads backwards"),
+    "negative name": (header_of(tarfile.GNUTYPE_LONGNAME, -1024), "ReadError"),
+    "digits": (header_of(tarfile.XHDTYPE, 1_000_011) + b"1000011 a=%s\n" % DIGITS, "extended header .* is damaged"),
+    "records": (header_of(tarfile.XHDTYPE, len(RECORDS)) + RECORDS, "extended header .* is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_costs_no_more_than_its_bound(tmp_path: Path, name: str) -> None:
+    """tarfile holds what a header claims, and may take quadratic time over it, or for ever."""
+    header, says = HEADERS[name]
+    padding = bytes(-len(header) % 512 + 200_000)
+    (tmp_path / "x.tar").write_bytes(tar_of("a.jpg")[:1024] + header + padding)
+    began = time.process_time()
+    with pytest.raises(InputError, match=says):
+        planned(tmp_path)
+    assert time.process_time() - began < 1
+
+
+def test_long_names_and_other_facts_in_extended_headers_are_read(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of all"}) as tar:
+        for name in ("d" * 90 + "/" + "é" * 100 + ".jpg", "0" * 250 + ".jpg"):
+            info = tarfile.TarInfo(name)
+            info.pax_headers = {"mtime": "1234567890.123456789", "SCHILY.xattr.user.note": "x = y\n" * 1000}
+            tar.addfile(info)
+    assert read(planned(tmp_path))[ID] == ["d" * 90 + "/" + "é" * 100, "0" * 250]
 
 
 @pytest.mark.parametrize(
