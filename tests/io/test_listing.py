@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -111,6 +113,8 @@ def bucket() -> Iterator[S3Backend]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s"), ("ENDPOINT_URL", f"http://{host}:{port}")):
             patch.setenv(f"AWS_{name}", value)
+        # botocore writes into the settings that it is given.
+        patch.setitem(fsspec.config.conf, "s3", copy.deepcopy(fsspec.config.conf["s3"]))
         s3fs.S3FileSystem.clear_instance_cache()
         yield backend
         s3fs.S3FileSystem.clear_instance_cache()
