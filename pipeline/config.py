@@ -115,9 +115,16 @@ class InputSettings(Settings):
         description="tokens such as <|im_end|> in a row's own text: text like any other, so that no row forges turns or "
         "images; an error row; or the model's own, as the released code takes them",
     )
-
     max_row_bytes: PositiveInt = Field(
         64 << 20, description="most bytes of a row, pictures not counted; a larger one is an error row"
+    )
+    max_line_bytes: PositiveInt = Field(
+        64 << 20, description="most bytes of a line (JSON Lines, CSV), or of a WebDataset sample's text or JSON, unpacked"
+    )
+    max_sample_bytes: PositiveInt = Field(512 << 20, description="most bytes of a WebDataset sample's files, unpacked")
+    max_sample_files: PositiveInt = Field(1000, description="most files of a WebDataset sample")
+    max_columns: PositiveInt = Field(
+        1000, description="most keys of a row that has no types of its own, and of all rows of such a shard together"
     )
 
     @field_validator("prompt")

@@ -81,7 +81,7 @@ def find_row(plan: InputPlan, wanted: str) -> tuple[Shard, int]:
     for shard in plan.shards:
         if plan.columns.id is not None:
             at = 0
-            for ids in iter_ids(shard, plan.schema.field(plan.columns.id)):
+            for ids in iter_ids(shard, plan.schema.field(plan.columns.id), plan.untyped):
                 if len(found := np.flatnonzero(ids == wanted)):
                     return shard, at + int(found[0])
                 at += len(ids)

@@ -6,17 +6,18 @@ import contextlib
 import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import RowError
+from pipeline.io.csvs import Csv
 from pipeline.io.listing import FileInfo
-from pipeline.io.loose import JsonLines
+from pipeline.io.loose import JsonLines, Untyped, is_encodable, shown
 from pipeline.io.storage import open_filesystem, protocols
 from pipeline.io.tars import WebDataset
+from pipeline.io.unpack import unpacked
 from pipeline.redact import cause_of
 from pipeline.rows import ERROR
 
@@ -26,8 +27,9 @@ READ_BUFFER = 8 << 20
 BATCH_BYTES = 256 << 20
 #: Images of a folder that one read task takes at most.
 IMAGES_PER_GROUP = 256
-#: The Hugging Face hub's name, in a table about image files, for the file of a row.
-FILE_NAME = "file_name"
+#: The Hugging Face hub's names, in a table about image files, for the file of a row and for its files; a column
+#: `mask_file_name` makes a column `mask`.
+FILE_NAMES = {"file_name": "image", "file_names": "images"}
 
 
 class ShardFile(Protocol):
@@ -62,8 +64,14 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
 
 
 @contextmanager
-def open_shard(file: FileInfo) -> Iterator[ShardFile]:
-    """Open a shard in its form."""
+def open_shard(file: FileInfo, untyped: Untyped = Untyped()) -> Iterator[ShardFile]:  # noqa: B008 - it is frozen
+    """Open a shard in its form; `untyped` says how rows without types of their own are read."""
+    with _opened(file, untyped) as opened:
+        yield _BesideImages(opened, posixpath.dirname(file.name)) if file.is_metadata else opened
+
+
+@contextmanager
+def _opened(file: FileInfo, untyped: Untyped) -> Iterator[ShardFile]:
     if file.form == "parquet":
         with open_parquet(file.url) as parquet:
             yield _Parquet(parquet, file.url)
@@ -71,19 +79,15 @@ def open_shard(file: FileInfo) -> Iterator[ShardFile]:
         yield _Images(file)
     else:
         filesystem, path = open_filesystem(file.url)
-        # A tar unpacks itself.
-        compression = None if file.form == "webdataset" else "infer"
-        with filesystem.open(path, "rb", compression=compression) as source:
-            opened: ShardFile
-            if file.form == "webdataset":
-                opened = WebDataset(source)
-            elif file.form == "arrow":
-                opened = _Arrow(source)
+        with filesystem.open(path, "rb") as source:
+            if file.form == "arrow":
+                yield _Arrow(source)
+            elif file.form == "webdataset":
+                yield WebDataset(unpacked(source), untyped)
             elif file.form == "csv":
-                opened = _Csv(source)
+                yield Csv(unpacked(source), untyped, file.separator)
             else:
-                opened = JsonLines(source)
-            yield _BesideImages(opened, posixpath.dirname(file.name)) if file.is_metadata else opened
+                yield JsonLines(unpacked(source), untyped)
 
 
 class _Parquet:
@@ -200,27 +204,6 @@ class _Arrow:
             yield from (self._file.get_batch(index) for index in chosen)
 
 
-class _Csv:
-    """Values separated by commas under a line of names; all of them are text."""
-
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = source
-
-    def layout(self) -> tuple[tuple[int, ...], pa.Schema]:
-        count, names = 0, []
-        for frame in self._frames(65_536):
-            count, names = count + len(frame), list(frame.columns)
-        return (count,) if count else (), pa.schema([(name, pa.string()) for name in names])
-
-    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
-        for frame in self._frames(rows):
-            present = [name for name in columns.names if name in frame.columns]
-            yield pa.RecordBatch.from_arrays([pa.array(frame[name], pa.string()) for name in present], names=present)
-
-    def _frames(self, rows: int) -> Iterator[pd.DataFrame]:
-        yield from pd.read_csv(self._source, dtype=str, keep_default_na=False, na_values=[""], chunksize=rows)
-
-
 class _Images:
     """A folder of image files: a row each, known by its path."""
 
@@ -233,38 +216,91 @@ class _Images:
         return groups, pa.schema([("id", pa.string()), ("image", pa.string())])
 
     def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
-        groups = range(len(self._members)) if row_groups is None else row_groups
+        groups = range(-(-len(self._members) // IMAGES_PER_GROUP)) if row_groups is None else row_groups
         for start in (group * IMAGES_PER_GROUP for group in groups):
             group = self._members[start : start + IMAGES_PER_GROUP]
             for at in range(0, len(group), rows):
-                names = pa.array(group[at : at + rows], pa.string())
-                present = [name for name in columns.names if name in ("id", "image")]
-                yield pa.RecordBatch.from_arrays([names] * len(present), names=present)
+                own = group[at : at + rows]
+                ids = pa.array([name if is_encodable(name) else None for name in own], pa.string())
+                paths = pa.array([_as_path(name) for name in ids.to_pylist()], pa.string())
+                arrays = {name: made for name, made in (("id", ids), ("image", paths)) if name in columns.names}
+                if ids.null_count:
+                    arrays[ERROR] = pa.array([None if is_encodable(name) else _no_utf8(name) for name in own], pa.string())
+                yield pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+
+
+def _as_path(name: str | None) -> str | None:
+    """A file's name that cannot be taken for a URL."""
+    return f"./{name}" if name is not None and name.lower().startswith(("data:", "file:")) else name
+
+
+def _no_utf8(name: str) -> str:
+    return str(RowError("row_malformed", f"the file name {shown(name)[1:-1]} is no valid UTF-8; rename it"))
 
 
 class _BesideImages:
-    """A table whose `file_name` names image files beside it: `image` is then their path below the input."""
+    """A table whose `file_name` names image files beside it: `image` is then their path below the input.
+
+    So with every column that has one of `FILE_NAMES` as its name or as the end of it, as the library `datasets` has it.
+    """
 
     def __init__(self, table: ShardFile, folder: str) -> None:
         self._table, self._folder = table, folder
 
     def layout(self) -> tuple[tuple[int, ...], pa.Schema]:
         groups, schema = self._table.layout()
-        adds = FILE_NAME in schema.names and not {"image", "images"} & set(schema.names)
-        return groups, schema.append(pa.field("image", pa.string())) if adds else schema
+        for field in schema:
+            made = _made_of(field)
+            # A table that has pictures of its own needs none by its files' names.
+            if made is not None and made.name not in schema.names and not _second_image(made.name, schema.names):
+                schema = schema.append(made)
+        return groups, schema
 
     def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
-        wanted, names = columns, columns.names
-        if "image" in names and FILE_NAME not in names:
-            wanted = columns.append(pa.field(FILE_NAME, pa.string()))
+        sources = {field.name: _sources(field) if _holds_paths(field.type) else [] for field in columns}
+        extra = [one for found in sources.values() for one in found if one.name not in columns.names]
+        wanted = pa.schema([*columns, *{field.name: field for field in extra}.values()])
         for batch in self._table.batches(rows, wanted, row_groups):
             own = {name: batch.column(name) for name in batch.schema.names}
-            if "image" in names and FILE_NAME in own:
-                named = own.get("image", pa.nulls(len(batch), pa.string())).to_pylist()
-                files = own[FILE_NAME].cast(pa.string()).to_pylist()
-                paths = [
-                    path or (file and posixpath.join(self._folder, file)) for path, file in zip(named, files, strict=True)
-                ]
-                own["image"] = pa.array(paths, pa.string())
-            kept = [name for name in own if name in names or name == ERROR]
+            for field in columns:
+                for source in (one.name for one in sources[field.name] if one.name in batch.schema.names):
+                    own[field.name] = self._paths(own.get(field.name), own[source], field.type)
+            kept = [name for name in own if name in columns.names or name == ERROR]
             yield pa.RecordBatch.from_arrays([own[name] for name in kept], names=kept)
+
+    def _paths(self, named: pa.Array | None, files: pa.Array, kind: pa.DataType) -> pa.Array:
+        """Paths of files, where nothing is named already."""
+        if not _holds_paths(files.type):
+            files = files.cast(kind)
+        before = [None] * len(files) if named is None else named.to_pylist()
+        paths = [self._path(file) if path is None else path for path, file in zip(before, files.to_pylist(), strict=True)]
+        return pa.array(paths, kind)
+
+    def _path(self, file: str | list[str | None] | None) -> Any:
+        if isinstance(file, list):
+            return [self._path(one) for one in file]
+        return posixpath.join(self._folder, file) if file else None
+
+
+def _made_of(field: pa.Field) -> pa.Field | None:
+    """The column of paths that one of files' names makes; None of any other column."""
+    for ending, alone in FILE_NAMES.items():
+        if field.name == ending or field.name.endswith(f"_{ending}"):
+            kind = pa.list_(pa.string()) if ending == "file_names" else pa.string()
+            return pa.field(field.name.removesuffix(ending).removesuffix("_") or alone, kind)
+    return None
+
+
+def _sources(field: pa.Field) -> list[pa.Field]:
+    """The columns of files' names that a column of paths may be made of."""
+    names = [*FILE_NAMES, *(f"{field.name}_{ending}" for ending in FILE_NAMES)]
+    return [one for name in names if (made := _made_of(one := pa.field(name, field.type))) and made.name == field.name]
+
+
+def _holds_paths(kind: pa.DataType) -> bool:
+    own = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return pa.types.is_string(own) or pa.types.is_large_string(own)
+
+
+def _second_image(name: str, names: Sequence[str]) -> bool:
+    return name in FILE_NAMES.values() and bool(set(FILE_NAMES.values()) & set(names))

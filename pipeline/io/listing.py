@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,32 +22,30 @@ FORM_NAMES: dict[Form, str] = {
     "csv": "CSV",
     "images": "image files",
 }
+#: Forms whose rows have no types of their own.
+UNTYPED: frozenset[Form] = frozenset({"webdataset", "jsonl", "csv"})
 IMAGE_SUFFIXES: tuple[str, ...] = (
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".jp2",
-    ".j2k",
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".avif", ".avifs", ".heic", ".heif", ".heics", ".heifs", ".hif"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"),
 )
-IMAGE_SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico")
+#: How compressed files of lines are called; what they are their first bytes say.
+_COMPRESSED = ("", ".gz", ".zst", ".bz2", ".xz")
+_TABS = ".tsv"
 #: Which names each form's files have.
 SUFFIXES: dict[Form, tuple[str, ...]] = {
     "parquet": PARQUET_SUFFIXES,
-    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"),
     "arrow": (".arrow",),
-    "jsonl": tuple(name + zipped for name in (".jsonl", ".ndjson") for zipped in ("", ".gz", ".zst", ".bz2", ".xz")),
-    "csv": (".csv", ".csv.gz"),
+    "jsonl": tuple(name + zipped for name in (".jsonl", ".ndjson") for zipped in _COMPRESSED),
+    "csv": tuple(name + zipped for name in (".csv", _TABS) for zipped in _COMPRESSED),
     "images": IMAGE_SUFFIXES,
 }
 #: The Hugging Face hub's name, less its suffix, for a table about the image files beside it.
 METADATA = "metadata"
+#: Endings of files passed over that are told.
+_TOLD = 8
 
 
 @dataclass(frozen=True)
@@ -76,22 +74,34 @@ class FileInfo:
     @property
     def is_metadata(self) -> bool:
         """Whether its rows name image files that lie beside it."""
-        return self.form in ("jsonl", "csv") and posixpath.basename(self.name).split(".", 1)[0] == METADATA
+        return self.form in ("parquet", "jsonl", "csv") and posixpath.basename(self.name).split(".", 1)[0] == METADATA
+
+    @property
+    def separator(self) -> str:
+        """What stands between the values of a CSV."""
+        return "\t" if self.name.lower().endswith(tuple(_TABS + zipped for zipped in _COMPRESSED)) else ","
 
 
-def find_shards(path: str | list[str], form: Form | Literal["auto"] = "auto") -> list[FileInfo]:
+def find_shards(
+    path: str | list[str], form: Form | Literal["auto"] = "auto", tell: Callable[[str], None] | None = None
+) -> list[FileInfo]:
     """Find the files of a file, a folder (searched below, too), a glob, or a list of them; sorted by URL.
 
     `auto` takes of each path the first form of `FORM_NAMES` that it holds, with two exceptions: tables that each lie beside
     a tar of the same name are about it (img2dataset writes them), and of CSV files only a `metadata.csv` counts. Names
     that begin with `_` or `.` are not data, by the convention of every Parquet reader.
 
+    Args:
+        path: where to look.
+        form: what to look for.
+        tell: is told which files among images are passed over: people have more kinds of pictures than there are readers.
+
     Raises:
-        InputError: a path holds none or cannot be listed.
+        InputError: a path holds none or cannot be listed, or a file's name is no text.
     """
     found: dict[str, FileInfo] = {}
     for one in [path] if isinstance(path, str) else path:
-        for file in _find(one, form):
+        for file in _find(one, form, tell):
             found[file.url] = file
     files = sorted(found.values(), key=lambda file: file.url)
     needing = {file.base for file in files if file.form == "images" or file.is_metadata}
@@ -102,7 +112,7 @@ def find_shards(path: str | list[str], form: Form | Literal["auto"] = "auto") ->
     return files
 
 
-def _find(path: str, form: Form | Literal["auto"]) -> list[FileInfo]:
+def _find(path: str, form: Form | Literal["auto"], tell: Callable[[str], None] | None) -> list[FileInfo]:
     try:
         filesystem, root = open_filesystem(path)
         if filesystem.isfile(root):
@@ -120,26 +130,45 @@ def _find(path: str, form: Form | Literal["auto"]) -> list[FileInfo]:
     except Exception as error:  # every fsspec backend has error types of its own
         raise InputError(f"input.path: cannot list {path!r} ({type(error).__name__}: {error})") from error
     base_url = filesystem.unstrip_protocol(base)
-    by_form: dict[Form, list[FileInfo]] = defaultdict(list)
+    # None: of no form.
+    by_form: dict[Form | None, list[FileInfo]] = defaultdict(list)
     for name, info in listing.items():
         relative = name[len(base) :].lstrip("/")
         if any(part.startswith(("_", ".")) for part in relative.split("/")):
             continue
-        for one, suffixes in SUFFIXES.items():
-            if name.lower().endswith(suffixes):
-                url = filesystem.unstrip_protocol(name)
-                by_form[one].append(FileInfo(url, relative, info["size"] or 0, _version(info), one, base_url))
+        lower = name.lower()
+        own = next((one for one, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None)
+        url = filesystem.unstrip_protocol(name)
+        by_form[own].append(FileInfo(url, relative, info["size"] or 0, _version(info), own or "images", base_url))
     chosen = _chosen(by_form, single=len(listing) == 1) if form == "auto" else form
     if chosen is None or not by_form[chosen]:
         expected = "data" if form == "auto" else FORM_NAMES[form]
-        forms = ", ".join(FORM_NAMES[one] for one in by_form if by_form[one])
+        forms = ", ".join(FORM_NAMES[one] for one, own in by_form.items() if one is not None and own)
         there = f"; it holds {forms}" if forms else ""
         raise InputError(f"input.path: no {expected} at {path!r} ({len(listing)} files){there}")
     files = by_form[chosen]
-    return _folders(files, base_url) if chosen == "images" else files
+    if chosen == "images":
+        if tell is not None and (others := _others(by_form)):
+            tell(f"input.path: {path!r} holds {len(files):,} image files; passed over: {others}")
+        files = _folders(files, base_url)
+    for file in files:
+        # It is part of every row's place; of images it is the folder's.
+        try:
+            file.url.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"input.path: the name {file.url!a} is no valid UTF-8; rename it") from error
+    return files
 
 
-def _chosen(by_form: dict[Form, list[FileInfo]], *, single: bool) -> Form | None:
+def _others(by_form: Mapping[Form | None, Sequence[FileInfo]]) -> str:
+    """How many files there are beside the images, by their endings."""
+    names = (file.name for form, files in by_form.items() if form != "images" for file in files)
+    endings = Counter(posixpath.splitext(name)[1].lower() or "without ending" for name in names)
+    told = [f"{count:,} {ascii(ending)[1:-1]}" for ending, count in endings.most_common(_TOLD)]
+    return ", ".join(told) + (", ..." if len(endings) > _TOLD else "")
+
+
+def _chosen(by_form: dict[Form | None, list[FileInfo]], *, single: bool) -> Form | None:
     """The form of a path's data; `single` where the path names one file."""
     tars = {_stem(file) for file in by_form["webdataset"]}
     for form in FORM_NAMES:

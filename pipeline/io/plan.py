@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import os
 import posixpath
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -22,7 +24,8 @@ import pyarrow as pa
 from pipeline.config import ColumnSettings, InputSettings
 from pipeline.errors import ConfigError, InputError
 from pipeline.io.formats import open_parquet, open_shard
-from pipeline.io.listing import FORM_NAMES, IMAGE_SUFFIXES, FileInfo, find_shards
+from pipeline.io.listing import FORM_NAMES, IMAGE_SUFFIXES, UNTYPED, FileInfo, find_shards
+from pipeline.io.loose import Untyped, common_types
 from pipeline.io.types import (
     Within,
     contains,
@@ -51,9 +54,6 @@ LISTING_THREADS = 16
 #: More columns than this are not a table but keys that vary from row to row.
 MAX_COLUMNS = 20_000
 
-#: Forms whose values have no types of their own: planning guesses them from what it sees.
-UNTYPED = frozenset({"jsonl", "webdataset", "csv"})
-
 #: A folder's name `key=value` with this value says that there is none.
 NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
@@ -72,16 +72,27 @@ class Shard:
     row_groups: tuple[int, ...]
     rows: int
 
-    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self,
+        rows: int,
+        columns: pa.Schema,
+        row_groups: Sequence[int] | None = None,
+        untyped: Untyped = Untyped(),  # noqa: B008 - it is frozen
+    ) -> Iterator[pa.RecordBatch]:
         """See `ShardFile`; what the names of the shard's folders say are columns, too, unless it has them itself."""
         told = {key: value for key, value in partition_of(self.file.name).items() if key in columns.names}
-        with open_shard(self.file) as opened:
+        with open_shard(self.file, untyped) as opened:
             for batch in opened.batches(rows, columns, row_groups):
-                more = {key: value for key, value in told.items() if key not in batch.schema.names}
+                # Rows without types of their own come with every column, be it of nulls alone.
+                own = {n: c for n, c in zip(batch.schema.names, batch.columns, strict=True) if not self._lacks(n, c, told)}
+                more = {key: value for key, value in told.items() if key not in own}
                 if more:
                     arrays = [pa.array([value] * len(batch), pa.string()) for value in more.values()]
-                    batch = pa.RecordBatch.from_arrays([*batch.columns, *arrays], names=[*batch.schema.names, *more])
+                    batch = pa.RecordBatch.from_arrays([*own.values(), *arrays], names=[*own, *more])
                 yield batch
+
+    def _lacks(self, name: str, column: pa.Array, told: Mapping[str, str | None]) -> bool:
+        return name in told and self.file.form in UNTYPED and column.null_count == len(column)
 
 
 def partition_of(name: str) -> dict[str, str | None]:
@@ -124,6 +135,7 @@ class InputPlan:
         image_root: folder below which rows may name images by path; None: none may.
         max_row_bytes: most bytes of a row, pictures not counted.
         notes: what became of columns whose types differ among shards, for people.
+        untyped: how rows without types of their own are read.
     """
 
     shards: tuple[Shard, ...]
@@ -135,6 +147,7 @@ class InputPlan:
     image_root: str | None = None
     max_row_bytes: int = 64 << 20
     notes: tuple[str, ...] = ()
+    untyped: Untyped = dataclasses.field(default_factory=Untyped)
 
     @property
     def forms(self) -> dict[str, int]:
@@ -175,15 +188,16 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         InputError: nothing to read, an unreadable file, or columns that do not fit.
         ConfigError: settings that contradict each other.
     """
-    files = [file for file in find_shards(settings.path, settings.format) if only is None or file.url in only]
+    found = find_shards(settings.path, settings.format, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    files = [file for file in found if only is None or file.url in only]
+    untyped = Untyped.of(settings)
     schemas = _Schemas()
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        footers = list(pool.map(lambda file: _read_footer(file, schemas), files))
-    own_schemas = [schema for _, schema in footers]
+        footers = list(pool.map(lambda file: _read_footer(file, schemas, untyped), files))
+    loose = common_types((own for file, (_, own) in zip(files, footers, strict=True) if file.form in UNTYPED), untyped)
+    own_schemas = [_retyped(own, loose) if f.form in UNTYPED else own for f, (_, own) in zip(files, footers, strict=True)]
     kinds = _column_kinds(files, own_schemas)
-    chosen = {key: getattr(settings.columns, key) for key in ("image", "images")}
-    images = {key if name == "auto" else name for key, name in chosen.items()}
-    planned = _planned_types(kinds, files, own_schemas, images)
+    planned = _planned_types(kinds, files, own_schemas)
     schema = planned.schema
     columns = _settle_columns(settings, schema)
     _check_types(columns, schema, kinds)
@@ -214,6 +228,7 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         image_root=settings.image_root or next((f.base for f in files if f.form == "images" or f.is_metadata), None),
         max_row_bytes=settings.max_row_bytes,
         notes=tuple(planned.notes[name] for name in extras.values() if name in planned.notes),
+        untyped=untyped,
     )
 
 
@@ -279,10 +294,13 @@ def _check_distinct(schema: pa.Schema, url: str) -> None:
         )
 
 
-def _read_footer(file: FileInfo, schemas: _Schemas) -> tuple[tuple[int, ...], pa.Schema]:
+def _read_footer(file: FileInfo, schemas: _Schemas, untyped: Untyped) -> tuple[tuple[int, ...], pa.Schema]:
     try:
-        with open_shard(file) as shard:
+        with open_shard(file, untyped) as shard:
             groups, schema = shard.layout()
+            if file.form in UNTYPED:  # its types are plain, and say more than a type (see `common_types`)
+                _check_distinct(schema, file.url)
+                return groups, schema
             return groups, schemas.plain(schema, file.url)
     except InputError:
         raise
@@ -295,6 +313,12 @@ def _read_footer(file: FileInfo, schemas: _Schemas) -> tuple[tuple[int, ...], pa
 
 #: The types that a column has in shards, each with the first shard that has it.
 _Kinds = dict[str, dict[pa.DataType, FileInfo]]
+
+
+def _retyped(schema: pa.Schema, kinds: Mapping[str, pa.DataType]) -> pa.Schema:
+    if kinds.keys().isdisjoint(schema.names):
+        return schema
+    return pa.schema([field.with_type(kinds.get(field.name, field.type)) for field in schema])
 
 
 def _column_kinds(files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> _Kinds:
@@ -325,9 +349,7 @@ class _Planned:
     notes: Mapping[str, str]
 
 
-def _planned_types(
-    kinds: _Kinds, files: Sequence[FileInfo], schemas: Sequence[pa.Schema], images: set[str | None]
-) -> _Planned:
+def _planned_types(kinds: _Kinds, files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> _Planned:
     """One type for each column, which holds the values of all shards with every digit."""
     fields, contradictions, notes = [], {}, {}
     integers = _Integers(files, schemas)
@@ -337,8 +359,6 @@ def _planned_types(
         planned = first
         for kind in others:
             wider = widened(planned, kind, within)
-            if wider is None and all(file.form in UNTYPED for file in own.values()):
-                wider = next(filter(is_list, own), pa.string()) if name in images else pa.string()
             if wider is None:
                 contradictions[name] = planned, kind
                 untyped = (kind for kind, file in own.items() if file.form in UNTYPED)
@@ -541,9 +561,11 @@ def _extra_columns(
             continue
         if field.name.startswith(OWN_PREFIX):
             raise InputError(f"input.path: column {field.name!r} begins with {OWN_PREFIX!r}, which is ours; rename it")
-        name = f"input_{field.name}" if field.name in reserved else field.name
-        if name in extras or (name != field.name and name in schema.names):
-            raise InputError(f"input.path: column {field.name!r} would be written as {name!r}, which exists; rename it")
+        name = field.name
+        while name in reserved or (name != field.name and name in schema.names):
+            name = f"input_{name}"
+        if name in extras:
+            raise InputError(f"input.path: two columns are called {field.name!r}; rename one")
         extras[name] = field.name
         fields.append(field.with_name(name))
     return extras, pa.schema(fields)
@@ -593,7 +615,7 @@ def check_ids_unique(plan: InputPlan) -> None:
 
         def hashes(shard: Shard) -> list[np.ndarray]:
             found = []
-            for ids in iter_ids(shard, plan.schema.field(column)):
+            for ids in iter_ids(shard, plan.schema.field(column), plan.untyped):
                 own = pd.util.hash_array(ids, categorize=False)
                 order = np.argsort(own % buckets, kind="stable")
                 found.append(own[order])
@@ -615,7 +637,7 @@ def check_ids_unique(plan: InputPlan) -> None:
         _name_duplicate(plan, column, suspects)
 
 
-def iter_ids(shard: Shard, column: pa.Field) -> Iterator[np.ndarray]:
+def iter_ids(shard: Shard, column: pa.Field, untyped: Untyped) -> Iterator[np.ndarray]:
     """The ids of a shard's rows as text, a batch at a time: object arrays.
 
     Raises:
@@ -623,7 +645,7 @@ def iter_ids(shard: Shard, column: pa.Field) -> Iterator[np.ndarray]:
     """
     left = shard.rows
     first = 0
-    for batch in shard.batches(65_536, pa.schema([column])):
+    for batch in shard.batches(65_536, pa.schema([column]), untyped=untyped):
         ids = batch.column(column.name)[:left]
         try:
             ids.validate(full=True)
@@ -647,7 +669,7 @@ def _name_duplicate(plan: InputPlan, column: str, suspects: set[int]) -> None:
     wanted = np.fromiter(suspects, dtype=np.uint64)
     seen: dict[str, str] = {}
     for shard in plan.shards:
-        for ids in iter_ids(shard, plan.schema.field(column)):
+        for ids in iter_ids(shard, plan.schema.field(column), plan.untyped):
             for id_ in ids[np.isin(pd.util.hash_array(ids, categorize=False), wanted)]:
                 if id_ in seen:
                     raise InputError(

@@ -93,7 +93,7 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
     rows_at_once = max(1, rows_per_block // plan.prompts_per_row)
     at = piece.first_row
     behind = piece.rows.intervals[-1][1]
-    for batch in piece.shard.batches(rows_at_once, wanted, piece.row_groups):
+    for batch in piece.shard.batches(rows_at_once, wanted, piece.row_groups, plan.untyped):
         for part in _cut(batch, PART_BYTES // plan.prompts_per_row):
             numbers = np.arange(at, at + len(part))
             chosen = piece.rows.contains(numbers)

@@ -190,13 +190,6 @@ def test_one_prompt_for_all_rows_wins_over_a_prompt_column(tmp_path: Path) -> No
         ({"prompt": ["?"], "images": [b""]}, {}, None, InputError, "column 'images' is binary, expected a list of bytes"),
         ({"prompt": ["?"], "id": [0.5]}, {}, None, InputError, "column 'id' is double, expected text or integers"),
         ({"prompt": ["?"], "awaker:id": [1]}, {}, None, InputError, "'awaker:id' begins with 'awaker:'"),
-        (
-            {"prompt": ["?"], "text": [1], "input_text": [2]},
-            {},
-            None,
-            InputError,
-            "'text' would be written as 'input_text'",
-        ),
     ],
 )
 def test_columns_that_do_not_fit_are_errors(
@@ -205,6 +198,15 @@ def test_columns_that_do_not_fit_are_errors(
     write_shard(tmp_path / "a.parquet", columns)
     with pytest.raises(kind, match=message):
         plan_of(tmp_path, ask=ask, **wanted)
+
+
+def test_a_name_that_the_output_uses_gives_way_until_it_is_free(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", {"prompt": ["?"], "text": [1], "input_text": [2], "input_input_text": [3]})
+    assert plan_of(tmp_path).extras == {
+        "input_input_input_text": "text",
+        "input_text": "input_text",
+        "input_input_text": "input_input_text",
+    }
 
 
 def test_extra_columns_pass_but_image_bytes_and_names_of_ours_do_not(tmp_path: Path) -> None:
