@@ -135,7 +135,7 @@ def check_may_go_on(job: Job, folder: OutputFolder) -> bool:
     Raises:
         OutputError: results of a job that differed, or of nobody knows whom.
     """
-    before = Manifest.load(folder)
+    before = Manifest.before(folder)
     if before is not None:
         job.manifest.check_same(before, folder.url, growing=job.growing)
     elif results := OutputLog(folder).names():

@@ -97,7 +97,7 @@ def read_partitions(root: OutputFolder) -> list[Partition]:
     for name in root.folders():
         if name.startswith(PREFIX):
             folder = OutputFolder(f"{root.url}/{name}")
-            manifest = Manifest.load(folder)
+            manifest = Manifest.before(folder)
             if manifest is None:
                 if OutputLog(folder).names():
                     raise OutputError(f"output.path: {folder.url} has no manifest; move it away or choose another folder")

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config import JobSettings
 from pipeline.errors import OutputError
+from pipeline.io.commits import OutputLog
 from pipeline.io.plan import InputPlan
 from pipeline.io.storage import OutputFolder
 from pipeline.redact import cause_of
@@ -54,7 +55,7 @@ class Manifest:
 
     def save(self, folder: OutputFolder, *, growing: bool = False) -> None:
         """Write it into the output; where that is `growing`, with the shards of the runs before."""
-        before = self.load(folder) if growing else None
+        before = self.before(folder) if growing else None
         shards = {**(before.shards if before else {}), **self.shards}
         folder.write(MANIFEST, json.dumps({**vars(self), "shards": shards}, indent=1).encode())
 
@@ -77,6 +78,20 @@ class Manifest:
                 f"output.path: {folder.url}/{MANIFEST} is damaged ({cause_of(error)}); put it back from a copy, or choose "
                 "another output.path: without it nobody knows by which settings the answers there were given"
             ) from error
+
+    @classmethod
+    def before(cls, folder: OutputFolder) -> Manifest | None:
+        """What an earlier run left that may be gone on with; a damaged one counts as none where there are no results.
+
+        Raises:
+            OutputError: it cannot be read, and there are results.
+        """
+        try:
+            return cls.load(folder)
+        except OutputError:
+            if OutputLog(folder).names():
+                raise
+            return None
 
     @classmethod
     def of_output(cls, folder: OutputFolder) -> Manifest:

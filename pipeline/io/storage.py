@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,10 @@ OBJECT_STORES = frozenset({"s3", "gs", "abfs"})
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
 #: What S3 says where a condition of a write does not hold.
 _CONDITION_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
+#: What it says where it knows no conditions.
+_UNKNOWN_CODES = frozenset({"NotImplemented", "NotSupported", "InvalidRequest"})
+#: How often creating is tried again where several do so at once and the store refuses all of them.
+_CONFLICTS = 5
 
 
 class ReplacedError(Exception):
@@ -207,15 +213,7 @@ class OutputFolder:
         file that is found there is our own.
         """
         if not self.is_local:
-            try:
-                self._filesystem.pipe_file(f"{self._root}/{name}", data, mode="create")
-            except FileExistsError:
-                return self.read(name) == data
-            except OSError as error:
-                if not _is_condition(error):
-                    raise
-                return self.exists(name) and self.read(name) == data
-            return True
+            return self._create_object(name, data)
         target = Path(self._root, name)
         with self._beside(name, data) as partial:
             try:
@@ -229,18 +227,33 @@ class OutputFolder:
             _sync_folder(target.parent)
         return True
 
+    def _create_object(self, name: str, data: bytes) -> bool:
+        for _ in range(_CONFLICTS):
+            try:
+                self._filesystem.pipe_file(f"{self._root}/{name}", data, mode="create")
+                return True
+            except FileExistsError:
+                return self.read(name) == data
+            except (NotImplementedError, TypeError, ValueError):  # a backend that does not know of conditions
+                break
+            except OSError as error:
+                if _code_of(error) in _UNKNOWN_CODES:
+                    break
+                if _code_of(error) not in _CONDITION_CODES:
+                    raise
+            with contextlib.suppress(FileNotFoundError):
+                return self.read(name) == data
+            time.sleep(random.uniform(0.1, 0.5))  # several wrote at once, and none of them succeeded
+        else:
+            return False
+        self.write(name, data)
+        return True
+
     def creates_exclusively(self) -> bool:
         """Whether `create` is what it says: a second one of the same name is refused. Tried with a file of its own."""
         name = f"{self.RUN_FOLDER}/probe-{secrets.token_hex(8)}"
         try:
             return self.create(name, b"first") and not self.create(name, b"second")
-        except (NotImplementedError, TypeError, ValueError):  # a backend that does not know of it
-            return False
-        except OSError as error:
-            if self.is_local or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
-                raise
-            self.write(name, b"first")  # if that fails, too, it is the storage
-            return False
         finally:
             self.remove(name)
 
@@ -264,7 +277,7 @@ class OutputFolder:
         try:
             self._filesystem.pipe_file(f"{self._root}/{name}", data, IfMatch=version)
         except OSError as error:
-            if not _is_condition(error):
+            if _code_of(error) not in _CONDITION_CODES:
                 raise
             if self.read(name) != data:  # else the answer to our own write was lost, and the client tried again
                 raise ReplacedError(f"{self.url}/{name} was written by somebody else") from error
@@ -323,15 +336,16 @@ class OutputFolder:
         return self._filesystem.cat_file(f"{self._root}/{name}")
 
 
-def _is_condition(error: OSError) -> bool:
-    """Whether a store refused a write because its condition does not hold."""
+def _code_of(error: OSError) -> str | None:
+    """What an S3 store called its error; None where it was something else."""
     cause: BaseException | None = error
     while cause is not None:
         told = getattr(cause, "response", None)
-        if isinstance(told, dict) and told.get("Error", {}).get("Code") in _CONDITION_CODES:
-            return True
+        if isinstance(told, dict):
+            code: str | None = told.get("Error", {}).get("Code")
+            return code
         cause = cause.__cause__ or cause.__context__
-    return False
+    return None
 
 
 def _create_without_links(target: Path, data: bytes) -> bool:

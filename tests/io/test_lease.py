@@ -7,8 +7,11 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import OutputError
 from pipeline.io.lease import UNKNOWN, Fence, Holder, Lease, LeaseLostError, LeaseTimes, check_lock, read_lock
@@ -196,6 +199,31 @@ def test_a_store_that_cannot_create_on_condition_is_told_of(s3_folder: Path) -> 
     assert "cannot create a file on condition that there is none" in told[0]
     assert "docs/guarantees.md" in told[0]
     lease.release()
+
+
+class Unconditional(MemoryFileSystem):
+    """A store whose client knows no conditions."""
+
+    protocol = "unconditional"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def pipe_file(self, path: str, value: bytes) -> None:  # type: ignore[override]
+        super().pipe_file(path, value)
+
+
+def test_a_client_that_knows_no_conditions_is_told_of_and_works_as_well_as_it_can() -> None:
+    fsspec.register_implementation("unconditional", Unconditional, clobber=True)
+    folder = OutputFolder("unconditional://bucket/out")
+    folder.make()
+    assert not folder.creates_exclusively()
+    told: list[str] = []
+    lease = Lease(folder, "mine", QUICK, told.append)
+    fence = lease.take()
+    assert "cannot create a file on condition" in told[0]
+    fence.check()
+    lease.release()
+    assert Lease(folder, "next", QUICK, told.append).take().epoch == 2
 
 
 def test_a_file_is_created_once_and_a_lost_answer_is_no_refusal(folder: OutputFolder) -> None:
