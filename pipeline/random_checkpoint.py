@@ -55,7 +55,7 @@ def write_random_checkpoint(folder: Path, shape: RandomShape, seed: int) -> tupl
     """
     base = folder / "base"
     write_hub_folder(base, train_tokenizer(_words()), shape.base)
-    sizes = ModelShape.from_config(AutoConfig.from_pretrained(base))
+    sizes = ModelShape.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False))
     if shape.experts:
         sizes = replace(sizes, adapter=AdapterShape(shape.experts, shape.rank, 1, 2.0))
     generator = torch.Generator().manual_seed(seed)

@@ -111,16 +111,28 @@ class Journal:
 
 
 def _lines(entries: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    # Escaped: half of a surrogate pair could not be written, and other readers break lines at U+2028.
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def _read(folder: OutputFolder, name: str) -> str:
+    """The lines of a file, as far as they are whole: what a crash or a failing disk left must not end a run."""
     try:
-        return folder.read(name).decode()
+        text = folder.read(name).decode(errors="replace")
     except FileNotFoundError:
         return ""
+    return "".join(f"{line}\n" for line in text.split("\n") if _entry(line) is not None)
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def read_entries(folder: OutputFolder, name: str) -> list[dict[str, Any]]:
     """The entries of `EVENTS` or `TIMELINE`; none where there is no such file."""
-    return [json.loads(line) for line in _read(folder, name).splitlines() if line]
+    # At line feeds alone: values may hold other characters at which Python would break lines.
+    return [entry for line in _read(folder, name).split("\n") if (entry := _entry(line)) is not None]

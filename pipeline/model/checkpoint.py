@@ -84,12 +84,8 @@ def open_checkpoint(base: str, adapter: str | None, *, top_k: int = 1, lora_alph
         CheckpointError: something is missing, extra, misshapen or of another model.
         ConfigError: `top_k` or `lora_alpha` does not fit the checkpoint.
     """
-    from transformers import AutoConfig
-
     folder = localise(base, "model.base")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"model.base: {folder} holds no config.json; expected a Qwen2-VL model folder")
-    shape = ModelShape.from_config(AutoConfig.from_pretrained(folder))
+    shape = ModelShape.from_folder(folder)
 
     manifest = folder / SERVING_MANIFEST
     if manifest.is_file():

@@ -20,6 +20,7 @@ import pipeline.compat  # noqa: F401 - before transformers and qwen-vl-utils imp
 from pipeline.errors import CheckpointError, RowError
 from pipeline.model.shape import ModelShape
 from pipeline.model.sources import localise
+from pipeline.redact import cause_of
 
 #: A chat message as the template takes it: {"role": ..., "content": text or list of parts}.
 Message = dict[str, Any]
@@ -139,10 +140,10 @@ class PromptProcessor:
         from transformers import AutoProcessor
 
         try:
-            self._processor = AutoProcessor.from_pretrained(folder)
+            self._processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # a damaged or missing tokenizer or processor file, in any of many types
             raise CheckpointError(
-                f"model.base: cannot load tokenizer and processor from {folder} ({type(error).__name__}: {error})"
+                f"model.base: cannot load tokenizer and processor from {folder} ({cause_of(error)})"
             ) from error
         self.tokenizer = self._processor.tokenizer
         self.image_processor = self._processor.image_processor
@@ -173,10 +174,8 @@ class PromptProcessor:
         Raises:
             CheckpointError: there is no such model, or it is not Qwen2-VL.
         """
-        from transformers import AutoConfig
-
         folder = localise(base, "model.base")
-        shape = ModelShape.from_config(AutoConfig.from_pretrained(folder))
+        shape = ModelShape.from_folder(folder)
         return cls(folder, shape.max_positions, min_pixels, max_pixels, control_tokens)
 
     @property

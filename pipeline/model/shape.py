@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError
+from pipeline.redact import cause_of
 
 #: The gates of a layer, in the order in which routes are flattened everywhere: [layer, gate].
 GATES = ("o_proj", "gate_proj")
@@ -55,6 +57,24 @@ class ModelShape:
     tied_embeddings: bool
     vision: VisionShape
     adapter: AdapterShape | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelShape:
+        """Read the sizes out of a model folder's config.json; code that a checkpoint brings along is never run.
+
+        Raises:
+            CheckpointError: there is none, it cannot be read, or it is of another model.
+        """
+        from transformers import AutoConfig
+
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"model.base: {folder} holds no config.json; expected a Qwen2-VL model folder")
+        try:
+            # Without the argument transformers asks on the terminal whether to run a checkpoint's code.
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # of any type: JSON, unknown models, keys of the wrong kind
+            raise CheckpointError(f"model.base: cannot read {folder}/config.json ({cause_of(error)})") from error
+        return cls.from_config(config)
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol
 
 import fsspec
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.redact import cause_of
 
 #: Everything a model or adapter folder may contribute; other frameworks' weights on a Hub page are not fetched.
 FILE_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors", "pytorch_model*.bin")
@@ -37,7 +42,7 @@ def localise(location: str, key: str) -> Path:
         key: the configuration key, for messages.
 
     Returns:
-        The local folder or file. Remote files are copied once and used again while their sizes agree.
+        The local folder or file. Remote files are copied once, as a whole, and used again until one of them changes.
 
     Raises:
         CheckpointError: nothing is found there.
@@ -59,8 +64,8 @@ def _fetch_from_hub(repository: str, key: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=list(FILE_PATTERNS)))
     except Exception as error:  # the hub client raises many unrelated types; each means the same to the user
         raise CheckpointError(
-            f"{key}: {repository!r} is no local folder, and the Hub did not serve it ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); give a folder or check the network and HF_TOKEN"
+            f"{key}: {repository!r} is no local folder, and the Hub did not serve it "
+            f"({cause_of(error)}); give a folder or check the network and HF_TOKEN"
         ) from error
 
 
@@ -68,29 +73,52 @@ def _copy_from_url(url: str, key: str) -> Path:
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
         root = root.rstrip("/")
-        names = {entry["name"]: entry for entry in filesystem.find(root, detail=True).values()}
+        filesystem.invalidate_cache()
+        sizes = {name: entry["size"] for name, entry in filesystem.find(root, detail=True).items()}
+        is_file = list(sizes) == [root]
+        wanted = {(Path(root).name if is_file else name[len(root) :].lstrip("/")): name for name in sizes}
+        if not is_file:
+            wanted = {relative: name for relative, name in wanted.items() if _is_wanted(relative)}
+        # What changes whenever a file does: an object's etag, a file's time. Weights of one shape all have one size.
+        told = {relative: (sizes[name], filesystem.ukey(name)) for relative, name in sorted(wanted.items())}
     except Exception as error:  # every fsspec backend has error types of its own
-        raise CheckpointError(f"{key}: cannot list {url!r} ({type(error).__name__}: {error})") from error
-    if not names:
+        raise CheckpointError(f"{key}: cannot list {url!r} ({cause_of(error)})") from error
+    if not wanted:
         raise CheckpointError(f"{key}: nothing found at {url!r}")
-    target = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:24]
-    is_file = list(names) == [root]
-    for name, entry in names.items():
-        relative = Path(name).name if is_file else name[len(root) :].lstrip("/")
-        local = target / relative
-        if local.exists() and local.stat().st_size == entry["size"]:
-            continue
-        local.parent.mkdir(parents=True, exist_ok=True)
-        # Several replicas of one machine may copy at once: each writes its own file, the rename decides.
-        partial = local.with_name(f"{local.name}.{os.getpid()}.partial")
-        try:
-            filesystem.get_file(name, str(partial))
-            partial.replace(local)
-        except Exception as error:
-            raise CheckpointError(f"{key}: cannot copy {name!r} ({type(error).__name__}: {error})") from error
-        finally:
-            partial.unlink(missing_ok=True)
+    for relative in wanted:
+        _check_below(relative, f"{key}: {url!r} holds")
+    version = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+    target = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:24] / version
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Several replicas of one machine ask at once: one of them copies, the others wait. What has its name is whole.
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            partial = target.with_name(f"{version}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            for relative, name in wanted.items():
+                local = partial / relative
+                local.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    filesystem.get_file(name, str(local))
+                except Exception as error:  # every fsspec backend has error types of its own
+                    raise CheckpointError(f"{key}: cannot copy {name!r} ({cause_of(error)})") from error
+            partial.rename(target)
     return target / Path(root).name if is_file else target
+
+
+def _is_wanted(relative: str) -> bool:
+    return any(fnmatch(posixpath.basename(relative), pattern) for pattern in FILE_PATTERNS)
+
+
+def _check_below(relative: str, what: str) -> None:
+    """Make sure that a name that a checkpoint gives stays below its folder.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    parts = relative.replace("\\", "/").split("/")
+    if not relative or relative.startswith(("/", "\\", "~")) or ".." in parts or "" in parts or "\0" in relative:
+        raise CheckpointError(f"{what} a file called {relative[:200]!r}, which may lie outside its folder; remove it")
 
 
 class TensorReader(Protocol):
@@ -159,9 +187,7 @@ class TensorFiles:
             try:
                 listing = _list_safetensors(file) if file.suffix == ".safetensors" else _list_pytorch(file)
             except Exception as error:  # torch, pickle, zip and safetensors errors alike: the file is not usable
-                raise CheckpointError(
-                    f"{key}: cannot read {file} as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
-                ) from error
+                raise CheckpointError(f"{key}: cannot read {file} as a checkpoint ({cause_of(error)})") from error
             for stored, shape, dtype in listing:
                 found.tensors[canonical_name(stored)] = TensorInfo(shape, dtype, file, stored)
         return found
@@ -177,13 +203,28 @@ def _weight_files(folder: Path, key: str) -> list[Path]:
         files = sorted(folder.glob(pattern))
         index = next(iter(folder.glob("*.safetensors.index.json" if "safe" in pattern else "*.bin.index.json")), None)
         if files and index is not None:
-            named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+            named = _files_named(index, key)
             if missing := sorted(path.name for path in named if not path.exists()):
                 raise CheckpointError(f"{key}: {folder} lacks {len(missing)} files that its index names: {missing[:3]}")
             files = sorted(named)
         if files:
             return files
     raise CheckpointError(f"{key}: {folder} holds no weights (*.safetensors or pytorch_model*.bin)")
+
+
+def _files_named(index: Path, key: str) -> set[Path]:
+    """The files that an index of weights names; all of them lie beside it.
+
+    Raises:
+        CheckpointError: it cannot be read, or names others.
+    """
+    try:
+        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{key}: cannot read {index} ({cause_of(error)})") from error
+    for name in names:
+        _check_below(name, f"{key}: {index} names")
+    return {index.parent / name for name in names}
 
 
 def _list_safetensors(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
