@@ -172,6 +172,9 @@ class ImageSettings(Settings):
     deep_pixels: Literal["scale", "clip"] = Field(
         "scale", description="more than 8 bits a pixel: scaled to 8, or cut off at 255 as Pillow does (mostly white)"
     )
+    truncated: Literal["error", "accept"] = Field(
+        "error", description="a JPEG that is cut off at its end: an error row, or taken with what there is of it"
+    )
 
     @field_validator("background")
     @classmethod

@@ -17,7 +17,7 @@ from pipeline.actors.images import decode_image
 from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
 from pipeline.config import JobSettings
-from pipeline.errors import RowError, RowErrorCode
+from pipeline.errors import RowError, RowErrorCode, told
 from pipeline.io.fetch import Fetcher, shown
 from pipeline.io.plan import Columns
 from pipeline.model.prompt import PromptProcessor
@@ -35,6 +35,7 @@ from pipeline.rows import (
     places,
     prepared_table,
     with_own_columns,
+    written,
 )
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Preparer:
                 own = [column[index] for column in columns]
                 started = time.monotonic()
                 error = str(died) if died else unread[index]
-                row = PreparedRow(own[0].as_py(), None, error) if error else self._prepare(*own)
+                row = PreparedRow(written(own[0]), None, error) if error else self._prepare(*own)
                 seconds += time.monotonic() - started
                 ready.append(row)
                 size += row.pixel_bytes
@@ -142,7 +143,7 @@ class Preparer:
         messages: pa.Scalar,
         settings: pa.Scalar,
     ) -> PreparedRow:
-        row_id, asked = id_.as_py(), None
+        row_id, asked = written(id_), None
         try:
             sampling = row_settings(settings.as_py(), self._most_new_tokens)
             if self._columns.messages is None:
@@ -161,7 +162,7 @@ class Preparer:
         except RowError as error:
             return PreparedRow(row_id, asked, str(error))
         except Exception as error:  # an exception here would end the job, for the sake of one row
-            logger.exception("row %s cannot be prepared", row_id)
+            logger.exception("row %s cannot be prepared", told(row_id))
             return PreparedRow(row_id, asked, str(RowError("unexpected", cause_of(error))))
 
     def _decode(self, data: bytes, field: str) -> Image.Image:
