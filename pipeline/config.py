@@ -167,6 +167,11 @@ class ImageSettings(Settings):
 
     max_bytes: PositiveInt = Field(256 << 20, description="most bytes of an image file; a larger one is an error row")
     max_pixels: PositiveInt = Field(178_956_970, description="most pixels before resizing; what a file declares is checked")
+    max_images: PositiveInt = Field(1024, description="most images of a row")
+    max_row_bytes: PositiveInt = Field(512 << 20, description="most bytes of a row's image files together")
+    max_row_pixels: PositiveInt = Field(
+        1_000_000_000, description="most pixels of a row's images together, before resizing"
+    )
     exif_orientation: bool = Field(True, description="turn photographs upright; off: as stored, as the released code does")
     background: str = Field("white", description="what transparent pixels show: a colour's name or #rrggbb")
     deep_pixels: Literal["scale", "clip"] = Field(

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pillow_heif
@@ -35,7 +36,7 @@ def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Imag
     """Decode one image completely; of an animation or a stack of pages, the first.
 
     Args:
-        data: an image file in any format that Pillow reads, but for `PROGRAMS`.
+        data: an image file in any format that Pillow reads, but for `PROGRAMS`, or HEIF.
         field: where it came from, for messages.
         settings: caps, and what becomes of rotated, transparent and deep images.
 
@@ -45,6 +46,26 @@ def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Imag
     Raises:
         RowError: `image_too_large` or `image_decode`.
     """
+    with _opened(data, field, settings) as image:
+        image = _loaded(image, data, settings)
+        if settings.exif_orientation:
+            _turn_upright(image)
+        return to_rgb(image, settings)
+
+
+def image_size(data: bytes, field: str, settings: ImageSettings) -> tuple[int, int]:
+    """Width and height that an image file declares; nothing is decoded.
+
+    Raises:
+        RowError: `image_too_large` or `image_decode`.
+    """
+    with _opened(data, field, settings) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, field: str, settings: ImageSettings) -> Iterator[Image.Image]:
+    """The image, not loaded yet; whatever goes wrong with it is its row's error."""
     if len(data) > settings.max_bytes:
         raise RowError("image_too_large", f"{field} has {len(data):,} bytes, above images.max_bytes {settings.max_bytes:,}")
     try:
@@ -61,10 +82,7 @@ def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Imag
                     f"{field} has {image.width} x {image.height} = {pixels:,} pixels, above images.max_pixels "
                     f"{settings.max_pixels:,}",
                 )
-            image = _loaded(image, data, settings)
-            if settings.exif_orientation:
-                _turn_upright(image)
-            return to_rgb(image, settings)
+            yield image
     except RowError:
         raise
     except Image.DecompressionBombError as error:
