@@ -167,10 +167,18 @@ class ImageSettings(Settings):
 
     max_bytes: PositiveInt = Field(256 << 20, description="most bytes of an image file; a larger one is an error row")
     max_pixels: PositiveInt = Field(178_956_970, description="most pixels before resizing; what a file declares is checked")
+    max_images: PositiveInt = Field(1024, description="most images of a row")
+    max_row_bytes: PositiveInt = Field(512 << 20, description="most bytes of a row's image files together")
+    max_row_pixels: PositiveInt = Field(
+        1_000_000_000, description="most pixels of a row's images together, before resizing"
+    )
     exif_orientation: bool = Field(True, description="turn photographs upright; off: as stored, as the released code does")
     background: str = Field("white", description="what transparent pixels show: a colour's name or #rrggbb")
     deep_pixels: Literal["scale", "clip"] = Field(
         "scale", description="more than 8 bits a pixel: scaled to 8, or cut off at 255 as Pillow does (mostly white)"
+    )
+    truncated: Literal["error", "accept"] = Field(
+        "error", description="a JPEG that is cut off at its end: an error row, or taken with what there is of it"
     )
 
     @field_validator("background")

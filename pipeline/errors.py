@@ -82,15 +82,36 @@ def worth_another_try(error: str | None) -> bool:
     return error is not None and error.split(":", 1)[0] in WORTH_ANOTHER_TRY
 
 
+#: Most characters of what an error says; a row's own text in it would have no end.
+MOST_CHARACTERS = 1000
+
+
+def told(text: str) -> str:
+    """A text that holds a row's own, as an error may say it: one line that can be written and shown anywhere, and short.
+
+    Control characters, line ends and halves of surrogate pairs are escaped.
+    """
+    text = text[:MOST_CHARACTERS] + "…" if len(text) > MOST_CHARACTERS else text
+    if text.isprintable():
+        return text
+    shown = "".join(c if c.isprintable() or c in SPACES else c.encode("unicode_escape").decode() for c in text)
+    return shown[:MOST_CHARACTERS] + "…" if len(shown) > MOST_CHARACTERS + 1 else shown
+
+
+#: Blanks that str.isprintable does not count as such: of French and of Chinese text.
+SPACES = "\u00a0\u202f\u3000"
+
+
 class RowError(Exception):
     """One row cannot be answered; the others go on.
 
     Args:
         code: One of the closed list above.
-        cause: What was wrong and with which field, for a person.
+        cause: What was wrong and with which field, for a person; `told` bounds it.
     """
 
     def __init__(self, code: RowErrorCode, cause: str) -> None:
+        cause = told(cause)
         super().__init__(code, cause)
         self.code: RowErrorCode = code
         self.cause = cause

@@ -154,12 +154,24 @@ def with_own_columns(extras: pa.Table, own: pa.Table) -> pa.Table:
     return pa.Table.from_arrays([*own.columns, *extras.columns], schema=schema)
 
 
+def written(value: pa.Scalar) -> str:
+    """A text as it can be written: files of other writers may call any bytes a string."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return value.as_buffer().to_pybytes().decode("utf-8", "backslashreplace")
+
+
+def _storable(text: str | None) -> str | None:
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
+
+
 def prepared_table(rows: Sequence[PreparedRow]) -> pa.Table:
     """Rows as a table of `PREPARED_SCHEMA`."""
     return pa.table(
         {
             ID: [row.id for row in rows],
-            PROMPT: [row.prompt for row in rows],
+            PROMPT: [_storable(row.prompt) for row in rows],
             ERROR: [row.error for row in rows],
             INPUT_IDS: [row.input_ids for row in rows],
             SPAN: [row.span for row in rows],

@@ -10,19 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
 from pipeline.errors import RowError
 from pipeline.io.fetch import shown
 from pipeline.model.prompt import Message
 
 
-def from_prompt(prompt: str | None, images: Sequence[Image.Image], field: str) -> list[Message]:
+def from_prompt(prompt: str | None, images: Sequence[Any], field: str) -> list[Message]:
     """One user turn: the images, then the prompt.
 
     Args:
         prompt: the question or instruction.
-        images: the row's images.
+        images: the row's images, each a `PIL.Image` or a `Picture`.
         field: where the prompt came from, for messages.
 
     Raises:
@@ -56,14 +54,14 @@ ROLES = {"developer": "system"}
 #: Half a surrogate pair, as JSON escapes it; whole pairs look the same.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-#: Decodes image bytes that came from a field, or raises `RowError`.
-Decode = Callable[[bytes, str], Image.Image]
+#: The image in bytes that came from a field, or raises `RowError`.
+Decode = Callable[[bytes, str], Any]
 #: Bytes of the image at a path or URL, or raises `RowError`.
 Fetch = Callable[[str], bytes]
 
 
 def from_messages(
-    text: str | None, images: Sequence[Image.Image], field: str, decode: Decode, fetch: Fetch
+    text: str | None, images: Sequence[Any], field: str, decode: Decode, fetch: Fetch
 ) -> tuple[list[Message], str]:
     """A chat given as JSON: a list of turns with `role` and `content` (text, or a list of text and image parts).
 
@@ -116,7 +114,7 @@ class _Source:
         """The path or URL to fetch, if it is one."""
         return None if self.is_base64 or self.is_data else self.text
 
-    def load(self, decode: Decode, fetch: Fetch) -> Image.Image:
+    def load(self, decode: Decode, fetch: Fetch) -> Any:
         if self.reference is not None:
             return decode(fetch(self.text), f"an image that messages names, {shown(self.text)}")
         field = "base64 in messages" if self.is_base64 else "a data: URI in messages"

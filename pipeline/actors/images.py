@@ -6,20 +6,29 @@ import contextlib
 import functools
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
+import pillow_heif
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from pipeline.actors import png
 from pipeline.config import ImageSettings
 from pipeline.errors import RowError
 
 #: Not read: an EPS file is a program, and Pillow would run Ghostscript on it.
 PROGRAMS = frozenset({"EPS"})
 
+JPEG = frozenset({"JPEG", "MPO"})
+#: How a JPEG's picture data begin, and how the file ends.
+SCAN, END = b"\xff\xda", b"\xff\xd9"
+
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    # One thread, as every other decoder here has; thumbnails and depth maps are not looked at.
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
     return tuple(sorted(Image.OPEN.keys() - PROGRAMS))
 
 
@@ -27,7 +36,7 @@ def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Imag
     """Decode one image completely; of an animation or a stack of pages, the first.
 
     Args:
-        data: an image file in any format that Pillow reads, but for `PROGRAMS`.
+        data: an image file in any format that Pillow reads, but for `PROGRAMS`, or HEIF.
         field: where it came from, for messages.
         settings: caps, and what becomes of rotated, transparent and deep images.
 
@@ -37,6 +46,26 @@ def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Imag
     Raises:
         RowError: `image_too_large` or `image_decode`.
     """
+    with _opened(data, field, settings) as image:
+        image = _loaded(image, data, settings)
+        if settings.exif_orientation:
+            _turn_upright(image)
+        return to_rgb(image, settings)
+
+
+def image_size(data: bytes, field: str, settings: ImageSettings) -> tuple[int, int]:
+    """Width and height that an image file declares; nothing is decoded.
+
+    Raises:
+        RowError: `image_too_large` or `image_decode`.
+    """
+    with _opened(data, field, settings) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, field: str, settings: ImageSettings) -> Iterator[Image.Image]:
+    """The image, not loaded yet; whatever goes wrong with it is its row's error."""
     if len(data) > settings.max_bytes:
         raise RowError("image_too_large", f"{field} has {len(data):,} bytes, above images.max_bytes {settings.max_bytes:,}")
     try:
@@ -46,29 +75,63 @@ def decode_image(data: bytes, field: str, settings: ImageSettings) -> Image.Imag
             # Pillow's own limit, an error from twice that on, also guards images within files (icons).
             Image.MAX_IMAGE_PIXELS = (settings.max_pixels + 1) // 2
             # Only the first frame is ever touched: counting frames would walk through a file that has no end.
-            image = Image.open(io.BytesIO(data), formats=_formats())
+            image = Image.open(io.BytesIO(png.essential(data)), formats=_formats())
             if (pixels := image.width * image.height) > settings.max_pixels:
                 raise RowError(
                     "image_too_large",
                     f"{field} has {image.width} x {image.height} = {pixels:,} pixels, above images.max_pixels "
                     f"{settings.max_pixels:,}",
                 )
-            # Only load() meets a truncated file; open() and verify() do not.
-            image.load()
-            if settings.exif_orientation:
-                _turn_upright(image)
-            return to_rgb(image, settings)
+            yield image
     except RowError:
         raise
     except Image.DecompressionBombError as error:
         raise RowError("image_too_large", f"{field}: {error}; the limit is images.max_pixels") from error
     except UnidentifiedImageError as error:  # its own text names the buffer's address
-        raise RowError(
-            "image_decode", f"{field} ({len(data):,} bytes) is no readable image (of no format that is read)"
-        ) from error
+        cause = _why_unidentified(png.essential(data)) or "of no format that is read"
+        raise RowError("image_decode", f"{field} ({len(data):,} bytes) is no readable image ({cause})") from error
     except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, ZeroDivisionError and more
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise RowError("image_decode", f"{field} ({len(data):,} bytes) is no readable image ({cause})") from error
+
+
+def _loaded(image: Image.Image, data: bytes, settings: ImageSettings) -> Image.Image:
+    """The image with its pixels: only load() meets a truncated file, open() and verify() do not."""
+    try:
+        image.load()
+    except OSError as error:
+        start = data.find(SCAN)
+        cut = image.format in JPEG and "truncated" in str(error) and start >= 0
+        # Headers alone show nothing: some of the picture must be there.
+        if not cut or len(data) - start <= LEAST_SCAN:
+            raise
+        if settings.truncated == "error":
+            raise OSError(f"{error}; images.truncated: accept takes what there is of a JPEG") from error
+        # With an end, the decoder fills up what is missing. Pillow's LOAD_TRUNCATED_IMAGES does the same, for all threads.
+        image = Image.open(io.BytesIO(data + END), formats=_formats())
+        image.load()
+    return image
+
+
+#: Bytes from a JPEG's first scan on, of which some ten are its header: with no more there is nothing to see.
+LEAST_SCAN = 64
+
+
+def _why_unidentified(data: bytes) -> str | None:
+    """What the reader of a file's format says against it; None where no format knows its beginning."""
+    for name in _formats():
+        factory, accepts = Image.OPEN[name]
+        known = False
+        try:
+            known = accepts is not None and accepts(data[:16]) is True
+            if known:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    factory(io.BytesIO(data), "")
+        except Exception as error:  # as many types as there are formats
+            if known:
+                return f"{name}, {' '.join(f'{type(error).__name__}: {error}'.split())}"
+    return None
 
 
 def _turn_upright(image: Image.Image) -> None:

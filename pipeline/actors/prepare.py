@@ -6,19 +6,18 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
+from pipeline.actors.ahead import Ahead
 from pipeline.actors.conversation import from_messages, from_prompt, named_images
-from pipeline.actors.images import decode_image
+from pipeline.actors.pictures import EncodedPicture, RowPictures
 from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
 from pipeline.config import JobSettings
-from pipeline.errors import RowError, RowErrorCode
-from pipeline.io.fetch import Fetcher, shown
+from pipeline.errors import RowError, RowErrorCode, told
+from pipeline.io.fetch import shown
 from pipeline.io.plan import Columns
 from pipeline.model.prompt import PromptProcessor
 from pipeline.redact import cause_of
@@ -35,6 +34,7 @@ from pipeline.rows import (
     places,
     prepared_table,
     with_own_columns,
+    written,
 )
 
 logger = logging.getLogger(__name__)
@@ -75,9 +75,9 @@ class Preparer:
         self._columns = columns
         self._image_settings = settings.images
         self._most_new_tokens = settings.generation.max_new_tokens
-        self._fetcher = Fetcher(image_root, settings.fetch, settings.images.max_bytes, settings.input.path)
-        self._fetched: dict[str, Future[bytes]] = {}
-        self._last: tuple[pa.Scalar, pa.Scalar, list[Image.Image]] | None = None
+        self._ahead = Ahead(image_root, settings.fetch, settings.images.max_bytes, settings.input.path)
+        self._pictures = RowPictures(settings.images)
+        self._last: tuple[pa.Scalar, pa.Scalar, list[EncodedPicture]] | None = None
         asked, shown = columns.messages or columns.prompt, columns.image or columns.images
         self._asked_field = f"column {asked!r}" if asked else "input.prompt"
         self._images_field = f"column {shown!r}" if shown else self._asked_field
@@ -90,33 +90,41 @@ class Preparer:
         extras = carried(table)
         ready: list[PreparedRow] = []
         size = start = 0
-        seconds, retries = 0.0, self._fetcher.retries
-        # All of a block's images are on their way while its first rows are decoded; equal references are fetched once.
-        self._fetched = {name: self._fetcher.submit(name) for name in _named(table)}
+        seconds, retries = 0.0, self._ahead.retries
         columns = [table[name] for name in (ID, IMAGES, REFERENCES, PROMPT, MESSAGES, SETTINGS)]
         unread = table[ERROR].to_pylist()
-        with self._watched(table) as watch:
+        with self._watched(table) as (watch, died_before):
+            # Images are on their way while earlier rows are decoded. Not where a process died of this block: the row in
+            # hand is blamed for the next death, and must be the one whose image is fetched.
+            self._ahead.begin(_named(table, self._image_settings.max_images), ahead=not died_before)
             for index in range(len(table)):
                 died = watch(index)
+                self._ahead.hand(index)
                 own = [column[index] for column in columns]
                 started = time.monotonic()
                 error = str(died) if died else unread[index]
-                row = PreparedRow(own[0].as_py(), None, error) if error else self._prepare(*own)
+                row = PreparedRow(written(own[0]), None, error) if error else self._prepare(*own)
                 seconds += time.monotonic() - started
                 ready.append(row)
                 size += row.pixel_bytes
                 if size >= TABLE_BYTES or index == len(table) - 1:
                     yield with_own_columns(extras.slice(start, len(ready)), prepared_table(ready))
                     start, ready, size = index + 1, [], 0
+            self._ahead.end()
+            self._last = None
         if self._monitor is not None:
-            more = self._fetcher.retries - retries
+            more = self._ahead.retries - retries
             self._monitor.count.remote({"prepared": len(table), "prepare_ms": round(1000 * seconds), "fetch_retries": more})
 
     @contextlib.contextmanager
-    def _watched(self, table: pa.Table) -> Iterator[Callable[[int], RowError | None]]:
-        """Tell the monitor of a block; what this yields is to be asked before each row whether it is to be given up."""
+    def _watched(self, table: pa.Table) -> Iterator[tuple[Callable[[int], RowError | None], bool]]:
+        """Tell the monitor of a block.
+
+        What this yields is to be asked before each row whether it is to be given up; beside it, whether a process died of
+        the block before.
+        """
         if self._monitor is None or not len(table):
-            yield lambda index: None
+            yield lambda index: None, False
             return
         import ray
 
@@ -130,7 +138,7 @@ class Preparer:
                 ray.get(self._monitor.hand.remote("prepare", own[0], [own[index]]))
             return None
 
-        yield watch
+        yield watch, known.died
         self._monitor.end.remote("prepare", own[0])
 
     def _prepare(
@@ -142,8 +150,9 @@ class Preparer:
         messages: pa.Scalar,
         settings: pa.Scalar,
     ) -> PreparedRow:
-        row_id, asked = id_.as_py(), None
+        row_id, asked = written(id_), None
         try:
+            self._pictures = RowPictures(self._image_settings)
             sampling = row_settings(settings.as_py(), self._most_new_tokens)
             if self._columns.messages is None:
                 asked = _text(prompt, self._asked_field)  # before the images: an error row shows its prompt
@@ -152,7 +161,7 @@ class Preparer:
                 conversation = from_prompt(asked, decoded, self._asked_field)
             else:
                 conversation, asked = from_messages(
-                    _text(messages, self._asked_field), decoded, self._asked_field, self._decode, self._fetch
+                    _text(messages, self._asked_field), decoded, self._asked_field, self._decode, self._ahead.get
                 )
             prepared = self.processor.prepare(conversation)
             if self._require_images and not prepared.images:
@@ -161,47 +170,45 @@ class Preparer:
         except RowError as error:
             return PreparedRow(row_id, asked, str(error))
         except Exception as error:  # an exception here would end the job, for the sake of one row
-            logger.exception("row %s cannot be prepared", row_id)
+            logger.exception("row %s cannot be prepared", told(row_id))
             return PreparedRow(row_id, asked, str(RowError("unexpected", cause_of(error))))
 
-    def _decode(self, data: bytes, field: str) -> Image.Image:
-        return decode_image(data, field, self._image_settings)
+    def _decode(self, data: bytes, field: str) -> EncodedPicture:
+        return self._pictures.picture(data, field)
 
-    def _fetch(self, reference: str) -> bytes:
-        return self._fetched[reference].result()
-
-    def _decoded_once(self, images: pa.Scalar, references: pa.Scalar) -> list[Image.Image]:
+    def _decoded_once(self, images: pa.Scalar, references: pa.Scalar) -> list[EncodedPicture]:
         """The row's images; those of the row before, where it has the same (several prompts are asked of each row)."""
         if self._last is None or not (images.equals(self._last[0]) and references.equals(self._last[1])):
             self._last = None
             self._last = images, references, list(self._decoded(images, references))
         return self._last[2]
 
-    def _decoded(self, images: pa.Scalar, references: pa.Scalar) -> Iterator[Image.Image]:
+    def _decoded(self, images: pa.Scalar, references: pa.Scalar) -> Iterator[EncodedPicture]:
         if not images.is_valid:
             if self._missing_image_is_error:
                 raise RowError("image_missing", f"{self._images_field} is null or has no bytes")
             return
+        self._pictures.check_number(len(images.values))
         for number, (image, reference) in enumerate(zip(images.values, references.values, strict=True)):
             field = f"image {number} of {self._images_field}" if self._columns.images else self._images_field
             if image.is_valid:
                 yield self._decode(image.as_buffer().to_pybytes(), field)
             elif name := _text(reference, field, "image_missing"):
-                yield self._decode(self._fetch(name), f"{field}, {shown(name)},")
+                yield self._decode(self._ahead.get(name), f"{field}, {shown(name)},")
             else:
                 raise RowError("image_missing", f"{field} is null or has no bytes")
 
 
-def _named(table: pa.Table) -> set[str]:
-    """The paths and URLs that a table's rows name."""
-    found: set[str] = set()
-    for value in table[REFERENCES].combine_chunks().flatten():
+def _named(table: pa.Table, most: int) -> list[list[str]]:
+    """The paths and URLs that each row of a table names; none of a row that names more than it may."""
+    found = []
+    for references, messages in zip(table[REFERENCES], table[MESSAGES], strict=True):
+        own: list[str] = []
         with contextlib.suppress(UnicodeDecodeError):  # its row will say so
-            found.add(value.as_py())
-    for value in table[MESSAGES]:
-        with contextlib.suppress(UnicodeDecodeError):
-            found.update(named_images(value.as_py()))
-    return found - {None, ""}
+            own = [name for name in references.as_py() or [] if name]
+            own += named_images(messages.as_py())
+        found.append(own if len(own) <= most else [])
+    return found
 
 
 def _text(value: pa.Scalar, field: str, code: RowErrorCode = "prompt_invalid") -> str | None:

@@ -8,10 +8,10 @@ a row's own text are text, unless `input.control_tokens` says otherwise; of text
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,18 @@ from pipeline.redact import cause_of
 
 #: A chat message as the template takes it: {"role": ..., "content": text or list of parts}.
 Message = dict[str, Any]
+
+
+class Picture(Protocol):
+    """An image that is not decoded yet; in the place of a `PIL.Image`, so that one at a time is there in full size."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height that its file declares."""
+
+    def resized(self, how: Hashable, resize: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+        """What `resize` makes of it; equal `how` make the same."""
+
 
 #: What becomes of control tokens in a row's own text: see `input.control_tokens`.
 ControlTokens = Literal["text", "error", "allow"]
@@ -187,7 +199,7 @@ class PromptProcessor:
         """Prepare one conversation.
 
         Args:
-            messages: the turns; image parts hold decoded `PIL.Image` objects under "image".
+            messages: the turns; image parts hold a `PIL.Image` or a `Picture` under "image".
 
         Raises:
             RowError: `image_decode`, `prompt_invalid`, `prompt_positions` or `prompt_too_long`.
@@ -301,31 +313,62 @@ class PromptProcessor:
         return np.asarray([id_ for ids in _in_turn(texts, tokens) for id_ in ids], dtype=np.int32)
 
     def _resize(self, messages: Sequence[Message]) -> list[np.ndarray]:
-        """Resize every image as process_vision_info and then the processor do: two bicubic steps at most."""
-        from qwen_vl_utils import process_vision_info
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+        """Resize every image as process_vision_info and then the processor do: two bicubic steps at most.
 
+        One is decoded after the other, and none where they will not fit anyway.
+        """
+        from qwen_vl_utils import extract_vision_info
+
+        parts = extract_vision_info(list(messages))
         try:
-            images, videos = process_vision_info(list(messages))
-            if videos:
+            if any("video" in part for part in parts):
                 raise RowError("messages_invalid", "videos are not supported; send images")
-            resized = []
-            for image in images or []:
-                height, width = smart_resize(
-                    image.height,
-                    image.width,
-                    factor=self._factor,
-                    min_pixels=self._min_pixels,
-                    max_pixels=self._max_pixels,
-                )
-                if (height, width) != (image.height, image.width):
-                    image = image.resize((width, height), Image.Resampling(self.image_processor.resample))
-                resized.append(np.asarray(image.convert("RGB")))
-            return resized
+            outlines = [self._in_steps(part, _Outline(part["image"].size)) for part in parts]
+            tokens = sum(outline.width * outline.height for outline in outlines) // self._factor**2
+            if tokens >= self._max_positions:
+                raise self._too_long(f"{tokens} visual tokens of {len(parts)} images")
+            return [self._resized(part) for part in parts]
         except RowError:
             raise
         except Exception as error:  # qwen-vl-utils and Pillow raise many types; each is this row's alone
             raise RowError("image_decode", f"cannot resize an image ({type(error).__name__}: {error})") from error
+
+    def _resized(self, part: dict[str, Any]) -> np.ndarray:
+        def resize(image: Image.Image) -> np.ndarray:
+            return np.asarray(self._in_steps(part, image).convert("RGB"))
+
+        if isinstance(part["image"], Image.Image):
+            return resize(part["image"])
+        how = tuple(sorted((key, value) for key, value in part.items() if key not in ("type", "image")))
+        return part["image"].resized(how, resize)
+
+    def _in_steps(self, part: dict[str, Any], image: Image.Image) -> Image.Image:
+        from qwen_vl_utils import process_vision_info
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        images, _ = process_vision_info([{"role": "user", "content": [{**part, "image": image}]}])
+        assert images is not None
+        first = images[0]
+        height, width = smart_resize(
+            first.height, first.width, factor=self._factor, min_pixels=self._min_pixels, max_pixels=self._max_pixels
+        )
+        if (height, width) != (first.height, first.width):
+            return first.resize((width, height), Image.Resampling(self.image_processor.resample))
+        return first
+
+
+class _Outline(Image.Image):
+    """An image without pixels, which takes the same steps as one with them: they tell what size they make of it."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._size, self._mode = size, "RGB"
+
+    def convert(self, *_: Any, **__: Any) -> _Outline:
+        return self
+
+    def resize(self, size: Any, *_: Any, **__: Any) -> _Outline:
+        return _Outline((size[0], size[1]))
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:

@@ -218,3 +218,114 @@ def test_a_gif_without_end_takes_no_longer_than_its_first_frame() -> None:
     # The second frame again and again, and never the trailer.
     second = data[data.rindex(b"!\xf9") : -1]
     assert refused(data[:-1] + second * 200_000) is None
+
+
+def chunk(kind: bytes, body: bytes, *, damaged: bool = False) -> bytes:
+    checksum = zlib.crc32(kind + body) ^ damaged
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+
+def png_with(*chunks: bytes, image: Image.Image | None = None, late: bool = False) -> bytes:
+    """A PNG with more chunks, in front of its pixels or behind them."""
+    data = encoded(image or Image.open(io.BytesIO(picture(30, 20))), "PNG")
+    at = data.index(b"IEND" if late else b"IDAT") - 4
+    return data[:at] + b"".join(chunks) + data[at:]
+
+
+LONG = zlib.compress(bytes(5 << 20))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in front", "behind"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        chunk(b"zTXt", b"Comment\0\0" + LONG),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + LONG),
+        chunk(b"iCCP", b"sRGB\0\0" + LONG),
+        chunk(b"zTXt", b"Comment\0\1x"),
+        chunk(b"iCCP", b"sRGB\0\1x"),
+        chunk(b"tIME", bytes(7), damaged=True),
+        chunk(b"tEXt", b"a\0b", damaged=True),
+        chunk(b"eXIf", b"MM\0*", damaged=True),
+        chunk(b"tRNS", bytes(6), damaged=True),
+        chunk(b"tRNS", bytes(2)),
+        chunk(b"gAMA", b"\0"),
+        chunk(b"cHRM", b"\0"),
+        chunk(b"pHYs", b"\0"),
+        chunk(b"acTL", b"\0"),
+        chunk(b"fcTL", bytes(26)),
+        chunk(b"npTc", bytes(3)) * 1000,
+    ],
+)
+def test_chunks_that_a_png_does_not_need_cost_it_nothing(more: bytes, late: bool) -> None:
+    plain = picture(30, 20)
+    assert decode(png_with(more, late=late)).tobytes() == decode(plain).tobytes()
+
+
+def test_chunks_that_are_seen_are_kept() -> None:
+    image = Image.new("RGB", (40, 20), "blue")
+    hidden = decode(png_with(chunk(b"tRNS", struct.pack(">3H", 0, 0, 255)), image=image))
+    assert hidden.getpixel((3, 3)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(png_with(chunk(b"eXIf", exif.tobytes()[6:]), image=image)).size == (20, 40)
+    xmp = b'<x tiff:Orientation="6"/>'
+    assert decode(png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp), image=image)).size == (20, 40)
+    packed = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp))
+    assert decode(png_with(packed, image=image)).size == (20, 40)
+    raw = b"Raw profile type exif\0\nexif\n10\n" + exif.tobytes().hex().encode()
+    assert decode(png_with(chunk(b"tEXt", raw), image=image)).size == (20, 40)
+
+
+def test_a_damaged_chunk_that_a_png_needs_is_named() -> None:
+    data = bytearray(picture(30, 20))
+    data[29] ^= 1  # the header's checksum
+    error = refused(bytes(data))
+    assert error is not None
+    assert "bad header checksum in b'IHDR'" in error.cause
+    unknown = refused(png_with(chunk(b"CgBI", b"ab", damaged=True)))
+    assert unknown is not None
+    assert "bad header checksum in b'CgBI'" in unknown.cause
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_end_may_be_taken_as_far_as_it_goes(progressive: bool) -> None:
+    whole = encoded(Image.open(io.BytesIO(picture(160, 128))), "JPEG", progressive=progressive)
+    cut = whole[: len(whole) * 2 // 3]
+    error = refused(cut)
+    assert error is not None
+    assert error.code == "image_decode"
+    assert "images.truncated: accept" in error.cause
+    shown = decode(cut, truncated="accept")
+    assert shown.size == (160, 128)
+    if not progressive:
+        top = (0, 0, 160, 32)
+        assert shown.crop(top).tobytes() == decode(whole).crop(top).tobytes()
+    start = whole.index(b"\xff\xda")
+    for nothing in (whole[:100], whole[:start], whole[: start + 14], b"\xff\xd8" + whole[start:], picture()[:500]):
+        assert refused(nothing, truncated="accept") is not None
+    assert decode(whole, truncated="accept").tobytes() == decode(whole).tobytes()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_heic_is_read_and_turned_once(orientation: int) -> None:
+    decode(picture(30, 20))  # registers the format
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.new("RGB", (64, 32), "blue")
+    image.paste("yellow", (0, 0, 16, 16))
+    upright = decode(encoded(image, "HEIF", exif=exif.tobytes(), quality=95))
+    assert upright.size == ((64, 32) if orientation == 1 else (32, 64))
+    red, green, blue = upright.getpixel((4, 4) if orientation == 1 else (27, 4))
+    assert min(red, green) > 200
+    assert blue < 60
+
+
+def test_heic_is_held_to_the_limits() -> None:
+    decode(picture(30, 20))
+    data = encoded(Image.new("RGB", (64, 32), "blue"), "HEIF")
+    error = refused(data, max_pixels=64 * 32 - 1)
+    assert error is not None
+    assert error.code == "image_too_large"
+    assert all(refused(data[:length]) is not None for length in range(0, len(data) - 1, 37))

@@ -1,0 +1,75 @@
+"""The pictures of a row, within its budget: known by their headers, decoded one at a time, kept as they are resized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import numpy as np
+from PIL import Image
+
+from pipeline.actors.images import decode_image, image_size
+from pipeline.config import ImageSettings
+from pipeline.errors import RowError
+
+
+class EncodedPicture:
+    """A `Picture` whose file lies in memory.
+
+    Raises:
+        RowError: `image_too_large` or `image_decode`; what only decoding finds comes out of `resized`.
+    """
+
+    def __init__(self, data: bytes, field: str, settings: ImageSettings) -> None:
+        self._data, self._field, self._settings = data, field, settings
+        self.size = image_size(data, field, settings)
+        self._made: dict[Hashable, np.ndarray] = {}
+
+    def resized(self, how: Hashable, resize: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+        """What `resize` makes of it; made once, and the picture in full size is dropped."""
+        if how not in self._made:
+            self._made[how] = resize(decode_image(self._data, self._field, self._settings))
+        return self._made[how]
+
+
+class RowPictures:
+    """Makes the pictures of one row, as long as they stay within what a row may ask for."""
+
+    def __init__(self, settings: ImageSettings) -> None:
+        self._settings = settings
+        # By the bytes themselves: equal references are fetched once.
+        self._known: dict[int, tuple[bytes, EncodedPicture]] = {}
+        self._images = self._bytes = self._pixels = 0
+
+    def picture(self, data: bytes, field: str) -> EncodedPicture:
+        """The picture in bytes that came from a field.
+
+        Raises:
+            RowError: `image_too_large`, also where it is one too many; `image_decode`.
+        """
+        self._images += 1
+        self.check_number(self._images)
+        known = self._known.get(id(data))
+        if known is None:
+            self._bytes += len(data)
+            if self._bytes > self._settings.max_row_bytes:
+                raise _too_much("bytes", self._bytes, "images.max_row_bytes", self._settings.max_row_bytes)
+            known = self._known[id(data)] = data, EncodedPicture(data, field, self._settings)
+        picture = known[1]
+        self._pixels += picture.size[0] * picture.size[1]
+        if self._pixels > self._settings.max_row_pixels:
+            raise _too_much("pixels", self._pixels, "images.max_row_pixels", self._settings.max_row_pixels)
+        return picture
+
+    def check_number(self, images: int) -> None:
+        """Whether a row may have so many.
+
+        Raises:
+            RowError: `image_too_large`.
+        """
+        if images > self._settings.max_images:
+            raise _too_much("images", images, "images.max_images", self._settings.max_images)
+
+
+def _too_much(what: str, found: int, setting: str, most: int) -> RowError:
+    told = f"the row has {found:,} images" if what == "images" else f"the row's images have {found:,} {what} or more"
+    return RowError("image_too_large", f"{told}, above {setting} {most:,}")
