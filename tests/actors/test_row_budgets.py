@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
@@ -77,7 +77,7 @@ def test_a_row_that_asks_for_too_much_is_an_error_that_names_the_setting(golden:
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Image.Image]]:
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
     """The pictures in full size, as they are decoded."""
     found: list[Image.Image] = []
     original = pictures_module.decode_image
@@ -87,7 +87,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Image.Image]]:
         return found[-1]
 
     monkeypatch.setattr(pictures_module, "decode_image", noted)
-    yield found
+    return found
 
 
 def test_images_that_do_not_fit_are_told_before_any_is_decoded(golden: Path, decoded: list[Image.Image]) -> None:
@@ -110,8 +110,8 @@ def test_equal_references_are_fetched_and_decoded_once(golden: Path, tmp_path: P
 class Noted:
     """A fetcher of files of given sizes; what was asked of it, and what was dropped."""
 
-    sizes: dict[str, int] = {}
-    asked: list[tuple[str, int]] = []
+    sizes: ClassVar[dict[str, int]] = {}
+    asked: ClassVar[list[tuple[str, int]]] = []
 
     def __init__(self, _root: Any, _settings: Any, max_bytes: int, _inputs: Any = ()) -> None:
         self._most, self.retries = max_bytes, 0
