@@ -172,6 +172,11 @@ class ImageSettings(Settings):
     max_row_pixels: PositiveInt = Field(
         1_000_000_000, description="most pixels of a row's images together, before resizing"
     )
+    decode_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="most seconds of CPU of decoding an image; what may take long is decoded in a process of its own",
+    )
     exif_orientation: bool = Field(True, description="turn photographs upright; off: as stored, as the released code does")
     background: str = Field("white", description="what transparent pixels show: a colour's name or #rrggbb")
     deep_pixels: Literal["scale", "clip"] = Field(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 import numpy as np
 from PIL import Image
 
-from pipeline.actors.images import decode_image, image_size
+from pipeline.actors.decoder import Decoder
 from pipeline.config import ImageSettings
 from pipeline.errors import RowError
 
@@ -19,23 +19,23 @@ class EncodedPicture:
         RowError: `image_too_large` or `image_decode`; what only decoding finds comes out of `resized`.
     """
 
-    def __init__(self, data: bytes, field: str, settings: ImageSettings) -> None:
-        self._data, self._field, self._settings = data, field, settings
-        self.size = image_size(data, field, settings)
+    def __init__(self, data: bytes, field: str, decoder: Decoder) -> None:
+        self._data, self._field, self._decoder = data, field, decoder
+        self.size = decoder.size(data, field)
         self._made: dict[Hashable, np.ndarray] = {}
 
     def resized(self, how: Hashable, resize: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
         """What `resize` makes of it; made once, and the picture in full size is dropped."""
         if how not in self._made:
-            self._made[how] = resize(decode_image(self._data, self._field, self._settings))
+            self._made[how] = resize(self._decoder.decode(self._data, self._field))
         return self._made[how]
 
 
 class RowPictures:
     """Makes the pictures of one row, as long as they stay within what a row may ask for."""
 
-    def __init__(self, settings: ImageSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: ImageSettings, decoder: Decoder) -> None:
+        self._settings, self._decoder = settings, decoder
         # By the bytes themselves: equal references are fetched once.
         self._known: dict[int, tuple[bytes, EncodedPicture]] = {}
         self._images = self._bytes = self._pixels = 0
@@ -53,7 +53,7 @@ class RowPictures:
             self._bytes += len(data)
             if self._bytes > self._settings.max_row_bytes:
                 raise _too_much("bytes", self._bytes, "images.max_row_bytes", self._settings.max_row_bytes)
-            known = self._known[id(data)] = data, EncodedPicture(data, field, self._settings)
+            known = self._known[id(data)] = data, EncodedPicture(data, field, self._decoder)
         picture = known[1]
         self._pixels += picture.size[0] * picture.size[1]
         if self._pixels > self._settings.max_row_pixels:

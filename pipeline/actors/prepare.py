@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipeline.actors.ahead import Ahead
 from pipeline.actors.conversation import from_messages, from_prompt, named_images
+from pipeline.actors.decoder import Decoder
 from pipeline.actors.pictures import EncodedPicture, RowPictures
 from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
@@ -76,7 +77,8 @@ class Preparer:
         self._image_settings = settings.images
         self._most_new_tokens = settings.generation.max_new_tokens
         self._ahead = Ahead(image_root, settings.fetch, settings.images.max_bytes, settings.input.path)
-        self._pictures = RowPictures(settings.images)
+        self._decoder = Decoder(settings.images)
+        self._pictures = RowPictures(settings.images, self._decoder)
         self._last: tuple[pa.Scalar, pa.Scalar, list[EncodedPicture]] | None = None
         asked, shown = columns.messages or columns.prompt, columns.image or columns.images
         self._asked_field = f"column {asked!r}" if asked else "input.prompt"
@@ -152,7 +154,7 @@ class Preparer:
     ) -> PreparedRow:
         row_id, asked = written(id_), None
         try:
-            self._pictures = RowPictures(self._image_settings)
+            self._pictures = RowPictures(self._image_settings, self._decoder)
             sampling = row_settings(settings.as_py(), self._most_new_tokens)
             if self._columns.messages is None:
                 asked = _text(prompt, self._asked_field)  # before the images: an error row shows its prompt

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import pipeline.actors.ahead as ahead_module
-import pipeline.actors.pictures as pictures_module
+import pipeline.actors.decoder as decoder_module
 from pipeline.actors.ahead import Ahead
 from pipeline.actors.monitor import Monitor
 from pipeline.actors.prepare import Preparer
@@ -80,13 +80,13 @@ def test_a_row_that_asks_for_too_much_is_an_error_that_names_the_setting(golden:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
     """The pictures in full size, as they are decoded."""
     found: list[Image.Image] = []
-    original = pictures_module.decode_image
+    original = decoder_module.decode_image
 
     def noted(*arguments: Any) -> Image.Image:
         found.append(original(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(pictures_module, "decode_image", noted)
+    monkeypatch.setattr(decoder_module, "decode_image", noted)
     return found
 
 
@@ -111,7 +111,7 @@ class Noted:
     """A fetcher of files of given sizes; what was asked of it, and what was dropped."""
 
     sizes: ClassVar[dict[str, int]] = {}
-    asked: ClassVar[list[tuple[str, int]]] = []
+    asked: ClassVar[list[Any]] = []
 
     def __init__(self, _root: Any, _settings: Any, max_bytes: int, _inputs: Any = ()) -> None:
         self._most, self.retries = max_bytes, 0
@@ -198,7 +198,9 @@ def test_texts_that_cannot_be_written_cost_no_more_than_their_row(golden: Path) 
         [{"role": "user", "content": [{"type": {"k": "v" * 3_000_000}}]}],
         [{"role": "user", "content": "Hi"}],
     ]
-    rows = prepare(golden, [{"id": "a", "images": [], "messages": json.dumps(chat)} for chat in chats], chat=True)
+    rows = prepare(
+        golden, [{"id": "a", "images": [], "references": [], "messages": json.dumps(chat)} for chat in chats], chat=True
+    )
     assert [row.error is None for row in rows] == [False] * 4 + [True]
     assert all(len(row.error) < 1100 for row in rows[:4])
 

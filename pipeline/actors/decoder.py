@@ -1,0 +1,213 @@
+"""Decodes images of untrusted origin within a time limit: what may take long is decoded in a process that can be killed.
+
+JPEG, PNG and WebP files, of which a look at the header tells that they are soon decoded, are decoded where they are. Any
+other file goes to a process beside this one, which the kernel ends once it has computed for `images.decode_seconds`. A
+decoder that crashes there costs its image and nothing else. The limit counts CPU time: a machine that is busy or suspended
+refuses no image for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from PIL import Image
+
+from pipeline.actors import png
+from pipeline.actors.images import decode_image, image_size
+from pipeline.config import ImageSettings
+from pipeline.errors import RowError
+
+#: What is decoded in this process has no more bytes, pixels, header parts, and scans times pixels: a second or so of CPU.
+SMALL_BYTES, SMALL_PIXELS, FEW_PARTS, FEW_SCANNED = 32 << 20, 32_000_000, 2_000, 400_000_000
+#: The other process is killed after so many times `images.decode_seconds`, should it wait instead of computing.
+PATIENCE = 20
+
+
+def is_soon_decoded(data: bytes) -> bool:
+    """Whether a file's header tells that decoding it takes a second at most."""
+    if len(data) > SMALL_BYTES:
+        return False
+    try:
+        if data.startswith(b"\xff\xd8\xff"):
+            return _is_small_jpeg(data)
+        if data.startswith(png.SIGNATURE):
+            return _is_small_png(data)
+        return data.startswith(b"RIFF") and data[8:12] == b"WEBP" and _is_small_webp(data)
+    except (struct.error, IndexError):  # it ends within its header
+        return False
+
+
+def _is_small_jpeg(data: bytes) -> bool:
+    at, pixels = 2, 0
+    for _ in range(FEW_PARTS):
+        while data[at] == 0xFF and data[at + 1] == 0xFF:
+            at += 1
+        if data[at] != 0xFF:
+            return False
+        kind = data[at + 1]
+        if kind == 0xDA:
+            scans = data.count(b"\xff\xda", at)
+            return 0 < pixels <= SMALL_PIXELS and scans * pixels <= FEW_SCANNED
+        (length,) = struct.unpack_from(">H", data, at + 2)
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            pixels = max(pixels, height * width)
+        at += 2 + length
+    return False
+
+
+def _is_small_png(data: bytes) -> bool:
+    width, height = struct.unpack_from(">II", data, 16)
+    at = len(png.SIGNATURE)
+    for _ in range(FEW_PARTS * 4):
+        if at + 8 > len(data):
+            return 0 < width * height <= SMALL_PIXELS
+        at += 12 + struct.unpack_from(">I", data, at)[0]
+    return False
+
+
+def _is_small_webp(data: bytes) -> bool:
+    kind = data[12:16]
+    if kind == b"VP8 ":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    elif kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8X" and not data[20] & 2:  # an animation is none of ours
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    else:
+        return False
+    return width * height <= SMALL_PIXELS
+
+
+class Decoder:
+    """Tells sizes and decodes; the other process starts with the first file that needs it.
+
+    Args:
+        settings: caps, and what becomes of rotated, transparent and deep images.
+    """
+
+    def __init__(self, settings: ImageSettings) -> None:
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def size(self, data: bytes, field: str) -> tuple[int, int]:
+        """Width and height that an image file declares.
+
+        Raises:
+            RowError: `image_too_large` or `image_decode`.
+        """
+        if len(data) > self._settings.max_bytes or is_soon_decoded(data):
+            return image_size(data, field, self._settings)
+        return self._apart("size", data, field)[0]
+
+    def decode(self, data: bytes, field: str) -> Image.Image:
+        """The image as RGB.
+
+        Raises:
+            RowError: `image_too_large`, also where it takes too long: it asks for more than it may; or `image_decode`.
+        """
+        if len(data) > self._settings.max_bytes or is_soon_decoded(data):
+            return decode_image(data, field, self._settings)
+        size, pixels = self._apart("decode", data, field)
+        return Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1)
+
+    def _apart(self, what: str, data: bytes, field: str) -> tuple[tuple[int, int], bytearray]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = _start()
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked = {"what": what, "field": field, "bytes": len(data), "settings": self._settings.model_dump()}
+        hung = threading.Timer(PATIENCE * self._settings.decode_seconds, process.kill)
+        hung.daemon = True
+        hung.start()
+        answer: dict[str, Any] | None = None
+        pixels = bytearray()
+        with contextlib.suppress(OSError, ValueError):  # it died: it reads and writes no more
+            process.stdin.write(json.dumps(asked).encode() + b"\n")
+            process.stdin.write(data)
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            pixels = bytearray(answer.get("bytes", 0))
+            filled, view = 0, memoryview(pixels)
+            while filled < len(pixels):
+                if not (some := process.stdout.readinto(view[filled:])):  # type: ignore[attr-defined]
+                    answer = None
+                    break
+                filled += some
+        hung.cancel()
+        if answer is None:
+            self._process = None
+            raise self._died(process, data, field)
+        if "code" in answer:
+            raise RowError(answer["code"], answer["cause"])
+        return (answer["width"], answer["height"]), pixels
+
+    def _died(self, process: subprocess.Popen[bytes], data: bytes, field: str) -> RowError:
+        process.kill()
+        status = process.wait()
+        if status == -signal.SIGPROF:
+            return RowError(
+                "image_too_large",
+                f"{field} ({len(data):,} bytes) takes more than {self._settings.decode_seconds:g} s to decode "
+                "(images.decode_seconds)",
+            )
+        how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+        return RowError("image_decode", f"{field} ({len(data):,} bytes) took the process that decoded it down ({how})")
+
+
+def _start() -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pipeline.actors.decoder"]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    )
+
+
+def serve() -> None:
+    """Decode what comes, in the process beside, until whoever started it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+    # Where memory runs out, this process goes and not the one that it serves.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a decoder that prints is not taken for us
+    while line := sys.stdin.buffer.readline():
+        asked = json.loads(line)
+        settings = ImageSettings.model_validate(asked["settings"])
+        data = sys.stdin.buffer.read(asked["bytes"])
+        image = None
+        signal.setitimer(signal.ITIMER_PROF, settings.decode_seconds)
+        try:
+            if asked["what"] == "size":
+                (width, height), size = image_size(data, asked["field"], settings), 0
+            else:
+                image = decode_image(data, asked["field"], settings)
+                (width, height), size = image.size, 3 * image.width * image.height
+            answer: dict[str, Any] = {"width": width, "height": height, "bytes": size}
+        except RowError as error:
+            answer = {"code": error.code, "cause": error.cause}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        del data
+        answers.write(json.dumps(answer).encode() + b"\n")
+        if image is not None:
+            # Some rows at a time: the picture is not there twice.
+            step = max(1, (1 << 20) // (3 * image.width))
+            for top in range(0, image.height, step):
+                answers.write(image.crop((0, top, image.width, min(image.height, top + step))).tobytes())
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()
