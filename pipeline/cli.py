@@ -61,7 +61,7 @@ def main(
         default=[],
         metavar="KEY=VALUE",
         dest="assignments",
-        help="a setting on top, e.g. input.limit=100; the value is read as YAML; may be given several times",
+        help="a setting on top, e.g. input.limit=100; text as it stands, all else read as YAML; may be given several times",
     )
     if issubclass(kind, JobSettings):
         parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pipeline.flags import Flag
 from pipeline.io.buckets import bucket_of
 from pipeline.io.listing import Form
 from pipeline.languages import Language
-from pipeline.redact import scrubbed
+from pipeline.redact import printable, scrubbed, without_secrets
 from pipeline.template import Template
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -497,12 +498,34 @@ T = TypeVar("T", bound=Settings)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in YAML 1.2 and in everybody's head; PyYAML reads it as text."""
+    """YAML in which 1e-3 is a number, as in YAML 1.2 and in everybody's head; PyYAML reads it as text. It takes no tags."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise yaml.composer.ComposerError(None, None, "tags are not read; write the value without", event.start_mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+_TEXT, _NULL, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
+#: What a person would call a scalar that YAML does not read as text.
+_READ_AS = {
+    "bool": "true or false",
+    "int": "a number",
+    "float": "a number",
+    "timestamp": "a date",
+    "value": "a mark of YAML",
+}
+#: What YAML 1.1 reads unlike everybody: 012 is 10 there, 12:30 is 750; and, where it may be text, no is false.
+_ODD_NUMBER = re.compile(r"[-+]?0[0-9_]+|.*:.*")
+_ODD_WORD = re.compile(r"(?i)yes|no|on|off")
+#: Most values of a file, those counted again that an alias repeats: a file of ten lines can hold a billion.
+MOST_VALUES = 100_000
+MOST_LEVELS = 100
 
 
 def load_settings(kind: type[T], file: Path | None, assignments: Sequence[str]) -> T:
@@ -511,50 +534,201 @@ def load_settings(kind: type[T], file: Path | None, assignments: Sequence[str]) 
     Args:
         kind: the settings to read.
         file: the YAML file, or None for assignments alone.
-        assignments: each `dotted.key=value`; the value is read as YAML.
+        assignments: each `dotted.key=value`. Where the key takes text, the value is that text as it stands, unless it is
+            wholly a quoted YAML string, `null`, or a list for a key that takes one as well; else it is read as YAML.
 
     Raises:
         ConfigError: one line that names the key, says what was expected and, for an unknown key, the nearest valid one.
     """
     # A group whose keys are all commented out reads as null.
-    values = {key: value for key, value in (_read_yaml(file) if file else {}).items() if value is not None}
+    values = {key: value for key, value in (_read_yaml(kind, file) if file else {}).items() if value is not None}
     for assignment in assignments:
-        _assign(values, assignment)
+        _assign(kind, values, assignment)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(kind, error)) from error
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_yaml(kind: type[Settings], file: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        node, values = _parse(file.read_text(encoding="utf-8-sig"), kind, f"--config {file}")
     except OSError as error:
         raise ConfigError(f"--config {file}: {os.strerror(error.errno or 0)}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file}: no valid YAML ({' '.join(str(error).split())})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--config {file}: no valid YAML: no UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+    except _NO_YAML as error:
+        raise ConfigError(f"--config {file}: no valid YAML ({_reason(error)})") from error
+    if node is None:
+        raise ConfigError(f"--config {file}: expected keys and values, found nothing: the file is empty")
     if not isinstance(values, dict):
         raise ConfigError(f"--config {file}: expected keys and values, found {type(values).__name__}")
     return values
 
 
-def _assign(values: dict[str, Any], assignment: str) -> None:
+#: What PyYAML raises at text that is none of its own; ValueError at a date that there is not.
+_NO_YAML = (yaml.YAMLError, RecursionError, ValueError)
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+
+
+def _parse(text: str, wanted: Any, where: str, key: str = "", *, literally: bool = False) -> tuple[yaml.Node | None, Any]:
+    """A YAML document for a key of the type `wanted`, as node and as value.
+
+    Args:
+        text: the document.
+        wanted: the type's annotation.
+        where: what errors begin with.
+        key: the dotted key; empty: the whole configuration.
+        literally: where text is wanted, what YAML reads otherwise (`yes`) is the text that it is; else it is an error.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        _Check(where, literally).check(node, wanted, key)
+        return node, loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+class _Check:
+    """Finds what YAML reads otherwise than people do, with the types in view that the keys want."""
+
+    def __init__(self, where: str, literally: bool) -> None:
+        self._where, self._literally = where, literally
+        self._left = MOST_VALUES
+
+    def check(self, node: yaml.Node, wanted: Any, key: str, level: int = 0) -> None:
+        """Raise ConfigError for the first surprise in `node`."""
+        self._left -= 1
+        if self._left < 0 or level > MOST_LEVELS:
+            raise self._wrong(node, key, f"more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, aliases followed")
+        if isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                self.check(item, _inside(wanted, list), key, level + 1)
+        elif isinstance(node, yaml.MappingNode):
+            self._check_mapping(node, wanted, key, level)
+        elif node.tag not in (_TEXT, _NULL):
+            self._check_scalar(node, wanted, key)
+
+    def _check_mapping(self, node: yaml.MappingNode, wanted: Any, key: str, level: int) -> None:
+        seen: set[str] = set()
+        for name, value in node.value:
+            if name.tag == _MERGE:
+                raise self._wrong(name, key, "merge keys (<<) are not read; write the keys out")
+            if not isinstance(name, yaml.ScalarNode):
+                raise self._wrong(name, key, "a list or group stands where a key should; quote it to mean text")
+            own = f"{key}.{name.value}".lstrip(".")
+            if name.tag != _TEXT:
+                self._check_scalar(name, str, own)
+            if name.value in seen:
+                raise self._wrong(name, own, "stands here a second time; keep one of the two")
+            seen.add(name.value)
+            self.check(value, _inside(wanted, name.value), own, level + 1)
+
+    def _check_scalar(self, node: yaml.Node, wanted: Any, key: str) -> None:
+        options, kind = _options(wanted), node.tag.rpartition(":")[2]
+        if str in options:
+            if self._literally:
+                node.tag = _TEXT
+                return
+            told = "null" if node.tag == _NULL else _READ_AS.get(kind, kind)
+            raise self._wrong(node, key, f"{node.value} is read as {told}, not as text; quote it: '{node.value}'")
+        odd = kind in ("int", "float") and _ODD_NUMBER.fullmatch(node.value)
+        if kind == "timestamp" or odd or (Any in options and _ODD_WORD.fullmatch(node.value)):
+            told = f"YAML reads {node.value} as {_READ_AS.get(kind, kind)} of its own kind"
+            raise self._wrong(node, key, f"{told}; quote it to mean text, or write true, false or a plain number")
+
+    def _wrong(self, node: yaml.Node, key: str, what: str) -> ConfigError:
+        where = self._where if self._literally else f"{self._where}, line {node.start_mark.line + 1}:"
+        return ConfigError(f"{where} {key}: {what}" if key else f"{where} {what}")
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows; a Literal's values count as their types."""
+    if typing.get_origin(annotation) is Annotated:
+        return _options(typing.get_args(annotation)[0])
+    if _is_union(annotation):
+        return tuple(one for option in typing.get_args(annotation) for one in _options(option))
+    if typing.get_origin(annotation) is Literal:
+        return tuple({type(value) for value in typing.get_args(annotation)})
+    return (annotation,)
+
+
+def _inside(annotation: Any, what: Any) -> Any:
+    """What an annotation wants at a key, or (`what` is list) of its items; Any where it does not say."""
+    for option in _options(annotation):
+        if what is list:
+            if typing.get_origin(option) is list:
+                return typing.get_args(option)[0]
+        elif typing.get_origin(option) is dict:
+            return typing.get_args(option)[1]
+        elif isinstance(option, type) and issubclass(option, BaseModel) and what in option.model_fields:
+            return option.model_fields[what].annotation
+    # An unknown key is an error of its own, which says more than one about its value.
+    groups = any(isinstance(option, type) and issubclass(option, BaseModel) for option in _options(annotation))
+    return object if groups else Any
+
+
+def _assign(kind: type[Settings], values: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {assignment}: expected dotted.key=value")
-    try:
-        value = yaml.load(text, _Loader) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: {text!r} is no valid YAML ({' '.join(str(error).split())})") from error
     *parents, last = key.split(".")
+    wanted: Any = kind
     for parent in parents:
+        wanted = _inside(wanted, parent)
         # A group that the file leaves empty (`columns:`) reads as null.
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
             raise ConfigError(f"--set {key}: {parent!r} is a value, not a group of keys")
-    values[last] = value
+    values[last] = _given(key, text, _inside(wanted, last))
+
+
+def _given(key: str, text: str, wanted: Any) -> Any:
+    """What `--set key=text` means for a key of the type `wanted`."""
+    options = _options(wanted)
+    if not text:
+        return None if type(None) in options else ""
+    try:
+        node, value = _parse(text, wanted, "--set", key, literally=True)
+    except (*_NO_YAML, ConfigError) as error:
+        if str in options:
+            return _as_it_stands(key, text, "it is no sound YAML")
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"--set {key}: {_cut(repr(text))} is no valid YAML ({_cut(_reason(error))})") from error
+    if str not in options:
+        return value
+    if isinstance(node, yaml.ScalarNode):
+        whole = text[node.start_mark.index : node.end_mark.index] == text.strip()
+        if whole and (node.style in ("'", '"') or node.value in ("null", "Null", "NULL", "~")):
+            return value
+    if isinstance(node, yaml.SequenceNode) and any(typing.get_origin(option) is list for option in options):
+        return value
+    try:
+        plain = yaml.load(text, _Loader)
+    except _NO_YAML:
+        return _as_it_stands(key, text, "it is no sound YAML")
+    return text if plain == text else _as_it_stands(key, text, f"YAML would have made {_cut(repr(plain))} of it")
+
+
+def _as_it_stands(key: str, text: str, why: str) -> str:
+    said = f"--set {key}: taken as the text {_cut(repr(text))} as it stands; {why}"
+    print(without_secrets(printable(said)), file=sys.stderr)
+    return text
+
+
+def _cut(text: str, width: int = 120) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _explain(kind: type[Settings], error: ValidationError) -> str:

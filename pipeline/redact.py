@@ -156,3 +156,12 @@ def scrubbed(value: Any) -> Any:
 
 def _hides(key: Any) -> bool:
     return isinstance(key, str) and key != "key" and is_secret_name(key)
+
+
+def printable(text: str) -> str:
+    """`text` in one line, without what a terminal would obey or hide: every character that is not printable is a blank.
+
+    That is Unicode's own idea of it: controls (C0, C1, ESC), separators but the blank, format characters (bidi
+    controls, zero width), halves of surrogate pairs, and code points that nobody has assigned.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)

@@ -125,6 +125,142 @@ def test_text_that_is_no_yaml_names_its_key() -> None:
         load("generation.stop=[a")
 
 
+LITERAL = [
+    *(
+        "Count the # of cats",
+        "#hashtag",
+        "two\nlines",
+        " outer blanks ",
+        "Answer: yes or no",
+        "a: 1\na: 2",
+        '"Stop" is what?',
+    ),
+    *("yes", "on", "1e3", "2026-11-25", "2026-13-45", "012", "12:30:00", "~x", "@a", "%a", "`a`", "*a", "&a", "!x", "- a"),
+    *(
+        "a: b",
+        "[x",
+        "[a]",
+        "---",
+        "...",
+        "? a",
+        "| a",
+        "a:",
+        "'a' # b",
+        "!!python/object:os.x y",
+        "[" * 3000,
+        "null and void",
+    ),
+]
+
+
+@pytest.mark.parametrize("text", LITERAL)
+def test_text_that_is_set_is_taken_as_it_stands_and_what_yaml_makes_of_it_is_said(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load(f"input.prompts.a={text}", f"input.image_root={text}")
+    assert (settings.input.prompts["a"], settings.input.image_root) == (text, text)
+    said = capsys.readouterr().err.split("\n")
+    as_in_yaml = text in ("~x", "null and void")
+    assert [line[:40] for line in said] == (
+        [""] if as_in_yaml else ["--set input.prompts.a: taken as the text", "--set input.image_root: taken as the tex", ""]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("'null'", "null"),
+        ('"a # b"', "a # b"),
+        ('"a\\nb"', "a\nb"),
+        (" 'a' ", "a"),
+    ],
+)
+def test_null_and_whole_quoted_strings_are_yaml_where_text_is_set(
+    text: str, value: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load(f"input.prompt={text}").input.prompt == value
+    assert capsys.readouterr().err == ""
+
+
+def test_columns_in_braces_are_a_prompt_and_no_group_of_keys() -> None:
+    assert load("input.prompt={question}").input.prompt == "{question}"
+    assert load("input.prompt={question} Be brief.").input.prompt == "{question} Be brief."
+
+
+def test_text_within_lists_and_groups_that_are_set_is_taken_as_it_stands() -> None:
+    settings = load("generation.stop=[on, 012, 'a b']", "input.prompts={a: yes, b: 12:30}", "input.path=[2026-11-25, no]")
+    assert settings.generation.stop == ["on", "012", "a b"]
+    assert settings.input.prompts == {"a": "yes", "b": "12:30"}
+    assert settings.input.path == ["2026-11-25", "no"]
+    assert load("input.path=[ab]*.parquet").input.path == "[ab]*.parquet"
+
+
+ODD = "; quote it to mean text, or write true, false or a plain number"
+BOMB = "flags:\n  refusals:\n  - &a0 [x]\n" + "".join(
+    f"  - &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("input:\n  prompt: yes\n", ", line 2: input.prompt: yes is read as true or false, not as text; quote it: 'yes'"),
+        (
+            "input: {prompt: 2026-13-45}",
+            ", line 1: input.prompt: 2026-13-45 is read as a date, not as text; quote it: '2026-13-45'",
+        ),
+        ("input:\r\n  prompt: 012", ", line 2: input.prompt: 012 is read as a number, not as text; quote it: '012'"),
+        (
+            "input:\n  prompts:\n    a: 12:30:00",
+            ", line 3: input.prompts.a: 12:30:00 is read as a number, not as text; quote it: '12:30:00'",
+        ),
+        (
+            "input:\n  prompts:\n    no: a",
+            ", line 3: input.prompts.no: no is read as true or false, not as text; quote it: 'no'",
+        ),
+        ("input: {path: [a, 2026]}", ", line 1: input.path: 2026 is read as a number, not as text; quote it: '2026'"),
+        ("model: {dtype: off}", ", line 1: model.dtype: off is read as true or false, not as text; quote it: 'off'"),
+        ("generation: {seed: 012}", ", line 1: generation.seed: YAML reads 012 as a number of its own kind" + ODD),
+        (
+            "generation:\n json_schema:\n  enum: [yes]",
+            ", line 3: generation.json_schema.enum: YAML reads yes as true or false of its own kind" + ODD,
+        ),
+        ("replicas: 2\nray:\nreplicas: 3", ", line 3: replicas: stands here a second time; keep one of the two"),
+        (
+            "engine: &e {}\npreparation:\n  <<: *e",
+            ", line 3: preparation: merge keys (<<) are not read; write the keys out",
+        ),
+        (BOMB, ", line 3: flags.refusals: more than 100,000 values or 100 levels, aliases followed"),
+        ("flags: &a [*a]", ", line 1: flags: more than 100,000 values or 100 levels, aliases followed"),
+        ("[" * 3000, ": no valid YAML (nested too deep)"),
+        (
+            "replicas: !!python/object:os.x 1",
+            ': no valid YAML (tags are not read; write the value without in "<unicode string>", '
+            "line 1, column 11: replicas: !!python/object:os.x 1 ^)",
+        ),
+        ("", ": expected keys and values, found nothing: the file is empty"),
+    ],
+)
+def test_what_yaml_reads_unlike_people_is_one_line_that_names_file_line_and_key(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_bytes(content.encode())
+    with pytest.raises(ConfigError) as caught:
+        load(file=file)
+    assert str(caught.value) == f"--config {file}{message}"
+
+
+def test_files_of_windows_and_quoted_text_load_as_they_are_meant(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_bytes("\ufeffreplicas: 2\r\ninput:\r\n  prompt: 'yes'\r\n  limit: null\r\n".encode())
+    settings = load(file=file)
+    assert (settings.replicas, settings.input.prompt, settings.input.limit) == (2, "yes", None)
+
+
 def test_min_pixels_above_max_pixels_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"^model: min_pixels 200 is above max_pixels 100"):
         load("model.min_pixels=200", "model.max_pixels=100")

@@ -198,3 +198,45 @@ def test_the_summary_reads_the_same_in_a_log(summary: Summary) -> None:
         "results           3 Parquet files in s3://b/out",
         "to look at        s3://b/out/_run/report.html",
     ]
+
+
+@pytest.mark.parametrize("mark", [*"\u2028\u2029\x85\v\f\x1c\x1d\x1e\r\n\u202e\x1b", "\udcff"])
+def test_an_event_is_one_line_whatever_its_names_hold(tmp_path: Path, mark: str) -> None:
+    folder = OutputFolder(str(tmp_path))
+    hold(folder)
+    shard = f'a{mark}b{{"event": "forged"}}.jsonl'
+    with Journal(folder, "mine") as journal:
+        journal.event("shard_committed", shard=shard)
+        journal.event("run_finished")
+    assert [entry.get("shard") for entry in read_entries(folder, EVENTS)] == [shard, None]
+    # Nor does any other reader find more lines.
+    assert len(folder.read(EVENTS).decode().splitlines()) == 2
+
+
+SOUND = b'{"time": "2026-11-25T10:00:00.000+00:00", "run": "before", "event": "run_started"}\n'
+TICK = b'{"time": 1000.5, "run": "before", "rows": 3}\n'
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(b'{"time": "20', b"\xff\xfe", bytes(64), b"[1]", b"{}", b"null", b"3", b"[" * 5000),
+        *(b'{"time": 1e999, "run": "r", "rows": 1}', b'{"time": 1.0, "run": "r", "rows": "three"}'),
+        b'{"time": "then", "run": "r", "event": "run_started"}',
+    ],
+)
+def test_a_damaged_line_costs_no_other_line_and_ends_no_run(
+    tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = OutputFolder(str(tmp_path))
+    hold(folder)
+    folder.write(EVENTS, SOUND + damage)  # the last line: torn by a power cut
+    folder.write(TIMELINE, TICK + damage + b"\n" + TICK)
+    with Journal(folder, "mine") as journal:
+        journal.event("run_finished")
+    assert [(entry["run"], entry["event"]) for entry in read_entries(folder, EVENTS)] == [
+        ("before", "run_started"),
+        ("mine", "run_finished"),
+    ]
+    assert [entry["rows"] for entry in read_entries(folder, TIMELINE)] == [3, 3]
+    assert "_run/events.jsonl: 1 of 3 lines are damaged and left out" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -54,6 +55,9 @@ class Journal:
     def __init__(self, folder: OutputFolder, run: str) -> None:
         self._folder, self._run = folder, run
         self._before = {name: _read(folder, name) for name in (EVENTS, TIMELINE)}
+        for name, text in self._before.items():
+            if text and not text.endswith(b"\n"):  # torn; what follows is not torn with it
+                self._before[name] = text + b"\n"
         self._events: list[dict[str, Any]] = []
         self._samples: list[dict[str, Any]] = []
         self._spacing = SPACING
@@ -105,34 +109,48 @@ class Journal:
         try:
             check_lock(self._folder, self._run)
             for name, text in texts.items():
-                self._folder.write(name, (self._before[name] + text).encode())
+                self._folder.write(name, self._before[name] + text)
         except Exception as error:  # of whatever kind: the results are what counts
             logger.warning("cannot write the events (%s)", cause_of(error))
 
 
-def _lines(entries: list[dict[str, Any]]) -> str:
-    # Escaped: half of a surrogate pair could not be written, and other readers break lines at U+2028.
-    return "".join(json.dumps(entry) + "\n" for entry in entries)
+def _lines(entries: list[dict[str, Any]]) -> bytes:
+    return b"".join(_line(entry).encode() + b"\n" for entry in entries)
 
 
-def _read(folder: OutputFolder, name: str) -> str:
-    """The lines of a file, as far as they are whole: what a crash or a failing disk left must not end a run."""
+def _line(entry: dict[str, Any]) -> str:
+    # Names hold anything: half a surrogate pair, which is no UTF-8, or what some readers take for a line's end.
+    readable = json.dumps(entry, ensure_ascii=False)
+    return readable if readable.isprintable() else json.dumps(entry)
+
+
+def _read(folder: OutputFolder, name: str) -> bytes:
     try:
-        text = folder.read(name).decode(errors="replace")
+        return folder.read(name)
     except FileNotFoundError:
-        return ""
-    return "".join(f"{line}\n" for line in text.split("\n") if _entry(line) is not None)
-
-
-def _entry(line: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
+        return b""
 
 
 def read_entries(folder: OutputFolder, name: str) -> list[dict[str, Any]]:
-    """The entries of `EVENTS` or `TIMELINE`; none where there is no such file."""
-    # At line feeds alone: values may hold other characters at which Python would break lines.
-    return [entry for line in _read(folder, name).split("\n") if (entry := _entry(line)) is not None]
+    """The entries of `EVENTS` or `TIMELINE`; none where there is no such file. Lines that are none are left out."""
+    lines = [line for line in _read(folder, name).split(b"\n") if line.strip()]
+    entries = [entry for line in lines if (entry := _entry(line, name)) is not None]
+    if len(entries) < len(lines):
+        logger.warning("%s: %d of %d lines are damaged and left out", name, len(lines) - len(entries), len(lines))
+    return entries
+
+
+def _entry(line: bytes, name: str) -> dict[str, Any] | None:
+    """What a line says; None where it is torn, no UTF-8, or says nothing that `Journal` would write."""
+    try:
+        entry: dict[str, Any] = json.loads(line.decode())
+        sound = isinstance(entry["run"], str)
+        if name == TIMELINE:
+            datetime.fromtimestamp(entry["time"], UTC)
+            sound &= all(math.isfinite(value) for fact, value in entry.items() if fact != "run")
+        else:
+            datetime.fromisoformat(entry["time"])
+            sound &= isinstance(entry["event"], str)
+        return entry if sound else None
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, RecursionError):
+        return None

@@ -50,7 +50,7 @@ def read_log(file: Path) -> list[dict[str, float]]:
     """The entries of a stage's log. Steps that were done twice, after an interruption, count once: as done last."""
     if not file.exists():
         return []
-    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    entries = [json.loads(line) for line in file.read_text().split("\n") if line]
     return sorted({entry["step"]: entry for entry in entries}.values(), key=lambda entry: entry["step"])
 
 
