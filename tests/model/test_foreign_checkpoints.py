@@ -1,0 +1,206 @@
+"""A checkpoint is somebody else's: it writes and names nothing outside its folder, and runs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline.errors import CheckpointError
+from pipeline.model.checkpoint import open_checkpoint
+from pipeline.model.prompt import PromptProcessor
+from pipeline.model.sources import TensorFiles, localise
+
+ROOT = Path(__file__).parents[2]
+
+
+class Bucket(MemoryFileSystem):
+    """A store that lists whatever keys its owner gave it, as object stores do."""
+
+    protocol = "bucket"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    keys: ClassVar[dict[str, bytes]] = {}
+    copied: ClassVar[list[str]] = []
+    fails_at: ClassVar[set[str]] = set()
+
+    def find(self, path: str, maxdepth: Any = None, withdirs: bool = False, detail: bool = False, **_: Any) -> Any:
+        return {f"{path}/{key}": {"name": key, "size": len(data), "type": "file"} for key, data in self.keys.items()}
+
+    def ukey(self, path: str) -> str:
+        return str(hash(self.keys[path.partition("ckpt/")[2]]))
+
+    def get_file(self, rpath: str, lpath: str, **_: Any) -> None:  # type: ignore[override]
+        key = rpath.partition("ckpt/")[2]
+        self.copied.append(key)
+        if key in self.fails_at:
+            Path(lpath).write_bytes(b"half")
+            raise ConnectionResetError("gone")
+        Path(lpath).write_bytes(self.keys[key])
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Bucket]:
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    monkeypatch.setenv("AWAKER_CACHE", str(tmp_path / "home/cache"))
+    Bucket.keys.clear()
+    Bucket.copied.clear()
+    Bucket.fails_at.clear()
+    return Bucket
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "../../../.bashrc.json",
+        "a/../../x.json",
+        "..\\..\\x.json",
+        "~/x.json",
+        "a//b.json",
+        "x\0.json",
+        "../x.json",
+    ],
+)
+def test_a_key_that_leads_out_of_the_cache_is_refused_and_nothing_is_written(
+    key: str, bucket: type[Bucket], tmp_path: Path
+) -> None:
+    bucket.keys.update({"config.json": b"{}", key: b"evil"})
+    with pytest.raises(CheckpointError, match=r"model.base: 'bucket://b/ckpt' holds a file called .* outside its folder"):
+        localise("bucket://b/ckpt", "model.base")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_only_what_a_model_consists_of_is_copied(bucket: type[Bucket]) -> None:
+    bucket.keys.update(
+        {"config.json": b"{}", "model.safetensors": b"w", "evil.py": b"x", "tf_model.h5": b"x", ".bashrc": b"x"}
+    )
+    folder = localise("bucket://b/ckpt", "model.base")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_weights_that_changed_are_copied_anew_though_their_size_did_not_and_what_is_gone_is_gone(
+    bucket: type[Bucket],
+) -> None:
+    bucket.keys.update({"config.json": b"{}", "a.safetensors": b"old", "b.safetensors": b"old"})
+    before = localise("bucket://b/ckpt", "model.base")
+    assert localise("bucket://b/ckpt", "model.base") == before
+    assert len(bucket.copied) == 3
+    bucket.keys["a.safetensors"] = b"new"
+    del bucket.keys["b.safetensors"]
+    after = localise("bucket://b/ckpt", "model.base")
+    assert (after / "a.safetensors").read_bytes() == b"new"
+    assert not (after / "b.safetensors").exists()
+    assert (before / "a.safetensors").read_bytes() == b"old"  # replicas that have it open keep it
+
+
+def test_a_copy_that_broke_off_is_never_taken_for_whole(bucket: type[Bucket]) -> None:
+    bucket.keys.update({"config.json": b"{}", "model.safetensors": b"weights"})
+    bucket.fails_at.add("model.safetensors")
+    with pytest.raises(CheckpointError, match="model.base: cannot copy .*ConnectionResetError"):
+        localise("bucket://b/ckpt", "model.base")
+    bucket.fails_at.clear()
+    assert (localise("bucket://b/ckpt", "model.base") / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_replicas_that_ask_at_once_copy_once(bucket: type[Bucket]) -> None:
+    bucket.keys.update({"config.json": b"{}", "model.safetensors": b"weights"})
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(localise("bucket://b/ckpt", "model.base"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    assert len(found) == 4
+    assert len(bucket.copied) == 2
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../x.safetensors", "", "..\\x.safetensors"])
+def test_an_index_names_no_file_outside_its_folder(name: str, golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "released/base", tmp_path / "ckpt")
+    (tmp_path / "ckpt/model.safetensors").write_bytes(b"x")
+    (tmp_path / "other.safetensors").write_bytes(b"x")
+    (tmp_path / "ckpt/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=r"model.base: .*index.json names a file called .* outside its folder"):
+        TensorFiles.open(tmp_path / "ckpt", "model.base")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}'])
+def test_an_index_that_cannot_be_read_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match="model.base: cannot read .*index.json"):
+        TensorFiles.open(tmp_path, "model.base")
+
+
+EVIL = """
+open({mark!r}, "a").write(__name__)
+from transformers import PretrainedConfig
+class C(PretrainedConfig):
+    model_type = "evil"
+class P: pass
+"""
+
+
+CHANGES: list[tuple[str, dict[str, Any]]] = [
+    ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}),
+    ("config.json", {"model_type": "evil"}),
+    ("preprocessor_config.json", {"processor_class": "EvilP", "auto_map": {"AutoProcessor": "evil.P"}}),
+    ("tokenizer_config.json", {"tokenizer_class": "EvilT", "auto_map": {"AutoTokenizer": ["evil.P", None]}}),
+]
+LOADING = """
+import sys
+from pipeline.errors import CheckpointError
+from pipeline.model.prompt import PromptProcessor
+for folder in sys.argv[1:]:
+    try:
+        PromptProcessor.from_settings(folder, None, None)
+        print("loaded")
+    except CheckpointError as error:
+        print("refused:", error)
+"""
+
+
+def test_a_checkpoints_own_code_is_neither_run_nor_asked_about(golden: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    folders = []
+    for number, (file, changes) in enumerate(CHANGES):
+        base = shutil.copytree(golden / "released/base", tmp_path / f"ckpt-{number}")
+        (base / "evil.py").write_text(EVIL.format(mark=str(mark)))
+        told = json.loads((base / file).read_text()) if (base / file).exists() else {}
+        (base / file).write_text(json.dumps({**told, **changes}))
+        folders.append(str(base))
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, *folders],
+        cwd=ROOT,
+        input="y\n" * 9,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        check=False,
+    )
+    assert not mark.exists()
+    assert "y/N" not in done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(CHANGES)
+    assert all(line.startswith("refused: model.base: ") for line in lines[:2])
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"model_type": 3}', '{"model_type": "llama"}'])
+def test_a_config_that_cannot_be_read_is_an_error_in_one_line(content: str, golden: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(golden / "released/base", tmp_path / "ckpt")
+    (base / "config.json").write_text(content)
+    for load in (lambda: open_checkpoint(str(base), None), lambda: PromptProcessor.from_settings(str(base), None, None)):
+        with pytest.raises(CheckpointError) as caught:
+            load()
+        assert "\n" not in str(caught.value)
