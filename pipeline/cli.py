@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pipeline.config import JobSettings, Settings, load_settings
 from pipeline.errors import JobError, Stopped
-from pipeline.redact import without_secrets
+from pipeline.redact import printable, without_secrets
 
 #: Exit code of a job that was pointless from the start: configuration, input, output or checkpoint.
 EXIT_POINTLESS = 2
@@ -24,6 +24,13 @@ EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 143
 
 T = TypeVar("T", bound=Settings)
+
+
+class _OneLine(logging.Formatter):
+    """Log lines whose names and causes a terminal cannot obey, and that forge no further line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        return printable(super().formatMessage(record))
 
 
 def main(
@@ -80,13 +87,15 @@ def main(
         )
     parser.add_argument("--dry-run", action="store_true", help="check and say what would run; load no model")
     parsed = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # Tokenizers fork-safety warning: preparing actors tokenize in one thread anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         work(load_settings(kind, parsed.config, parsed.assignments), parsed.dry_run)
     except JobError as error:
-        print(f"error: {without_secrets(' '.join(str(error).split()))}", file=sys.stderr)
+        print(printable(f"error: {without_secrets(' '.join(str(error).split()))}"), file=sys.stderr)
         return EXIT_POINTLESS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

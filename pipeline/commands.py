@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.cli import EXIT_POINTLESS, main
 from pipeline.config import JobSettings, Settings
+from pipeline.redact import printable
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
         model, output = settings.model, settings.output
         checkpoint = open_checkpoint(model.base, model.adapter, lora_alpha=model.lora_alpha)
         if dry_run:
-            print(f"# configuration\n{as_yaml(settings)}\n# would convert {len(checkpoint.files.tensors)} tensors")
+            lines = ["# configuration", *as_yaml(settings).split("\n")]
+            print("\n".join(map(printable, lines)), f"# would convert {len(checkpoint.files.tensors)} tensors", sep="\n")
             return
         dtype = DTYPES[model.dtype] if model.dtype else None
         done = convert(checkpoint, Path(output.path).expanduser(), dtype, output.shard_bytes)
-        print(f"wrote {done.tensors} tensors, {done.bytes:,} bytes, in {done.files} files to {done.folder}")
+        print(printable(f"wrote {done.tensors} tensors, {done.bytes:,} bytes, in {done.files} files to {done.folder}"))
 
     return ConvertSettings, work
 
@@ -84,9 +86,9 @@ def _report() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
         folder = OutputFolder(settings.output.path)
         if dry_run:
-            print(f"would write {folder.url}/{REPORT}")
+            print(printable(f"would write {folder.url}/{REPORT}"))
         else:
-            print(write_report(folder, settings.rows, settings.seed))
+            print(printable(write_report(folder, settings.rows, settings.seed)))
 
     return ReportSettings, work
 
@@ -100,7 +102,7 @@ def _verify() -> tuple[type[Settings], Callable[[Any, bool], None]]:
         from pipeline.verify import verify
 
         found = verify(OutputFolder(settings.output.path), remove_superseded=settings.remove_superseded and not dry_run)
-        print("\n".join(found.lines()))
+        print("\n".join(map(printable, found.lines())))
         if found.problems:
             raise OutputError(f"output.path: {found.url} has {len(found.problems)} problems: {found.problems[0]}")
         if found.missing:
@@ -119,10 +121,10 @@ def _export() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
         results, target = OutputFolder(settings.output.path), OutputFolder(settings.export.path)
         if dry_run:
-            print(f"would write {len(results.results())} files to {target.url}")
+            print(printable(f"would write {len(results.results())} files to {target.url}"))
             return
         for file in export(results, target, settings.export.format):
-            print(file)
+            print(printable(file))
 
     return ExportSettings, work
 

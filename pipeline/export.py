@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
 import logging
 import posixpath
+import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +30,13 @@ Row = dict[str, Any]
 #: Result files kept at hand while tars are written: the rows of one tar lie in several, and those of the next in some of
 #: the same.
 FILES_IN_MEMORY = 16
+
+#: Bytes of one part of a member's name: filesystems take 255, of which an extension needs some.
+MEMBER_BYTES = 200
+#: Not as they are in the name of a tar's member: controls, format characters, halves of surrogate pairs, `%` (which
+#: encodes), a backslash and a colon (Windows), and in a key the dot.
+_UNSAFE = re.compile(r"[%\\:\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_UNSAFE_IN_KEYS = re.compile(_UNSAFE.pattern.replace("[%", "[.%"))
 
 _FINISH_REASONS = {"stop": "stop", "length": "length", "repetition": "length"}
 
@@ -93,6 +102,28 @@ def _tars(results: OutputFolder, manifest: Manifest, commits: Sequence[Commit]) 
         yield f"{stem}.tar", _tar(row for _, row in sorted(found, key=lambda pair: pair[0]))
 
 
+def member_name(id_: str) -> str:
+    """An id as the name of a tar's member: a relative path that leads nowhere else, the same for no other id.
+
+    The keys of WebDatasets stay as they are. What a path would interpret, or a WebDataset's reader (a dot ends the key), is
+    percent-encoded; an empty part is a single %, and the end of a very long one gives way to a digest.
+    """
+    *folders, name = id_.split("/")
+    return "/".join([*(_part(folder, _UNSAFE) for folder in folders), _part(name, _UNSAFE_IN_KEYS)])
+
+
+def _part(text: str, unsafe: re.Pattern[str]) -> str:
+    if not text:
+        return "%"
+    if text.strip(".") == "":  # `.` and `..`
+        return "%2E" * len(text)
+    part = unsafe.sub(lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass")), text)
+    if len(part.encode()) <= MEMBER_BYTES:
+        return part
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return part.encode()[: MEMBER_BYTES - 34].decode(errors="ignore") + f"%~{digest}"
+
+
 def _tar(rows: Iterable[Row]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -101,7 +132,7 @@ def _tar(rows: Iterable[Row]) -> bytes:
             if row.get("text") is not None:
                 members["answer.txt"] = row["text"]
             for extension, text in members.items():
-                info = tarfile.TarInfo(f"{row['id']}.{extension}")
+                info = tarfile.TarInfo(f"{member_name(row['id'])}.{extension}")
                 info.size = len(text.encode())
                 tar.addfile(info, io.BytesIO(text.encode()))
     return buffer.getvalue()

@@ -18,6 +18,7 @@ from pipeline.errors import InputError
 from pipeline.io.plan import InputPlan, Shard, iter_ids, plan_input
 from pipeline.io.rowset import RowSet
 from pipeline.io.write import RESERVED_COLUMNS
+from pipeline.redact import printable
 from pipeline.rows import PreparedRow, prepared_rows
 
 #: Most columns of a terminal that a picture takes.
@@ -97,11 +98,6 @@ def _read(plan: InputPlan, shard: Shard, number: int) -> pa.Table:
     (piece,) = pieces(shard, RowSet.range(number, number + 1))
     (table,) = read_piece(piece, plan, 1)
     return table
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal would obey: rows are untrusted."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def as_blocks(image: np.ndarray, columns: int) -> Text:

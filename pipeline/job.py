@@ -41,7 +41,7 @@ from pipeline.io.write import RESERVED_COLUMNS, Written, layout_schema
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
 from pipeline.progress import Watch
-from pipeline.redact import cause_of, without_secrets
+from pipeline.redact import cause_of, printable, without_secrets
 from pipeline.resources import TASK_CPUS, Resources, share_cluster
 from pipeline.rows import SETTINGS
 from pipeline.summary import Summary
@@ -158,7 +158,7 @@ def describe(job: Job) -> str:
     columns = plan.columns
     lines = [
         "# configuration",
-        as_yaml(settings).rstrip(),
+        *as_yaml(settings).rstrip().split("\n"),
         "",
         f"# input: {plan.summary}",
     ]
@@ -190,7 +190,7 @@ def describe(job: Job) -> str:
         f"{job.task}: {plan.rows:,} rows on {settings.replicas} replica(s), model of {shape.layers} layers, {adapter}, "
         f"{settings.model.dtype}, results to {settings.output.path}",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _own_settings(job: Job) -> list[str]:
@@ -287,7 +287,7 @@ def give_back(lease: Lease) -> None:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _report(folder: OutputFolder, lease: Lease) -> None:
@@ -433,7 +433,8 @@ class _Rounds:
         try:
             _stop_on_sigterm()  # again: connecting to Ray installs a handler of Ray's
             if not self.seconds:
-                print(f"input: {self._job.plan.summary}", *_own_settings(self._job), sep="\n", file=sys.stderr, flush=True)
+                for line in (f"input: {self._job.plan.summary}", *_own_settings(self._job)):
+                    _tell(line)
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
             resources = share_cluster(settings, sum(cpus) or 1.0, sum(gpus), max(cpus))
@@ -565,12 +566,12 @@ def show_answers(job: Job, console: Console) -> None:
     for row in table.take([i * len(table) // shown for i in range(shown)]).to_pylist():
         if columns:
             told = ((row[f"prompt_{name}"], row[f"text_{name}"], row[f"error_{name}"]) for name in columns)
-            lines = [row["id"]]
+            lines = [printable(row["id"])]
             lines += [f"    {_short(prompt)}  {_short(f'! {error}' if error else text)}" for prompt, text, error in told]
             console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
             continue
         answer = f"! {row['error']}" if row["error"] else row["text"]
-        lines = [f"{row['id']}  {_short(row['prompt'])}", f"    {_short(answer)}"]
+        lines = [f"{printable(row['id'])}  {_short(row['prompt'])}", f"    {_short(answer)}"]
         if job.truth and row[job.truth.column] is not None:
             expected = str(row[job.truth.column])
             verdict = "right" if is_right(row["text"], expected) else "wrong"
@@ -579,8 +580,7 @@ def show_answers(job: Job, console: Console) -> None:
 
 
 def _short(text: str | None, width: int = 140) -> str:
-    # Answers are untrusted: control characters would reach the terminal.
-    clean = "".join(c if c.isprintable() else " " for c in text or "")
+    clean = printable(text or "")
     return clean if len(clean) <= width else clean[: width - 1] + "…"
 
 

@@ -25,6 +25,7 @@ from pipeline.io.listing import find_shards
 from pipeline.io.manifest import Manifest
 from pipeline.io.storage import OutputFolder
 from pipeline.job import Task, check_job, give_back, run_job, run_name
+from pipeline.redact import printable
 from pipeline.summary import Summary
 
 SUCCESS = "_SUCCESS"
@@ -170,7 +171,7 @@ def _run_parts(
     today = PREFIX + (settings.nightly.date or datetime.now(UTC).date().isoformat())
     work = plan_night(read_partitions(root), listing, today, retry=settings.output.retry_errors)
     if not work:
-        print(f"nothing new in {len(listing):,} shards since {root.url} was written last")
+        print(printable(f"nothing new in {len(listing):,} shards since {root.url} was written last"))
     summaries = []
     for part in work:
         if part.waiting:
@@ -178,7 +179,7 @@ def _run_parts(
         if not part.shards:
             continue
         if lease is None:
-            print(f"{len(part.shards):,} shards would go to {root.url}/{part.partition}")
+            print(printable(f"{len(part.shards):,} shards would go to {root.url}/{part.partition}"))
             continue
         _tell(f"{len(part.shards):,} shards for {root.url}/{part.partition}")
         summaries.append(_run(settings, settings.nightly.task, root, part, lease))
@@ -203,4 +204,4 @@ def _run(settings: NightlySettings, task: Task, root: OutputFolder, part: Work, 
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

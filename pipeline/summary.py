@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.io.write import Written
+from pipeline.redact import printable
 
 
 def duration(seconds: float) -> str:
@@ -123,6 +124,7 @@ class Summary:
             ("results", f"{files} in {self.output}"),
             ("to look at", f"{self.output}/_run/report.html"),
         ]
+        lines = [(printable(name), printable(value)) for name, value in lines]
         width = max(len(name) for name, _ in lines)
         for name, value in lines:
             console.print(f"{name:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False)

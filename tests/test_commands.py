@@ -14,7 +14,8 @@ import pytest
 from pipeline import commands
 from pipeline.commands import COMMANDS
 from pipeline.config import load_settings
-from pipeline.inspection import as_blocks, printable
+from pipeline.inspection import as_blocks
+from pipeline.redact import printable
 from tests.io.shards import write_shard
 from tests.jobs.support import ROOT, expected_rows, released_model, run_script_here, sets
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.config import OutputSettings
 from pipeline.errors import OutputError
-from pipeline.export import Form, export
+from pipeline.export import Form, _tar, export, member_name
 from pipeline.io.commits import OutputLog
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
@@ -111,3 +114,51 @@ def test_only_tars_can_have_tars_beside_them(results: OutputFolder, tmp_path: Pa
     results.write("_run/manifest.json", json.dumps({**said, "shards": {"file:///a.parquet": [1, "", 3]}}).encode())
     with pytest.raises(OutputError, match=r"export.format: file:///a.parquet is no tar"):
         list(export(results, OutputFolder(str(tmp_path / "x")), "webdataset"))
+
+
+HOSTILE = (
+    "../../x",
+    "/x",
+    "..",
+    ".",
+    "",
+    "a//b",
+    "a/",
+    "/",
+    "a/../b",
+    "x\0y",
+    "a\nb",
+    "C:/x",
+    "a\\..\\b",
+    "%2E",
+    "%",
+    "a.b",
+    "a%2Eb",
+)
+HOSTILE += ("\u202e", "~/x", "-rf", "x" * 5000, "y" * 5000, "é" * 300)
+
+
+def test_ids_are_no_paths_in_a_tar(tmp_path: Path) -> None:
+    names = [member_name(id_) for id_ in HOSTILE]
+    assert len(set(names)) == len(HOSTILE)
+    for name in names:
+        parts = name.split("/")
+        assert not {"", ".", ".."} & set(parts), name
+        assert all(len(part.encode()) <= 220 for part in parts)
+        assert name.isprintable()
+    for key in ("train/00/001", "000017", "set/a b", "图片/1"):
+        assert member_name(key) == key
+    (tmp_path / "in").mkdir()
+    where = tmp_path / "in/answers.tar"
+    where.write_bytes(_tar({"id": id_, "text": "says"} for id_ in HOSTILE))
+    with tarfile.open(where) as tar:
+        tar.extractall(tmp_path / "in/out")  # without a filter, as Python 3.11 does
+        told = {json.load(tar.extractfile(m))["id"] for m in tar if m.name.endswith(".json")}  # type: ignore[arg-type]
+    assert told == set(HOSTILE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["answers.tar", "out"]
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_no_two_ids_share_a_members_name(first: str, second: str) -> None:
+    assert (member_name(first) == member_name(second)) == (first == second)

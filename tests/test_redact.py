@@ -1,12 +1,27 @@
 """Credentials do not leave: not in texts, not in written configurations."""
 
+import io
+import logging
 import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from pipeline.config import JobSettings, as_yaml
+from pipeline.cli import main
+from pipeline.config import JobSettings, ReportSettings, as_yaml
+from pipeline.errors import JobError
+from pipeline.io.accuracy import Accuracy
 from pipeline.io.fetch import shown
-from pipeline.redact import LOOKED_AT, SHOWN, cause_of, one_line, scrubbed, without_secrets
+from pipeline.io.write import Written
+from pipeline.job import show_answers
+from pipeline.redact import LOOKED_AT, SHOWN, cause_of, one_line, printable, scrubbed, without_secrets
+from pipeline.summary import Summary
 
 SECRET = "hunter2hunter2"
 
@@ -89,7 +104,7 @@ def test_a_written_configuration_holds_no_credentials() -> None:
     assert "s3://***@in/" in as_yaml(settings)
 
 
-HOSTILE = [
+PIECES = [
     "http://",
     "secret_access_",
     "://a",
@@ -108,7 +123,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("piece", HOSTILE)
+@pytest.mark.parametrize("piece", PIECES)
 def test_a_hostile_text_takes_no_longer_than_its_length(piece: str) -> None:
     began = time.monotonic()
     without_secrets(piece * (200_000 // len(piece)))
@@ -137,3 +152,53 @@ def test_values_under_the_names_of_secrets_are_hidden() -> None:
         "list": ["s3://***@b"],
         "tokens": 3,
     }
+
+
+#: A clear screen, a title, C1's own ESC, an overwritten line, bidi override and isolate, zero width, half a surrogate pair.
+HOSTILE = "a\x1b[2J\x1b]0;t\x07\x9b31m\r\n\x00\u202e\u2066\u200b\ufeff\u2028\u2029\ud800\x7fz"
+
+
+def test_what_a_terminal_would_obey_or_hide_is_blank_and_all_else_stays() -> None:
+    assert printable(HOSTILE) == "a [2J ]0;t  31m" + " " * 11 + "z"
+    assert printable("naïve 描述 🙂 ½ [x] \\u202e") == "naïve 描述 🙂 ½ [x] \\u202e"
+
+
+def test_a_job_s_last_words_hold_nothing_that_a_terminal_obeys() -> None:
+    written = Written(errors=Counter({HOSTILE: 1}), accuracy=Accuracy(Counter({(HOSTILE, "b"): 2}), Counter()), rows=3)
+    out = io.StringIO()
+    Summary(f"out{HOSTILE}", written, Counter(), 1.0, 1.0, Counter()).print(Console(file=out))
+    told = out.getvalue()
+    assert told.count("[2J") == 4
+    assert all(line.isprintable() for line in told.split("\n"))
+
+
+def test_the_answers_shown_hold_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    hostile = HOSTILE.replace("\ud800", "")  # no Parquet file can hold that
+    table = pa.table({"id": [hostile], "prompt": [hostile], "text": [None], "error": [hostile], "truth": [hostile]})
+    pq.write_table(table, tmp_path / "part-x.parquet")
+    job: Any = SimpleNamespace(
+        settings=SimpleNamespace(output=SimpleNamespace(path=str(tmp_path), prompts="rows")),
+        plan=SimpleNamespace(names=()),
+        truth=SimpleNamespace(column="truth"),
+    )
+    out = io.StringIO()
+    show_answers(job, Console(file=out))
+    lines = out.getvalue().split("\n")
+    assert len(lines) == 3
+    assert all(line.isprintable() for line in lines)
+    assert out.getvalue().count("[2J") == 4
+
+
+def test_errors_and_log_lines_hold_nothing_that_a_terminal_obeys(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+
+    def work(settings: Any, dry_run: bool) -> None:
+        logging.getLogger("x").warning("shard %s", HOSTILE + "\n2026-11-26 00:00:00,000 ERROR forged")
+        raise JobError(f"id {HOSTILE}")
+
+    assert main("", ReportSettings, work, arguments=["--set", "output.path=o"]) == 2
+    lines = capsys.readouterr().err.split("\n")
+    assert [line.split(" ")[0] for line in lines[1:]] == ["error:", ""]
+    assert all(line.isprintable() for line in lines)

@@ -17,11 +17,12 @@ import pytest
 from pipeline.actors.samples import EACH, SAMPLE_SCHEMA, SIDE, RowSampler, as_jpeg
 from pipeline.config import OutputSettings
 from pipeline.errors import OutputError
-from pipeline.io.commits import OutputLog
-from pipeline.io.journal import Journal
+from pipeline.io.commits import SAMPLES, OutputLog
+from pipeline.io.journal import EVENTS, TIMELINE, Journal
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import REPORT, OutputFolder
 from pipeline.io.write import output_schema
+from pipeline.report import charts
 from pipeline.report.page import write_report
 from pipeline.rows import PLACE_SCHEMA, ROW, SHARD
 from tests.browser import browser  # noqa: F401  (a fixture)
@@ -175,6 +176,8 @@ def test_a_click_shows_the_picture_and_every_column(page: Any) -> None:
     shown = page.locator("#detail").inner_text()
     for text in ("row 4", "How many?", "two", "104 in the prompt, 64 of them visual; 9 new", HOSTILE):
         assert text in shown
+    # The model's, and the input's column of that name behind it.
+    assert page.locator("#detail th", has_text="answer").count() == 2
     size = page.locator("#detail img").evaluate("image => [image.naturalWidth, image.naturalHeight]")
     assert size == [84, 56]
     page.keyboard.press("Escape")
@@ -187,6 +190,39 @@ def test_what_rows_say_stays_text(page: Any) -> None:
     page.wait_for_timeout(200)
     assert page.title() == f"vqa report: {page.url.removeprefix('file://').removesuffix('/' + REPORT)}"
     assert page.locator("main img[src=x], dialog img[src=x], main script").count() == 0
+
+
+@pytest.mark.parametrize(
+    "prompt", ["<b>bold</b>", '<a href="https://example.com">x</a>', "a&lt;b", "$x^2$ and $y$", "a\x1b[2J\u202eb"]
+)
+def test_a_prompt_is_text_in_a_chart_s_labels(prompt: str) -> None:
+    drawn = charts.experts_by_prompt(
+        [{"prompt": prompt, "prefill_route": [0, 1]}, {"prompt": "2", "prefill_route": [0, 1]}]
+    )
+    assert drawn is not None
+    label = drawn.data[0].y[1]
+    assert label.isprintable()
+    assert not set("<>&$") & set(label)
+    assert len(label) == min(30, len(prompt))
+    assert drawn.layout.yaxis.type == "category"
+
+
+def test_damaged_lines_and_samples_and_names_that_are_no_utf_8_cost_no_report(tmp_path: Path) -> None:
+    folder = OutputFolder(str(tmp_path))
+    folder.make()
+    hold(folder)
+    folder.write("_run/config.yaml", b"{}\n")
+    manifest = {"task": "vqa", "settings": {}, "model": {}, "code": "0", "shards": {"file:///\udcff.parquet": (1, "v", 1)}}
+    folder.write("_run/manifest.json", json.dumps(manifest).encode())
+    with Journal(folder, "mine") as journal:
+        journal.event("shard_committed", shard="file:///\udcff\u2028.parquet")
+    folder.write(EVENTS, folder.read(EVENTS) + b'{"torn')
+    folder.write(TIMELINE, b"\xff\n[1]\n{}\n")
+    folder.write(f"{SAMPLES}/00000-mine-torn.arrow", b"ARROW1")
+    write_report(folder)
+    page = folder.read(REPORT).decode()
+    assert "shard_committed" in page
+    assert "file:///?" in page
 
 
 def test_it_is_readable_on_a_phone_and_in_the_dark(output: OutputFolder, browser: Any) -> None:  # noqa: F811

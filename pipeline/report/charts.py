@@ -12,12 +12,15 @@ import numpy as np
 import plotly.graph_objects as go
 
 from pipeline.actors.looks import STAGES
+from pipeline.redact import printable
 
 #: Experts' colours, distinct for the colour-blind, too (Okabe and Ito); a fifth expert begins again.
 EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 #: What people call the stages whose own name says too little.
 _STAGE_LABELS = {"encode": "vision, gates", "admit": "choose", "step": "prefill, decode"}
 PROMPTS = 8
+#: What Plotly reads as the beginning of a tag, an entity or a formula, and what looks the same.
+_LOOKALIKES = str.maketrans("<>&$", "＜＞＆＄")
 BINS = 40
 
 Entries = Sequence[Mapping[str, Any]]
@@ -192,11 +195,13 @@ def experts_by_prompt(rows: Entries) -> go.Figure | None:
         name = f"expert {expert}"
         traces.append(go.Bar(x=share[::-1], y=labels[::-1], name=name, orientation="h", marker_color=colour))
     axis = {"tickformat": ".0%", "range": [0, 1]}
-    figure = _figure(traces, "Experts by prompt, at prefill", barmode="stack", xaxis=axis, yaxis={"automargin": True})
+    # Of a kind that is named: Plotly takes prompts such as 1 and 2, or dates, for places on a scale.
+    named = {"automargin": True, "type": "category"}
+    figure = _figure(traces, "Experts by prompt, at prefill", barmode="stack", xaxis=axis, yaxis=named)
     return figure.update_layout(height=110 + 32 * len(common))
 
 
 def _short(text: str, width: int = 30) -> str:
-    """A label: Plotly reads tags in labels, and prompts are untrusted."""
-    clean = "".join(c if c.isprintable() and c not in "<>&" else " " for c in text)
+    """A label: Plotly reads tags, entities and formulas in labels, and prompts are untrusted."""
+    clean = printable(text).translate(_LOOKALIKES)
     return clean if len(clean) <= width else clean[: width - 1] + "…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from pipeline.io.manifest import Manifest
 from pipeline.io.storage import OutputFolder
 from pipeline.io.write import COUNT_COLUMNS, RESERVED_COLUMNS, Written
 from pipeline.rows import PLACE_SCHEMA
+
+logger = logging.getLogger(__name__)
 
 #: Output files whose numbers are read: enough to be typical of any output.
 FILES = 64
@@ -111,12 +114,20 @@ def _samples(folder: OutputFolder) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     with ThreadPoolExecutor(READING_THREADS) as pool:
         for data in pool.map(folder.read, names):
-            for row in pa.ipc.open_file(data).read_all().to_pylist():
+            for row in _rows(data):
                 place = tuple(row[name] for name in PLACE_SCHEMA.names)
                 found.pop(place, None)  # answered again: the later answer counts, and stands where it was given
                 found[place] = row
     rows = list(found.values())
     return [row for why, most in SHOWN.items() for row in [one for one in rows if one["sample"] == why][-most:]]
+
+
+def _rows(data: bytes) -> list[dict[str, Any]]:
+    try:
+        return pa.ipc.open_file(data).read_all().to_pylist()
+    except pa.ArrowInvalid:  # torn by a power cut: samples, not results
+        logger.warning("a file of samples is damaged and left out")
+        return []
 
 
 def shown_columns(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -69,13 +69,14 @@ function show(row) {
     body.append(image);
   }
   const [prompt, visual, answer] = row.tokens;
-  const facts = { id: row.id, prompt: row.prompt, answer: row.text, truth: row.truth, error: row.error };
-  facts.flags = row.flags.join(", ");
-  facts["finish reason"] = row.finish;
-  if (answer !== null) facts.tokens = `${prompt} in the prompt, ${visual} of them visual; ${answer} new`;
-  Object.assign(facts, row.extras);
+  const told = { id: row.id, prompt: row.prompt, answer: row.text, truth: row.truth, error: row.error };
+  told.flags = row.flags.join(", ");
+  told["finish reason"] = row.finish;
+  if (answer !== null) told.tokens = `${prompt} in the prompt, ${visual} of them visual; ${answer} new`;
+  // One behind the other: a column may be called as one of ours is, and must not stand in its place.
+  const facts = [...Object.entries(told), ...Object.entries(row.extras)];
   const table = element("table");
-  for (const [name, value] of Object.entries(facts)) {
+  for (const [name, value] of facts) {
     if (value === null || value === undefined || value === "") continue;
     const line = element("tr");
     line.append(element("th", "", name), element("td", "", value));

@@ -35,7 +35,7 @@ def write_report(folder: OutputFolder, most_rows: int = 20_000, seed: int = 0) -
     Raises:
         OutputError: no run of this program began here.
     """
-    folder.write(REPORT, render(gather(folder, most_rows, seed)).encode())
+    folder.write(REPORT, render(gather(folder, most_rows, seed)).encode(errors="replace"))
     return f"{folder.url}/{REPORT}"
 
 
