@@ -25,8 +25,8 @@ from pipeline.actors.images import decode_image, image_size
 from pipeline.config import ImageSettings
 from pipeline.errors import RowError
 
-#: What is decoded in this process has no more bytes, pixels, header parts, and scans times pixels: a second or so of CPU.
-SMALL_BYTES, SMALL_PIXELS, FEW_PARTS, FEW_SCANNED = 32 << 20, 32_000_000, 2_000, 400_000_000
+#: What is decoded in this process has no more bytes, pixels, header parts, and scans times pixels: a second or two of CPU.
+SMALL_BYTES, SMALL_PIXELS, FEW_PARTS, FEW_SCANNED = 32 << 20, 64_000_000, 2_000, 400_000_000
 #: The other process is killed after so many times `images.decode_seconds`, should it wait instead of computing.
 PATIENCE = 20
 

@@ -32,6 +32,7 @@ from pipeline.rows import (
     READ_SCHEMA,
     REFERENCES,
     ROW,
+    SETTINGS,
     SHARD,
     PreparedRow,
     prepared_rows,
@@ -181,7 +182,8 @@ def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answere
 
     images = [[b"deadly" if row == 3 else picture(seed=row)] for row in range(6)]
     columns = {ID: [str(row) for row in range(6)], IMAGES: images, REFERENCES: [[None]] * 6, PROMPT: ["What?"] * 6}
-    table = pa.table({**columns, MESSAGES: pa.nulls(6, pa.string()), ERROR: pa.nulls(6, pa.string())}, READ_SCHEMA)
+    nothing = {name: pa.nulls(6, pa.string()) for name in (MESSAGES, SETTINGS, ERROR)}
+    table = pa.table({**columns, **nothing}, READ_SCHEMA)
     places = {SHARD: pa.array(["a"] * 6), ROW: pa.array(range(6), pa.int64()), QUESTION: pa.array([""] * 6)}
     for name, values in places.items():
         table = table.append_column(name, values)
