@@ -70,6 +70,8 @@ def _of_png(data: bytes) -> tuple[int, int] | None:
     for _ in range(4 * FEW_PARTS):
         if at + 8 > len(data):
             return width, height
+        if data[at + 4 : at + 8] == b"IHDR" and at > len(png.SIGNATURE):
+            return None  # the last is the one that counts
         at += 12 + struct.unpack_from(">I", data, at)[0]
     return None
 

@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline.actors.decoder import Decoder, soon_decoded
-from pipeline.actors.images import decode_image
+from pipeline.actors.images import decode_image, image_size
 from pipeline.config import ImageSettings
 from pipeline.errors import RowError
 from tests.io.shards import picture
@@ -95,6 +96,14 @@ def test_headers_without_end_are_not_read_here() -> None:
     assert not soon_decoded(jpeg[:2] + b"\xff\xfe\0\2" * 3000 + jpeg[2:])
     at = png.index(b"IDAT") - 4
     assert not soon_decoded(png[:at] + (bytes(4) + b"ABCD" + struct.pack(">I", 0xDB1720A5)) * 9000 + png[at:])
+
+
+def test_a_png_that_tells_two_sizes_has_the_one_that_is_decoded(decoder: Decoder) -> None:
+    png = picture(64, 48)
+    second = b"IHDR" + struct.pack(">II", 7000, 6000) + png[24:29]
+    data = png[:33] + struct.pack(">I", 13) + second + struct.pack(">I", zlib.crc32(second)) + png[33:]
+    assert soon_decoded(data) is None
+    assert decoder.size(data, "image") == image_size(data, "image", ImageSettings()) == (7000, 6000)
 
 
 def test_a_decoder_that_crashes_costs_its_image_alone(decoder: Decoder) -> None:
