@@ -25,67 +25,69 @@ from pipeline.actors.images import decode_image, image_size
 from pipeline.config import ImageSettings
 from pipeline.errors import RowError
 
-#: What is decoded in this process has no more bytes, pixels, header parts, and scans times pixels: a second or so of CPU.
-SMALL_BYTES, SMALL_PIXELS, FEW_PARTS, FEW_SCANNED = 32 << 20, 32_000_000, 2_000, 400_000_000
+#: What is decoded in this process has no more bytes, pixels, header parts, and scans times pixels: a second or two of CPU.
+SMALL_BYTES, SMALL_PIXELS, FEW_PARTS, FEW_SCANNED = 32 << 20, 64_000_000, 2_000, 400_000_000
 #: The other process is killed after so many times `images.decode_seconds`, should it wait instead of computing.
 PATIENCE = 20
 
 
-def is_soon_decoded(data: bytes) -> bool:
-    """Whether a file's header tells that decoding it takes a second at most."""
-    if len(data) > SMALL_BYTES:
-        return False
-    try:
-        if data.startswith(b"\xff\xd8\xff"):
-            return _is_small_jpeg(data)
-        if data.startswith(png.SIGNATURE):
-            return _is_small_png(data)
-        return data.startswith(b"RIFF") and data[8:12] == b"WEBP" and _is_small_webp(data)
-    except (struct.error, IndexError):  # it ends within its header
-        return False
+def soon_decoded(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a file whose header tells that decoding it takes a second at most; None of any other."""
+    size = None
+    if len(data) <= SMALL_BYTES:
+        with contextlib.suppress(struct.error, IndexError):  # it ends within its header
+            if data.startswith(b"\xff\xd8\xff"):
+                size = _of_jpeg(data)
+            elif data.startswith(png.SIGNATURE + b"\0\0\0\x0dIHDR"):
+                size = _of_png(data)
+            elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+                size = _of_webp(data)
+    return size if size is not None and 0 < size[0] * size[1] <= SMALL_PIXELS else None
 
 
-def _is_small_jpeg(data: bytes) -> bool:
-    at, pixels = 2, 0
+def _of_jpeg(data: bytes) -> tuple[int, int] | None:
+    at, size = 2, (0, 0)
     for _ in range(FEW_PARTS):
-        while data[at] == 0xFF and data[at + 1] == 0xFF:
-            at += 1
         if data[at] != 0xFF:
-            return False
+            return None
         kind = data[at + 1]
+        if kind == 0xFF:  # filling
+            at += 1
+            continue
         if kind == 0xDA:
             scans = data.count(b"\xff\xda", at)
-            return 0 < pixels <= SMALL_PIXELS and scans * pixels <= FEW_SCANNED
-        (length,) = struct.unpack_from(">H", data, at + 2)
+            return size if scans * size[0] * size[1] <= FEW_SCANNED else None
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, at + 5)
-            pixels = max(pixels, height * width)
-        at += 2 + length
-    return False
+            size = width, height
+        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return None
 
 
-def _is_small_png(data: bytes) -> bool:
+def _of_png(data: bytes) -> tuple[int, int] | None:
     width, height = struct.unpack_from(">II", data, 16)
     at = len(png.SIGNATURE)
-    for _ in range(FEW_PARTS * 4):
+    for _ in range(4 * FEW_PARTS):
         if at + 8 > len(data):
-            return 0 < width * height <= SMALL_PIXELS
+            return width, height
+        if data[at + 4 : at + 8] == b"IHDR" and at > len(png.SIGNATURE):
+            return None  # the last is the one that counts
         at += 12 + struct.unpack_from(">I", data, at)[0]
-    return False
+    return None
 
 
-def _is_small_webp(data: bytes) -> bool:
+def _of_webp(data: bytes) -> tuple[int, int] | None:
     kind = data[12:16]
     if kind == b"VP8 ":
-        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
-    elif kind == b"VP8L":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    elif kind == b"VP8X" and not data[20] & 2:  # an animation is none of ours
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8X" and not data[20] & 2:  # an animation may have any number of frames
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-    else:
-        return False
-    return width * height <= SMALL_PIXELS
+        return width, height
+    return None
 
 
 class Decoder:
@@ -105,9 +107,10 @@ class Decoder:
         Raises:
             RowError: `image_too_large` or `image_decode`.
         """
-        if len(data) > self._settings.max_bytes or is_soon_decoded(data):
-            return image_size(data, field, self._settings)
-        return self._apart("size", data, field)[0]
+        size = soon_decoded(data)
+        if len(data) > self._settings.max_bytes or (size and size[0] * size[1] > self._settings.max_pixels):
+            return image_size(data, field, self._settings)  # which says what is too large
+        return size or self._apart("size", data, field)[0]
 
     def decode(self, data: bytes, field: str) -> Image.Image:
         """The image as RGB.
@@ -115,7 +118,7 @@ class Decoder:
         Raises:
             RowError: `image_too_large`, also where it takes too long: it asks for more than it may; or `image_decode`.
         """
-        if len(data) > self._settings.max_bytes or is_soon_decoded(data):
+        if len(data) > self._settings.max_bytes or soon_decoded(data):
             return decode_image(data, field, self._settings)
         size, pixels = self._apart("decode", data, field)
         return Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1)

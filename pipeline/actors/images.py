@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -22,6 +23,8 @@ PROGRAMS = frozenset({"EPS"})
 JPEG = frozenset({"JPEG", "MPO"})
 #: How a JPEG's picture data begin, and how the file ends.
 SCAN, END = b"\xff\xda", b"\xff\xd9"
+#: Begins a segment of a JPEG, with its length behind it. Picture data hold none: there, zeros and restarts follow 0xff.
+SEGMENT = re.compile(rb"\xff[\x02-\xcf\xda-\xfe]")
 
 
 @functools.cache
@@ -100,21 +103,35 @@ def _loaded(image: Image.Image, data: bytes, settings: ImageSettings) -> Image.I
     try:
         image.load()
     except OSError as error:
-        start = data.find(SCAN)
-        cut = image.format in JPEG and "truncated" in str(error) and start >= 0
-        # Headers alone show nothing: some of the picture must be there.
-        if not cut or len(data) - start <= LEAST_SCAN:
+        sound = _whole_segments(data) if image.format in JPEG and "truncated" in str(error) else None
+        if sound is None:
             raise
         if settings.truncated == "error":
             raise OSError(f"{error}; images.truncated: accept takes what there is of a JPEG") from error
         # With an end, the decoder fills up what is missing. Pillow's LOAD_TRUNCATED_IMAGES does the same, for all threads.
-        image = Image.open(io.BytesIO(data + END), formats=_formats())
+        image = Image.open(io.BytesIO(sound + END), formats=_formats())
         image.load()
     return image
 
 
 #: Bytes from a JPEG's first scan on, of which some ten are its header: with no more there is nothing to see.
 LEAST_SCAN = 64
+
+
+def _whole_segments(data: bytes) -> bytes | None:
+    """A JPEG without the segment that it was cut in, should that be none of picture data; None where it has but headers."""
+    at, scan = 0, len(data)
+    while found := SEGMENT.search(data, at):
+        at = found.start()
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if at + 4 > len(data) or end > len(data):
+            data = data[:at]  # a decoder finds no end within tables of the next scan
+            break
+        if found.group() == SCAN:
+            scan = min(scan, at)
+        at = end
+    # Headers alone show nothing: some of the picture must be there.
+    return data if len(data) - scan > LEAST_SCAN else None
 
 
 def _why_unidentified(data: bytes) -> str | None:

@@ -7,14 +7,15 @@ import os
 import signal
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from pipeline.actors.decoder import Decoder, is_soon_decoded
-from pipeline.actors.images import decode_image
+from pipeline.actors.decoder import Decoder, soon_decoded
+from pipeline.actors.images import decode_image, image_size
 from pipeline.config import ImageSettings
 from pipeline.errors import RowError
 from tests.io.shards import picture
@@ -63,18 +64,18 @@ FORMS = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}
 @pytest.mark.parametrize(("form", "options"), FORMS)
 def test_usual_files_are_decoded_where_they_are(form: str, options: dict[str, Any]) -> None:
     data = encoded(form, **options)
-    assert is_soon_decoded(data)
-    assert not any(is_soon_decoded(data[:length]) for length in range(12))
+    assert soon_decoded(data) == (64, 48)
+    assert not any(soon_decoded(data[:length]) for length in range(12))
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert is_soon_decoded(encoded(form, exif=exif, **options))
+    assert soon_decoded(encoded(form, exif=exif, **options))
 
 
 @pytest.mark.parametrize("form", ["GIF", "TIFF", "BMP", "HEIF", "AVIF"])
 def test_what_is_decoded_apart_is_the_same_to_the_last_bit(decoder: Decoder, form: str) -> None:
     decode_image(picture(), "", ImageSettings())  # registers HEIF
     data = encoded(form)
-    assert not is_soon_decoded(data)
+    assert not soon_decoded(data)
     assert decoder.size(data, "image") == (64, 48)
     here, apart = decode_image(data, "image", ImageSettings()), decoder.decode(data, "image")
     assert (apart.size, apart.mode, apart.tobytes()) == (here.size, "RGB", here.tobytes())
@@ -92,9 +93,17 @@ def test_a_file_that_takes_too_long_is_refused_and_the_next_is_decoded(decoder: 
 
 def test_headers_without_end_are_not_read_here() -> None:
     jpeg, png = encoded("JPEG"), picture()
-    assert not is_soon_decoded(jpeg[:2] + b"\xff\xfe\0\2" * 3000 + jpeg[2:])
+    assert not soon_decoded(jpeg[:2] + b"\xff\xfe\0\2" * 3000 + jpeg[2:])
     at = png.index(b"IDAT") - 4
-    assert not is_soon_decoded(png[:at] + (bytes(4) + b"ABCD" + struct.pack(">I", 0xDB1720A5)) * 9000 + png[at:])
+    assert not soon_decoded(png[:at] + (bytes(4) + b"ABCD" + struct.pack(">I", 0xDB1720A5)) * 9000 + png[at:])
+
+
+def test_a_png_that_tells_two_sizes_has_the_one_that_is_decoded(decoder: Decoder) -> None:
+    png = picture(64, 48)
+    second = b"IHDR" + struct.pack(">II", 7000, 6000) + png[24:29]
+    data = png[:33] + struct.pack(">I", 13) + second + struct.pack(">I", zlib.crc32(second)) + png[33:]
+    assert soon_decoded(data) is None
+    assert decoder.size(data, "image") == image_size(data, "image", ImageSettings()) == (7000, 6000)
 
 
 def test_a_decoder_that_crashes_costs_its_image_alone(decoder: Decoder) -> None:

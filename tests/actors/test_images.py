@@ -308,6 +308,20 @@ def test_a_jpeg_without_its_end_may_be_taken_as_far_as_it_goes(progressive: bool
     assert decode(whole, truncated="accept").tobytes() == decode(whole).tobytes()
 
 
+def test_a_jpeg_may_be_cut_anywhere_behind_its_headers() -> None:
+    image = Image.open(io.BytesIO(picture(96, 64)))
+    small = encoded(image.resize((32, 24)), "JPEG")  # within the headers, with scans of its own
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + small
+    whole = encoded(image, "JPEG", progressive=True, exif=exif)
+    start = whole.index(b"\xff\xda", whole.index(small) + len(small))
+    tables = [at for at in range(start, len(whole)) if whole.startswith(b"\xff\xc4", at)]
+    assert len(tables) > 4
+    ends = [*range(start + 65, len(whole), 41), *(at + more for at in tables for more in (1, 3, 5, 24))]
+    assert [end for end in ends if refused(whole[:end], truncated="accept") is not None] == []
+    # Nothing of the picture itself is there.
+    assert [end for end in range(start, start + 64, 3) if refused(whole[:end], truncated="accept") is None] == []
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_heic_is_read_and_turned_once(orientation: int) -> None:
     decode(picture(30, 20))  # registers the format
