@@ -18,6 +18,7 @@ from pipeline.config import JobSettings, ReportSettings, as_yaml
 from pipeline.errors import JobError
 from pipeline.io.accuracy import Accuracy
 from pipeline.io.fetch import shown
+from pipeline.io.manifest import _deciding
 from pipeline.io.write import Written
 from pipeline.job import show_answers
 from pipeline.redact import LOOKED_AT, SHOWN, cause_of, one_line, printable, scrubbed, without_secrets
@@ -202,3 +203,17 @@ def test_errors_and_log_lines_hold_nothing_that_a_terminal_obeys(
     lines = capsys.readouterr().err.split("\n")
     assert [line.split(" ")[0] for line in lines[1:]] == ["error:", ""]
     assert all(line.isprintable() for line in lines)
+
+
+def test_a_manifest_holds_no_credentials_and_does_not_mind_other_ones() -> None:
+    def settings_of(password: str) -> dict[str, Any]:
+        root = f"https://user:{password}@host/images/?sig={password}"
+        return _deciding(JobSettings.model_validate({**PATHS, "input": {**PATHS["input"], "image_root": root}}))
+
+    assert settings_of(SECRET) == settings_of("other")
+    assert SECRET not in repr(settings_of(SECRET))
+    told = {**PATHS, "input": {**PATHS["input"], "prompt": "Is secret=abc shown?"}}
+    assert _deciding(JobSettings.model_validate(told))["input.prompt"] == "Is secret=abc shown?"
+
+
+PATHS: dict[str, Any] = {"model": {"base": "m"}, "input": {"path": "in"}, "output": {"path": "out"}}

@@ -16,13 +16,15 @@ from pipeline.errors import OutputError
 from pipeline.io.commits import OutputLog
 from pipeline.io.plan import InputPlan
 from pipeline.io.storage import OutputFolder
-from pipeline.redact import cause_of
+from pipeline.redact import cause_of, scrubbed
 
 MANIFEST = "_run/manifest.json"
 #: Settings that change how fast rows are answered, never what the answers are.
 FREE_SETTINGS = ("engine", "preparation", "fetch", "errors", "ray", "replicas", "evaluate", "cost", "output")
 #: Of `output`, these decide what is written all the same.
 OUTPUT_COLUMNS = ("token_ids", "routes", "prompts")
+#: Of what is compared, what leads somewhere.
+PATH_SETTINGS = ("input.image_root", "model.base", "model.adapter")
 #: Bytes at both ends of a checkpoint file that its digest reads: weights differ everywhere, and files have 22 GB.
 DIGEST_ENDS = 1 << 20
 _SHOWN = 8
@@ -139,7 +141,8 @@ def _deciding(settings: JobSettings) -> dict[str, Any]:
     # Where the model runs is not what it says; nor is where a shard lies: the listing knows its content.
     for key in ("model.device", "input.path"):
         found.pop(key, None)
-    return found
+    # Paths may hold credentials, which change from night to night. (Prompts stay: what looks like one decides an answer.)
+    return {key: scrubbed(value) if key in PATH_SETTINGS else value for key, value in found.items()}
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

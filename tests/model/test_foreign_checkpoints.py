@@ -87,7 +87,7 @@ def test_only_what_a_model_consists_of_is_copied(bucket: type[Bucket]) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_weights_that_changed_are_copied_anew_though_their_size_did_not_and_what_is_gone_is_gone(
+def test_weights_that_changed_are_copied_anew_though_their_size_did_not(
     bucket: type[Bucket],
 ) -> None:
     bucket.keys.update({"config.json": b"{}", "a.safetensors": b"old", "b.safetensors": b"old"})
