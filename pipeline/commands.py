@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import EXIT_POINTLESS, main
+from pipeline.cli import EXIT_INTERRUPTED, EXIT_POINTLESS, main
 from pipeline.config import JobSettings, Settings
 from pipeline.redact import printable
 
@@ -208,7 +208,11 @@ def run(name: str, arguments: Sequence[str], program: str | None = None) -> int:
         program: how it was called, for messages.
     """
     command, program = COMMANDS[name], program or f"awaker-batch {name}"
-    kind, work = command.load()
+    try:
+        kind, work = command.load()  # which imports for seconds
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return main(command.description, kind, work, program=program, example=command.example, arguments=arguments)
 
 

@@ -6,13 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline import commands
-from pipeline.commands import COMMANDS
+from pipeline.commands import COMMANDS, run
 from pipeline.config import load_settings
 from pipeline.inspection import as_blocks
 from pipeline.redact import printable
@@ -113,3 +114,18 @@ def test_a_picture_becomes_characters_of_two_pixels_each() -> None:
     assert "rgb(255,0,0)" in str(text.spans[0].style)
     assert "rgb(255,0,0)" not in str(text.spans[-1].style)
     assert printable("a\x1b[31mb\nc") == "a [31mb c"
+
+
+@pytest.mark.parametrize("stage", ["loading", "working"])
+def test_ctrl_c_ends_a_command_in_one_line_at_whatever_stage(
+    stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    kind, _ = COMMANDS["report"].load()
+    load = interrupted if stage == "loading" else lambda: (kind, interrupted)
+    monkeypatch.setitem(COMMANDS, "report", replace(COMMANDS["report"], load=load))
+    assert run("report", ["--set", "output.path=x"]) == 130
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "interrupted\n")

@@ -30,6 +30,8 @@ PARTIAL = ".partial"
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 #: fsspec's names of the storages whose folders are mere prefixes.
 OBJECT_STORES = frozenset({"s3", "gs", "abfs"})
+#: Part of the path of every copy that Ray makes of a submitted job's working directory.
+_SUBMITTED = "/working_dir_files/_ray_pkg_"
 #: What a filesystem says that knows no hard links.
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
 #: What S3 says where a condition of a write does not hold.
@@ -96,6 +98,11 @@ class OutputFolder:
 
     def __init__(self, url: str) -> None:
         scheme, colon, rest = url.partition("://")
+        if not colon and not os.path.isabs(os.path.expanduser(url)) and _SUBMITTED in f"{os.getcwd()}/":
+            raise OutputError(
+                f"output.path: {url!r} is relative to the copy of the working directory that `ray job submit` made for this "
+                "job, which Ray deletes with everything in it; give an absolute path or a URL"
+            )
         self.url = f"{scheme}{colon}{rest.rstrip('/')}" if colon else os.path.abspath(os.path.expanduser(url))
         try:
             self._filesystem, self._root = open_filesystem(self.url)

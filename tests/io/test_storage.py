@@ -146,3 +146,18 @@ def test_s3_is_tried_again_for_longer_than_botocore_would_unless_told_otherwise(
     fsspec.config.conf["s3"] = {"config_kwargs": {"retries": {"max_attempts": 3}}}
     _be_patient_with_s3()
     assert fsspec.config.conf == {"s3": {"config_kwargs": {"retries": {"max_attempts": 3}}}}
+
+
+def test_a_relative_output_of_a_submitted_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    for path in ("out", "./out", "../out", "a/b"):
+        with pytest.raises(
+            OutputError, match=r"is relative to the copy .* which Ray deletes .* give an absolute path or a URL"
+        ):
+            OutputFolder(path)
+    assert OutputFolder(str(tmp_path / "out")).url == str(tmp_path / "out")
+    assert OutputFolder("memory://bucket/out").url == "memory://bucket/out"
+    monkeypatch.chdir(tmp_path)
+    assert OutputFolder("out").url == str(tmp_path / "out")
