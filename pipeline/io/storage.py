@@ -100,8 +100,8 @@ class OutputFolder:
         scheme, colon, rest = url.partition("://")
         if not colon and not os.path.isabs(os.path.expanduser(url)) and _SUBMITTED in f"{os.getcwd()}/":
             raise OutputError(
-                f"output.path: {url!r} is relative to the copy of the working directory that `ray job submit` made for this "
-                "job, which Ray deletes with everything in it; give an absolute path or a URL"
+                f"output.path: {url!r} is relative to the copy of the working directory that `ray job submit` made for "
+                "this job, which Ray deletes with everything in it; give an absolute path or a URL"
             )
         self.url = f"{scheme}{colon}{rest.rstrip('/')}" if colon else os.path.abspath(os.path.expanduser(url))
         try:

@@ -153,9 +153,7 @@ def test_a_relative_output_of_a_submitted_job_is_refused(tmp_path: Path, monkeyp
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     for path in ("out", "./out", "../out", "a/b"):
-        with pytest.raises(
-            OutputError, match=r"is relative to the copy .* which Ray deletes .* give an absolute path or a URL"
-        ):
+        with pytest.raises(OutputError, match=r"is relative to the copy .* which Ray deletes .* an absolute path or a URL"):
             OutputFolder(path)
     assert OutputFolder(str(tmp_path / "out")).url == str(tmp_path / "out")
     assert OutputFolder("memory://bucket/out").url == "memory://bucket/out"
