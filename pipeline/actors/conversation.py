@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-import urllib.parse
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import RowError
+from pipeline.io.data_uri import bytes_of, data_of, is_data_uri
 from pipeline.io.fetch import shown
 from pipeline.model.prompt import Message
 
@@ -107,7 +107,7 @@ class _Source:
 
     @property
     def is_data(self) -> bool:
-        return not self.is_base64 and _is_data(self.text)
+        return not self.is_base64 and is_data_uri(self.text)
 
     @property
     def reference(self) -> str | None:
@@ -117,14 +117,10 @@ class _Source:
     def load(self, decode: Decode, fetch: Fetch) -> Any:
         if self.reference is not None:
             return decode(fetch(self.text), f"an image that messages names, {shown(self.text)}")
-        field = "base64 in messages" if self.is_base64 else "a data: URI in messages"
-        data = self.text
-        if _is_data(data):
-            header, comma, data = self.text.partition(",")
-            if not comma or not header.rstrip().lower().endswith(";base64"):
-                raise RowError("image_decode", "a data: URI in messages is not base64")
-            data = urllib.parse.unquote(data)
-        return decode(_from_base64(data, field), field)
+        # How large a picture's file may be, decoding says.
+        if is_data_uri(self.text):
+            return decode(data_of(self.text, sys.maxsize), "a data: URI in messages")
+        return decode(bytes_of(self.text, sys.maxsize, "base64 in messages"), "base64 in messages")
 
 
 def _read(text: str, field: str) -> list[Message]:
@@ -285,24 +281,7 @@ def _source(given: Mapping[str, Any]) -> _Source | None:
         value = value.get("url")
     if not isinstance(value, str) or not value.strip():
         raise RowError("image_missing", "an image part of messages has no data: URI, path or URL")
-    return _Source(value.strip() if _is_data(value.strip()) else value, named == ["base64"])
-
-
-def _is_data(text: str) -> bool:
-    return text[:5].lower() == "data:"
-
-
-#: Blanks and line ends that writers put between the characters of base64, and the alphabet of URLs.
-_BASE64 = {ord(blank): None for blank in " \t\r\n\v\f="} | {ord("-"): "+", ord("_"): "/"}
-
-
-def _from_base64(data: str, field: str) -> bytes:
-    """Bytes of base64 as people have it: in lines, in the alphabet of URLs, without padding."""
-    try:
-        plain = data.translate(_BASE64)
-        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
-    except ValueError as error:  # binascii.Error, and what is not even ASCII
-        raise RowError("image_decode", f"{field} is no valid base64 ({error})") from error
+    return _Source(value.strip() if is_data_uri(value.strip()) else value, named == ["base64"])
 
 
 def _quoted(value: Any) -> str:

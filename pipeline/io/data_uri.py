@@ -58,17 +58,31 @@ def data_of(uri: str, most: int) -> bytes:
     if "base64" not in parameters:
         data = unquote_to_bytes(body)
     else:
-        body = "".join((unquote(body) if "%" in body else body).split()).translate(_URLSAFE).rstrip("=")
-        if len(body) * 3 // 4 > most:
-            raise _too_large(most)
-        try:
-            data = base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise RowError("image_decode", f"a data: URI is no valid base64 ({error})") from error
+        data = bytes_of(unquote(body) if "%" in body else body, most, "a data: URI")
     if len(data) > most:
         raise _too_large(most)
     return data
 
 
-def _too_large(most: int) -> RowError:
-    return RowError("image_too_large", f"a data: URI holds more than {most:,} bytes (images.max_bytes)")
+def bytes_of(text: str, most: int, what: str) -> bytes:
+    """The bytes of base64 as people have it: in lines, in the alphabet of URLs, without padding.
+
+    Args:
+        text: the base64.
+        most: most bytes that are wanted.
+        what: what holds it, for messages.
+
+    Raises:
+        RowError: `image_decode` or `image_too_large`.
+    """
+    plain = "".join(text.split()).translate(_URLSAFE).rstrip("=")
+    if len(plain) * 3 // 4 > most:
+        raise _too_large(most, what)
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RowError("image_decode", f"{what} is no valid base64 ({error})") from error
+
+
+def _too_large(most: int, what: str = "a data: URI") -> RowError:
+    return RowError("image_too_large", f"{what} holds more than {most:,} bytes (images.max_bytes)")

@@ -113,7 +113,7 @@ def test_an_image_may_stand_in_the_chat_as_a_data_uri(part: dict[str, Any]) -> N
         ([user({"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}})], "image_forbidden", "no fetching here"),
         ([user({"type": "image_url"})], "image_missing", "has no data: URI, path or URL"),
         ([user({"type": "image", "image": {"bytes": "aGk="}})], "image_missing", "has no data: URI, path or URL"),
-        ([user({"type": "image", "image": "data:image/png,abc"})], "image_decode", "is not base64"),
+        ([user({"type": "image", "image": "data:image/png,abc"})], "image_decode", "no readable image"),
         ([user({"type": "image", "image": "data:image/png;base64,a"})], "image_decode", "no valid base64"),
         ([user({"type": "image", "image": "data:image/png;base64,aGk="})], "image_decode", "no readable image"),
         ('[{"role": "user", "content": "\\ud83d"}]', "prompt_invalid", "no valid Unicode"),
