@@ -13,6 +13,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from pipeline.errors import RowError
+from pipeline.io.data_uri import header_of, is_data_uri
 from pipeline.io.formats import IMAGES_PER_GROUP
 from pipeline.io.plan import InputPlan, Shard
 from pipeline.io.rowset import RowSet
@@ -209,9 +210,24 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         SETTINGS: text(SETTINGS if SETTINGS in own.texts else None),
         ERROR: pa.nulls(count, pa.string()) if errors is None else errors,
     }
-    arrays |= {name: own.values[source] for name, source in plan.extras.items()}
+    shown = {columns.image, columns.images}
+    for name, source in plan.extras.items():
+        arrays[name] = _without_data(own.values[source]) if source in shown else own.values[source]
     table = pa.table(arrays, schema=pa.schema([*PLACE_SCHEMA, *READ_SCHEMA, *plan.extras_schema]))
     return _asked_each(table, own, plan) if plan.names else table
+
+
+def _without_data(array: pa.Array) -> pa.Array:
+    """Where images were taken from, without what `data:` URIs hold: that is the image, which is not repeated."""
+
+    def told(value: str | None) -> str | None:
+        return f"{header_of(value)}…" if value is not None and is_data_uri(value.strip()) else value
+
+    texts = array.flatten() if is_list(array.type) else array
+    if not pc.any(pc.match_substring(texts, "data:", ignore_case=True)).as_py():
+        return array
+    values = [[told(one) for one in own] if isinstance(own, list) else told(own) for own in array.to_pylist()]
+    return pa.array(values, array.type)
 
 
 def _asked_each(table: pa.Table, own: _Columns, plan: InputPlan) -> pa.Table:

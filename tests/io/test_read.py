@@ -284,3 +284,17 @@ def test_storage_that_fails_makes_no_error_rows(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(LocalFileSystem, "cat_file", fails)
     with pytest.raises(ConnectionError, match="no way there"):
         read_all(plan)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_a_data_uri_holds_is_read_and_not_passed_through(tmp_path: Path, several: bool) -> None:
+    uri = "data:image/png;base64," + "iVBORw0KGgo" * 10_000
+    named = ["a.png", None, uri, f" {uri}"]
+    column = pa.array([[one, "b.png"] for one in named] if several else named)
+    name = "images" if several else "image"
+    write_shard(tmp_path / "a.parquet", {"prompt": ["?"] * 4, name: column})
+    table = read_all(plan_of(tmp_path))
+    assert [own[0] if own else None for own in table[REFERENCES].to_pylist()] == named
+    kept = ["a.png", None, "data:image/png;base64,…", " data:image/png;base64,…"]
+    passed = [own[0] if several else own for own in table[name].to_pylist()]
+    assert [one and one.strip() for one in passed] == [one and one.strip() for one in kept]
