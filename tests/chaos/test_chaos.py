@@ -30,7 +30,8 @@ from tests.jobs.support import ROOT, answered_here, results, sets
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "5"))
 SEED = int(os.environ.get("CHAOS_SEED", "20261122"))
-ROWS = 60 * ROUNDS
+#: So many that the job is not over before its last deaths, on fast machines too.
+ROWS = (60 if ROUNDS <= 10 else 90) * ROUNDS
 #: What is killed, and how often.
 VICTIMS = {"driver": 0.3, "worker": 0.4, "node": 0.15, "cut off": 0.15}
 #: When Ray counts a node as dead that does not answer; and seconds that one is cut off, which are more.
