@@ -557,10 +557,10 @@ def show_answers(job: Job, console: Console) -> None:
     import io
 
     folder = OutputFolder(job.settings.output.path)
-    first = next(iter(folder.results()), None)
+    first = min(OutputLog(folder).names(), default=None)
     if first is None:
         return
-    table = pq.read_table(io.BytesIO(folder.read(os.path.basename(first))))
+    table = pq.read_table(io.BytesIO(folder.read(first)))
     columns = job.plan.names if job.settings.output.prompts == "columns" else ()
     shown = min(SHOWN_ANSWERS, len(table))
     for row in table.take([i * len(table) // shown for i in range(shown)]).to_pylist():
