@@ -8,7 +8,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -504,7 +504,14 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if getattr(event, "tag", None) not in (None, "!"):
             raise yaml.composer.ComposerError(None, None, "tags are not read; write the value without", event.start_mark)
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        if node is not None and not isinstance(event, yaml.AliasEvent):
+            self.anchored[id(node)] = event.anchor
+        return node
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.anchored: dict[int, str | None] = {}
 
 
 _Loader.add_implicit_resolver(
@@ -560,7 +567,7 @@ def _read_yaml(kind: type[Settings], file: Path) -> dict[str, Any]:
             f"--config {file}: no valid YAML: no UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from error
     except _NO_YAML as error:
-        raise ConfigError(f"--config {file}: no valid YAML ({_reason(error)})") from error
+        raise ConfigError(f"--config {file}: no valid YAML ({_reason(error)}){_hint(error)}") from error
     if node is None:
         raise ConfigError(f"--config {file}: expected keys and values, found nothing: the file is empty")
     if not isinstance(values, dict):
@@ -574,6 +581,12 @@ _NO_YAML = (yaml.YAMLError, RecursionError, ValueError)
 
 def _reason(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+
+
+def _hint(error: Exception) -> str:
+    if not isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError):
+        return ""
+    return "; quote a text that begins with a mark such as @ % ` { [ & * ! | > - or holds ': '"
 
 
 def _parse(text: str, wanted: Any, where: str, key: str = "", *, literally: bool = False) -> tuple[yaml.Node | None, Any]:
@@ -591,7 +604,7 @@ def _parse(text: str, wanted: Any, where: str, key: str = "", *, literally: bool
         node = loader.get_single_node()
         if node is None:
             return None, None
-        _Check(where, literally).check(node, wanted, key)
+        _Check(where, text, loader.anchored, literally=literally).check(node, wanted, key)
         return node, loader.construct_document(node)
     finally:
         loader.dispose()
@@ -600,8 +613,8 @@ def _parse(text: str, wanted: Any, where: str, key: str = "", *, literally: bool
 class _Check:
     """Finds what YAML reads otherwise than people do, with the types in view that the keys want."""
 
-    def __init__(self, where: str, literally: bool) -> None:
-        self._where, self._literally = where, literally
+    def __init__(self, where: str, text: str, anchored: Mapping[int, str | None], *, literally: bool) -> None:
+        self._where, self._text, self._anchored, self._literally = where, text, anchored, literally
         self._left = MOST_VALUES
 
     def check(self, node: yaml.Node, wanted: Any, key: str, level: int = 0) -> None:
@@ -609,6 +622,9 @@ class _Check:
         self._left -= 1
         if self._left < 0 or level > MOST_LEVELS:
             raise self._wrong(node, key, f"more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, aliases followed")
+        options = _options(wanted)
+        if str in options and not self._literally:
+            self._check_text(node, options, key)
         if isinstance(node, yaml.SequenceNode):
             for item in node.value:
                 self.check(item, _inside(wanted, list), key, level + 1)
@@ -616,6 +632,26 @@ class _Check:
             self._check_mapping(node, wanted, key, level)
         elif node.tag not in (_TEXT, _NULL):
             self._check_scalar(node, wanted, key)
+
+    def _check_text(self, node: yaml.Node, options: Sequence[Any], key: str) -> None:
+        """Raise ConfigError where a text in a file ends before its writer's does, or is no text at all."""
+        if not isinstance(node, yaml.ScalarNode):
+            group = list if isinstance(node, yaml.SequenceNode) else dict
+            if all((typing.get_origin(option) or option) is not group for option in options):
+                raise self._wrong(node, key, f"is read as a {'list' if group is list else 'group of keys'}; quote the text")
+            return
+        if node.style is not None:  # quotes and blocks say where they end
+            return
+        if (anchor := self._anchored.get(id(node))) is not None:
+            raise self._wrong(node, key, f"&{anchor} is read as a mark of YAML, not as text; quote what is text")
+        behind = self._text[node.end_mark.index :].split("\n", 1)[0]
+        comment = behind.lstrip(" \t")
+        # Comments stand two blanks off, by the custom of YAML; `path: s3://b/in # ours` is one beyond doubt, too.
+        if " " in node.value and comment.startswith("#") and len(behind) - len(comment) < 2:
+            what = f"ends before {_cut(repr(comment), 40)}, which is a comment; quote the text"
+            raise self._wrong(node, key, f"{what}, or put two blanks before the comment")
+        if not node.value and comment.startswith("#") and comment[1:2].strip("# !"):
+            raise self._wrong(node, key, f"is empty: {_cut(repr(comment), 40)} is a comment; quote it to mean text")
 
     def _check_mapping(self, node: yaml.MappingNode, wanted: Any, key: str, level: int) -> None:
         seen: set[str] = set()
@@ -749,10 +785,10 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
         elif detail["type"] == "missing":
             lines.append(f"{key}: missing; set it in the file or with --set {key}=...")
         elif detail["type"] == "model_type":
-            lines.append(f"{key}: expected a group of keys, got {detail['input']!r}")
+            lines.append(f"{key}: expected a group of keys, got {_cut(repr(detail['input']), 200)}")
         else:
             message = detail["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {message[0].lower()}{message[1:]}, got {detail['input']!r}")
+            lines.append(f"{key}: {message[0].lower()}{message[1:]}, got {_cut(repr(detail['input']), 200)}")
     return "; ".join(dict.fromkeys(lines))
 
 

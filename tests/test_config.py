@@ -199,8 +199,9 @@ def test_text_within_lists_and_groups_that_are_set_is_taken_as_it_stands() -> No
 
 
 ODD = "; quote it to mean text, or write true, false or a plain number"
-BOMB = "flags:\n  refusals:\n  - &a0 [x]\n" + "".join(
-    f"  - &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+MARKS = "; quote a text that begins with a mark such as @ % ` { [ & * ! | > - or holds ': '"
+BOMB = "generation:\n  json_schema:\n    a0: &a0 [x]\n" + "".join(
+    f"    a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
 )
 
 
@@ -233,7 +234,7 @@ BOMB = "flags:\n  refusals:\n  - &a0 [x]\n" + "".join(
             "engine: &e {}\npreparation:\n  <<: *e",
             ", line 3: preparation: merge keys (<<) are not read; write the keys out",
         ),
-        (BOMB, ", line 3: flags.refusals: more than 100,000 values or 100 levels, aliases followed"),
+        (BOMB, ", line 3: generation.json_schema.a5: more than 100,000 values or 100 levels, aliases followed"),
         ("flags: &a [*a]", ", line 1: flags: more than 100,000 values or 100 levels, aliases followed"),
         ("[" * 3000, ": no valid YAML (nested too deep)"),
         (
@@ -242,6 +243,31 @@ BOMB = "flags:\n  refusals:\n  - &a0 [x]\n" + "".join(
             "line 1, column 11: replicas: !!python/object:os.x 1 ^)",
         ),
         ("", ": expected keys and values, found nothing: the file is empty"),
+        (
+            "input:\n  prompt: Count the # of cats",
+            ", line 2: input.prompt: ends before '# of cats', which is a comment; quote the text, or put two blanks "
+            "before the comment",
+        ),
+        (
+            "input:\n  prompts:\n    tag: #hashtag\n",
+            ", line 3: input.prompts.tag: is empty: '#hashtag' is a comment; quote it to mean text",
+        ),
+        ("input: {prompt: {question}}", ", line 1: input.prompt: is read as a group of keys; quote the text"),
+        ("input:\n  prompt: [sic]", ", line 2: input.prompt: is read as a list; quote the text"),
+        (
+            "input:\n  prompt: &you are here",
+            ", line 2: input.prompt: &you is read as a mark of YAML, not as text; quote what is text",
+        ),
+        (
+            "a: @you",
+            ": no valid YAML (while scanning for the next token found character '@' that cannot start any token in "
+            '"<unicode string>", line 1, column 4: a: @you ^)' + MARKS,
+        ),
+        (
+            "a: Answer: yes or no",
+            ': no valid YAML (mapping values are not allowed here in "<unicode string>", line 1, column 10: '
+            "a: Answer: yes or no ^)" + MARKS,
+        ),
     ],
 )
 def test_what_yaml_reads_unlike_people_is_one_line_that_names_file_line_and_key(
@@ -252,6 +278,23 @@ def test_what_yaml_reads_unlike_people_is_one_line_that_names_file_line_and_key(
     with pytest.raises(ConfigError) as caught:
         load(file=file)
     assert str(caught.value) == f"--config {file}{message}"
+
+
+def test_comments_stand_where_no_text_could_be_meant(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "input:\n  path: in  # ours\n  prompt: 'Count the # of cats'  # quoted\n  image_root: # none\n  prompts: {}  # no\n"
+        "generation: {stop: [a b]}  # one\nflags:\n  refusals:\n  - &a 'I am'\n  - *a\n  - I cannot  # so\n"
+    )
+    settings = load(file=file)
+    assert (settings.input.prompt, settings.input.image_root) == ("Count the # of cats", None)
+    assert (settings.generation.stop, settings.flags.refusals) == (["a b"], ["I am", "I am", "I cannot"])
+
+
+def test_the_value_that_an_error_shows_is_cut() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("replicas=" + "x" * 10_000_000)
+    assert str(caught.value) == f"replicas: input should be a valid integer, got '{'x' * 198}…"
 
 
 def test_files_of_windows_and_quoted_text_load_as_they_are_meant(tmp_path: Path) -> None:

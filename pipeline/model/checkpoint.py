@@ -7,7 +7,6 @@ Loading the released format builds them in memory; `convert.py` writes them to f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.shape import AdapterShape, ModelShape
-from pipeline.model.sources import TensorFiles, TensorReader, localise
+from pipeline.model.sources import TensorFiles, TensorReader, localise, read_object
 
 #: Written beside converted weights; its presence marks a folder as a serving checkpoint.
 SERVING_MANIFEST = "awaker_serving.json"
@@ -91,10 +90,10 @@ def open_checkpoint(base: str, adapter: str | None, *, top_k: int = 1, lora_alph
     if manifest.is_file():
         if adapter is not None:
             raise ConfigError("model.adapter: model.base is a converted checkpoint with its adapter inside; set null")
-        settings = json.loads(manifest.read_text())
-        if settings["format"] != SERVING_FORMAT:
-            raise CheckpointError(f"model.base: {folder} has format {settings['format']}; convert it again")
-        if settings["adapter"] is not None:
+        settings = read_object(manifest, "model.base")
+        if settings.get("format") != SERVING_FORMAT:
+            raise CheckpointError(f"model.base: {folder} has format {settings.get('format')!r}; convert it again")
+        if settings.get("adapter") is not None:
             shape = replace(shape, adapter=_converted_adapter(settings["adapter"], top_k, lora_alpha))
         files = TensorFiles.open(folder, "model.base")
         _check(files, serving_shapes(shape), f"model.base: {folder}")

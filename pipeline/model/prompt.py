@@ -19,7 +19,7 @@ from PIL import Image
 import pipeline.compat  # noqa: F401 - before transformers and qwen-vl-utils import torchvision
 from pipeline.errors import CheckpointError, RowError
 from pipeline.model.shape import ModelShape
-from pipeline.model.sources import localise
+from pipeline.model.sources import check_tokenizer, localise
 from pipeline.redact import cause_of
 
 #: A chat message as the template takes it: {"role": ..., "content": text or list of parts}.
@@ -151,6 +151,7 @@ class PromptProcessor:
         from tokenizers import Tokenizer
         from transformers import AutoProcessor
 
+        check_tokenizer(folder, "model.base")
         try:
             self._processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # a damaged or missing tokenizer or processor file, in any of many types

@@ -8,16 +8,18 @@ import os
 import posixpath
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import fsspec
 import torch
 from filelock import FileLock
+from fsspec.implementations.http import HTTPFileSystem
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
@@ -73,37 +75,69 @@ def _copy_from_url(url: str, key: str) -> Path:
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
         root = root.rstrip("/")
-        filesystem.invalidate_cache()
-        sizes = {name: entry["size"] for name, entry in filesystem.find(root, detail=True).items()}
-        is_file = list(sizes) == [root]
-        wanted = {(Path(root).name if is_file else name[len(root) :].lstrip("/")): name for name in sizes}
-        if not is_file:
-            wanted = {relative: name for relative, name in wanted.items() if _is_wanted(relative)}
-        # What changes whenever a file does: an object's etag, a file's time. Weights of one shape all have one size.
-        told = {relative: (sizes[name], filesystem.ukey(name)) for relative, name in sorted(wanted.items())}
+        told = _listing(filesystem, root)
     except Exception as error:  # every fsspec backend has error types of its own
         raise CheckpointError(f"{key}: cannot list {url!r} ({cause_of(error)})") from error
-    if not wanted:
+    if not told:
         raise CheckpointError(f"{key}: nothing found at {url!r}")
-    for relative in wanted:
+    for relative in told:
         _check_below(relative, f"{key}: {url!r} holds")
     version = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
     target = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:24] / version
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Several replicas of one machine ask at once: one of them copies, the others wait. What has its name is whole.
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            partial = target.with_name(f"{version}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            for relative, name in wanted.items():
-                local = partial / relative
-                local.parent.mkdir(parents=True, exist_ok=True)
-                try:
+    # Its own, should another machine copy into the same cache: not every shared disk knows locks.
+    partial = target.with_name(f"{version}.{uuid.uuid4().hex}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Several replicas of one machine ask at once: one of them copies, the others wait. What has its name is whole.
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                for relative, (name, *_) in told.items():
+                    local = partial / relative
+                    local.parent.mkdir(parents=True, exist_ok=True)
                     filesystem.get_file(name, str(local))
-                except Exception as error:  # every fsspec backend has error types of its own
-                    raise CheckpointError(f"{key}: cannot copy {name!r} ({cause_of(error)})") from error
-            partial.rename(target)
-    return target / Path(root).name if is_file else target
+                if _listing(filesystem, root) != told:
+                    raise CheckpointError(f"{key}: {url!r} changed while it was copied; run the job again")
+                _appear(partial, target)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a storage's, of a type of its own, or the disk's
+        raise CheckpointError(f"{key}: cannot copy {url!r} to {cache_folder()} ({cause_of(error)})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target / Path(root).name if [name for name, *_ in told.values()] == [root] else target
+
+
+def _listing(filesystem: fsspec.AbstractFileSystem, root: str) -> dict[str, tuple[str, int | None, str]]:
+    """Of each file that a model consists of, by its name below `root`: its path, size and version.
+
+    Weights of one shape all have one size: that alone tells nothing.
+    """
+    filesystem.invalidate_cache()
+    found = filesystem.find(root, detail=True)
+    if list(found) == [root]:
+        wanted = {Path(root).name: root}
+    else:
+        below = {name[len(root) :].lstrip("/"): name for name in found}
+        wanted = {relative: name for relative, name in sorted(below.items()) if _is_wanted(relative)}
+    return {relative: (name, *_told(filesystem, name, found[name])) for relative, name in wanted.items()}
+
+
+def _told(filesystem: fsspec.AbstractFileSystem, name: str, listed: dict[str, Any]) -> tuple[int | None, str]:
+    """A file's size, and what changes whenever it does: an object's etag, a file's time."""
+    if not isinstance(filesystem, HTTPFileSystem):
+        return listed["size"], filesystem.ukey(name)
+    # fsspec takes files behind http for unchanging, and lists no sizes.
+    info = filesystem.info(name)
+    tags = (info.get(field) for field in ("ETag", "Content-MD5", "Digest", "Last-Modified"))
+    return info.get("size"), next(filter(None, tags), "")
+
+
+def _appear(partial: Path, target: Path) -> None:
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.exists():  # else another machine was first, with the same
+            raise
 
 
 def _is_wanted(relative: str) -> bool:
@@ -212,16 +246,46 @@ def _weight_files(folder: Path, key: str) -> list[Path]:
     raise CheckpointError(f"{key}: {folder} holds no weights (*.safetensors or pytorch_model*.bin)")
 
 
+def read_object(file: Path, key: str) -> dict[str, Any]:
+    """The JSON object of a checkpoint's file.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{key}: cannot read {file} ({cause_of(error)})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{key}: cannot read {file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def check_tokenizer(folder: Path, key: str) -> None:
+    """Make sure that the tokenizer's settings name no file outside their folder.
+
+    transformers calls all other files by names of its own; one of these it opens as it is called.
+
+    Raises:
+        CheckpointError: they do, or cannot be read.
+    """
+    file = folder / "tokenizer_config.json"
+    if file.is_file():
+        names = read_object(file, key).get("fast_tokenizer_files") or []
+        for name in names if isinstance(names, list) else [names]:
+            _check_below(str(name), f"{key}: {file} names")
+
+
 def _files_named(index: Path, key: str) -> set[Path]:
     """The files that an index of weights names; all of them lie beside it.
 
     Raises:
         CheckpointError: it cannot be read, or names others.
     """
-    try:
-        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{key}: cannot read {index} ({cause_of(error)})") from error
+    found = read_object(index, key).get("weight_map")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{key}: cannot read {index}: no weight_map says which file holds which tensor")
+    names = {str(name) for name in found.values()}
     for name in names:
         _check_below(name, f"{key}: {index} names")
     return {index.parent / name for name in names}

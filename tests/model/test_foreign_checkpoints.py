@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -132,6 +134,99 @@ def test_an_index_names_no_file_outside_its_folder(name: str, golden: Path, tmp_
     (tmp_path / "ckpt/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match=r"model.base: .*index.json names a file called .* outside its folder"):
         TensorFiles.open(tmp_path / "ckpt", "model.base")
+
+
+def test_a_checkpoint_that_changes_while_it_is_copied_is_no_mixture(
+    bucket: type[Bucket], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.keys.update({"a.json": b"one", "b.json": b"one"})
+    copy = Bucket.get_file
+
+    def copy_and_replace(self: Bucket, rpath: str, lpath: str, **_: Any) -> None:
+        copy(self, rpath, lpath)
+        bucket.keys.update({"a.json": b"two", "b.json": b"two"})
+
+    monkeypatch.setattr(Bucket, "get_file", copy_and_replace)
+    with pytest.raises(CheckpointError, match=r"^model.base: 'bucket://ckpt' changed while it was copied; run"):
+        localise("bucket://ckpt", "model.base")
+    found = localise("bucket://ckpt", "model.base")
+    assert {file.name: file.read_bytes() for file in found.iterdir()} == {"a.json": b"two", "b.json": b"two"}
+    assert [path for path in found.parent.iterdir() if path.is_dir()] == [found]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    bucket: type[Bucket], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AWAKER_CACHE", str(tmp_path / "file"))
+    bucket.keys["config.json"] = b"{}"
+    with pytest.raises(CheckpointError, match=r"^model.base: cannot copy 'bucket://ckpt' to .*/file \(NotADirectoryError"):
+        localise("bucket://ckpt", "model.base")
+    monkeypatch.setenv("AWAKER_CACHE", str(tmp_path / "cache"))
+    bucket.keys["config.json/a.json"] = b"{}"  # a store has room for both, a disk has not
+    with pytest.raises(CheckpointError, match=r"^model.base: cannot copy 'bucket://ckpt' to .*/cache \("):
+        localise("bucket://ckpt", "model.base")
+
+
+def test_a_copy_elsewhere_on_a_shared_disk_is_not_torn(bucket: type[Bucket], monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.keys["a.json"] = b"one"
+    copy, inner = Bucket.get_file, []
+
+    def another_machine_is_faster(self: Bucket, rpath: str, lpath: str, **_: Any) -> None:
+        copy(self, rpath, lpath)
+        if not inner:
+            inner.append(None)
+            inner[0] = localise("bucket://ckpt", "model.base")
+
+    monkeypatch.setattr(Bucket, "get_file", another_machine_is_faster)
+    monkeypatch.setattr("pipeline.model.sources.FileLock", lambda _: contextlib.nullcontext())
+    found = localise("bucket://ckpt", "model.base")
+    assert inner == [found]
+    assert [file.read_bytes() for file in found.iterdir()] == [b"one"]
+
+
+def test_weights_behind_http_that_changed_are_copied_anew_though_their_size_did_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWAKER_CACHE", str(tmp_path / "cache"))
+    content = [b"one"]
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content[0])))
+            self.send_header("ETag", f'"{content[0].decode()}"')
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content[0])
+
+        do_HEAD = do_GET  # noqa: N815  (the base class's name)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/pytorch_model.bin"
+    assert localise(url, "model.adapter").read_bytes() == b"one"
+    content[0] = b"two"
+    assert localise(url, "model.adapter").read_bytes() == b"two"
+    server.shutdown()
+
+
+def test_a_tokenizer_names_no_file_outside_its_folder(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "released/base", tmp_path / "ckpt")
+    file = tmp_path / "ckpt/tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fast_tokenizer_files": ["../tokenizer.5.0.json"]}))
+    with pytest.raises(CheckpointError, match=r"model.base: .*tokenizer_config.json names a file called '../tokenizer"):
+        PromptProcessor(tmp_path / "ckpt", 100)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"adapter": null}'])
+def test_a_damaged_manifest_of_a_converted_checkpoint_is_named(content: str, golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "released/base", tmp_path / "ckpt")
+    (tmp_path / "ckpt/awaker_serving.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"^model.base: .*(awaker_serving.json|has format None)"):
+        open_checkpoint(str(tmp_path / "ckpt"), None)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}'])
