@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import posixpath
 import re
 import tarfile
@@ -31,6 +32,8 @@ Row = dict[str, Any]
 #: the same.
 FILES_IN_MEMORY = 16
 
+#: What some readers take for a line's end, as JSON can say it.
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 #: Bytes of one part of a member's name: filesystems take 255, of which an extension needs some.
 MEMBER_BYTES = 200
 #: Not as they are in the name of a tar's member: controls, format characters, halves of surrogate pairs, `%` (which
@@ -72,7 +75,7 @@ def _lines(
         table = _read(results, commit.file)
         if form == "openai" and "text" not in table.column_names:
             raise OutputError("export.format: several prompts' columns are no chat answers; expected output.prompts=rows")
-        lines = (json.dumps(line(row), ensure_ascii=False, default=str) + "\n" for row in table.to_pylist())
+        lines = (as_json(line(row)) + "\n" for row in table.to_pylist())
         yield f"{commit.file.removesuffix('.parquet')}.jsonl", "".join(lines).encode()
 
 
@@ -102,6 +105,23 @@ def _tars(results: OutputFolder, manifest: Manifest, commits: Sequence[Commit]) 
         yield f"{stem}.tar", _tar(row for _, row in sorted(found, key=lambda pair: pair[0]))
 
 
+def as_json(row: Row) -> str:
+    """A row as JSON, one line to every reader: without characters at which some break lines, or numbers that are none."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:  # infinite, or no number: JSON has no word for it
+        text = json.dumps(_finite(row), ensure_ascii=False, default=str)
+    return text.translate(_LINE_ENDS)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(own) for key, own in value.items()}
+    return [_finite(own) for own in value] if isinstance(value, list) else value
+
+
 def member_name(id_: str) -> str:
     """An id as the name of a tar's member: a relative path that leads nowhere else, the same for no other id.
 
@@ -128,7 +148,7 @@ def _tar(rows: Iterable[Row]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for row in rows:
-            members = {"answer.json": json.dumps(row, ensure_ascii=False, default=str)}
+            members = {"answer.json": as_json(row)}
             if row.get("text") is not None:
                 members["answer.txt"] = row["text"]
             for extension, text in members.items():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import OutputSettings
 from pipeline.errors import OutputError
-from pipeline.export import Form, _tar, export, member_name
+from pipeline.export import Form, _tar, as_json, export, member_name
 from pipeline.io.commits import OutputLog
 from pipeline.io.rowset import RowSet
 from pipeline.io.storage import OutputFolder
@@ -162,3 +162,12 @@ def test_ids_are_no_paths_in_a_tar(tmp_path: Path) -> None:
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_no_two_ids_share_a_members_name(first: str, second: str) -> None:
     assert (member_name(first) == member_name(second)) == (first == second)
+
+
+def test_a_line_is_one_line_of_json_to_every_reader() -> None:
+    row = {"text": "a\u2028b\u2029c\x85d 两", "n": float("nan"), "l": [1.5, float("-inf")], "s": {"x": float("inf")}}
+    line = as_json(row)
+    assert len(line.splitlines()) == 1
+    assert "两" in line
+    told = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert told == {**row, "n": None, "l": [1.5, None], "s": {"x": None}}
