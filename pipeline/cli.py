@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from pipeline.config import JobSettings, Settings, load_settings
 from pipeline.errors import JobError, Stopped
 from pipeline.redact import printable, without_secrets
+
+if TYPE_CHECKING:
+    from pipeline.config import Settings
 
 #: Exit code of a job that was pointless from the start: configuration, input, output or checkpoint.
 EXIT_POINTLESS = 2
@@ -23,7 +25,7 @@ EXIT_INTERRUPTED = 130
 #: Exit code after SIGTERM, once all that was answered is committed.
 EXIT_STOPPED = 143
 
-T = TypeVar("T", bound=Settings)
+T = TypeVar("T", bound="Settings")
 
 
 class _OneLine(logging.Formatter):
@@ -57,6 +59,8 @@ def main(
     Returns:
         0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C; 143 after SIGTERM.
     """
+    from pipeline.config import JobSettings, load_settings  # which `kind` needed, too: it costs nothing here
+
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

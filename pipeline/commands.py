@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+# Whatever takes longer to import is imported where Ctrl-C is answered.
 from pipeline.cli import EXIT_INTERRUPTED, EXIT_POINTLESS, main
-from pipeline.config import JobSettings, Settings
 from pipeline.redact import printable
+
+if TYPE_CHECKING:
+    from pipeline.config import JobSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,12 @@ def _answer(task: Any) -> Callable[[], tuple[type[Settings], Callable[[Any, bool
         jobs.show_answers(checked, console)
         summary.print(console)
 
-    return lambda: (JobSettings, work)
+    def load() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+        from pipeline.config import JobSettings
+
+        return JobSettings, work
+
+    return load
 
 
 def _nightly() -> tuple[type[Settings], Callable[[Any, bool], None]]:
@@ -134,6 +142,7 @@ def _plan() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
     def work(settings: PlanSettings, dry_run: bool) -> None:
         from pipeline import job as jobs
+        from pipeline.config import JobSettings
 
         own = JobSettings.model_validate(settings.model_dump(exclude={"task"}))
         print(jobs.describe(jobs.check_job(settings.task, own)))

@@ -24,7 +24,7 @@ from typing import Literal
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from pipeline.actors.row_settings import rules_for_rows
+from pipeline.actors.row_settings import job_sampling, rules_for_rows
 from pipeline.config import JobSettings, as_yaml
 from pipeline.errors import ConfigError, InputError, OutputError, Stopped
 from pipeline.io.accuracy import Truth, is_right
@@ -118,6 +118,7 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     OutputFolder(settings.output.path).check(shard.file.url for shard in plan.shards)
     checkpoint = open_checkpoint(model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha)
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
+    job_sampling(settings.generation, checkpoint.folder)
     manifest = Manifest.of(task, settings, checkpoint_files(checkpoint), plan)
     job = Job(task, settings, plan, truth, checkpoint, manifest, growing=only is not None)
     # A run that goes on has asked before, of the same shards.

@@ -116,6 +116,14 @@ def test_a_picture_becomes_characters_of_two_pixels_each() -> None:
     assert printable("a\x1b[31mb\nc") == "a [31mb c"
 
 
+def test_nothing_slow_is_imported_before_ctrl_c_is_answered() -> None:
+    code = (
+        "import sys, pipeline.commands; print(*sorted({'pydantic', 'yaml', 'torch', 'ray', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
 @pytest.mark.parametrize("stage", ["loading", "working"])
 def test_ctrl_c_ends_a_command_in_one_line_at_whatever_stage(
     stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from urllib.parse import parse_qsl
+
+from pipeline.redact import is_secret_name
 
 #: fsspec's names of the storages that have buckets, and what all names of one are called here.
 _STORAGES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs", "az": "abfs", "hf": "hf"}
+#: fsspec's names of what writes `owner:repository@revision`.
+_REVISIONS = frozenset({"github", "git"})
 #: Kinds of repositories that stand before a repository's name on the Hugging Face hub; models have none.
 _HUB_KINDS = frozenset({"datasets", "spaces", "buckets", "models", "kernels"})
 
@@ -38,6 +43,19 @@ def buckets_of(paths: Iterable[str | None]) -> frozenset[str]:
     """The buckets that paths and URLs lead into, chained ones (`simplecache::s3://...`) too."""
     links = [link for path in paths if path for link in path.split("::")]
     return frozenset(bucket for link in links if (bucket := bucket_of(link)))
+
+
+def holds_password(url: str) -> bool:
+    """Whether a URL carries a secret: a password, on the web any user (a token, often), or a signature in its query."""
+    scheme, found, rest = url.partition("://")
+    scheme = scheme.lower()
+    if not found or scheme in _REVISIONS:
+        return False
+    web = scheme in ("http", "https")
+    if web and any(is_secret_name(name) for name, _ in parse_qsl(rest.partition("?")[2])):
+        return True
+    user, at, _ = rest.split("/", 1)[0].rpartition("@")
+    return holds_credentials(url) and (web or not at or ":" in user)
 
 
 def holds_credentials(url: str) -> bool:

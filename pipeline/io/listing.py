@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.errors import InputError
+from pipeline.io.buckets import holds_password
 from pipeline.io.storage import PARQUET_SUFFIXES, open_filesystem
+from pipeline.redact import without_secrets
 
 Form = Literal["parquet", "webdataset", "arrow", "jsonl", "csv", "images"]
 #: What people call them.
@@ -113,6 +115,11 @@ def find_shards(
 
 
 def _find(path: str, form: Form | Literal["auto"], tell: Callable[[str], None] | None) -> list[FileInfo]:
+    if any(map(holds_password, path.split("::"))):
+        raise InputError(
+            f"input.path: {without_secrets(path)!r} holds credentials, and where a row came from is written beside its "
+            "answer; give them to fsspec, as FSSPEC_FTP_USERNAME and FSSPEC_FTP_PASSWORD or in ~/.config/fsspec"
+        )
     try:
         filesystem, root = open_filesystem(path)
         if filesystem.isfile(root):

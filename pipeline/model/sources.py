@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import fsspec
 import torch
@@ -104,7 +105,7 @@ def _copy_from_url(url: str, key: str) -> Path:
         raise CheckpointError(f"{key}: cannot copy {url!r} to {cache_folder()} ({cause_of(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target / Path(root).name if [name for name, *_ in told.values()] == [root] else target
+    return target / next(iter(told)) if [name for name, *_ in told.values()] == [root] else target
 
 
 def _listing(filesystem: fsspec.AbstractFileSystem, root: str) -> dict[str, tuple[str, int | None, str]]:
@@ -115,7 +116,9 @@ def _listing(filesystem: fsspec.AbstractFileSystem, root: str) -> dict[str, tupl
     filesystem.invalidate_cache()
     found = filesystem.find(root, detail=True)
     if list(found) == [root]:
-        wanted = {Path(root).name: root}
+        # What signs a URL on the web is no part of a name: names are told in manifests, and signatures change.
+        path = urlsplit(root).path if isinstance(filesystem, HTTPFileSystem) else root
+        wanted = {posixpath.basename(path): root}
     else:
         below = {name[len(root) :].lstrip("/"): name for name in found}
         wanted = {relative: name for relative, name in sorted(below.items()) if _is_wanted(relative)}

@@ -17,7 +17,7 @@ from pipeline.actors.replica import Judged, Replica
 from pipeline.actors.row_settings import job_sampling, row_settings, rules_for_rows
 from pipeline.config import GenerationSettings, JobSettings
 from pipeline.engine import Answer, Request
-from pipeline.errors import InputError, RowError
+from pipeline.errors import CheckpointError, InputError, RowError
 from pipeline.io.plan import plan_input
 from pipeline.io.read import PlannedShards, read_piece
 from pipeline.io.rowset import RowSet
@@ -186,3 +186,27 @@ def test_a_plan_says_what_holds_for_lines(tmp_path: Path) -> None:
     assert "the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 (and top_p=1) draws" in told
     assert "greedy" not in rules_for_rows(GenerationSettings(top_k=0), tmp_path)
     assert job_sampling(GenerationSettings(), tmp_path).with_own({"stop": ["a"], "top_k": 0}).stop == ("a",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        '{"max_new_tokens": -4}',
+        '{"top_k": [1]}',
+        '{"eos_token_id": "x"}',
+        '{"eos_token_id": [1, null]}',
+        '{"repetition_penalty": 0}',
+        '{"repetition_penalty": NaN}',
+        '{"top_p": "much"}',
+        '{"stop_strings": [3]}',
+        '{"do_sample": true, "temperature": "hot"}',
+        '{"do_sample": true, "temperature": -1}',
+    ],
+)
+def test_a_checkpoints_sampling_that_cannot_be_read_is_an_error_in_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"^model.base: cannot read .*/generation_config.json \([^\n]*$"):
+        job_sampling(GenerationSettings(), tmp_path)

@@ -18,6 +18,7 @@ from moto.s3.models import S3Backend, s3_backends
 from moto.server import ThreadedMotoServer
 
 from pipeline.errors import InputError
+from pipeline.io.buckets import holds_password
 from pipeline.io.listing import find_shards
 from pipeline.io.plan import check_ids_unique
 from pipeline.rows import ERROR, ID, REFERENCES
@@ -142,3 +143,35 @@ def test_objects_of_odd_names_are_found_and_read(bucket: S3Backend, tmp_path: Pa
     assert sorted(shard.file.name for shard in plan.shards) == sorted(f"{key}.{form}" for key in ODD_KEYS)
     check_ids_unique(plan)
     assert sorted(read(plan)[ID]) == [f"{n}" for n in range(len(ODD_KEYS))]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "ftp://user:hunter2@host/a.jsonl",
+        "s3://KEY:hunter2@bucket/in/",
+        "sftp://user:hun/ter2@host/in",
+        "https://hunter2@host/a.jsonl",
+        "https://host/a.jsonl?X-Amz-Signature=hunter2&x=a.jsonl",
+        "simplecache::ftp://user:hunter2@host/a.jsonl",
+        "abfs://KEY:hunter2@container@account.dfs.core.windows.net/in",
+    ],
+)
+def test_an_input_with_credentials_is_refused_before_they_stand_beside_answers(path: str) -> None:
+    with pytest.raises(InputError, match="^input.path: .* holds credentials, .* give them to fsspec") as caught:
+        find_shards(path)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_names_that_merely_look_like_credentials_are_none() -> None:
+    for url in (
+        "sftp://user@host:22/in",
+        "abfs://container@account.dfs.core.windows.net/in",
+        "github://org:repository@main/in",
+        "hf://datasets/a/b@refs%2Fconvert%2Fparquet/in",
+        "s3://arn:aws:s3:eu:1:accesspoint/x/in",
+        "http://host:8080/a@b.jsonl",
+        "/in/user:name@x/a?token=b",
+        "file:///in/user:name@x/a",
+    ):
+        assert not holds_password(url), url

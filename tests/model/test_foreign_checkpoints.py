@@ -210,6 +210,8 @@ def test_weights_behind_http_that_changed_are_copied_anew_though_their_size_did_
     assert localise(url, "model.adapter").read_bytes() == b"one"
     content[0] = b"two"
     assert localise(url, "model.adapter").read_bytes() == b"two"
+    signed = localise(f"{url}?X-Amz-Signature=secret", "model.adapter")
+    assert (signed.name, signed.read_bytes()) == ("pytorch_model.bin", b"two")
     server.shutdown()
 
 
