@@ -106,13 +106,9 @@ class _Source:
     is_base64: bool = False
 
     @property
-    def is_data(self) -> bool:
-        return not self.is_base64 and is_data_uri(self.text)
-
-    @property
     def reference(self) -> str | None:
         """The path or URL to fetch, if it is one."""
-        return None if self.is_base64 or self.is_data else self.text
+        return None if self.is_base64 or is_data_uri(self.text) else self.text
 
     def load(self, decode: Decode, fetch: Fetch) -> Any:
         if self.reference is not None:

@@ -162,7 +162,7 @@ class OutputLog:
         """
         fence = self._writing()
         before = Accepted.load(self._folder)
-        there = [f"{at}{name}" for at in ("", RETRIES) for name in self._folder.sizes(at)]
+        there = self._everything()
         files = [] if fresh else [name for name in there if epoch_of(name) is not None and before.counts(name)]
         told = {"epoch": fence.epoch, "run": fence.run, "by": fence.holder.token, "files": files}
         self._folder.create(f"{ACCEPTED}/{fence.epoch:08d}.json", json.dumps(told).encode())
@@ -186,8 +186,11 @@ class OutputLog:
     def superseded(self) -> list[str]:
         """Names of files that do not count."""
         accepted = Accepted.load(self._folder)
-        there = [f"{at}{name}" for at in ("", RETRIES) for name in self._folder.sizes(at)]
-        return [name for name in there if not accepted.counts(name)]
+        return [name for name in self._everything() if not accepted.counts(name)]
+
+    def _everything(self) -> list[str]:
+        """Names of all Parquet files, of results and of outcomes that wait to be put in place."""
+        return [f"{at}{name}" for at in ("", RETRIES) for name in self._folder.sizes(at)]
 
     def commits(self, *, mend: bool = False) -> list[Commit]:
         """All commits that count, of whatever run.
