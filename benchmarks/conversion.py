@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.harness import mebibytes, peak_memory, save
 from benchmarks.workloads import CPU_SHAPE
-from pipeline.random_checkpoint import write_random_checkpoint
+from pipeline.synthetic.random_checkpoint import write_random_checkpoint
 
 #: 1.07 B parameters: the decoder of the CPU benchmark four times as deep.
 SHAPE = replace(CPU_SHAPE, base=replace(CPU_SHAPE.base, layers=48))

@@ -24,11 +24,11 @@ from benchmarks.harness import save
 from pipeline.engine import Engine, EngineOptions, Request, Sampling
 from pipeline.engine.encode import Encoder
 from pipeline.engine.runner import Part, Runner, Running
-from pipeline.hub_folder import IMAGE_MEAN, IMAGE_STD
 from pipeline.model.awaker import Model, assemble
 from pipeline.model.checkpoint import serving_shapes
 from pipeline.model.shape import AdapterShape, ModelShape, VisionShape
 from pipeline.model.vision import pixel_table
+from pipeline.synthetic.hub_folder import IMAGE_MEAN, IMAGE_STD
 
 VISION = VisionShape(
     depth=32,

@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.harness import save
 from pipeline.engine import Engine, EngineOptions, Request, Sampling
-from pipeline.hub_folder import FolderShape
 from pipeline.model.awaker import load_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.prompt import PromptProcessor
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.hub_folder import FolderShape
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 
 REQUESTS = 256
 QUESTIONS = (

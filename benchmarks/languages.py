@@ -13,11 +13,10 @@ import random
 from pathlib import Path
 from typing import get_args
 
-import pipeline.flags
-import pipeline.languages
 from benchmarks.harness import median_seconds, save
-from pipeline.flags import Flagger, FlagRules
-from pipeline.languages import Language, count_words, script_of
+from pipeline.quality import flags, languages
+from pipeline.quality.flags import Flagger, FlagRules
+from pipeline.quality.languages import Language, count_words, script_of
 
 SENTENCES = Path(__file__).parent / "data" / "sentences.json"
 WORDS = (6, 12, 24, 48)
@@ -48,10 +47,10 @@ def main() -> list[str]:
         return "language" in judges[language].flags("", text, truncated=False, looping=False)
 
     runs = []
-    own = pipeline.languages.SURE
+    own = languages.SURE
     try:
         for words, sure in itertools.product(WORDS, SURE):
-            pipeline.languages.SURE = sure
+            languages.SURE = sure
             made = {language: texts(lines, words, TEXTS, seed=words) for language, lines in sentences.items()}
             wrongly = [foreign(language, text) for language, own_texts in made.items() for text in own_texts]
             rightly = [
@@ -64,11 +63,11 @@ def main() -> list[str]:
             shares = {"wrongly": sum(wrongly) / len(wrongly), "rightly": sum(rightly) / len(rightly)}
             runs.append({"words": words, "sure": sure, **shares})
     finally:
-        pipeline.languages.SURE = own
+        languages.SURE = own
     captions = texts(sentences["english"], 100, 500, seed=1)
 
     def judge() -> None:
-        pipeline.languages.guessed.cache_clear()
+        languages.guessed.cache_clear()
         for text in captions:
             foreign("english", text)
 
@@ -77,7 +76,7 @@ def main() -> list[str]:
     table = {(run["words"], run["sure"]): run for run in runs}
     return [
         f"{TEXTS} texts of each of {len(sentences)} languages. All flags of an answer of 100 words cost "
-        f"{seconds * 1e6:.0f} microseconds; one of fewer than {pipeline.flags.GUESSED_WORDS} words is judged by its script "
+        f"{seconds * 1e6:.0f} microseconds; one of fewer than {flags.GUESSED_WORDS} words is judged by its script "
         "alone. In each cell: flagged though in the language asked for; flagged, being in another of the same script.",
         "",
         "| words | " + " | ".join(f"{sure:.0%} sure{' (in use)' if sure == own else ''}" for sure in SURE) + " |",

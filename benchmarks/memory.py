@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.harness import ROOT, mebibytes, own_memory, save
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 
 ROWS = (200, 2_500, 5_000)
 ROWS_PER_SHARD = 500

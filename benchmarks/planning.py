@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.harness import ROOT, mebibytes, peak_memory, save
-from pipeline.config import InputSettings, OutputSettings
-from pipeline.io.commits import OutputLog, done_rows
-from pipeline.io.lease import Lease
-from pipeline.io.plan import plan_input
+from pipeline.io.input.plan import plan_input
+from pipeline.io.output.columns import RESERVED_COLUMNS, output_schema
+from pipeline.io.output.commits import OutputLog, done_rows
+from pipeline.io.output.lease import Lease
+from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
-from pipeline.io.storage import OutputFolder
-from pipeline.io.write import RESERVED_COLUMNS, output_schema
+from pipeline.settings.job import InputSettings, OutputSettings
 
 SHARDS, ROWS_PER_SHARD, GROUPS = 20_000, 5_000, 5
 ROWS_PER_FILE = 10_000
@@ -63,8 +63,8 @@ def generate(folder: Path, shards: int) -> None:
 
 def plan(folder: Path) -> dict[str, float]:
     """What a resumed job does before it starts; seconds of each part, and what there is to do."""
-    from pipeline.io.read import PlannedShards
-    from pipeline.job import missing_rows
+    from pipeline.io.input.read import PlannedShards
+    from pipeline.run.run import missing_rows
 
     started = time.perf_counter()
     taken: dict[str, float] = {}

@@ -22,10 +22,10 @@ from benchmarks.harness import REPEATS, median_seconds, save
 from benchmarks.workloads import DTYPE, load_random
 from pipeline.actors.conversation import from_prompt
 from pipeline.actors.images import decode_image
-from pipeline.config import ImageSettings
-from pipeline.hub_folder import FolderShape
 from pipeline.model.prompt import PromptProcessor
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.settings.job import ImageSettings
+from pipeline.synthetic.hub_folder import FolderShape
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 
 IMAGES = 40
 QUESTION = "Describe this image in detail."

@@ -16,7 +16,7 @@ import regex
 from benchmarks.harness import median_seconds, save
 from pipeline.engine import repetition
 from pipeline.engine.repetition import CHECK_EVERY, LONGEST_PERIOD, ends_in_loop
-from pipeline.flags import Flagger, FlagRules
+from pipeline.quality.flags import Flagger, FlagRules
 
 #: Length of an answer, in tokens, and how many of each kind are made.
 ANSWER = 512

@@ -17,16 +17,16 @@ from playwright.sync_api import sync_playwright
 
 from benchmarks.harness import ROOT, mebibytes, peak_memory, save
 from pipeline.actors.samples import SAMPLE_SCHEMA, SIDE, as_jpeg
-from pipeline.config import OutputSettings
-from pipeline.io.commits import OutputLog
-from pipeline.io.journal import Journal
-from pipeline.io.lease import Lease
-from pipeline.io.manifest import Manifest
+from pipeline.io.output.columns import output_schema
+from pipeline.io.output.commits import OutputLog
+from pipeline.io.output.journal import Journal
+from pipeline.io.output.lease import Lease
+from pipeline.io.output.manifest import Manifest
+from pipeline.io.output.storage import REPORT, OutputFolder
 from pipeline.io.rowset import RowSet
-from pipeline.io.storage import REPORT, OutputFolder
-from pipeline.io.write import output_schema
 from pipeline.report.gather import SHOWN
 from pipeline.rows import PLACE_SCHEMA, ROW, SHARD
+from pipeline.settings.job import OutputSettings
 from tests.browser import chromium
 
 FILES, ROWS_PER_FILE = 200, 10_000
@@ -99,7 +99,7 @@ def main() -> list[str]:
         script = Path(where) / "_run" / "make.py"
         script.write_text(
             f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nstarted = time.perf_counter()\n"
-            "from pathlib import Path\nfrom pipeline.io.storage import OutputFolder\n"
+            "from pathlib import Path\nfrom pipeline.io.output.storage import OutputFolder\n"
             "from pipeline.report.page import write_report\n"
             f"write_report(OutputFolder({where!r}))\n"
             f"Path({where!r}, '_run', 'seconds').write_text(str(time.perf_counter() - started))\n"

@@ -13,11 +13,11 @@ from PIL import Image
 
 import pipeline.compat  # noqa: F401 - before transformers' processor imports torchvision
 from pipeline.engine import Engine, EngineOptions, Request, Sampling
-from pipeline.hub_folder import FolderShape
 from pipeline.model.awaker import Model, load_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.prompt import PromptProcessor
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.hub_folder import FolderShape
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from pipeline.training.precision import products_dtype
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ from pathlib import Path
 # Under `ray job submit --working-dir .` the package beside this file is the one to run, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.cli import main
-from pipeline.scenes.dataset import ScenesSettings, write_scenes
+from pipeline.run.cli import main
+from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/scenes.yaml"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 # Under `ray job submit --working-dir .` the package beside this file is the one to run, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.cli import main
-from pipeline.config import as_yaml
+from pipeline.run.cli import main
+from pipeline.settings.job import as_yaml
 from pipeline.training.settings import TrainSettings
 
 

@@ -36,8 +36,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 #: Files whose tests use the one Ray cluster stay in the process that starts it; the others go by file.
-JOBS = ("tests/jobs/", "tests/chaos/", "tests/test_demo.py", "tests/test_nightly.py", "tests/actors/test_witness.py")
-JOBS += ("tests/io/test_fetch.py", "tests/test_progress.py", "tests/actors/test_metrics.py")
+JOBS = ("tests/jobs/", "tests/chaos/", "tests/test_demo.py", "tests/run/test_nightly.py", "tests/actors/test_witness.py")
+JOBS += ("tests/io/input/test_fetch.py", "tests/run/test_progress.py", "tests/actors/test_metrics.py")
 
 
 def _lot(nodeid: str) -> str:

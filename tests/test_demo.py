@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import JobSettings, load_settings
 from pipeline.engine import Engine, Sampling
-from pipeline.io.accuracy import is_right
 from pipeline.model.awaker import load_model
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.convert import convert
 from pipeline.model.prompt import PromptProcessor
-from pipeline.scenes.questions import TASKS
+from pipeline.quality.accuracy import is_right
+from pipeline.settings.job import JobSettings, load_settings
+from pipeline.synthetic.scenes.questions import TASKS
 from tests.conftest import RayCluster
 from tests.jobs.support import ROOT, results, run_on_cluster
 from tests.prompts import Asked, as_request

@@ -32,8 +32,8 @@ def test_every_error_code_is_in_the_readme_with_its_stage() -> None:
 
 
 def test_every_flag_and_every_event_is_described() -> None:
-    from pipeline.flags import GRAVEST_FIRST
-    from pipeline.io.journal import EventKind
+    from pipeline.io.output.journal import EventKind
+    from pipeline.quality.flags import GRAVEST_FIRST
 
     def listed(document: str) -> list[str]:
         return re.findall(r"^\| `(\w+)` \|", (ROOT / document).read_text(), re.MULTILINE)
@@ -43,9 +43,9 @@ def test_every_flag_and_every_event_is_described() -> None:
 
 
 def test_the_configuration_page_is_what_the_settings_say() -> None:
-    from pipeline.reference import PAGE, page
+    from pipeline.settings.reference import PAGE, page
 
-    assert PAGE.read_text() == page(), "run python -m pipeline.reference"
+    assert PAGE.read_text() == page(), "run python -m pipeline.settings.reference"
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -64,8 +64,8 @@ def commands() -> list[tuple[str, list[str]]]:
 
 def test_every_command_in_the_documents_takes_its_arguments() -> None:
     """What is elided (`...`) aside; the settings are read as the command itself reads them."""
-    from pipeline.commands import COMMANDS
-    from pipeline.config import load_settings
+    from pipeline.run.commands import COMMANDS
+    from pipeline.settings.job import load_settings
 
     known = {name.replace("inspect", "inspect_row") if name == "inspect" else name: name for name in COMMANDS}
     seen = 0
@@ -103,8 +103,8 @@ def test_the_kuberay_manifest_runs_a_job_that_is_there() -> None:
     command = manifest["spec"]["entrypoint"].split()
     assert (ROOT / command[1]).is_file()
     assert (ROOT / command[command.index("--config") + 1]).is_file()
-    from pipeline.config import load_settings
-    from pipeline.nightly import NightlySettings
+    from pipeline.run.nightly import NightlySettings
+    from pipeline.settings.job import load_settings
 
     assignments = [word for before, word in itertools.pairwise(command) if before == "--set"]
     settings = load_settings(NightlySettings, ROOT / "configs/nightly.yaml", assignments)

@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipeline.cli import main
-from pipeline.config import JobSettings, ReportSettings, as_yaml
 from pipeline.errors import JobError
-from pipeline.io.accuracy import Accuracy
-from pipeline.io.fetch import shown
-from pipeline.io.manifest import _deciding
-from pipeline.io.write import Written
-from pipeline.job import show_answers
+from pipeline.io.input.fetch import shown
+from pipeline.io.output.columns import Written
+from pipeline.io.output.manifest import _deciding
+from pipeline.quality.accuracy import Accuracy
 from pipeline.redact import LOOKED_AT, SHOWN, cause_of, one_line, printable, scrubbed, without_secrets
-from pipeline.summary import Summary
+from pipeline.run.cli import main
+from pipeline.run.run import show_answers
+from pipeline.run.summary import Summary
+from pipeline.settings.job import JobSettings, ReportSettings, as_yaml
 
 SECRET = "hunter2hunter2"
 

@@ -15,18 +15,18 @@ import pyarrow as pa
 import pytest
 
 from pipeline.actors.samples import EACH, SAMPLE_SCHEMA, SIDE, RowSampler, as_jpeg
-from pipeline.config import OutputSettings
 from pipeline.errors import OutputError
-from pipeline.io.commits import SAMPLES, OutputLog
-from pipeline.io.journal import EVENTS, TIMELINE, Journal
+from pipeline.io.output.columns import output_schema
+from pipeline.io.output.commits import SAMPLES, OutputLog
+from pipeline.io.output.journal import EVENTS, TIMELINE, Journal
+from pipeline.io.output.storage import REPORT, OutputFolder
 from pipeline.io.rowset import RowSet
-from pipeline.io.storage import REPORT, OutputFolder
-from pipeline.io.write import output_schema
 from pipeline.report import charts
 from pipeline.report.page import write_report
 from pipeline.rows import PLACE_SCHEMA, ROW, SHARD
+from pipeline.settings.job import OutputSettings
 from tests.browser import browser  # noqa: F401  (a fixture)
-from tests.io.epochs import hold
+from tests.io.output.epochs import hold
 from tests.jobs.support import run_script
 
 HOSTILE = "<script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\"></script><!--"

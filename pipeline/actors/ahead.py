@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from pipeline.config import FetchSettings
 from pipeline.errors import RowError
-from pipeline.io.fetch import Fetcher
+from pipeline.io.input.fetch import Fetcher
+from pipeline.settings.job import FetchSettings
 
 #: Most bytes that are under way and kept for later rows, and of a file that is fetched ahead. A larger file is fetched
 #: alone, once its row is in hand.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipeline.errors import worth_another_try
-from pipeline.io.write import ANSWER_COLUMNS, COUNT_COLUMNS, PROMPT_NAME
+from pipeline.io.output.columns import ANSWER_COLUMNS, COUNT_COLUMNS, PROMPT_NAME
 from pipeline.rows import QUESTION, ROW, SHARD
 
 Layout = Literal["rows", "columns"]
@@ -33,7 +33,7 @@ class Assembler:
 
     Args:
         prompts: what is asked of each row.
-        schema: the output's columns, `pipeline.io.write.layout_schema`.
+        schema: the output's columns, `pipeline.io.output.columns.layout_schema`.
 
     Attributes:
         answers_per_row: how many answers an output row holds.

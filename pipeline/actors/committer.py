@@ -17,15 +17,15 @@ import pyarrow.compute as pc
 import tenacity
 
 from pipeline.actors.assemble import Assembler, Prompts
-from pipeline.config import ErrorSettings
 from pipeline.errors import JobError, OutputError, TooManyErrorsError, worth_another_try
-from pipeline.io.accuracy import Truth
-from pipeline.io.commits import OutputLog, done_rows
-from pipeline.io.lease import Fence
+from pipeline.io.output.commits import OutputLog, done_rows
+from pipeline.io.output.lease import Fence
+from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
-from pipeline.io.storage import OutputFolder
+from pipeline.quality.accuracy import Truth
 from pipeline.redact import cause_of
 from pipeline.rows import QUESTION, ROW, SHARD, own_columns_dropped
+from pipeline.settings.job import ErrorSettings
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import RowError
-from pipeline.io.data_uri import bytes_of, data_of, is_data_uri
-from pipeline.io.fetch import shown
+from pipeline.io.input.data_uri import bytes_of, data_of, is_data_uri
+from pipeline.io.input.fetch import shown
 from pipeline.model.prompt import Message
 
 

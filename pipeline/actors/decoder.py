@@ -22,8 +22,8 @@ from PIL import Image
 
 from pipeline.actors import png
 from pipeline.actors.images import decode_image, image_size
-from pipeline.config import ImageSettings
 from pipeline.errors import RowError
+from pipeline.settings.job import ImageSettings
 
 #: What is decoded in this process has no more bytes, pixels, header parts, and scans times pixels: a second or two of CPU.
 SMALL_BYTES, SMALL_PIXELS, FEW_PARTS, FEW_SCANNED = 32 << 20, 64_000_000, 2_000, 400_000_000

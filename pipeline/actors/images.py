@@ -14,8 +14,8 @@ import pillow_heif
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from pipeline.actors import png
-from pipeline.config import ImageSettings
 from pipeline.errors import RowError
+from pipeline.settings.job import ImageSettings
 
 #: Not read: an EPS file is a program, and Pillow would run Ghostscript on it.
 PROGRAMS = frozenset({"EPS"})

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.actors.decoder import Decoder
-from pipeline.config import ImageSettings
 from pipeline.errors import RowError
+from pipeline.settings.job import ImageSettings
 
 
 class EncodedPicture:

@@ -16,10 +16,9 @@ from pipeline.actors.decoder import Decoder
 from pipeline.actors.pictures import EncodedPicture, RowPictures
 from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
-from pipeline.config import JobSettings
 from pipeline.errors import RowError, RowErrorCode, told
-from pipeline.io.fetch import shown
-from pipeline.io.plan import Columns
+from pipeline.io.input.fetch import shown
+from pipeline.io.input.plan import Columns
 from pipeline.model.prompt import PromptProcessor
 from pipeline.redact import cause_of
 from pipeline.rows import (
@@ -37,6 +36,7 @@ from pipeline.rows import (
     with_own_columns,
     written,
 )
+from pipeline.settings.job import JobSettings
 
 logger = logging.getLogger(__name__)
 

@@ -21,16 +21,16 @@ import torch
 from pipeline.actors.row_settings import job_sampling
 from pipeline.actors.samples import SAMPLE_SCHEMA, RowSampler, as_jpeg
 from pipeline.actors.witness import TRIES, Verdict
-from pipeline.config import JobSettings
 from pipeline.engine import Answer, Engine, EngineOptions, GenerationError, OutOfMemoryError, Request, Sampling
 from pipeline.engine.repetition import ends_in_loop
 from pipeline.errors import RowError, RowErrorCode
-from pipeline.flags import Flag, Flagger, FlagRules, doubt
-from pipeline.io.write import output_schema
+from pipeline.io.output.columns import output_schema
 from pipeline.model.awaker import load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
+from pipeline.quality.flags import Flag, Flagger, FlagRules, doubt
 from pipeline.rows import PLACE_SCHEMA, Place, PreparedRow, carried, places, prepared_rows
+from pipeline.settings.job import JobSettings
 
 #: Rows of a suspect block that are answered at a time: few enough that little is left to search, and enough that a node
 #: that merely went away does not cost a replica minutes.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.config import GenerationSettings, NewTokens, Penalty, Seed, StopString, Temperature, TopK
 from pipeline.errors import CheckpointError, RowError
 from pipeline.redact import cause_of
+from pipeline.settings.job import GenerationSettings, NewTokens, Penalty, Seed, StopString, Temperature, TopK
 
 if TYPE_CHECKING:
     from pipeline.engine import Sampling

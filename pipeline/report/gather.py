@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import yaml
 
 from pipeline.actors.samples import SAMPLE_SCHEMA
-from pipeline.io.commits import SAMPLES, Commit, OutputLog
-from pipeline.io.journal import EVENTS, TIMELINE, read_entries
-from pipeline.io.manifest import Manifest
-from pipeline.io.storage import OutputFolder
-from pipeline.io.write import COUNT_COLUMNS, RESERVED_COLUMNS, Written
+from pipeline.io.output.columns import COUNT_COLUMNS, RESERVED_COLUMNS, Written
+from pipeline.io.output.commits import SAMPLES, Commit, OutputLog
+from pipeline.io.output.journal import EVENTS, TIMELINE, read_entries
+from pipeline.io.output.manifest import Manifest
+from pipeline.io.output.storage import OutputFolder
 from pipeline.rows import PLACE_SCHEMA
 
 logger = logging.getLogger(__name__)

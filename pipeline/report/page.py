@@ -15,11 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.actors.samples import SEED
 from pipeline.errors import STAGES
-from pipeline.io.storage import REPORT, OutputFolder
-from pipeline.io.write import Written
+from pipeline.io.output.columns import Written
+from pipeline.io.output.storage import REPORT, OutputFolder
 from pipeline.report import charts
 from pipeline.report.gather import TEXT, Gathered, gather, route_patterns, shown_columns
-from pipeline.summary import agreement, duration
+from pipeline.run.summary import agreement, duration
 
 #: Commonest routes that have a name and can be filtered by.
 PATTERNS = 12

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pipeline.hub_folder import IMAGE_MEAN, IMAGE_STD
 from pipeline.model.vision import cut_images, pixel_table
-from pipeline.scenes.phrases import LANGUAGES, NAMES
-from pipeline.scenes.questions import Question
-from pipeline.scenes.world import COLOURS, GLYPHS, IMAGE_SIZES, KINDS, Thing
+from pipeline.synthetic.hub_folder import IMAGE_MEAN, IMAGE_STD
+from pipeline.synthetic.scenes.phrases import LANGUAGES, NAMES
+from pipeline.synthetic.scenes.questions import Question
+from pipeline.synthetic.scenes.world import COLOURS, GLYPHS, IMAGE_SIZES, KINDS, Thing
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2
 MAX_CELLS = max(side for size in IMAGE_SIZES for side in size) // (PATCH * MERGE)  # visual tokens of the longest side

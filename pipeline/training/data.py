@@ -17,10 +17,10 @@ from pyarrow import dataset
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from pipeline.errors import InputError
-from pipeline.scenes.draw import decode, draw_scenes, encode
-from pipeline.scenes.phrases import LANGUAGES
-from pipeline.scenes.questions import TASKS, WITHOUT_IMAGE, Question, ask
-from pipeline.scenes.world import IMAGE_SIZES, Scenes, Thing, sample_pages, sample_scenes
+from pipeline.synthetic.scenes.draw import decode, draw_scenes, encode
+from pipeline.synthetic.scenes.phrases import LANGUAGES
+from pipeline.synthetic.scenes.questions import TASKS, WITHOUT_IMAGE, Question, ask
+from pipeline.synthetic.scenes.world import IMAGE_SIZES, Scenes, Thing, sample_pages, sample_scenes
 from pipeline.training.batches import MERGE, PATCH, Example
 
 # As in the released preprocessor_config.json.

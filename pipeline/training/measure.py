@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from pipeline.io.accuracy import Accuracy
-from pipeline.scenes.questions import Question
+from pipeline.quality.accuracy import Accuracy
+from pipeline.synthetic.scenes.questions import Question
 from pipeline.training.batches import Example, Packer
 from pipeline.training.forward import answer_logits, encode_images, exact_answers
 from pipeline.training.mixture import Routing

@@ -19,9 +19,9 @@ import torch
 from rich.progress import track
 from transformers import Qwen2VLForConditionalGeneration
 
-from pipeline.scenes.dataset import ScenesSettings, scene_table
-from pipeline.scenes.phrases import LANGUAGES
-from pipeline.scenes.questions import TASKS
+from pipeline.synthetic.scenes.dataset import ScenesSettings, scene_table
+from pipeline.synthetic.scenes.phrases import LANGUAGES
+from pipeline.synthetic.scenes.questions import TASKS
 from pipeline.training.batches import Packer
 from pipeline.training.data import row_example
 from pipeline.training.measure import answered_exactly

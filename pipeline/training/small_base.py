@@ -9,9 +9,9 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from pipeline.config import PositiveInt, Settings
-from pipeline.hub_folder import FolderShape, train_tokenizer, write_hub_folder
-from pipeline.scenes.phrases import vocabulary
+from pipeline.settings.job import PositiveInt, Settings
+from pipeline.synthetic.hub_folder import FolderShape, train_tokenizer, write_hub_folder
+from pipeline.synthetic.scenes.phrases import vocabulary
 
 
 class Shape(Settings):

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 
 from pipeline.actors.assemble import Prompts
 from pipeline.actors.committer import CommitSettings, Committer
-from pipeline.config import ErrorSettings, OutputSettings
 from pipeline.errors import OutputError, TooManyErrorsError
-from pipeline.io.commits import FILES_PER_INDEX, OutputLog, done_rows
-from pipeline.io.lease import LeaseLostError
-from pipeline.io.retries import RETRIES, merge_retries
+from pipeline.io.output.columns import layout_schema, output_schema
+from pipeline.io.output.commits import FILES_PER_INDEX, OutputLog, done_rows
+from pipeline.io.output.lease import LeaseLostError
+from pipeline.io.output.retries import RETRIES, merge_retries
+from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
-from pipeline.io.storage import OutputFolder
-from pipeline.io.write import layout_schema, output_schema
 from pipeline.rows import QUESTION, ROW, SHARD
-from tests.io.epochs import hold
+from pipeline.settings.job import ErrorSettings, OutputSettings
+from tests.io.output.epochs import hold
 
 SCHEMA = output_schema(OutputSettings(path="out"), pa.schema([]))
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from pipeline.actors.conversation import from_messages, from_prompt, named_images
 from pipeline.actors.images import decode_image
-from pipeline.config import ImageSettings
 from pipeline.errors import RowError
+from pipeline.settings.job import ImageSettings
 from tests.io.shards import picture
 
 FIELD = "column 'chat'"

@@ -16,8 +16,8 @@ from PIL import Image
 
 from pipeline.actors.decoder import Decoder, soon_decoded
 from pipeline.actors.images import decode_image, image_size
-from pipeline.config import ImageSettings
 from pipeline.errors import RowError
+from pipeline.settings.job import ImageSettings
 from tests.io.shards import picture
 
 

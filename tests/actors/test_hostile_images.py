@@ -132,7 +132,7 @@ DECODE = """
 import json, sys, time
 from pathlib import Path
 from pipeline.actors.images import decode_image
-from pipeline.config import ImageSettings
+from pipeline.settings.job import ImageSettings
 from pipeline.errors import RowError
 from PIL import Image
 Image.init()

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.actors.images import decode_image, to_rgb
-from pipeline.config import ImageSettings
 from pipeline.errors import RowError
+from pipeline.settings.job import ImageSettings
 from tests.io.shards import picture
 
 FIELD = "image 1 of column 'images'"

@@ -17,8 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 
 from pipeline.actors.conversation import from_messages, from_prompt
 from pipeline.actors.prepare import Preparer
-from pipeline.config import JobSettings
-from pipeline.io.plan import Columns
+from pipeline.io.input.plan import Columns
 from pipeline.model.prompt import Prompt, PromptProcessor
 from pipeline.model.shape import ModelShape
 from pipeline.model.vision import cut_images, pixel_table
@@ -35,6 +34,7 @@ from pipeline.rows import (
     PreparedRow,
     prepared_rows,
 )
+from pipeline.settings.job import JobSettings
 from tests.io.shards import picture
 
 #: Width and height of pictures: as they are, below min_pixels, above max_pixels, above qwen-vl-utils' own bound.

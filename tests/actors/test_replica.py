@@ -11,10 +11,10 @@ import regex
 import torch
 
 from pipeline.actors.replica import Judged, Replica, process_gauges
-from pipeline.config import JobSettings, load_settings
 from pipeline.model.prompt import PromptProcessor
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
 from pipeline.rows import PreparedRow
+from pipeline.settings.job import JobSettings, load_settings
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.prompts import random_questions
 
 

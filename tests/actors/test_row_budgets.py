@@ -18,10 +18,10 @@ import pipeline.actors.decoder as decoder_module
 from pipeline.actors.ahead import Ahead
 from pipeline.actors.monitor import Monitor
 from pipeline.actors.prepare import Preparer
-from pipeline.config import FetchSettings, JobSettings
 from pipeline.errors import RowError
-from pipeline.io.plan import Columns
+from pipeline.io.input.plan import Columns
 from pipeline.rows import QUESTION, READ_SCHEMA, ROW, SHARD, PreparedRow, prepared_rows
+from pipeline.settings.job import FetchSettings, JobSettings
 from tests.io.shards import picture
 
 

@@ -15,15 +15,15 @@ import pytest
 from pipeline.actors.prepare import Preparer
 from pipeline.actors.replica import Judged, Replica
 from pipeline.actors.row_settings import job_sampling, row_settings, rules_for_rows
-from pipeline.config import GenerationSettings, JobSettings
 from pipeline.engine import Answer, Request
 from pipeline.errors import CheckpointError, InputError, RowError
-from pipeline.io.plan import plan_input
-from pipeline.io.read import PlannedShards, read_piece
+from pipeline.io.input.plan import plan_input
+from pipeline.io.input.read import PlannedShards, read_piece
+from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.io.rowset import RowSet
-from pipeline.io.write import RESERVED_COLUMNS
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
 from pipeline.rows import PreparedRow, prepared_rows
+from pipeline.settings.job import GenerationSettings, JobSettings
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.io.shards import plan_of, write_shard
 
 CHAT = [{"role": "user", "content": "How many circles are there?"}]

@@ -20,8 +20,7 @@ from pipeline.actors.monitor import Monitor
 from pipeline.actors.prepare import Preparer
 from pipeline.actors.replica import Replica
 from pipeline.actors.witness import Verdict, Witness
-from pipeline.config import JobSettings
-from pipeline.io.plan import Columns
+from pipeline.io.input.plan import Columns
 from pipeline.rows import (
     ERROR,
     ID,
@@ -37,6 +36,7 @@ from pipeline.rows import (
     PreparedRow,
     prepared_rows,
 )
+from pipeline.settings.job import JobSettings
 from tests.conftest import RayCluster
 from tests.io.shards import picture
 

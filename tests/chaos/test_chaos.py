@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
-from pipeline.io.storage import OutputFolder
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
-from pipeline.scenes.dataset import ScenesSettings, write_scenes
-from pipeline.verify import verify
+from pipeline.io.output.storage import OutputFolder
+from pipeline.run.verify import verify
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
 from tests.jobs.support import ROOT, answered_here, results, sets
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "5"))

@@ -21,8 +21,8 @@ import pytest
 
 from benchmarks.harness import own_memory
 from pipeline.actors.looks import Look
-from pipeline.progress import LogDisplay, Pace
-from pipeline.scenes.dataset import ScenesSettings, write_scenes
+from pipeline.run.progress import LogDisplay, Pace
+from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
 from tests.jobs.support import ROOT, run_on_cluster
 
 ROWS = int(os.environ.get("SOAK_ROWS", "0"))

@@ -23,10 +23,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.io.storage import OutputFolder
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
-from pipeline.scenes.dataset import ScenesSettings, write_scenes
-from pipeline.verify import verify
+from pipeline.io.output.storage import OutputFolder
+from pipeline.run.verify import verify
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
 from tests.jobs.support import ROOT, answered_here, sets
 
 ROUNDS = int(os.environ.get("SUSPENDED_ROUNDS", "2"))

@@ -16,7 +16,7 @@ from pipeline.engine.repetition import CHECK_EVERY, ends_in_loop
 from pipeline.engine.runner import Launched, Part, Runner
 from pipeline.model.decoder import Decoder
 from pipeline.model.prompt import PromptProcessor
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.prompts import as_request, engine_for, greedy, random_questions
 
 
@@ -132,7 +132,7 @@ def test_a_closed_engine_answers_what_it_has_and_takes_no_more(running: tuple[En
 
 
 def test_a_prompt_near_the_context_gets_what_room_is_left(tmp_path: Path) -> None:
-    from pipeline.hub_folder import FolderShape
+    from pipeline.synthetic.hub_folder import FolderShape
 
     base, adapter = write_random_checkpoint(tmp_path, RandomShape(base=FolderShape(max_positions=64)), seed=3)
     engine, processor = engine_for(base, adapter)

@@ -17,10 +17,10 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from pipeline.engine import Sampling
-from pipeline.hub_folder import FolderShape
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.convert import convert
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.hub_folder import FolderShape
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.prompts import Asked, as_request, as_transformers_inputs, engine_for, greedy, random_questions
 from tests.reference import Reference
 

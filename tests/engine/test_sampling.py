@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from pipeline.engine import Sampling
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.prompts import as_request, as_transformers_inputs, engine_for, random_questions
 from tests.reference import Reference
 

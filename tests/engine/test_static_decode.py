@@ -11,7 +11,7 @@ import torch
 import pipeline.engine.runner as runner_module
 from pipeline.engine.folding import FOLD_AFTER
 from pipeline.engine.static_decode import StaticDecode, static_sizes
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.prompts import Asked, as_request, engine_for, greedy, random_questions
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.config import ColumnSettings, InputSettings
-from pipeline.io.plan import InputPlan, plan_input
-from pipeline.io.write import RESERVED_COLUMNS
+from pipeline.io.input.plan import InputPlan, plan_input
+from pipeline.io.output.columns import RESERVED_COLUMNS
+from pipeline.settings.job import ColumnSettings, InputSettings
 
 #: The Hugging Face form of an image.
 IMAGE_STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

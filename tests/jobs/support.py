@@ -18,15 +18,15 @@ import torch
 
 from pipeline.actors.prepare import Preparer
 from pipeline.actors.replica import load_engine
-from pipeline.config import JobSettings, load_settings
 from pipeline.engine import Request
-from pipeline.io.plan import plan_input
-from pipeline.io.read import PlannedShards, read_piece
+from pipeline.io.input.plan import plan_input
+from pipeline.io.input.read import PlannedShards, read_piece
+from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.io.rowset import RowSet
-from pipeline.io.write import RESERVED_COLUMNS
-from pipeline.job import Task, check_job, run_job
 from pipeline.rows import prepared_rows
-from pipeline.summary import Summary
+from pipeline.run.run import Task, check_job, run_job
+from pipeline.run.summary import Summary
+from pipeline.settings.job import JobSettings, load_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def run_script_here(
 ) -> Finished:
     """The same script in this process, which has imported everything already; it must not come as far as Ray."""
     patch.setattr(sys, "argv", [f"jobs/{name}.py", *arguments])
-    patch.setattr("pipeline.job._connect", lambda address: pytest.fail("the job went on to Ray"))
+    patch.setattr("pipeline.run.run._connect", lambda address: pytest.fail("the job went on to Ray"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from pipeline.config import JobSettings, load_settings
 from pipeline.errors import InputError
-from pipeline.job import check_job, run_job
+from pipeline.run.run import check_job, run_job
+from pipeline.settings.job import JobSettings, load_settings
 from tests.conftest import RayCluster
 from tests.io.shards import IMAGE_STRUCT, picture, write_shard
 from tests.jobs.support import (

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.conftest import RayCluster
+from tests.io.input.web import Web
 from tests.io.shards import picture, write_shard
-from tests.io.web import Web
 from tests.jobs.support import results, run_on_cluster
 
 

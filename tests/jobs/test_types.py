@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.export import export
-from pipeline.io.storage import OutputFolder
+from pipeline.io.output.storage import OutputFolder
+from pipeline.run.export import export
 from tests.conftest import RayCluster
-from tests.io.test_types import AS_TEXT, broken_text, nested_views, write_arrow
+from tests.io.input.test_types import AS_TEXT, broken_text, nested_views, write_arrow
 from tests.jobs.support import expected_rows, released_model, results, run_on_cluster
 
 

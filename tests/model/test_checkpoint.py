@@ -18,7 +18,7 @@ from pipeline.errors import CheckpointError, ConfigError, OutputError
 from pipeline.model.checkpoint import SERVING_MANIFEST, open_checkpoint, serving_shapes
 from pipeline.model.convert import convert
 from pipeline.model.sources import localise, sha256_of
-from pipeline.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 
 ROOT = Path(__file__).parents[2]
 O_PROJ = "base_model.model.model.layers.0.self_attn.o_proj"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline.scenes.questions import TASKS
+from pipeline.synthetic.scenes.questions import TASKS
 from tests.jobs.support import assert_as_released, expected_rows, released_model, results, run_script, sets
 
 PROGRESS = re.compile(

@@ -10,10 +10,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
-from pipeline.scenes.draw import draw_scenes
-from pipeline.scenes.phrases import LANGUAGES
-from pipeline.scenes.questions import Question, ask
-from pipeline.scenes.world import sample_scenes
+from pipeline.synthetic.scenes.draw import draw_scenes
+from pipeline.synthetic.scenes.phrases import LANGUAGES
+from pipeline.synthetic.scenes.questions import Question, ask
+from pipeline.synthetic.scenes.world import sample_scenes
 from pipeline.training.batches import SIGHTS, Example, Packed, Packer, patches, sights_of
 from pipeline.training.forward import answer_logits, encode_images, exact_answers
 from pipeline.training.mixture import Routing

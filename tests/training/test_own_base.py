@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.config import load_settings
 from pipeline.errors import InputError
-from pipeline.scenes.dataset import ScenesSettings, scene_table
+from pipeline.settings.job import load_settings
+from pipeline.synthetic.scenes.dataset import ScenesSettings, scene_table
 from pipeline.training.data import ParquetSource
 from pipeline.training.mixture import Routing
 from pipeline.training.plot import read_log

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import load_settings
+from pipeline.settings.job import load_settings
 from pipeline.training.base_stages import train_vision_and_base
 from pipeline.training.mixture import Routing
 from pipeline.training.plot import read_log

@@ -1,0 +1,1 @@
+"""What is read: files, their forms, their rows, and the images that rows name."""

@@ -1,0 +1,453 @@
+"""Images that rows name by path or URL, fetched under guards: whoever wrote the rows is not trusted.
+
+A path may only lead below `input.image_root`, an object's URL only into a bucket that the job's owner named, a web address
+only to public addresses (or hosts that `fetch.allow_hosts` names). A web address is parsed once: the object that was
+checked is the one that is asked for, and the socket checks the address once more, so neither a spelling that is read in two
+ways nor a name that answers differently the second time gains anything. Redirects are followed one by one, each checked
+like the first URL. All references and bodies end at a cap, all tries in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import re
+import stat
+import threading
+import unicodedata
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urljoin
+
+import aiohttp
+from yarl import URL
+
+from pipeline.errors import RowError
+from pipeline.io.input.addresses import PublicResolver, as_address, is_public, not_public, public_socket
+from pipeline.io.input.buckets import bucket_of, buckets_of, has_buckets, holds_credentials
+from pipeline.io.input.data_uri import data_of, header_of, is_bare_base64, is_data_uri
+from pipeline.io.output.storage import WRAPPERS, open_filesystem
+from pipeline.redact import LOOKED_AT, cause_of, one_line, without_secrets
+from pipeline.settings.job import FetchSettings
+
+MAX_REDIRECTS = 5
+#: Longest path or URL, in characters; what browsers and servers take.
+MAX_REFERENCE = 8192
+#: Answers that may be another a moment later.
+PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+#: Seconds before the second try, doubled for each further one, of which a random share is waited.
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
+#: What the system says of names that can lead nowhere.
+_NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP})
+_CHUNK = 1 << 16
+_HAS_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]{0,31}(?=:)")
+_HOST = re.compile(r"[a-z0-9._\-]+|[0-9a-f:.]*:[0-9a-f:.]*")
+#: Characters of the longest name that can be resolved, and a port; how long mapping a name takes is not bounded otherwise.
+_LONGEST_HOST = 260
+#: All of ASCII that is seen: what a URL keeps as it is. Whether it should have been quoted is up to its author.
+_SEEN = "".join(map(chr, range(0x21, 0x7F)))
+
+
+class _PassingError(Exception):
+    """This try failed, another may not."""
+
+    def __init__(self, cause: str, pause: float | None = None) -> None:
+        super().__init__(cause)
+        self.pause = pause
+
+
+class Fetcher:
+    """Fetches images that are named by path or URL, many at once, on a thread of its own.
+
+    Args:
+        image_root: folder (local or any fsspec URL) that paths lie in; None: paths are refused.
+        settings: the `fetch` settings.
+        max_bytes: most bytes of an image.
+        inputs: paths and URLs of the job's input; rows may name objects of the same buckets.
+
+    Attributes:
+        retries: further tries so far, of all images.
+    """
+
+    def __init__(
+        self, image_root: str | None, settings: FetchSettings, max_bytes: int, inputs: str | Sequence[str] = ()
+    ) -> None:
+        self._root, self._settings, self._max_bytes = image_root, settings, max_bytes
+        self._allowed = frozenset(host.lower().strip("[]") for host in settings.allow_hosts)
+        self._schemes = frozenset(scheme.lower() for scheme in settings.schemes)
+        named = [inputs] if isinstance(inputs, str) else inputs
+        self._buckets = buckets_of([*named, image_root, *settings.buckets])
+        web = image_root is not None and scheme_of(image_root) in ("http", "https")
+        self._web_root = parsed_url(f"{image_root}".rstrip("/") + "/", own=True) if web else None
+        self._loop = asyncio.new_event_loop()
+        self._pool = ThreadPoolExecutor(settings.concurrency, "fetch")
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self.retries = 0
+        threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True).start()
+
+    def submit(self, reference: str) -> Future[bytes]:
+        """Begin to fetch an image.
+
+        Args:
+            reference: a path, a URL or a `data:` URI.
+
+        Returns:
+            Its bytes to come, or a `RowError`: `image_forbidden`, `image_missing`, `image_too_large`, `image_fetch`, or
+            `image_decode` of what should have been a `data:` URI.
+        """
+        return asyncio.run_coroutine_threadsafe(self._fetch(reference), self._loop)
+
+    def close(self) -> None:
+        """Drop what is under way and end the thread."""
+
+        async def end() -> None:
+            for session in self._sessions.values():
+                await session.close()
+            asyncio.get_running_loop().stop()
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _fetch(self, reference: str) -> bytes:
+        """Try until it is there, cannot be there, or was tried often enough."""
+        async with self._slots:
+            for number in range(1, self._settings.tries + 1):
+                try:
+                    return await asyncio.wait_for(self._try(reference), self._settings.timeout_seconds)
+                except _PassingError as error:
+                    failure, pause = str(error), error.pause
+                except TimeoutError:
+                    failure, pause = f"nothing within {self._settings.timeout_seconds:g} s", None
+                if number < self._settings.tries:
+                    self.retries += 1
+                    backoff = random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (number - 1))
+                    await asyncio.sleep(backoff if pause is None else min(pause, LONGEST_PAUSE))
+            raise RowError("image_fetch", f"{shown(reference)}: {failure}, tried {self._settings.tries} times")
+
+    def _try(self, reference: str) -> Coroutine[Any, Any, bytes]:
+        url = reference.strip()
+        # Whatever may be long is left to other threads: this one serves all that is under way.
+        if is_data_uri(url):
+            return self._in_pool(reference, partial(data_of, url, self._max_bytes))
+        if is_bare_base64(url):
+            raise RowError(
+                "image_decode",
+                f"{shown(reference)} looks like base64 without the header of a data: URI; put data:image/jpeg;base64, "
+                "before it, or decode it to bytes",
+            )
+        if len(reference) > MAX_REFERENCE:
+            raise RowError(
+                "image_forbidden",
+                f"{shown(reference)} has {len(reference):,} characters; a path or URL may have {MAX_REFERENCE:,}",
+            )
+        scheme = scheme_of(url)
+        if scheme is None or scheme == "file":
+            return self._from_root(reference)
+        if scheme not in self._schemes or scheme in WRAPPERS:
+            known = ", ".join(sorted(self._schemes))
+            raise RowError("image_forbidden", f"{shown(reference)}: expected a scheme of fetch.schemes ({known})")
+        if scheme in ("http", "https"):
+            return self._from_web(url)
+        url = scheme + url[len(scheme) :]
+        self._check_object(url)
+        return self._in_pool(reference, partial(self._from_storage, url))
+
+    async def _in_pool(self, reference: str, work: Callable[[], bytes]) -> bytes:
+        """Do blocking work; only errors that may pass come out as such."""
+        try:
+            content = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except RowError:
+            raise
+        except PermissionError as error:
+            raise RowError("image_forbidden", f"{shown(reference)}: access denied") from error
+        except ImportError as error:
+            raise RowError("image_fetch", f"{shown(reference)}: no client for this storage is installed") from error
+        except UnicodeError as error:
+            raise RowError("image_missing", f"{shown(reference)} is no valid Unicode") from error
+        except Exception as error:  # every fsspec backend has error types of its own
+            code = getattr(error, "errno", None)
+            if isinstance(error, FileNotFoundError) or code in _NO_SUCH_FILE:
+                raise RowError("image_missing", f"{shown(reference)} does not exist") from error
+            # Their texts repeat what they were asked with, credentials and all.
+            says = f" ({os.strerror(code)})" if isinstance(error, OSError) and isinstance(code, int) else ""
+            raise _PassingError(f"{type(error).__name__}{says}") from error
+        if len(content) > self._max_bytes:
+            raise _too_large(reference, self._max_bytes)
+        return content
+
+    # Paths
+
+    async def _from_root(self, reference: str) -> bytes:
+        missing: RowError | None = None
+        for path in _paths_of(reference):
+            try:
+                return await self._from_path(path, reference)
+            except RowError as error:
+                if error.code != "image_missing":
+                    raise
+                missing = missing or error
+        raise missing or RowError("image_missing", f"{shown(reference)} names no file")
+
+    def _from_path(self, path: str, reference: str) -> Coroutine[Any, Any, bytes]:
+        root = self._root
+        if root is None:
+            raise RowError(
+                "image_forbidden", f"{shown(reference)} is a path; set input.image_root to the folder of the images"
+            )
+        if scheme_of(root) in (None, "file"):
+            return self._in_pool(reference, partial(_from_disk, root, path, self._max_bytes))
+        if path.startswith(("/", "\\")) or "://" in path or _climbs(path):
+            raise RowError("image_forbidden", f"{shown(reference)} does not lie below input.image_root")
+        url = f"{root.rstrip('/')}/{path.removeprefix('./')}"
+        return self._from_web(url) if self._web_root else self._in_pool(url, partial(self._from_storage, url))
+
+    # Object storage
+
+    def _check_object(self, url: str) -> None:
+        if holds_credentials(url):
+            raise RowError("image_forbidden", f"{shown(url)} holds credentials")
+        if not has_buckets(url.partition("://")[0]):
+            return
+        bucket = bucket_of(url)
+        if bucket is None or not any(f"{bucket}/".startswith(f"{own}/") for own in self._buckets):
+            raise RowError(
+                "image_forbidden",
+                f"{shown(url)}: rows may name objects of the buckets that input.path and input.image_root name; put "
+                f"{one_line(str(bucket), 100)} into fetch.buckets if they may name this one's",
+            )
+        if _climbs(url):
+            raise RowError("image_forbidden", f"{shown(url)} leads out of its folder ('..')")
+
+    def _from_storage(self, url: str) -> bytes:
+        filesystem, path = open_filesystem(url)
+        content: bytes = filesystem.cat_file(path, end=self._max_bytes + 1)
+        return content
+
+    # The web
+
+    async def _from_web(self, reference: str) -> bytes:
+        url = reference
+        for _ in range(MAX_REDIRECTS + 1):
+            target = parsed_url(url, own=self._web_root is not None and url.startswith(f"{self._root}".rstrip("/") + "/"))
+            session = self._session_for(target)
+            try:
+                async with session.get(target, allow_redirects=False) as response:
+                    if response.status in (301, 302, 303, 307, 308):
+                        url = _redirected(target, response.headers.get("Location", "").strip())
+                        continue
+                    return await self._body(url, response)
+            except ValueError as error:  # aiohttp's InvalidURL, or a host that the system's codec does not take
+                raise RowError("image_missing", f"{shown(url)} is no URL") from error
+            except (aiohttp.ClientError, OSError) as error:
+                raise _PassingError(cause_of(error)) from error
+        raise RowError("image_fetch", f"{shown(reference)}: more than {MAX_REDIRECTS} redirects")
+
+    def _session_for(self, url: URL) -> aiohttp.ClientSession:
+        """The connections that a URL may use: guarded ones, unless its host may be private.
+
+        Raises:
+            RowError: `image_forbidden`. Names are checked when they are resolved.
+        """
+        below = self._below_web_root(url)
+        if not below and url.scheme not in self._schemes & {"http", "https"}:
+            raise RowError("image_forbidden", f"{shown(str(url))}: expected http or https")
+        host = url.raw_host or ""
+        trusted = below or host in self._allowed
+        # aiohttp asks no resolver about what looks like an address, and 127.1 does.
+        address = as_address(host)
+        if not trusted and address is not None and not is_public(address):
+            raise not_public(host)
+        if trusted not in self._sessions:
+            guards: dict[str, Any] = {} if trusted else {"resolver": PublicResolver(), "socket_factory": public_socket}
+            # `identity`, and no unpacking of what comes packed all the same: the cap counts the bytes that there are.
+            self._sessions[trusted] = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._settings.concurrency, **guards),
+                auto_decompress=False,
+                headers={"Accept-Encoding": "identity", "User-Agent": self._settings.user_agent},
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=False,
+            )
+        return self._sessions[trusted]
+
+    def _below_web_root(self, url: URL) -> bool:
+        root = self._web_root
+        if root is None or (url.scheme, url.raw_host, url.port) != (root.scheme, root.raw_host, root.port):
+            return False
+        return url.raw_path.startswith(root.raw_path) and not _climbs(url.raw_path)
+
+    async def _body(self, url: str, response: aiohttp.ClientResponse) -> bytes:
+        if response.status in PASSING_STATUS:
+            after = response.headers.get("Retry-After", "")
+            raise _PassingError(f"HTTP {response.status}", float(after) if after.isdecimal() else None)
+        if response.status in (401, 403):
+            raise RowError("image_forbidden", f"{shown(url)}: HTTP {response.status}")
+        if response.status != 200:
+            raise RowError("image_missing", f"{shown(url)}: HTTP {response.status}")
+        if (response.content_length or 0) > self._max_bytes:
+            raise _too_large(url, self._max_bytes)
+        content = bytearray()
+        async for chunk in response.content.iter_chunked(_CHUNK):
+            content += chunk
+            if len(content) > self._max_bytes:
+                raise _too_large(url, self._max_bytes)
+        return bytes(content)
+
+
+def scheme_of(reference: str) -> str | None:
+    """The scheme of a URL in lower case, None of a path. `a:b.jpg` is a path, `file:b.jpg` is not."""
+    found = _HAS_SCHEME.match(reference)
+    if found and (reference.startswith("://", found.end()) or found[0].lower() == "file"):
+        return found[0].lower()
+    return None
+
+
+def shown(reference: str) -> str:
+    """A path or URL as an error may show it: without credentials or query, and short."""
+    if is_data_uri(reference.lstrip()):
+        return f"{header_of(reference.lstrip())!r} and {len(reference):,} characters"
+    cut = len(reference) > LOOKED_AT
+    clean = without_secrets(reference[:LOOKED_AT], cut=cut)
+    return repr(clean if len(clean) <= 200 and not cut else clean[:200] + "…")
+
+
+def parsed_url(text: str, *, own: bool = False) -> URL:
+    """A web address with the spelling that it has, of which only blanks and what is not ASCII is quoted.
+
+    Signatures cover the spelling: `%2F` and `/` are two things to those who check them. The host alone is written anew, as
+    it will be resolved.
+
+    Args:
+        text: the address.
+        own: it is the job's own, which may hold credentials.
+
+    Raises:
+        RowError: `image_missing` where it is none, `image_forbidden` where it holds credentials or an odd host.
+    """
+    scheme, _, rest = text.strip().partition("://")
+    if scheme.lower() not in ("http", "https"):
+        raise RowError("image_forbidden", f"{shown(text)}: expected http or https")
+    end = re.search(r"[/?#\\]|$", rest)
+    authority = rest[: end.start()] if end else rest
+    tail = rest[len(authority) :].partition("#")[0]
+    if "@" in authority and not own:
+        raise RowError("image_forbidden", f"{shown(text)} holds credentials")
+    try:
+        if tail.startswith("\\") or (len(authority) > _LONGEST_HOST and not own):
+            raise ValueError("no host")
+        base = URL(f"{scheme.lower()}://{authority}")
+        tail = quote(tail if tail.startswith("/") else f"/{tail}", safe=_SEEN, errors="surrogateescape")
+        url = URL(f"{base.scheme}://{base.raw_authority}{tail}", encoded=True)
+        host = url.raw_host
+        if not host or host != base.raw_host:
+            raise ValueError("no host")
+        _ = url.port
+    except ValueError as error:  # a host that no codec takes, a port that is no number
+        raise RowError("image_missing", f"{shown(text)} is no URL") from error
+    if not _HOST.fullmatch(host):
+        raise RowError("image_forbidden", f"{shown(text)}: expected a host of letters, digits, '-' and '.'")
+    return url
+
+
+def _redirected(url: URL, location: str) -> str:
+    if not location:
+        raise RowError("image_missing", f"{shown(str(url))}: a redirect that leads nowhere")
+    if len(location) > MAX_REFERENCE:
+        raise RowError("image_forbidden", f"{shown(location)}: a redirect of {len(location):,} characters")
+    if scheme_of(location):
+        return location
+    if location.startswith("//"):
+        return f"{url.scheme}:{location}"
+    if location.startswith("/"):  # joining would tidy it up
+        return f"{url.scheme}://{url.raw_authority.rpartition('@')[2]}{location}"
+    try:
+        return urljoin(str(url.with_user(None) if url.raw_user else url), location)
+    except ValueError as error:
+        raise RowError("image_missing", f"{shown(location)} is no URL") from error
+
+
+def _paths_of(reference: str) -> list[str]:
+    """The paths that a reference may mean, the likeliest first; where one is missing, the next is tried.
+
+    A name is what it is, also with blanks around it or if it begins with `file:`. `file://0.png` is a path as qwen-vl-utils
+    reads it, `file://localhost/a.png` one as URLs are.
+    """
+    plain = reference.strip()
+    found = [reference, plain]
+    if scheme_of(plain) == "file":
+        rest = plain[len("file:") :]
+        rest = rest.removeprefix("//")
+        path = unquote(re.split(r"[?#]", rest, maxsplit=1)[0], errors="surrogateescape")
+        local = [path.removeprefix("localhost")] if path.startswith("localhost/") else []
+        # Where no name has a colon, the whole is none.
+        found = [*local, path, rest, *found] if plain.startswith("/", len("file:")) else [*found, *local, path, rest]
+    return [path for path in dict.fromkeys(found) if path]
+
+
+def _climbs(path: str) -> bool:
+    """Whether a server might read a path as one that leads upwards: however encoded, with whichever slash or dot."""
+    for _ in range(5):
+        for part in re.split(r"[/\\]", unicodedata.normalize("NFKC", path)):
+            name = part.partition(";")[0].strip("\0\t\r\n\v\f ")
+            if len(name) > 1 and not name.strip("."):
+                return True
+        decoded = unquote(path)
+        if decoded == path:
+            return False
+        path = decoded
+    return True  # nobody encodes a name this often
+
+
+def _from_disk(root: str, path: str, most: int) -> bytes:
+    """Read a file below a local folder.
+
+    Raises:
+        RowError: `image_forbidden` or `image_missing`.
+        OSError: it cannot be read.
+    """
+    named = os.path.abspath(os.path.expanduser(root.removeprefix("file://")))
+    folder = os.path.realpath(named)
+    if "\0" in path:
+        raise RowError("image_forbidden", f"{shown(path)} is no path")
+    target = os.path.realpath(os.path.join(folder, path))  # links lead where they lead
+    if not _lies_in(target, folder):
+        if not any(_lies_in(os.path.normpath(os.path.join(own, path)), own) for own in (named, folder)):
+            raise RowError("image_forbidden", f"{shown(path)} does not lie below input.image_root")
+        if os.path.dirname(target) not in _blobs_of(folder):
+            raise RowError(
+                "image_forbidden",
+                f"{shown(path)} is a link to what does not lie below input.image_root; copy the file there instead (cp "
+                "-L), or set input.image_root to a folder that both lie below",
+            )
+    # Not blocking: a pipe without a writer would hold this thread for good.
+    handle = os.open(target, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise RowError("image_missing", f"{shown(path)} is no file")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(most + 1)
+    finally:
+        os.close(handle)
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return os.path.commonpath([folder, path]) == folder
+
+
+def _blobs_of(folder: str) -> list[str]:
+    """Where links of a folder of the Hugging Face hub's cache may lead; nowhere for any other folder.
+
+    There `<repository>/snapshots/<revision>/...` consists of links to files of `<repository>/blobs`.
+    """
+    parts = Path(folder).parts
+    found = [at for at, name in enumerate(parts) if name == "snapshots" and at < len(parts) - 1]
+    return [os.path.realpath(os.path.join(*parts[:at], "blobs")) for at in found]
+
+
+def _too_large(reference: str, most: int) -> RowError:
+    return RowError("image_too_large", f"{shown(reference)} has more than {most:,} bytes (images.max_bytes)")

@@ -1,0 +1,1 @@
+"""What is written: results, and everything under `_run/`."""

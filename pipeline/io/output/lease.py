@@ -1,0 +1,345 @@
+"""One run at a time: numbered epochs, each taken by creating a file that nobody else can create.
+
+Whoever writes to an output does so in an epoch of its own: `_run/lease/00000007.json` says whose the seventh is. It is
+created once and never written again, so the highest number there is says who may write, and neither a late renewal nor a
+paused process can take that back. A run takes an epoch when it starts, and another for each committer it starts, which
+fences the one before off. Every result file carries its epoch; which files of earlier epochs count is written down when the
+next begins (`pipeline.io.output.commits`).
+
+That a run lives is told by `_run/lease/<run>.beat`, which it alone writes. Whoever wants the output waits until that has
+stood still for a while by its own clock, or until the run gave the output back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import OutputError
+from pipeline.io.output.storage import LEASE, OutputFolder
+
+_EPOCH = re.compile(r"(\d{8})\.json$")
+#: A lock that nobody can read names no run; it counts as a living one's until it has stood still.
+UNKNOWN = "?"
+
+
+class LeaseLostError(OutputError):
+    """Another run or committer holds the output: whoever finds out must not write any more."""
+
+
+@dataclass(frozen=True)
+class LeaseTimes:
+    """Seconds.
+
+    Attributes:
+        expire: how long a run must not have been heard of before it counts as dead. It says so itself, and whoever waits
+            for it counts by its own clock: no clocks are compared.
+        settle: where storage cannot create exclusively, how long a new epoch must stay ours before it counts.
+    """
+
+    expire: float = 30.0
+    settle: float = 2.0
+
+    @property
+    def renew(self) -> float:
+        """How often the holder says that it lives: the lock outlives several of these that fail."""
+        return self.expire / 6
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Whose an epoch is.
+
+    Attributes:
+        epoch: its number.
+        run: the run's name; `UNKNOWN` where its file cannot be read.
+        host: name of its machine, for a person.
+        pid: its process.
+        expire: `LeaseTimes.expire` of the run.
+        boot, pid_namespace, started: what the process is told apart by from another of its number; None where the system
+            does not say.
+        token: drawn at random: no two holders write the same file.
+    """
+
+    epoch: int
+    run: str
+    host: str = ""
+    pid: int = 0
+    expire: float = LeaseTimes.expire
+    boot: str | None = None
+    pid_namespace: str | None = None
+    started: str | None = None
+    token: str = ""
+
+    @classmethod
+    def here(cls, epoch: int, run: str, expire: float) -> Holder:
+        """This very process."""
+        pid = os.getpid()
+        place = (_boot(), _pid_namespace(), _started(pid))
+        return cls(epoch, run, socket.gethostname(), pid, expire, *place, secrets.token_hex(4))
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its process is known to run no more: it ran where this one runs, and is gone."""
+        place = (self.boot, self.pid_namespace)
+        if None in place or place != (_boot(), _pid_namespace()) or self.started is None:
+            return False
+        return _started(self.pid) != self.started
+
+    def __str__(self) -> str:
+        return f"run {self.run} on {self.host or 'an unknown machine'} (process {self.pid or 'unknown'})"
+
+
+def read_lock(folder: OutputFolder) -> Holder | None:
+    """Who holds an output; None where nobody ever did."""
+    numbers = [int(found[1]) for name in folder.names(LEASE) if (found := _EPOCH.search(name))]
+    if not numbers:
+        return None
+    epoch = max(numbers)
+    try:
+        told: dict[str, Any] = json.loads(folder.read(_file_of(epoch)))
+        known: dict[str, Any] = {name: told[name] for name in Holder.__dataclass_fields__ if name in told}
+        return Holder(**known | {"epoch": epoch, "run": str(told["run"]), "expire": float(told["expire"])})
+    except FileNotFoundError:  # a later one has begun meanwhile
+        return read_lock(folder)
+    except (ValueError, TypeError, KeyError, AttributeError):  # cut short by a power cut, or of somebody else's making
+        return Holder(epoch, UNKNOWN)
+
+
+def check_lock(folder: OutputFolder, run: str) -> None:
+    """Make sure that `run` holds the output, in whatever epoch.
+
+    Raises:
+        LeaseLostError: another run took it, or it is gone.
+    """
+    found = read_lock(folder)
+    if found is None or found.run != run:
+        raise _lost(folder, found)
+
+
+@dataclass(frozen=True)
+class Fence:
+    """An epoch that this process began: what it writes, it writes in it, and not once a later one has begun.
+
+    Attributes:
+        folder: the output.
+        holder: whose epoch it is.
+    """
+
+    folder: OutputFolder
+    holder: Holder
+
+    @classmethod
+    def begin(cls, folder: OutputFolder, run: str) -> Fence:
+        """Begin another epoch of a run that holds the output; from now on nobody writes in those before.
+
+        Raises:
+            LeaseLostError: the run does not hold it.
+        """
+        while True:
+            found = read_lock(folder)
+            if found is None or found.run != run:
+                raise _lost(folder, found)
+            holder = Holder.here(found.epoch + 1, run, found.expire)
+            if _create(folder, holder):
+                return cls(folder, holder)
+
+    @property
+    def epoch(self) -> int:
+        """Its number."""
+        return self.holder.epoch
+
+    @property
+    def run(self) -> str:
+        """The run it belongs to."""
+        return self.holder.run
+
+    @property
+    def name(self) -> str:
+        """What nobody else calls their files: the epoch, the run and who began it."""
+        return f"{self.epoch:08d}-{self.run}-{self.holder.token}"
+
+    def check(self) -> None:
+        """Make sure that no later epoch has begun.
+
+        Raises:
+            LeaseLostError: one has, or the output is gone.
+        """
+        found = read_lock(self.folder)
+        if found is None or found.epoch != self.epoch:
+            raise _lost(self.folder, found)
+
+
+class Lease:
+    """An output folder, held by one run.
+
+    Args:
+        folder: the output.
+        run: the run's name.
+        times: how long.
+        tell: what to do with a line for a person.
+    """
+
+    def __init__(
+        self, folder: OutputFolder, run: str, times: LeaseTimes | None = None, tell: Callable[[str], None] = print
+    ) -> None:
+        self._folder, self._run, self._times, self._tell = folder, run, times or LeaseTimes(), tell
+        self._stop = threading.Event()
+        self._beats = 0
+        self._held = False
+
+    def take(self) -> Fence:
+        """Take the output, waiting for a dead run's time to be over; the run's first epoch.
+
+        Raises:
+            OutputError: a living run holds it.
+        """
+        exclusively = self._folder.creates_exclusively()
+        if not exclusively:
+            self._tell(
+                f"{self._folder.url}: this storage cannot create a file on condition that there is none; of two runs that "
+                "start within seconds both may go on for a moment (docs/guarantees.md)"
+            )
+        found = read_lock(self._folder)
+        if found is not None:
+            self._wait_for(found)
+        fence = Fence(self._folder, Holder.here(found.epoch + 1 if found else 1, self._run, self._times.expire))
+        # Before the epoch: whoever sees that sees this, too.
+        self._beat()
+        created = _create(self._folder, fence.holder)
+        if created and not exclusively:
+            time.sleep(self._times.settle)
+        latest = read_lock(self._folder)
+        if not created or latest is None or (latest.epoch, latest.token) != (fence.epoch, fence.holder.token):
+            self._folder.remove(_beat_of(self._run))
+            raise self._refused(latest or Holder(fence.epoch, UNKNOWN))
+        self._held = True
+        threading.Thread(target=self._keep, name="lease", daemon=True).start()
+        return fence
+
+    def check(self) -> None:
+        """Make sure that the output is still this run's.
+
+        Raises:
+            LeaseLostError: it is not.
+        """
+        check_lock(self._folder, self._run)
+
+    def release(self) -> None:
+        """Give the output back."""
+        self._stop.set()
+        if self._held:
+            self._beat(released=True)
+
+    def _wait_for(self, found: Holder) -> None:
+        """Wait until the holder is known to be dead.
+
+        Raises:
+            OutputError: it lives.
+        """
+        heard = _heard_of(self._folder, found.run)
+        if _gave_back(heard) or found.is_dead:
+            return
+        self._tell(f"{self._folder.url} is locked by {found}; waiting {found.expire:g} s to see whether it still lives")
+        until = time.monotonic() + found.expire
+        while time.monotonic() < until:
+            time.sleep(min(1.0, found.expire / 12))
+            now, latest = _heard_of(self._folder, found.run), read_lock(self._folder)
+            if _gave_back(now):
+                return
+            if now != heard or latest != found:
+                raise self._refused(latest or found)
+
+    def _refused(self, living: Holder) -> OutputError:
+        return OutputError(
+            f"output.path: {living} is writing to {self._folder.url}; wait for it, stop it, or choose another folder"
+        )
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self._times.renew):
+            try:
+                self.check()
+                self._beat()
+            except LeaseLostError:
+                return  # whoever writes finds out by itself
+            except Exception:  # every fsspec backend has error types of its own
+                continue  # storage that fails for a moment; the lock outlives several renewals
+
+    def _beat(self, *, released: bool = False) -> None:
+        self._beats += 1
+        told = {"run": self._run, "beats": self._beats, "released": released}
+        self._folder.write(_beat_of(self._run), json.dumps(told).encode())
+
+
+def forget_earlier(fence: Fence) -> None:
+    """Delete what epochs before this one left in `_run/lease/`: the highest alone says who holds the output."""
+    for name in fence.folder.names(LEASE):
+        found = _EPOCH.search(name)
+        if (found and int(found[1]) < fence.epoch) or (name.endswith(".beat") and name != _beat_of(fence.run)):
+            fence.folder.remove(name)
+
+
+def _create(folder: OutputFolder, holder: Holder) -> bool:
+    return folder.create(_file_of(holder.epoch), json.dumps(asdict(holder)).encode())
+
+
+def _file_of(epoch: int) -> str:
+    return f"{LEASE}/{epoch:08d}.json"
+
+
+def _beat_of(run: str) -> str:
+    return f"{LEASE}/{run}.beat"
+
+
+def _heard_of(folder: OutputFolder, run: str) -> bytes | None:
+    """What a run said last of itself."""
+    try:
+        return None if run == UNKNOWN else folder.read(_beat_of(run))
+    except FileNotFoundError:
+        return None
+
+
+def _gave_back(heard: bytes | None) -> bool:
+    try:
+        return bool(json.loads(heard or b"{}").get("released"))
+    except (ValueError, AttributeError):
+        return False
+
+
+def _lost(folder: OutputFolder, found: Holder | None) -> LeaseLostError:
+    whose = "gone; was it deleted while the job ran?" if found is None else f"held by {found}"
+    return LeaseLostError(f"output.path: {folder.url} is no longer this run's: its lock is {whose}")
+
+
+def _boot() -> str | None:
+    return _said("/proc/sys/kernel/random/boot_id")
+
+
+def _pid_namespace() -> str | None:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks since it booted; None where there is none. Zombies are dead."""
+    told = _said(f"/proc/{pid}/stat")
+    fields = told.rpartition(")")[2].split() if told else []
+    return None if not fields or fields[0] in ("Z", "X") else fields[19]
+
+
+def _said(file: str) -> str | None:
+    try:
+        return Path(file).read_text().strip()
+    except OSError:
+        return None

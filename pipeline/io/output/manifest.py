@@ -1,0 +1,178 @@
+"""What a run was (settings, model, code, input): a resume under others is refused, and a result can be explained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import OutputError
+from pipeline.io.input.plan import InputPlan
+from pipeline.io.output.commits import OutputLog
+from pipeline.io.output.storage import OutputFolder
+from pipeline.redact import cause_of, scrubbed
+from pipeline.settings.job import JobSettings
+
+MANIFEST = "_run/manifest.json"
+#: Settings that change how fast rows are answered, never what the answers are.
+FREE_SETTINGS = ("engine", "preparation", "fetch", "errors", "ray", "replicas", "evaluate", "cost", "output")
+#: Of `output`, these decide what is written all the same.
+OUTPUT_COLUMNS = ("token_ids", "routes", "prompts")
+#: Of what is compared, what leads somewhere.
+PATH_SETTINGS = ("input.image_root", "model.base", "model.adapter")
+#: Bytes at both ends of a checkpoint file that its digest reads: weights differ everywhere, and files have 22 GB.
+DIGEST_ENDS = 1 << 20
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What must be the same for a run to go on.
+
+    Attributes:
+        task: `caption` or `vqa`.
+        settings: what decides the answers, by dotted key.
+        model: digest of each file of the checkpoint.
+        shards: size, version and rows to take of each shard, by URL.
+        code: version of the program; told, not compared.
+    """
+
+    task: str
+    settings: Mapping[str, Any]
+    model: Mapping[str, str]
+    shards: Mapping[str, tuple[int, str, int]]
+    code: str
+
+    @classmethod
+    def of(cls, task: str, settings: JobSettings, model_files: Iterable[Path], plan: InputPlan) -> Manifest:
+        """The manifest of a job that is about to run."""
+        shards = {s.file.url: (s.file.size, s.file.version, s.rows) for s in plan.shards}
+        model = {path.name: _digest(path) for path in model_files}
+        return cls(task, _deciding(settings), model, shards, _code_version())
+
+    def save(self, folder: OutputFolder, *, growing: bool = False) -> None:
+        """Write it into the output; where that is `growing`, with the shards of the runs before."""
+        before = self.before(folder) if growing else None
+        shards = {**(before.shards if before else {}), **self.shards}
+        folder.write(MANIFEST, json.dumps({**vars(self), "shards": shards}, indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: OutputFolder) -> Manifest | None:
+        """What an earlier run left; None where there was none.
+
+        Raises:
+            OutputError: it cannot be read.
+        """
+        try:
+            told = json.loads(folder.read(MANIFEST))
+            told["shards"] = {name: tuple(facts) for name, facts in told["shards"].items()}
+            # What a later version adds is not known here; what it compares, that version compares.
+            return cls(**{name: told[name] for name in cls.__dataclass_fields__})
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise OutputError(
+                f"output.path: {folder.url}/{MANIFEST} is damaged ({cause_of(error)}); put it back from a copy, or choose "
+                "another output.path: without it nobody knows by which settings the answers there were given"
+            ) from error
+
+    @classmethod
+    def before(cls, folder: OutputFolder) -> Manifest | None:
+        """What an earlier run left that may be gone on with; a damaged one counts as none where there are no results.
+
+        Raises:
+            OutputError: it cannot be read, and there are results.
+        """
+        try:
+            return cls.load(folder)
+        except OutputError:
+            if OutputLog(folder).names():
+                raise
+            return None
+
+    @classmethod
+    def of_output(cls, folder: OutputFolder) -> Manifest:
+        """What an earlier run left.
+
+        Raises:
+            OutputError: there was none.
+        """
+        found = cls.load(folder)
+        if found is None:
+            raise OutputError(f"output.path: {folder.url} holds no _run/manifest.json; expected the output of a job")
+        return found
+
+    def check_same(self, before: Manifest, where: str, *, growing: bool = False) -> None:
+        """Make sure that an earlier run may go on as this one.
+
+        Args:
+            before: that run's manifest.
+            where: the output, for the message.
+            growing: each may have shards that the other has not.
+
+        Raises:
+            OutputError: a list of what changed.
+        """
+        changes = [f"task: {before.task}, now {self.task}"] if before.task != self.task else []
+        changes += _changes(before.settings, self.settings)
+        changes += [f"model file {line}" for line in _changes(before.model, self.model)]
+        compared = (before.shards.keys() & self.shards.keys()) if growing else (before.shards.keys() | self.shards.keys())
+        had, have = ({url: own[url] for url in sorted(compared) if url in own} for own in (before.shards, self.shards))
+        changes += [f"input shard {line}" for line in _changes(had, have)]
+        if changes:
+            more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+            raise OutputError(
+                f"output.path: {where} holds results of a run that differed ({'; '.join(changes[:_SHOWN])}{more}); "
+                "--fresh deletes them and starts again, another output.path keeps them"
+            )
+
+
+def _deciding(settings: JobSettings) -> dict[str, Any]:
+    told = settings.model_dump(mode="json")
+    found: dict[str, Any] = {f"output.{name}": told["output"][name] for name in OUTPUT_COLUMNS}
+    for group, values in told.items():
+        if group not in FREE_SETTINGS:
+            found |= {f"{group}.{key}": value for key, value in values.items()}
+    # Where the model runs is not what it says; nor is where a shard lies: the listing knows its content.
+    for key in ("model.device", "input.path"):
+        found.pop(key, None)
+    # Paths may hold credentials, which change from night to night. (Prompts stay: what looks like one decides an answer.)
+    return {key: scrubbed(value) if key in PATH_SETTINGS else value for key, value in found.items()}
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key in dict.fromkeys((*before, *now)):
+        if key not in now:
+            lines.append(f"{key} is gone")
+        elif key not in before:
+            lines.append(f"{key} is new")
+        elif before[key] != now[key]:
+            lines.append(f"{key} was {before[key]!r}, is {now[key]!r}")
+    return lines
+
+
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(DIGEST_ENDS))
+        file.seek(max(0, size - DIGEST_ENDS))
+        digest.update(file.read())
+    return digest.hexdigest()[:32]
+
+
+def _code_version() -> str:
+    root = Path(__file__).parents[3]
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown commit"
+    return f"{version('awaker-batch')} ({commit})"

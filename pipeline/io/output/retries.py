@@ -1,0 +1,57 @@
+"""Second tries: error rows whose error may have passed are answered again, and the outcomes take their places.
+
+A row must stand in the output once at every moment. So outcomes are first committed aside, in `_run/retries/`, and then
+each file that holds one of their rows is replaced, in one move, by a file of the same rows with the outcomes in place. A
+crash in between leaves outcomes to be put in place by the next run; putting them there twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.io.output.commits import RETRIES, OutputLog, done_rows, retry_rows
+from pipeline.io.output.lease import Fence
+from pipeline.io.output.storage import OutputFolder
+from pipeline.io.rowset import difference, intersection
+from pipeline.quality.accuracy import Truth
+
+
+def merge_retries(folder: OutputFolder, run: str, truth: Truth | None) -> int:
+    """Put the outcomes of second tries in the place of the errors they replace; how many there were.
+
+    Args:
+        folder: the output; `run` holds its lock.
+        run: the run's name.
+        truth: what to compare answers with, or None.
+
+    Raises:
+        LeaseLostError: the run holds the output no more.
+    """
+    # Outcomes that cannot be read are tried again: their rows still have their errors.
+    outcomes = OutputLog(folder, at=RETRIES).commits(mend=True)
+    if not outcomes:
+        return 0
+    log = OutputLog(folder, Fence.begin(folder, run))
+    log.accept()
+    answered = done_rows(outcomes)
+    passed = difference(answered, retry_rows(outcomes))
+    table = pa.concat_tables([_read(folder, f"{RETRIES}{one.file}") for one in outcomes])
+    place = {id_: number for number, id_ in enumerate(table["id"].to_pylist())}
+    for commit in log.commits(mend=True):
+        if not intersection(commit.retry, answered):
+            continue
+        before = _read(folder, commit.file)
+        both = pa.concat_tables([before, table])
+        chosen = [len(before) + place[i] if i in place else n for n, i in enumerate(before["id"].to_pylist())]
+        log.replace(commit, both.take(chosen), truth, difference(commit.retry, passed))
+    log.index()
+    for one in outcomes:
+        folder.remove(f"{RETRIES}{one.file}")
+    return len(table)
+
+
+def _read(folder: OutputFolder, name: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(folder.read(name))).replace_schema_metadata(None)

@@ -1,0 +1,110 @@
+"""What every script in `jobs/` does around its work: arguments, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pipeline.errors import JobError, Stopped
+from pipeline.redact import printable, without_secrets
+
+if TYPE_CHECKING:
+    from pipeline.settings.job import Settings
+
+#: Exit code of a job that was pointless from the start: configuration, input, output or checkpoint.
+EXIT_POINTLESS = 2
+
+#: Exit code after Ctrl-C, as shells have it.
+EXIT_INTERRUPTED = 130
+
+#: Exit code after SIGTERM, once all that was answered is committed.
+EXIT_STOPPED = 143
+
+T = TypeVar("T", bound="Settings")
+
+
+class _OneLine(logging.Formatter):
+    """Log lines whose names and causes a terminal cannot obey, and that forge no further line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        return printable(super().formatMessage(record))
+
+
+def main(
+    description: str,
+    kind: type[T],
+    work: Callable[[T, bool], None],
+    default_config: Path | None = None,
+    *,
+    program: str | None = None,
+    example: str = "",
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parse arguments, load settings, do the work.
+
+    Args:
+        description: what the job does, for `--help`.
+        kind: its settings.
+        work: does it; takes the settings and whether this is a dry run.
+        default_config: the file used without `--config`; None: settings may come from `--set` alone.
+        program: how it was called; None: as the process was.
+        example: arguments for `--help` to show.
+        arguments: None: the process's own.
+
+    Returns:
+        0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C; 143 after SIGTERM.
+    """
+    from pipeline.settings.job import JobSettings, load_settings  # which `kind` needed, too: it costs nothing here
+
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.epilog = f"example:\n  {parser.prog} {example}" if example else None
+    parser.add_argument("--config", type=Path, default=default_config, metavar="FILE", help="YAML settings")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="a setting on top, e.g. input.limit=100; text as it stands, all else read as YAML; may be given several times",
+    )
+    if issubclass(kind, JobSettings):
+        parser.add_argument(
+            "--fresh",
+            action="append_const",
+            const="output.overwrite=true",
+            dest="assignments",
+            help="delete what earlier runs left in output.path first (output.overwrite=true)",
+        )
+        parser.add_argument(
+            "--retry-errors",
+            action="append_const",
+            const="output.retry_errors=true",
+            dest="assignments",
+            help="try error rows again whose error may have passed (output.retry_errors=true)",
+        )
+    parser.add_argument("--dry-run", action="store_true", help="check and say what would run; load no model")
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # Tokenizers fork-safety warning: preparing actors tokenize in one thread anyway.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        work(load_settings(kind, parsed.config, parsed.assignments), parsed.dry_run)
+    except JobError as error:
+        print(printable(f"error: {without_secrets(' '.join(str(error).split()))}"), file=sys.stderr)
+        return EXIT_POINTLESS
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Stopped:
+        print("stopped by SIGTERM; run the same command again to go on", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0

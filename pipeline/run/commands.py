@@ -1,0 +1,242 @@
+"""What people run: `awaker-batch NAME ...`, or the same as `python jobs/NAME.py ...`."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.redact import printable
+
+# Whatever takes longer to import is imported where Ctrl-C is answered.
+from pipeline.run.cli import EXIT_INTERRUPTED, EXIT_POINTLESS, main
+
+if TYPE_CHECKING:
+    from pipeline.settings.job import JobSettings, Settings
+
+
+@dataclass(frozen=True)
+class Command:
+    """One of them.
+
+    Attributes:
+        description: what it does, in a sentence.
+        example: arguments that make sense.
+        load: imports what it needs, and gives its settings and its work, which takes them and whether this is a dry run.
+    """
+
+    description: str
+    example: str
+    load: Callable[[], tuple[type[Settings], Callable[[Any, bool], None]]]
+
+
+def _answer(task: Any) -> Callable[[], tuple[type[Settings], Callable[[Any, bool], None]]]:
+    def work(settings: JobSettings, dry_run: bool) -> None:
+        from pipeline.run import run as jobs
+
+        checked = jobs.check_job(task, settings)
+        if dry_run:
+            print(jobs.describe(checked))
+            return
+        console = jobs.console()
+        summary = jobs.run_job(checked)
+        jobs.show_answers(checked, console)
+        summary.print(console)
+
+    def load() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+        from pipeline.settings.job import JobSettings
+
+        return JobSettings, work
+
+    return load
+
+
+def _nightly() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+    from pipeline.run.nightly import NightlySettings, run_night
+
+    def work(settings: NightlySettings, dry_run: bool) -> None:
+        from pipeline.run.run import console
+
+        for summary in run_night(settings, dry_run=dry_run):
+            summary.print(console())
+
+    return NightlySettings, work
+
+
+def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+    from pipeline.settings.job import ConvertSettings, as_yaml
+
+    def work(settings: ConvertSettings, dry_run: bool) -> None:
+        from pipeline.model.checkpoint import DTYPES, open_checkpoint
+        from pipeline.model.convert import convert
+
+        model, output = settings.model, settings.output
+        checkpoint = open_checkpoint(model.base, model.adapter, lora_alpha=model.lora_alpha)
+        if dry_run:
+            lines = ["# configuration", *as_yaml(settings).split("\n")]
+            print("\n".join(map(printable, lines)), f"# would convert {len(checkpoint.files.tensors)} tensors", sep="\n")
+            return
+        dtype = DTYPES[model.dtype] if model.dtype else None
+        done = convert(checkpoint, Path(output.path).expanduser(), dtype, output.shard_bytes)
+        print(printable(f"wrote {done.tensors} tensors, {done.bytes:,} bytes, in {done.files} files to {done.folder}"))
+
+    return ConvertSettings, work
+
+
+def _report() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+    from pipeline.settings.job import ReportSettings
+
+    def work(settings: ReportSettings, dry_run: bool) -> None:
+        from pipeline.io.output.storage import REPORT, OutputFolder
+        from pipeline.report.page import write_report
+
+        folder = OutputFolder(settings.output.path)
+        if dry_run:
+            print(printable(f"would write {folder.url}/{REPORT}"))
+        else:
+            print(printable(write_report(folder, settings.rows, settings.seed)))
+
+    return ReportSettings, work
+
+
+def _verify() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+    from pipeline.settings.job import VerifySettings
+
+    def work(settings: VerifySettings, dry_run: bool) -> None:
+        from pipeline.errors import OutputError
+        from pipeline.io.output.storage import OutputFolder
+        from pipeline.run.verify import verify
+
+        found = verify(OutputFolder(settings.output.path), remove_superseded=settings.remove_superseded and not dry_run)
+        print("\n".join(map(printable, found.lines())))
+        if found.problems:
+            raise OutputError(f"output.path: {found.url} has {len(found.problems)} problems: {found.problems[0]}")
+        if found.missing:
+            left = sum(found.missing.values())
+            raise OutputError(f"output.path: {found.url} is not finished: {left:,} rows are missing; run the job again")
+
+    return VerifySettings, work
+
+
+def _export() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+    from pipeline.settings.job import ExportSettings
+
+    def work(settings: ExportSettings, dry_run: bool) -> None:
+        from pipeline.io.output.storage import OutputFolder
+        from pipeline.run.export import export
+
+        results, target = OutputFolder(settings.output.path), OutputFolder(settings.export.path)
+        if dry_run:
+            print(printable(f"would write {len(results.results())} files to {target.url}"))
+            return
+        for file in export(results, target, settings.export.format):
+            print(printable(file))
+
+    return ExportSettings, work
+
+
+def _plan() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+    from pipeline.settings.job import PlanSettings
+
+    def work(settings: PlanSettings, dry_run: bool) -> None:
+        from pipeline.run import run as jobs
+        from pipeline.settings.job import JobSettings
+
+        own = JobSettings.model_validate(settings.model_dump(exclude={"task"}))
+        print(jobs.describe(jobs.check_job(settings.task, own)))
+
+    return PlanSettings, work
+
+
+def _inspect() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+    from pipeline.settings.job import InspectSettings
+
+    def work(settings: InspectSettings, dry_run: bool) -> None:
+        from pipeline.run.inspection import inspect
+        from pipeline.run.run import console
+
+        inspect(settings, console(), routes=not dry_run)
+
+    return InspectSettings, work
+
+
+_IN_AND_OUT = "--set input.path=s3://b/shards/ --set output.path=s3://b/answers/"
+COMMANDS = {
+    "caption": Command(
+        "Caption the images of Parquet shards with Awaker2.5-VL.",
+        f"--config configs/caption.yaml {_IN_AND_OUT}",
+        _answer("caption"),
+    ),
+    "vqa": Command(
+        "Answer questions about the images of Parquet shards with Awaker2.5-VL.",
+        f"--config configs/vqa.yaml {_IN_AND_OUT}",
+        _answer("vqa"),
+    ),
+    "nightly": Command(
+        "Answer what is new in the input, into a partition for today.",
+        f"--config configs/nightly.yaml {_IN_AND_OUT}",
+        _nightly,
+    ),
+    "convert": Command(
+        "Convert Qwen2-VL with an Awaker2.5-VL adapter into a checkpoint made for serving.",
+        "--set model.base=Qwen/Qwen2-VL-7B-Instruct --set model.adapter=MetabrainAGI/Awaker2.5-VL --set output.path=awaker",
+        _convert,
+    ),
+    "report": Command("Make the report of a finished or running job anew.", "--set output.path=s3://b/answers/", _report),
+    "verify": Command(
+        "Check an output: every planned row once, every file whole; files that do not count are named.",
+        "--set output.path=s3://b/answers/",
+        _verify,
+    ),
+    "export": Command(
+        "Write a job's results as JSON Lines, or as an OpenAI batch's result.",
+        "--set output.path=s3://b/answers/ --set export.path=s3://b/lines/ --set export.format=openai",
+        _export,
+    ),
+    "plan": Command(
+        "Say what a job would run, without a cluster and without loading the model.",
+        f"--config configs/vqa.yaml {_IN_AND_OUT}",
+        _plan,
+    ),
+    "inspect": Command(
+        "Show one row: its picture, tokens, prompt span and, unless --dry-run, the experts that the model sends it to.",
+        "--config configs/vqa.yaml --set input.path=s3://b/shards/ --set row=17",
+        _inspect,
+    ),
+}
+
+
+def run(name: str, arguments: Sequence[str], program: str | None = None) -> int:
+    """Run a command; its exit code.
+
+    Args:
+        name: which.
+        arguments: what stands behind its name.
+        program: how it was called, for messages.
+    """
+    command, program = COMMANDS[name], program or f"awaker-batch {name}"
+    try:
+        kind, work = command.load()  # which imports for seconds
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return main(command.description, kind, work, program=program, example=command.example, arguments=arguments)
+
+
+def awaker_batch() -> int:
+    """The program `awaker-batch`."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        return run(name, rest)
+    if name not in ("--help", "-h", "help"):
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
+        print(f"error: unknown command {name!r}; did you mean {nearest[0]}? (awaker-batch --help)", file=sys.stderr)
+        return EXIT_POINTLESS
+    print("usage: awaker-batch COMMAND [--config FILE] [--set KEY=VALUE ...] [--dry-run]\n")
+    for name, command in COMMANDS.items():
+        print(f"  {name:<8}  {command.description}\n            awaker-batch {name} {command.example}\n")
+    print("awaker-batch COMMAND --help says more. `python jobs/COMMAND.py` does the same, also under `ray job submit`.")
+    return 0

@@ -1,0 +1,1 @@
+"""What jobs are told: the configuration, checked."""

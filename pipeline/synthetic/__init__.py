@@ -1,0 +1,1 @@
+"""What is made up: drawn scenes, folders as the Hub has them, random checkpoints."""

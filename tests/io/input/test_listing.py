@@ -1,0 +1,177 @@
+"""What a listing finds, and what it says of the rest."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import S3Backend, s3_backends
+from moto.server import ThreadedMotoServer
+
+from pipeline.errors import InputError
+from pipeline.io.input.buckets import holds_password
+from pipeline.io.input.listing import find_shards
+from pipeline.io.input.plan import check_ids_unique
+from pipeline.rows import ERROR, ID, REFERENCES
+from tests.io.input.test_formats import read, write_images, write_lines
+from tests.io.shards import plan_of, write_shard
+
+
+def test_files_among_images_that_are_passed_over_are_counted_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(
+        tmp_path, ["a.jpg", "b.HEIC", "c.jpe", "d/e.heif", "f.DNG", "g.dng", "d/h.svg", "README", "_i.dng", ".j/k.dng"]
+    )
+    plan = plan_of(tmp_path, ask="What?")
+    assert [name for shard in plan.shards for name in shard.file.members] == ["a.jpg", "b.HEIC", "c.jpe", "d/e.heif"]
+    says = f"input.path: '{tmp_path}' holds 4 image files; passed over: 2 .dng, 1 without ending, 1 .svg\n"
+    assert sorted(capsys.readouterr().err.split()) == sorted(says.split())
+    assert find_shards(str(tmp_path))
+    assert not capsys.readouterr().err, "said once, where it is planned"
+
+
+def test_an_image_file_whose_name_is_no_utf8_is_an_error_row(tmp_path: Path) -> None:
+    write_images(tmp_path, ["d/a.png", "d/b.png"])
+    (tmp_path / "d" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    plan = plan_of(tmp_path, ask="What?")
+    check_ids_unique(plan)
+    table = read(plan)
+    assert table[ID] == ["d/a.png", "d/b.png", "d/#2"]
+    assert table[REFERENCES] == [["d/a.png"], ["d/b.png"], None]
+    assert table[ERROR] == [None, None, "row_malformed: the file name d/caf\\udce9.png is no valid UTF-8; rename it"]
+
+
+def test_an_image_file_whose_name_looks_like_a_url_is_a_path(tmp_path: Path) -> None:
+    write_images(tmp_path, ["c:d.png", "data:x.png", "File:y.png"])
+    table = read(plan_of(tmp_path, ask="What?"))
+    assert table[ID] == ["File:y.png", "c:d.png", "data:x.png"]
+    assert table[REFERENCES] == [["./File:y.png"], ["c:d.png"], ["./data:x.png"]]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"caf\xe9/a.jsonl", b"caf\xe9/a.png"])
+def test_a_shard_whose_name_is_no_utf8_is_named(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    path.parent.mkdir(exist_ok=True)
+    write_lines(path, [{"prompt": "?"}])
+    with pytest.raises(InputError, match=r"^input.path: the name 'file://.*/caf\\udce9.* is no valid UTF-8; rename it$"):
+        plan_of(tmp_path, ask="What?")
+
+
+FILES: dict[str, pa.Table] = {
+    "file_name": pa.table({"file_name": ["1.png", None]}),
+    "image_file_name": pa.table({"image_file_name": ["1.png", None]}),
+    "large text": pa.table({"file_name": pa.array(["1.png", None], pa.large_string())}),
+    "category": pa.table({"file_name": pa.array(["1.png", None]).dictionary_encode()}),
+    "file_names": pa.table({"file_names": [["1.png", "deep/2.png"], None]}),
+    "images_file_names": pa.table({"images_file_names": [["1.png", "deep/2.png"], None]}),
+}
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_table_names_image_files_as_the_hugging_face_library_has_it(tmp_path: Path, form: str, name: str) -> None:
+    write_images(tmp_path, ["train/1.png", "train/deep/2.png", "top.png"])
+    if form == "parquet":
+        pq.write_table(FILES[name], tmp_path / "train" / "metadata.parquet")
+    else:
+        write_lines(tmp_path / "train" / "metadata.jsonl", FILES[name].to_pylist())
+    plan = plan_of(tmp_path, ask="What?")
+    assert plan.image_root == f"file://{tmp_path}"
+    several = "names" in name
+    assert (plan.columns.images if several else plan.columns.image) == ("images" if several else "image")
+    assert read(plan)[REFERENCES] == [["train/1.png", "train/deep/2.png"] if several else ["train/1.png"], None]
+
+
+def test_columns_of_other_files_are_paths_too_and_pictures_in_the_table_stay(tmp_path: Path) -> None:
+    columns = {"file_name": ["1.png"], "mask_file_name": ["m/1.png"], "image": [b"itself"], "file_name_of": ["x"]}
+    write_shard(tmp_path / "a" / "metadata.parquet", columns)
+    plan = plan_of(tmp_path, ask="What?")
+    assert plan.schema.names == [*columns, "mask"]
+    table = read(plan)
+    assert table["mask"] == ["a/m/1.png"]
+    assert table[REFERENCES] == [[None]]
+    assert read(plan_of(tmp_path, ask="What?", image="mask"))[REFERENCES] == [["a/m/1.png"]]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[S3Backend]:
+    """moto's S3 with a bucket `many`, filled from within: a thousand uploads take seconds."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+    backend.create_bucket("many", "us-east-1")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s"), ("ENDPOINT_URL", f"http://{host}:{port}")):
+            patch.setenv(f"AWS_{name}", value)
+        # botocore writes into the settings that it is given.
+        patch.setitem(fsspec.config.conf, "s3", copy.deepcopy(fsspec.config.conf["s3"]))
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield backend
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_a_listing_of_more_than_a_thousand_objects_is_whole(bucket: S3Backend) -> None:
+    for n in range(1110):
+        bucket.put_object("many", f"pictures/{n % 3}/{n:04d}.png", b"")
+    shards = find_shards("s3://many/pictures")
+    assert [len(shard.members) for shard in shards] == [370, 370, 370]
+    assert sorted(name for shard in shards for name in shard.members)[:2] == ["0/0000.png", "0/0003.png"]
+
+
+ODD_KEYS = ["a#1", "b?x=1&y", "c+d", "e f ", "100%25", "g[1]*", "h=1/i", "j'\"k", "日本", "~(l)"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_objects_of_odd_names_are_found_and_read(bucket: S3Backend, tmp_path: Path, form: str) -> None:
+    for n, key in enumerate(ODD_KEYS):
+        parquet = write_shard(tmp_path / "x.parquet", {"id": [f"{n}"]}).read_bytes()
+        data = {"jsonl": json.dumps({"id": f"{n}"}).encode(), "parquet": parquet}[form]
+        bucket.put_object("many", f"odd {form}#?+/{key}.{form}", data)
+    plan = plan_of(f"s3://many/odd {form}#?+/", ask="What?")
+    assert sorted(shard.file.name for shard in plan.shards) == sorted(f"{key}.{form}" for key in ODD_KEYS)
+    check_ids_unique(plan)
+    assert sorted(read(plan)[ID]) == [f"{n}" for n in range(len(ODD_KEYS))]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "ftp://user:hunter2@host/a.jsonl",
+        "s3://KEY:hunter2@bucket/in/",
+        "sftp://user:hun/ter2@host/in",
+        "https://hunter2@host/a.jsonl",
+        "https://host/a.jsonl?X-Amz-Signature=hunter2&x=a.jsonl",
+        "simplecache::ftp://user:hunter2@host/a.jsonl",
+        "abfs://KEY:hunter2@container@account.dfs.core.windows.net/in",
+    ],
+)
+def test_an_input_with_credentials_is_refused_before_they_stand_beside_answers(path: str) -> None:
+    with pytest.raises(InputError, match="^input.path: .* holds credentials, .* give them to fsspec") as caught:
+        find_shards(path)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_names_that_merely_look_like_credentials_are_none() -> None:
+    for url in (
+        "sftp://user@host:22/in",
+        "abfs://container@account.dfs.core.windows.net/in",
+        "github://org:repository@main/in",
+        "hf://datasets/a/b@refs%2Fconvert%2Fparquet/in",
+        "s3://arn:aws:s3:eu:1:accesspoint/x/in",
+        "http://host:8080/a@b.jsonl",
+        "/in/user:name@x/a?token=b",
+        "file:///in/user:name@x/a",
+    ):
+        assert not holds_password(url), url
