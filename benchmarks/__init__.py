@@ -1,1 +1,3 @@
-"""Benchmarks: one file a question. `make bench` runs them all and writes RESULTS.md from what they measured."""
+"""Benchmarks: one file a question. `make bench` runs them all and writes RESULTS.md from what they
+measured.
+"""

@@ -31,8 +31,8 @@ REPEATS_ASKED = 3
 
 HEADER = """# What was measured
 
-Written by `make bench` (`python -m benchmarks NAME` for one); the figures are in `results/`. Each section says when and on
-what. No figure here is typed by hand.
+Written by `make bench` (`python -m benchmarks NAME` for one); the figures are in `results/`.
+Each section says when and on what. No figure here is typed by hand.
 """
 
 
@@ -48,7 +48,8 @@ def main(names: list[str]) -> None:
         where = json.loads((RESULTS / f"{name}.json").read_text())
         measured = f"Measured {where['date']} on {where['cpus']} CPU cores ({where['machine']})."
         if where.get("repeats", REPEATS_ASKED) < REPEATS_ASKED:
-            measured += f" Medians of {where['repeats']} round{'s' * (where['repeats'] > 1)}, not {REPEATS_ASKED}."
+            rounds = f"{where['repeats']} round{'s' * (where['repeats'] > 1)}"
+            measured += f" Medians of {rounds}, not {REPEATS_ASKED}."
         question = (module.__doc__ or name).strip()
         sections[name] = "\n".join([f"## {name}", "", question, "", measured, "", *lines, ""])
     order = sorted(sections, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))

@@ -21,16 +21,26 @@ def main() -> list[str]:
         base, adapter = write_random_checkpoint(Path(folder), SHAPE, seed=0)
         assert adapter is not None
         size = (adapter / "pytorch_model.bin").stat().st_size
-        arguments = ["jobs/convert.py", "--set", f"model.base={base}", "--set", f"model.adapter={adapter}"]
+        arguments = [
+            "jobs/convert.py",
+            "--set",
+            f"model.base={base}",
+            "--set",
+            f"model.adapter={adapter}",
+        ]
         started = time.perf_counter()
         peak = peak_memory([*arguments, "--set", f"output.path={folder}/out"])
         seconds = time.perf_counter() - started
         importing = peak_memory([*arguments, "--set", f"output.path={folder}/other", "--dry-run"])
-    save("conversion", {"file_bytes": size, "peak_bytes": peak, "importing_bytes": importing, "seconds": seconds})
+    save(
+        "conversion",
+        {"file_bytes": size, "peak_bytes": peak, "importing_bytes": importing, "seconds": seconds},
+    )
     return [
         "| checkpoint | peak memory | of it, importing torch | share of the file | seconds |",
         "|---|---|---|---|---|",
-        f"| {mebibytes(size)} | {mebibytes(peak)} | {mebibytes(importing)} | {peak / size:.1%} | {seconds:.0f} |",
+        f"| {mebibytes(size)} | {mebibytes(peak)} | {mebibytes(importing)} | {peak / size:.1%} | "
+        f"{seconds:.0f} |",
     ]
 
 

@@ -34,7 +34,11 @@ class Floors:
         s = self.shape
         if s.adapter is None:
             return 0
-        return s.layers * s.adapter.rank * (s.hidden + s.heads * s.head_dim + 3 * (s.hidden + s.mlp_width))
+        return (
+            s.layers
+            * s.adapter.rank
+            * (s.hidden + s.heads * s.head_dim + 3 * (s.hidden + s.mlp_width))
+        )
 
     @property
     def used(self) -> int:
@@ -56,16 +60,25 @@ class Floors:
         return 2.0 * patches * (linear + merger) + 4.0 * v.depth * v.width * patches**2
 
     def prefill_flops(self, tokens: int) -> float:
-        """Operations of the decoder for one prompt, with the request's own expert and the global one."""
+        """Operations of the decoder for one prompt, with the request's own expert and the global
+        one.
+        """
         s = self.shape
-        return 2.0 * tokens * (self.projections + 2 * self.expert) + 2.0 * s.layers * s.heads * s.head_dim * tokens**2
+        return (
+            2.0 * tokens * (self.projections + 2 * self.expert)
+            + 2.0 * s.layers * s.heads * s.head_dim * tokens**2
+        )
 
     def request_flops(self, prompt: int, patches: int, new: int) -> float:
-        """Operations of one request on a device whose memory is never waited for; attention to its answer left out."""
+        """Operations of one request on a device whose memory is never waited for; attention to its
+        answer left out.
+        """
         return self.vision_flops(patches) + self.prefill_flops(prompt) + 2.0 * new * self.used
 
     def decode_seconds(self, batch: int, context: int) -> float:
-        """A decode step: weights read once, or multiplied with, whichever takes longer; then keys and values."""
+        """A decode step: weights read once, or multiplied with, whichever takes longer; then keys
+        and values.
+        """
         s = self.shape
         read: float = self.projections + s.hidden * s.vocabulary
         if s.adapter is not None:
@@ -78,4 +91,8 @@ class Floors:
         """One request's share of a full device."""
         prompt = visual + text
         tower = self.vision_flops(visual * self.shape.vision.merge_size**2) / self.flops
-        return tower + self.prefill_flops(prompt) / self.flops + new * self.decode_seconds(batch, prompt + new // 2) / batch
+        return (
+            tower
+            + self.prefill_flops(prompt) / self.flops
+            + new * self.decode_seconds(batch, prompt + new // 2) / batch
+        )

@@ -33,16 +33,23 @@ def main() -> list[str]:
     # bfloat16 products are slow on some processors; which tokens change does not depend on speed.
     few = asked[:16]
     with tempfile.TemporaryDirectory() as folder:
-        for dtype, part in {DTYPE: asked, torch.bfloat16: asked if torch.bfloat16 == DTYPE else few}.items():
+        for dtype, part in {
+            DTYPE: asked,
+            torch.bfloat16: asked if torch.bfloat16 == DTYPE else few,
+        }.items():
             loaded = load_random(Path(folder) / str(dtype), dtype=dtype)
             plain, expected, _ = _measured(loaded, part, fold=False)
             folded, tokens, share = _measured(loaded, part, fold=True)
             changed = sum(a != b for a, b in zip(expected, tokens, strict=True)) / len(expected)
             figures[str(dtype)] = {"gain": folded / plain, "changed": changed, "folded": share}
-            lines.append(f"| {dtype} | {len(part)} | {plain:.1f} | {folded:.1f} | {folded / plain:.2f} | {changed:.2%} |")
+            lines.append(
+                f"| {dtype} | {len(part)} | {plain:.1f} | {folded:.1f} | {folded / plain:.2f} | "
+                f"{changed:.2%} |"
+            )
     save("folding", figures)
     return [
-        "Rows of 64 visual and 32 new tokens. A changed token changes what follows it in its row, too.",
+        "Rows of 64 visual and 32 new tokens. A changed token changes what follows it in its row, "
+        "too.",
         "",
         "| dtype | rows | new tokens a second | folded | gain | tokens changed |",
         "|---|---|---|---|---|---|",

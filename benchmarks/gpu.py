@@ -1,10 +1,12 @@
-"""How close does the engine come to the floor of one GPU, at the model's full size, and how far ahead of its peer is it?
+"""How close does the engine come to the floor of one GPU, at the model's full size, and how far
+ahead of its peer is it?
 
     python -m benchmarks.gpu [--profile] [--stages NAME ...]
 
-Builds the model with random weights on the device, checks the device against the CPU's plain float32 twins on a small
-shape, then times every stage: under 9 minutes in all. `--profile` adds the kernels that take longest. Floors are arithmetic
-(`Floors`) over what this device itself was measured to do: a large matrix product, and copying memory.
+Builds the model with random weights on the device, checks the device against the CPU's plain
+float32 twins on a small shape, then times every stage: under 9 minutes in all. `--profile` adds the
+kernels that take longest. Floors are arithmetic (`Floors`) over what this device itself was
+measured to do: a large matrix product, and copying memory.
 """
 
 from __future__ import annotations
@@ -59,7 +61,14 @@ AWAKER_7B = ModelShape(
     adapter=AdapterShape(experts=4, rank=256, top_k=1, scale=2.0),
 )
 QWEN2_VL_2B = replace(
-    AWAKER_7B, hidden=1536, mlp_width=8960, heads=12, kv_heads=2, vocabulary=151_936, tied_embeddings=True, adapter=None
+    AWAKER_7B,
+    hidden=1536,
+    mlp_width=8960,
+    heads=12,
+    kv_heads=2,
+    vocabulary=151_936,
+    tied_embeddings=True,
+    adapter=None,
 )
 #: As the 7B in all that chooses a kernel: head sizes, groups of 7, four experts.
 SMALL = replace(
@@ -100,7 +109,19 @@ class Scale:
 
 
 FULL = Scale(
-    AWAKER_7B, QWEN2_VL_2B, IMAGE_1000, IMAGE_391, IMAGE_1378, 50, 100, 512, 64, (8, 32), 1500, (32, 128, 256), 8192
+    AWAKER_7B,
+    QWEN2_VL_2B,
+    IMAGE_1000,
+    IMAGE_391,
+    IMAGE_1378,
+    50,
+    100,
+    512,
+    64,
+    (8, 32),
+    1500,
+    (32, 128, 256),
+    8192,
 )
 TINY = Scale(
     SMALL,
@@ -127,7 +148,9 @@ class NoText:
         return ""
 
 
-def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Model:
+def random_model(
+    shape: ModelShape, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Model:
     """A model with random weights, made where it runs."""
     generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
@@ -141,13 +164,22 @@ def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device, se
             wide = 2.0 if name == "gates.weight" else 1.0
             tensor.normal_(0, wide / size[-1] ** 0.5, generator=generator)
         tensors[name] = tensor
-    return assemble(shape, tensors, pixel_table(IMAGE_MEAN, IMAGE_STD, 1 / 255).to(device), prepack=True)
+    return assemble(
+        shape, tensors, pixel_table(IMAGE_MEAN, IMAGE_STD, 1 / 255).to(device), prepack=True
+    )
 
 
 def random_requests(
-    shape: ModelShape, count: int, image: tuple[int, int] | None, text_tokens: int, new_tokens: int, seed: int = 0
+    shape: ModelShape,
+    count: int,
+    image: tuple[int, int] | None,
+    text_tokens: int,
+    new_tokens: int,
+    seed: int = 0,
 ) -> list[Request]:
-    """Requests that differ in every word and pixel, so that nothing is computed once for several."""
+    """Requests that differ in every word and pixel, so that nothing is computed once for
+    several.
+    """
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -158,13 +190,17 @@ def random_requests(
             side = shape.vision.patch_size * shape.vision.merge_size
             visual = image[0] // side * (image[1] // side)
             images = (rng.integers(0, 256, (*image, 3), dtype=np.uint8),)
-            ids = np.concatenate([[VISION_START], [IMAGE_PAD] * visual, [VISION_END], words[2:]]).astype(np.int32)
+            ids = np.concatenate(
+                [[VISION_START], [IMAGE_PAD] * visual, [VISION_END], words[2:]]
+            ).astype(np.int32)
         made.append(Request(ids, (0, len(ids)), images, Sampling(new_tokens, eos_token_ids=())))
     return made
 
 
 class Bench:
-    """The stages, in order; each returns rows of (what, floor, measured, unit, higher is better)."""
+    """The stages, in order; each returns rows of (what, floor, measured, unit, higher is
+    better).
+    """
 
     def __init__(self, scale: Scale, device: torch.device, profile: bool) -> None:
         self.scale, self.device, self.profile = scale, device, profile
@@ -189,10 +225,14 @@ class Bench:
             taken.append(time.perf_counter() - started)
         return statistics.median(taken[1:])
 
-    def add(self, what: str, measured: float, unit: str, floor: float | None, *, higher: bool = False) -> None:
+    def add(
+        self, what: str, measured: float, unit: str, floor: float | None, *, higher: bool = False
+    ) -> None:
         """Note a figure and print it."""
         share = None if floor is None else (measured / floor if higher else floor / measured)
-        self.rows.append({"what": what, "measured": measured, "unit": unit, "floor": floor, "share": share})
+        self.rows.append(
+            {"what": what, "measured": measured, "unit": unit, "floor": floor, "share": share}
+        )
         print(_line(self.rows[-1]), flush=True)
 
     def profiled(self, what: str, work: Callable[[], object]) -> None:
@@ -212,7 +252,11 @@ class Bench:
         size = 8192 if self.device.type == "cuda" else 512
         a, b = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
         flops = 2 * size**3 / self.seconds(lambda: a @ b, 10)
-        data = torch.empty((1 << 30 if self.device.type == "cuda" else 1 << 24,), dtype=torch.uint8, device=self.device)
+        data = torch.empty(
+            (1 << 30 if self.device.type == "cuda" else 1 << 24,),
+            dtype=torch.uint8,
+            device=self.device,
+        )
         into = torch.empty_like(data)
         return flops, 2 * data.numel() / self.seconds(lambda: into.copy_(data), 10)
 
@@ -220,7 +264,9 @@ class Bench:
         """Greedy tokens of the device at float32 equal those of the CPU's plain twins."""
         answers = []
         model = random_model(SMALL, torch.float32, torch.device("cpu"))
-        requests = random_requests(SMALL, 6, (84, 112), 20, 24) + random_requests(SMALL, 4, None, 9, 40, seed=1)
+        requests = random_requests(SMALL, 6, (84, 112), 20, 24) + random_requests(
+            SMALL, 4, None, 9, 40, seed=1
+        )
         options = EngineOptions(batch_size=5, batch_tokens=2000, step_tokens=37, answer_cache=0)
         for device in (torch.device("cpu"), self.device):
             with Engine(moved(model, device), NoText(), IMAGE_PAD, options) as engine:
@@ -237,7 +283,9 @@ class Bench:
         floors = Floors(shape, self.flops, self.bandwidth)
         model = random_model(shape, self.dtype, self.device)
         with torch.inference_mode():
-            images = [r.images[0] for r in random_requests(shape, 4, scale.image, scale.text_tokens, 1)]
+            images = [
+                r.images[0] for r in random_requests(shape, 4, scale.image, scale.text_tokens, 1)
+            ]
             patches = scale.image[0] * scale.image[1] // shape.vision.patch_size**2
             seconds = self.seconds(lambda: model.vision.encode(images))
             rate = len(images) * floors.vision_flops(patches) / seconds / 1e12
@@ -252,8 +300,12 @@ class Bench:
         most = max(scale.batches)
         runner = Runner(model, most, most * (scale.context + room))
         encoder = Encoder(model, IMAGE_PAD, "released", 0)
-        encoded = encoder.encode(random_requests(scale.shape, most, None, scale.context, room)).finish()
-        running = [Running(e, slot, slot * (scale.context + room)) for slot, e in enumerate(encoded)]
+        encoded = encoder.encode(
+            random_requests(scale.shape, most, None, scale.context, room)
+        ).finish()
+        running = [
+            Running(e, slot, slot * (scale.context + room)) for slot, e in enumerate(encoded)
+        ]
         for one in running:
             runner.admit(one)
         timed: list[float] = []
@@ -278,7 +330,9 @@ class Bench:
             some()  # compiled and captured
             milliseconds = 1000 * self.seconds(some, 2) / steps
             floor = 1000 * floors.decode_seconds(batch, scale.context)
-            self.add(f"decode step, batch {batch}, context {scale.context}", milliseconds, "ms", floor)
+            self.add(
+                f"decode step, batch {batch}, context {scale.context}", milliseconds, "ms", floor
+            )
             self.profiled(f"decode step, batch {batch}", lambda parts=parts: runner.launch(parts))  # type: ignore[misc]
 
     def _requests(self, model: Model, floors: Floors) -> None:
@@ -288,7 +342,9 @@ class Bench:
         rates = {}
         for image in (scale.image, scale.small_image):
             visual = image[0] * image[1] // side**2
-            requests = random_requests(shape, scale.requests, image, scale.text_tokens, scale.new_tokens)
+            requests = random_requests(
+                shape, scale.requests, image, scale.text_tokens, scale.new_tokens
+            )
             longest = visual + scale.text_tokens + scale.new_tokens
             most = max(scale.batches)
             options = EngineOptions(
@@ -306,13 +362,16 @@ class Bench:
                 rates[image] = len(requests) / (time.perf_counter() - started)
             floor = 1 / floors.request_seconds(visual, scale.text_tokens, scale.new_tokens, most)
             what = (
-                f"{visual:,} visual + {scale.text_tokens} text tokens in, {scale.new_tokens} out, {scale.requests} requests"
+                f"{visual:,} visual + {scale.text_tokens} text tokens in, "
+                f"{scale.new_tokens} out, {scale.requests} requests"
             )
             self.add(what, rates[image], "images/s", floor, higher=True)
         self._rate = rates[scale.image]
 
     def peer(self) -> None:
-        """Transformers' `generate` on the base model without experts, on the requests of the first kind."""
+        """Transformers' `generate` on the base model without experts, on the requests of the first
+        kind.
+        """
         from transformers import Qwen2VLForConditionalGeneration
 
         scale, shape = self.scale, self.scale.shape
@@ -322,7 +381,9 @@ class Bench:
             model = Qwen2VLForConditionalGeneration(config).eval()
             torch.set_default_dtype(torch.float32)
         height, width = (n // shape.vision.patch_size for n in scale.image)
-        requests = random_requests(shape, scale.peer_requests, scale.image, scale.text_tokens, scale.new_tokens)
+        requests = random_requests(
+            shape, scale.peer_requests, scale.image, scale.text_tokens, scale.new_tokens
+        )
         ids = torch.from_numpy(np.stack([r.input_ids for r in requests])).long().to(self.device)
         values = torch.randn(height * width, 1176, device=self.device, dtype=self.dtype)
 
@@ -349,25 +410,41 @@ class Bench:
             answer(size)
             self.synchronize()
             rate = len(ids) / (time.perf_counter() - started)
-            self.add(f"transformers `generate` without experts, batch {size}", rate, "images/s", None)
+            self.add(
+                f"transformers `generate` without experts, batch {size}", rate, "images/s", None
+            )
             if hasattr(self, "_rate"):
-                self.add(f"the engine with experts over it, batch {size}", self._rate / rate, "times", None)
+                self.add(
+                    f"the engine with experts over it, batch {size}",
+                    self._rate / rate,
+                    "times",
+                    None,
+                )
 
     def second(self) -> None:
         """The 2B shape: 8 sequences of 128 text tokens and one wide image, 128 new tokens."""
         scale, shape = self.scale, self.scale.second_shape
         new = 128 if scale is FULL else scale.new_tokens
         model = random_model(shape, self.dtype, self.device)
-        requests = random_requests(shape, 8, scale.wide_image, 128 if scale is FULL else 12, new, seed=2)
+        requests = random_requests(
+            shape, 8, scale.wide_image, 128 if scale is FULL else 12, new, seed=2
+        )
         prompt = len(requests[0].input_ids)
         options = EngineOptions(
-            batch_size=8, batch_tokens=8 * (prompt + new), step_tokens=16_384, answer_cache=0, vision_cache_bytes=0
+            batch_size=8,
+            batch_tokens=8 * (prompt + new),
+            step_tokens=16_384,
+            answer_cache=0,
+            vision_cache_bytes=0,
         )
         with Engine(model, NoText(), IMAGE_PAD, options) as engine:
             engine.generate(requests)
             ends = []
             for length in (1, new):
-                some = [replace(r, sampling=replace(r.sampling, max_new_tokens=length)) for r in requests]
+                some = [
+                    replace(r, sampling=replace(r.sampling, max_new_tokens=length))
+                    for r in requests
+                ]
                 started = time.perf_counter()
                 engine.generate(some)
                 ends.append(time.perf_counter() - started)
@@ -421,8 +498,12 @@ def moved(model: Model, device: torch.device) -> Model:
             return value.to(device)
         if isinstance(value, tuple):
             return tuple(move(v) for v in value)
-        if hasattr(value, "__dataclass_fields__") and not isinstance(value, ModelShape | VisionShape | AdapterShape):
-            return replace(value, **{name: move(getattr(value, name)) for name in value.__dataclass_fields__})
+        if hasattr(value, "__dataclass_fields__") and not isinstance(
+            value, ModelShape | VisionShape | AdapterShape
+        ):
+            return replace(
+                value, **{name: move(getattr(value, name)) for name in value.__dataclass_fields__}
+            )
         return value
 
     found: Model = move(model)
@@ -438,7 +519,13 @@ def _line(row: dict[str, Any]) -> str:
 STAGES = ("check", "stages", "peer", "second")
 
 
-def main(names: Sequence[str] = STAGES, *, profile: bool = False, scale: Scale = FULL, device: str = "cuda") -> list[str]:
+def main(
+    names: Sequence[str] = STAGES,
+    *,
+    profile: bool = False,
+    scale: Scale = FULL,
+    device: str = "cuda",
+) -> list[str]:
     """Measure, save, and return lines for RESULTS.md."""
     started = time.perf_counter()
     bench = Bench(scale, torch.device(device), profile)
@@ -452,8 +539,10 @@ def main(names: Sequence[str] = STAGES, *, profile: bool = False, scale: Scale =
     if scale is FULL:
         save("gpu", {**figures, "tflops": bench.flops / 1e12, "bandwidth": bench.bandwidth})
     return [
-        f"{where}, torch {torch.__version__}: {bench.flops / 1e12:.0f} TFLOP/s in a product of 8,192, "
-        f"{bench.bandwidth / 1e12:.2f} TB/s copying memory. {took:.0f} s in all. {' '.join(bench.notes)}",
+        f"{where}, torch {torch.__version__}: {bench.flops / 1e12:.0f} TFLOP/s in a product of "
+        "8,192, "
+        f"{bench.bandwidth / 1e12:.2f} TB/s copying memory. {took:.0f} s in all. "
+        f"{' '.join(bench.notes)}",
         "",
         "| what | floor | measured | share of the floor |",
         "|---|---|---|---|",
@@ -462,8 +551,14 @@ def main(names: Sequence[str] = STAGES, *, profile: bool = False, scale: Scale =
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", action="store_true", help="print the kernels that take longest")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="which stages to run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print the kernels that take longest"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="which stages to run"
+    )
     arguments = parser.parse_args()
     print("\n".join(main(arguments.stages, profile=arguments.profile)))

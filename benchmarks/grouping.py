@@ -1,4 +1,6 @@
-"""What does grouping by expert buy? Agreement and time of the same requests, grouped and in order of arrival."""
+"""What does grouping by expert buy? Agreement and time of the same requests, grouped and in order
+of arrival.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,13 @@ QUESTIONS = (
 
 SHAPE = RandomShape(
     base=FolderShape(
-        layers=8, hidden=512, mlp_width=2048, heads=8, kv_heads=2, mrope_section=(8, 12, 12), vision_width=128
+        layers=8,
+        hidden=512,
+        mlp_width=2048,
+        heads=8,
+        kv_heads=2,
+        mrope_section=(8, 12, 12),
+        vision_width=128,
     ),
     experts=4,
     rank=64,
@@ -58,7 +66,9 @@ def main() -> list[str]:
         base, adapter = write_random_checkpoint(Path(folder), SHAPE, seed=0)
         checkpoint = open_checkpoint(str(base), str(adapter))
         processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-        model = load_model(checkpoint, processor.image_processor, torch.float32, torch.device("cpu"))
+        model = load_model(
+            checkpoint, processor.image_processor, torch.float32, torch.device("cpu")
+        )
         asked = requests(processor)
         for grouped in (True, False):
             options = EngineOptions(batch_size=16, waiting=128, group_by_expert=grouped)
@@ -69,14 +79,17 @@ def main() -> list[str]:
                 engine.generate(asked)
                 seconds = time.perf_counter() - started
             counts = engine.counts()
-            shares = {phase: counts[phase] / counts[f"{phase}_pairs"] for phase in ("prefill", "decode")}
+            shares = {
+                phase: counts[phase] / counts[f"{phase}_pairs"] for phase in ("prefill", "decode")
+            }
             runs.append({"grouped": grouped, "requests": REQUESTS, "seconds": seconds, **shares})
     save("grouping", {"runs": runs})
     return [
         "| batches | prefill pairs on the majority expert | decode pairs | requests a second |",
         "|---|---|---|---|",
         *(
-            f"| {'grouped by expert' if r['grouped'] else 'in order of arrival'} | {r['prefill']:.1%} | {r['decode']:.1%} "
+            f"| {'grouped by expert' if r['grouped'] else 'in order of arrival'} | "
+            f"{r['prefill']:.1%} | {r['decode']:.1%} "
             f"| {r['requests'] / r['seconds']:.1f} |"
             for r in runs
         ),

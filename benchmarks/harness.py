@@ -18,14 +18,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
-#: Runs a script and prints its own peak memory at the end. VmHWM, not ru_maxrss: a child starts with its parent's.
+#: Runs a script and prints its own peak memory at the end. VmHWM, not ru_maxrss: a child starts
+#: with its parent's.
 _MEASURED = """
 import re, runpy, sys
 sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], file=sys.stderr)
+    status = open("/proc/self/status").read()
+    print("peak", re.search(r"VmHWM:\\s+(\\d+)", status)[1], file=sys.stderr)
 """
 
 
@@ -34,9 +36,13 @@ REPEATS = int(os.environ.get("BENCH_REPEATS", "3"))
 
 
 def median_seconds(
-    work: Callable[[], object], repeats: int | None = None, warm_up: Callable[[], object] | None = None
+    work: Callable[[], object],
+    repeats: int | None = None,
+    warm_up: Callable[[], object] | None = None,
 ) -> float:
-    """Seconds that `work` takes: the median of several rounds (`REPEATS`), after one that warms up, or `warm_up`."""
+    """Seconds that `work` takes: the median of several rounds (`REPEATS`), after one that warms up,
+    or `warm_up`.
+    """
     (warm_up or work)()
     taken = []
     for _ in range(repeats or REPEATS):
@@ -53,7 +59,11 @@ def peak_memory(command: Sequence[str]) -> int:
         RuntimeError: the script failed.
     """
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURED, *command], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _MEASURED, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
@@ -62,9 +72,11 @@ def peak_memory(command: Sequence[str]) -> int:
 
 
 def own_memory(pid: int) -> int:
-    """Bytes of memory that a process has for itself: what it allocated, without files and shared memory.
+    """Bytes of memory that a process has for itself: what it allocated, without files and shared
+    memory.
 
-    Not psutil's `uss`: pages of Ray's object store count there as the own of a process that alone has touched them.
+    Not psutil's `uss`: pages of Ray's object store count there as the own of a process that alone
+    has touched them.
 
     Raises:
         OSError: there is no such process.
@@ -76,7 +88,11 @@ def own_memory(pid: int) -> int:
 
 def save(name: str, figures: dict[str, Any]) -> None:
     """Keep a benchmark's figures, with where and when they were measured."""
-    where = {"date": datetime.now(UTC).date().isoformat(), "cpus": os.cpu_count(), "machine": platform.machine()}
+    where = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+    }
     where["repeats"] = REPEATS
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**where, **figures}, indent=2) + "\n")

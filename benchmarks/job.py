@@ -1,6 +1,7 @@
 """How much of the engine's speed is left in a job through Ray Data?
 
-1,000 rows: the difference between jobs of 1,200 and of 200 rows, so that starting up does not count.
+1,000 rows: the difference between jobs of 1,200 and of 200 rows, so that starting up does not
+count.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def job_seconds(folder: Path, rows: int) -> float:
         "generation.temperature": 0,
     }
     arguments = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
-    subprocess.run([sys.executable, "jobs/caption.py", *arguments], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "jobs/caption.py", *arguments], cwd=ROOT, check=True, capture_output=True
+    )
     summary = json.loads((folder / f"out-{rows}" / "_run" / "summary.json").read_text())
     assert summary["ok"] == rows
     return float(summary["answering_seconds"])
@@ -108,7 +111,8 @@ def main() -> list[str]:
         f"{rows:,} rows of 64 visual and up to {NEW_TOKENS} new tokens, {DTYPE}, one replica.",
         "",
         f"- the engine alone, requests prepared: {alone:.1f} s, {rows / alone:.1f} rows a second;",
-        f"- the job, which also reads, decodes, resizes and writes on the same two cores: {job:.1f} s, "
+        "- the job, which also reads, decodes, resizes and writes on the same two cores: "
+        f"{job:.1f} s, "
         f"{rows / job:.1f} rows a second, {alone / job:.0%} of it.",
     ]
 

@@ -1,8 +1,9 @@
-"""How often is an answer said to be in another language, rightly and wrongly, and what does telling it cost?
+"""How often is an answer said to be in another language, rightly and wrongly, and what does telling
+it cost?
 
-Texts of 22 languages, put together of whole sentences until they have so many words: messages of Django's translators
-(`benchmarks/data/sentences.json`). Each is judged as the answer to a prompt that asks for its own language, and for each
-other one of the same script.
+Texts of 22 languages, put together of whole sentences until they have so many words: messages of
+Django's translators (`benchmarks/data/sentences.json`). Each is judged as the answer to a prompt
+that asks for its own language, and for each other one of the same script.
 """
 
 from __future__ import annotations
@@ -51,8 +52,15 @@ def main() -> list[str]:
     try:
         for words, sure in itertools.product(WORDS, SURE):
             languages.SURE = sure
-            made = {language: texts(lines, words, TEXTS, seed=words) for language, lines in sentences.items()}
-            wrongly = [foreign(language, text) for language, own_texts in made.items() for text in own_texts]
+            made = {
+                language: texts(lines, words, TEXTS, seed=words)
+                for language, lines in sentences.items()
+            }
+            wrongly = [
+                foreign(language, text)
+                for language, own_texts in made.items()
+                for text in own_texts
+            ]
             rightly = [
                 foreign(wanted, text)
                 for language, own_texts in made.items()
@@ -60,7 +68,10 @@ def main() -> list[str]:
                 if wanted != language and script_of(wanted) == script_of(language)
                 for text in own_texts
             ]
-            shares = {"wrongly": sum(wrongly) / len(wrongly), "rightly": sum(rightly) / len(rightly)}
+            shares = {
+                "wrongly": sum(wrongly) / len(wrongly),
+                "rightly": sum(rightly) / len(rightly),
+            }
             runs.append({"words": words, "sure": sure, **shares})
     finally:
         languages.SURE = own
@@ -75,15 +86,23 @@ def main() -> list[str]:
     save("languages", {"runs": runs, "seconds_an_answer": seconds})
     table = {(run["words"], run["sure"]): run for run in runs}
     return [
-        f"{TEXTS} texts of each of {len(sentences)} languages. All flags of an answer of 100 words cost "
-        f"{seconds * 1e6:.0f} microseconds; one of fewer than {flags.GUESSED_WORDS} words is judged by its script "
-        "alone. In each cell: flagged though in the language asked for; flagged, being in another of the same script.",
+        f"{TEXTS} texts of each of {len(sentences)} languages. All flags of an answer of 100 words "
+        "cost "
+        f"{seconds * 1e6:.0f} microseconds; one of fewer than {flags.GUESSED_WORDS} words is "
+        "judged by its script "
+        "alone. In each cell: flagged though in the language asked for; flagged, being in another "
+        "of the same script.",
         "",
-        "| words | " + " | ".join(f"{sure:.0%} sure{' (in use)' if sure == own else ''}" for sure in SURE) + " |",
+        "| words | "
+        + " | ".join(f"{sure:.0%} sure{' (in use)' if sure == own else ''}" for sure in SURE)
+        + " |",
         "|---|" + "---|" * len(SURE),
         *(
             f"| {words} | "
-            + " | ".join(f"{table[words, sure]['wrongly']:.1%}, {table[words, sure]['rightly']:.1%}" for sure in SURE)
+            + " | ".join(
+                f"{table[words, sure]['wrongly']:.1%}, {table[words, sure]['rightly']:.1%}"
+                for sure in SURE
+            )
             + " |"
             for words in WORDS
         ),

@@ -1,4 +1,6 @@
-"""Does a job's memory grow with its rows? Peaks of driver, workers and object store for 200, 2,500 and 5,000 rows."""
+"""Does a job's memory grow with its rows? Peaks of driver, workers and object store for 200, 2,500
+and 5,000 rows.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ ROWS_PER_SHARD = 500
 
 
 def write_shards(folder: Path, rows: int) -> None:
-    """Shards of photographs-like JPEGs of 448 x 336 (192 visual tokens), each row's a little different."""
+    """Shards of photographs-like JPEGs of 448 x 336 (192 visual tokens), each row's a little
+    different.
+    """
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
     folder.mkdir()
@@ -35,7 +39,9 @@ def write_shards(folder: Path, rows: int) -> None:
             picture, buffer = Image.fromarray(coarse).resize((448, 336)), io.BytesIO()
             picture.save(buffer, "JPEG")
             images.append(buffer.getvalue())
-        pq.write_table(pa.table({"image": images}), folder / f"shard-{first:06d}.parquet", row_group_size=250)
+        pq.write_table(
+            pa.table({"image": images}), folder / f"shard-{first:06d}.parquet", row_group_size=250
+        )
 
 
 def measure(rows: int, folder: Path, base: Path, adapter: Path) -> dict[str, float]:
@@ -54,19 +60,27 @@ def measure(rows: int, folder: Path, base: Path, adapter: Path) -> dict[str, flo
     peaks = {"driver": 0.0, "workers": 0.0, "object_store": 0.0}
     shared_before = shutil.disk_usage("/dev/shm").used
     started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     driver = psutil.Process(process.pid)
     while process.poll() is None:
         time.sleep(0.5)
         try:
             # Memory of a process's own: the object store is shared, and counted once, below.
             own = own_memory(driver.pid)
-            workers = [own_memory(p.pid) for p in driver.children(recursive=True) if p.name().startswith("ray::")]
+            workers = [
+                own_memory(p.pid)
+                for p in driver.children(recursive=True)
+                if p.name().startswith("ray::")
+            ]
         except (psutil.Error, OSError):
             continue
         peaks["driver"] = max(peaks["driver"], own)
         peaks["workers"] = max(peaks["workers"], sum(workers))
-        peaks["object_store"] = max(peaks["object_store"], shutil.disk_usage("/dev/shm").used - shared_before)
+        peaks["object_store"] = max(
+            peaks["object_store"], shutil.disk_usage("/dev/shm").used - shared_before
+        )
     if process.returncode:
         raise RuntimeError(f"the job on {rows} rows failed with exit code {process.returncode}")
     written = pq.read_table(folder / "out", columns=["id"])
@@ -89,7 +103,8 @@ def main() -> list[str]:
         "| rows | driver | workers | object store | seconds |",
         "|---|---|---|---|---|",
         *(
-            f"| {m['rows']:,} | {mebibytes(m['driver'])} | {mebibytes(m['workers'])} | {mebibytes(m['object_store'])} "
+            f"| {m['rows']:,} | {mebibytes(m['driver'])} | {mebibytes(m['workers'])} | "
+            f"{mebibytes(m['object_store'])} "
             f"| {m['seconds']:.0f} |"
             for m in measured
         ),

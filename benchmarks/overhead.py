@@ -83,13 +83,19 @@ def main() -> list[str]:
     # Waiting for callers is nobody's work; there is one, and all its requests are there.
     model = sum(seconds[name] for name in ("vision tower", "decoder", "sampling"))
     other = whole - model
-    save("overhead", {"dtype": str(DTYPE), "seconds": whole, "parts": seconds, "not_the_model": other / whole})
+    save(
+        "overhead",
+        {"dtype": str(DTYPE), "seconds": whole, "parts": seconds, "not_the_model": other / whole},
+    )
     return [
         f"256 requests of 64 visual and 32 new tokens, batch 64, {DTYPE}; {whole:.1f} s in all.",
         "",
         "| part | seconds | share |",
         "|---|---|---|",
-        *(f"| {name} | {seconds[name]:.3f} | {seconds[name] / whole:.2%} |" for name, _, _ in PARTS),
+        *(
+            f"| {name} | {seconds[name]:.3f} | {seconds[name] / whole:.2%} |"
+            for name, _, _ in PARTS
+        ),
         "",
         f"Routing, grouping and bookkeeping together: {other / whole:.2%} of the engine's time.",
     ]

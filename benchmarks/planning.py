@@ -1,7 +1,9 @@
-"""What does it cost to plan the rest of a job of 100 million rows in 20,000 shards, 90% of them done?
+"""What does it cost to plan the rest of a job of 100 million rows in 20,000 shards, 90% of them
+done?
 
-The shards are real Parquet files of 5,000 rows in five row groups (of one column: the plan looks at footers alone). The
-done rows stand in the index of the output, one file in a hundred in its footer only, as a killed run leaves them.
+The shards are real Parquet files of 5,000 rows in five row groups (of one column: the plan looks at
+footers alone). The done rows stand in the index of the output, one file in a hundred in its footer
+only, as a killed run leaves them.
 """
 
 from __future__ import annotations
@@ -47,14 +49,17 @@ def generate(folder: Path, shards: int) -> None:
     log = OutputLog(output, Lease(output, "before").take())
     rng = np.random.default_rng(0)
     empty = output_schema(OutputSettings(path="out"), pa.schema([])).empty_table()
-    # Every row is done or not by blocks of 32, since replicas answer blocks out of order; a file holds ten shards' worth.
+    # Every row is done or not by blocks of 32, since replicas answer blocks out of order; a file
+    # holds ten shards' worth.
     blocks = -(-ROWS_PER_SHARD // 32)
     per_file = round(ROWS_PER_FILE / ROWS_PER_SHARD / DONE)
     for first in range(0, shards, per_file):
         rows = {}
         for name in names[first : first + per_file]:
             done = np.flatnonzero(rng.random(blocks) < DONE) * 32
-            rows[f"file://{name}"] = RowSet.of_intervals([(int(b), min(int(b) + 32, ROWS_PER_SHARD)) for b in done])
+            rows[f"file://{name}"] = RowSet.of_intervals(
+                [(int(b), min(int(b) + 32, ROWS_PER_SHARD)) for b in done]
+            )
         log.commit(empty, rows, None)
         if first // per_file % UNINDEXED == 0 and log._unindexed:
             log._unindexed.popitem()
@@ -81,7 +86,13 @@ def plan(folder: Path) -> dict[str, float]:
     pieces = PlannedShards(planned, missing, 32).pieces
     lap("read tasks")
     left = sum(map(len, missing.values()))
-    return {**taken, "rows": planned.rows, "left": left, "files": len(commits), "pieces": len(pieces)}
+    return {
+        **taken,
+        "rows": planned.rows,
+        "left": left,
+        "files": len(commits),
+        "pieces": len(pieces),
+    }
 
 
 def main(shards: int = SHARDS) -> list[str]:
@@ -103,7 +114,8 @@ def main(shards: int = SHARDS) -> list[str]:
     seconds = sum(found[stage] for stage in stages)
     save("planning", {"shards": shards, "peak_bytes": peak, "seconds": seconds, **found})
     lines = [
-        f"{found['rows']:,} rows in {shards:,} shards, {found['left']:,} left; {found['files']:,} output files.",
+        f"{found['rows']:,} rows in {shards:,} shards, {found['left']:,} left; {found['files']:,} "
+        "output files.",
         "",
         f"**{seconds:.1f} s and {mebibytes(peak)} at its peak**.",
         "",

@@ -1,4 +1,5 @@
-"""How many images does one core prepare a second, and what does preparing beside it cost the engine?
+"""How many images does one core prepare a second, and what does preparing beside it cost the
+engine?
 
 JPEGs of 1024 x 768 become about 1,000 visual tokens each.
 """
@@ -36,10 +37,14 @@ def photographs() -> list[bytes]:
     rng = np.random.default_rng(0)
     made = []
     for _ in range(IMAGES):
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((1024, 768))
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
+            (1024, 768)
+        )
         grain = rng.normal(0, 6, (768, 1024, 3))
         buffer = io.BytesIO()
-        Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).save(
+            buffer, "JPEG", quality=90
+        )
         made.append(buffer.getvalue())
     return made
 
@@ -47,7 +52,9 @@ def photographs() -> list[bytes]:
 def prepare(processor: PromptProcessor, images: list[bytes]) -> int:
     """What the CPU actor does with rows of one image; visual tokens of the last."""
     for image in images:
-        prompt = processor.prepare(from_prompt(QUESTION, [decode_image(image, "image", ImageSettings())], "prompt"))
+        prompt = processor.prepare(
+            from_prompt(QUESTION, [decode_image(image, "image", ImageSettings())], "prompt")
+        )
     return len(prompt.input_ids)
 
 
@@ -66,16 +73,22 @@ def main() -> list[str]:
     """Measure, save, and return lines for RESULTS.md."""
     images = photographs()
     with tempfile.TemporaryDirectory() as folder:
-        base, _ = write_random_checkpoint(Path(folder) / "small", RandomShape(FolderShape()), seed=0)
+        base, _ = write_random_checkpoint(
+            Path(folder) / "small", RandomShape(FolderShape()), seed=0
+        )
         processor = PromptProcessor.from_settings(str(base), None, None)
         torch.set_num_threads(1)
         tokens = prepare(processor, images[:1])
         rate = IMAGES / median_seconds(lambda: prepare(processor, images))
         torch.set_num_threads(2)
 
-        # The engine at its own speed on images of this size, then with them being prepared beside it as fast as it eats.
+        # The engine at its own speed on images of this size, then with them being prepared beside
+        # it as fast as it eats.
         loaded = load_random(Path(folder) / "large")
-        asked = [from_prompt(QUESTION, [decode_image(image, "image", ImageSettings())], "prompt") for image in images[:4]]
+        asked = [
+            from_prompt(QUESTION, [decode_image(image, "image", ImageSettings())], "prompt")
+            for image in images[:4]
+        ]
         requests = [loaded.request(messages, new_tokens=16) for messages in asked]
 
         def seconds() -> float:
@@ -87,7 +100,9 @@ def main() -> list[str]:
         context = multiprocessing.get_context("spawn")
         wanted = context.Event()
         beside = context.Process(
-            target=_prepare_while, args=(wanted, str(base), images, len(requests) / seconds()), daemon=True
+            target=_prepare_while,
+            args=(wanted, str(base), images, len(requests) / seconds()),
+            daemon=True,
         )
         beside.start()
         # By turns: the speed of a machine that others share drifts by more than what is looked for.
@@ -98,10 +113,14 @@ def main() -> list[str]:
         beside.terminate()
         alone, together = (statistics.median(rounds[preparing]) for preparing in (False, True))
     slower = together / alone - 1
-    save("preparation", {"dtype": str(DTYPE), "images_per_second_per_core": rate, "engine_slower": slower})
+    save(
+        "preparation",
+        {"dtype": str(DTYPE), "images_per_second_per_core": rate, "engine_slower": slower},
+    )
     return [
         f"- one core prepares {rate:.1f} images a second ({tokens:,} tokens with the prompt);",
-        f"- the engine (2 cores, {DTYPE}) takes {len(requests) / alone:.2f} such images a second, and is {slower:.1%} "
+        f"- the engine (2 cores, {DTYPE}) takes {len(requests) / alone:.2f} such images a second, "
+        f"and is {slower:.1%} "
         "slower with a process beside it that prepares as many.",
     ]
 

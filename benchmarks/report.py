@@ -1,6 +1,7 @@
 """How long does the report of an output of two million rows take to make, and to open in a browser?
 
-200 files of 10,000 rows; as many samples as a report ever shows, with pictures of the greatest size that is kept.
+200 files of 10,000 rows; as many samples as a report ever shows, with pictures of the greatest size
+that is kept.
 """
 
 from __future__ import annotations
@@ -38,12 +39,27 @@ def photograph(rng: np.random.Generator) -> bytes:
     """A picture with as much detail as photographs have: smooth, with some grain."""
     size = (SIDE, SIDE * 3 // 4)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size)
-    return as_jpeg(np.clip(np.asarray(coarse) + rng.normal(0, 6, (size[1], size[0], 3)), 0, 255).astype(np.uint8))
+    return as_jpeg(
+        np.clip(np.asarray(coarse) + rng.normal(0, 6, (size[1], size[0], 3)), 0, 255).astype(
+            np.uint8
+        )
+    )
 
 
 def row(rng: np.random.Generator, number: int) -> dict[str, Any]:
     """An answered row with a caption of 60 words."""
-    words = ["the", "picture", "shows", "a", "street", "with", "people", "walking", "under", "trees"]
+    words = [
+        "the",
+        "picture",
+        "shows",
+        "a",
+        "street",
+        "with",
+        "people",
+        "walking",
+        "under",
+        "trees",
+    ]
     return {
         "id": f"row-{number:09d}",
         "prompt": "Describe this image in detail.",
@@ -70,9 +86,19 @@ def generate(folder: OutputFolder) -> None:
     schema = output_schema(OutputSettings(path="o"), pa.schema([]))
     table = pa.Table.from_pylist([row(rng, number) for number in range(ROWS_PER_FILE)], schema)
     for file in range(FILES):
-        log.commit(table, {"file:///in.parquet": RowSet.range(file * ROWS_PER_FILE, (file + 1) * ROWS_PER_FILE)}, None)
+        log.commit(
+            table,
+            {"file:///in.parquet": RowSet.range(file * ROWS_PER_FILE, (file + 1) * ROWS_PER_FILE)},
+            None,
+        )
     log.index()
-    kept = pa.schema([*output_schema(OutputSettings(path="o", routes=True), pa.schema([])), *PLACE_SCHEMA, *SAMPLE_SCHEMA])
+    kept = pa.schema(
+        [
+            *output_schema(OutputSettings(path="o", routes=True), pa.schema([])),
+            *PLACE_SCHEMA,
+            *SAMPLE_SCHEMA,
+        ]
+    )
     number = 0
     for why, most in SHOWN.items():
         for start in range(0, most, SAMPLES_PER_FILE):
@@ -86,7 +112,12 @@ def generate(folder: OutputFolder) -> None:
         journal.event("run_started")
         for step in range(720):
             journal._samples.append(
-                {"run": "mine", "time": 1.8e9 + 60 * step, "rows": 2000 * step, "new_tokens": 9e4 * step}
+                {
+                    "run": "mine",
+                    "time": 1.8e9 + 60 * step,
+                    "rows": 2000 * step,
+                    "new_tokens": 9e4 * step,
+                }
             )
         journal.event("run_finished")
 
@@ -109,7 +140,9 @@ def main() -> list[str]:
         size = (Path(where) / REPORT).stat().st_size
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(
-                executable_path=chromium(), args=["--no-sandbox", "--disable-gpu", "--headless=new"], chromium_sandbox=False
+                executable_path=chromium(),
+                args=["--no-sandbox", "--disable-gpu", "--headless=new"],
+                chromium_sandbox=False,
             )
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             started = time.perf_counter()
@@ -122,10 +155,16 @@ def main() -> list[str]:
             filtering = time.perf_counter() - started
             browser.close()
     pictures = sum(SHOWN.values())
-    figures = {"rows": FILES * ROWS_PER_FILE, "pictures": pictures, "bytes": size, "peak_bytes": peak}
+    figures = {
+        "rows": FILES * ROWS_PER_FILE,
+        "pictures": pictures,
+        "bytes": size,
+        "peak_bytes": peak,
+    }
     save("report", {**figures, "making": making, "opening": opening, "filtering": filtering})
     return [
-        f"{FILES * ROWS_PER_FILE:,} rows, {pictures} of them with pictures of {SIDE} pixels: a page of {mebibytes(size)}.",
+        f"{FILES * ROWS_PER_FILE:,} rows, {pictures} of them with pictures of {SIDE} pixels: a "
+        f"page of {mebibytes(size)}.",
         "",
         "| making it | peak memory | opening it | filtering by text |",
         "|---|---|---|---|",

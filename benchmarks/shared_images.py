@@ -1,6 +1,7 @@
 """What do five questions about one picture cost, against one question about each of five pictures?
 
-The gain should be what the vision tower's share of the time predicts: four of five passes are saved.
+The gain should be what the vision tower's share of the time predicts: four of five passes are
+saved.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ PICTURES = 12
 
 
 def asked(shared: bool) -> list[Asked]:
-    """The five questions about every picture, or each about a picture of its own; 112 visual and 8 new tokens."""
+    """The five questions about every picture, or each about a picture of its own; 112 visual and 8
+    new tokens.
+    """
     rng = np.random.default_rng(0)
-    pictures = [noise(rng, 224, 392) for _ in range(PICTURES if shared else PICTURES * len(QUESTIONS))]
+    pictures = [
+        noise(rng, 224, 392) for _ in range(PICTURES if shared else PICTURES * len(QUESTIONS))
+    ]
     each = len(QUESTIONS) if shared else 1
     return [
-        Asked(pictures[i // each], QUESTIONS[i % len(QUESTIONS)], new_tokens=8) for i in range(PICTURES * len(QUESTIONS))
+        Asked(pictures[i // each], QUESTIONS[i % len(QUESTIONS)], new_tokens=8)
+        for i in range(PICTURES * len(QUESTIONS))
     ]
 
 
@@ -59,7 +65,8 @@ def main() -> list[str]:
 
                 def work(requests: Any = requests, rounds: Any = rounds) -> None:
                     in_tower.clear()
-                    # A new engine for every round: the pictures of the round before must not be known.
+                    # A new engine for every round: the pictures of the round before must not be
+                    # known.
                     with loaded.engine(batch_size=32, vision_cache_bytes=256 << 20) as engine:
                         engine.generate(requests)
                     rounds.append(sum(in_tower))
@@ -71,13 +78,17 @@ def main() -> list[str]:
     gain = seconds[False] / seconds[True]
     share = tower[False] / seconds[False]
     predicted = 1 / (1 - share * (1 - 1 / len(QUESTIONS)))
-    save("shared_images", {"dtype": str(DTYPE), "gain": gain, "predicted": predicted, "tower_share": share})
+    save(
+        "shared_images",
+        {"dtype": str(DTYPE), "gain": gain, "predicted": predicted, "tower_share": share},
+    )
     count = PICTURES * len(QUESTIONS)
     return [
         f"{count} questions of 112 visual and 8 new tokens, {DTYPE}; preprocessing left out.",
         "",
         f"- about {count} pictures: {seconds[False]:.2f} s, {share:.1%} of it in the vision tower;",
-        f"- about {PICTURES} pictures: {seconds[True]:.2f} s, {tower[True] / seconds[True]:.1%} of it in the vision tower;",
+        f"- about {PICTURES} pictures: {seconds[True]:.2f} s, {tower[True] / seconds[True]:.1%} of "
+        "it in the vision tower;",
         f"- gain {gain:.2f}, predicted {predicted:.2f} (ratio {gain / predicted:.2f}).",
     ]
 

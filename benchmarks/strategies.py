@@ -1,8 +1,9 @@
-"""Which way to compute the experts is fastest: all masked, the majority's dense, or segments; for prompts and new tokens?
+"""Which way to compute the experts is fastest: all masked, the majority's dense, or segments; for
+prompts and new tokens?
 
-One decoder layer's four projections with experts, at the size of the CPU benchmark; "grouped" is nine tokens in ten on one
-expert, "mixed" an even spread. The engine's thresholds (`MASKED_BELOW` and `MAJORITY_SHARE` in engine/runner.py) come from
-this table.
+One decoder layer's four projections with experts, at the size of the CPU benchmark; "grouped" is
+nine tokens in ten on one expert, "mixed" an even spread. The engine's thresholds (`MASKED_BELOW`
+and `MAJORITY_SHARE` in engine/runner.py) come from this table.
 """
 
 from __future__ import annotations
@@ -45,32 +46,50 @@ def main() -> list[str]:
         return Mixture.of(stacked, b, rank, prepack=True)
 
     width, wide = base.hidden, base.mlp_width
-    layer = [mixture(width, width), mixture(wide, width), mixture(wide, width), mixture(width, wide)]
+    layer = [
+        mixture(width, width),
+        mixture(wide, width),
+        mixture(wide, width),
+        mixture(width, wide),
+    ]
     rows, figures = [], []
     for step, (tokens, each) in STEPS.items():
         for spread, share in (("grouped", 0.9), ("mixed", 1 / experts)):
             requests = -(-tokens // each)
             rng = np.random.default_rng(0)
             others = rng.integers(0, experts, requests)
-            tops = np.where(np.arange(requests) < round(share * requests), 0, others).astype(np.int8)[:, None]
+            tops = np.where(np.arange(requests) < round(share * requests), 0, others).astype(
+                np.int8
+            )[:, None]
             counts = [min(each, tokens - i * each) for i in range(requests)]
             factors = torch.zeros(tokens, experts + 1, device=device, dtype=dtype)
-            factors[torch.arange(tokens), torch.from_numpy(np.repeat(tops[:, 0], counts)).long()] = 1.5
+            factors[
+                torch.arange(tokens), torch.from_numpy(np.repeat(tops[:, 0], counts)).long()
+            ] = 1.5
             factors[:, -1] = 0.25
             times = {}
             for name, (below, majority) in FORCED.items():
-                dense, sparse = dense_and_sparse(tops, counts, experts, masked_below=below, majority_share=majority)[0]
+                dense, sparse = dense_and_sparse(
+                    tops, counts, experts, masked_below=below, majority_share=majority
+                )[0]
                 if name == "masked":
                     dense = tuple(range(experts))
-                gate = GateFactors(factors, dense, tuple((e, torch.from_numpy(i).to(device)) for e, i in sparse.items()))
+                gate = GateFactors(
+                    factors,
+                    dense,
+                    tuple((e, torch.from_numpy(i).to(device)) for e, i in sparse.items()),
+                )
                 times[name] = 1000 * _median(layer, gate, tokens, device, dtype)
             plain = 1000 * _median(layer, None, tokens, device, dtype)
-            measured = " | ".join(f"{milliseconds:.2f}" for milliseconds in (*times.values(), plain))
+            measured = " | ".join(
+                f"{milliseconds:.2f}" for milliseconds in (*times.values(), plain)
+            )
             rows.append(f"| {step} | {spread} | {measured} |")
             figures.append({"step": step, "spread": spread, **times, "without experts": plain})
     save("strategies", {"device": device.type, "dtype": str(dtype), "milliseconds": figures})
     return [
-        f"Milliseconds a layer, median of {REPEATS}, {device.type}, {str(dtype).removeprefix('torch.')}.",
+        f"Milliseconds a layer, median of {REPEATS}, {device.type}, "
+        f"{str(dtype).removeprefix('torch.')}.",
         "",
         "| tokens | experts | masked | majority | segments | W alone |",
         "|---|---|---|---|---|---|",
@@ -79,7 +98,13 @@ def main() -> list[str]:
 
 
 @torch.inference_mode()
-def _median(layer: list[Mixture], gate: GateFactors | None, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+def _median(
+    layer: list[Mixture],
+    gate: GateFactors | None,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
     """Seconds of the four projections; without a gate, of their W alone."""
     if gate is None:
         layer = [Mixture.of(m.weight, None, 0, prepack=True) for m in layer]

@@ -1,9 +1,12 @@
-"""How fast is the engine with experts on two cores, against transformers' `generate` on the base model without?
+"""How fast is the engine with experts on two cores, against transformers' `generate` on the base
+model without?
 
-The floor is what the matrix products take that nobody can leave out, without padding, at the rate of one large product.
+The floor is what the matrix products take that nobody can leave out, without padding, at the rate
+of one large product.
 
-Tried for more, in float32 on AVX2, without gain: MKL's own layout for steps of more than 300 tokens, packing the experts' B
-and weights of under a million elements, malloc's thresholds for large blocks, computing every expert at small batches.
+Tried for more, in float32 on AVX2, without gain: MKL's own layout for steps of more than 300
+tokens, packing the experts' B and weights of under a million elements, malloc's thresholds for
+large blocks, computing every expert at small batches.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ def equal_lengths(count: int = 64) -> list[Asked]:
 
 
 def mixed_lengths(count: int = 64) -> list[Asked]:
-    """Pictures of 28 x 28 to 448 x 448 (1 to 256 visual tokens), 4 to 96 new tokens, in random order."""
+    """Pictures of 28 x 28 to 448 x 448 (1 to 256 visual tokens), 4 to 96 new tokens, in random
+    order.
+    """
     rng = np.random.default_rng(1)
     sides = 28 * rng.integers(1, 17, (count, 2))
     return [Asked(noise(rng, int(h), int(w)), QUESTION, int(rng.integers(4, 97))) for h, w in sides]
@@ -39,18 +44,27 @@ def mixed_lengths(count: int = 64) -> list[Asked]:
 def flops_a_second() -> float:
     """Floating-point operations a second of one large product in PyTorch."""
     a, b = torch.randn(2048, 1024, dtype=DTYPE), torch.randn(4096, 1024, dtype=DTYPE)
-    seconds = median_seconds(lambda: [torch.nn.functional.linear(a, b) for _ in range(10)], repeats=5)
+    seconds = median_seconds(
+        lambda: [torch.nn.functional.linear(a, b) for _ in range(10)], repeats=5
+    )
     return 10 * 2 * a.numel() * len(b) / seconds
 
 
-def floors(loaded: Loaded, workloads: dict[str, list[Asked]], rate: float) -> dict[str, dict[str, float]]:
-    """New tokens a second if the products that nobody can leave out, without padding, ran at `rate`."""
+def floors(
+    loaded: Loaded, workloads: dict[str, list[Asked]], rate: float
+) -> dict[str, dict[str, float]]:
+    """New tokens a second if the products that nobody can leave out, without padding, ran at
+    `rate`.
+    """
     shape = loaded.model.shape
     kinds = {"with experts": shape, "without": replace(shape, adapter=None)}
     found: dict[str, dict[str, float]] = {f"floor {name}": {} for name in kinds}
     for workload, asked in workloads.items():
         requests = loaded.requests(asked)
-        patches = [sum(i.shape[0] * i.shape[1] for i in r.images) // shape.vision.patch_size**2 for r in requests]
+        patches = [
+            sum(i.shape[0] * i.shape[1] for i in r.images) // shape.vision.patch_size**2
+            for r in requests
+        ]
         prompts, new = [len(r.input_ids) for r in requests], [one.new_tokens for one in asked]
         for name, kind in kinds.items():
             flops = sum(map(Floors(kind, rate, 1.0).request_flops, prompts, patches, new))
@@ -65,7 +79,9 @@ def main() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_random(Path(folder) / "awaker")
         for grouped in (True, False):
-            own = rates.setdefault(f"engine, experts, {'grouped' if grouped else 'in order of arrival'}", {})
+            own = rates.setdefault(
+                f"engine, experts, {'grouped' if grouped else 'in order of arrival'}", {}
+            )
             with loaded.engine(batch_size=64, group_by_expert=grouped) as engine:
                 for name, asked in workloads.items():
                     seconds = median_seconds(
@@ -84,28 +100,46 @@ def main() -> list[str]:
                     warm_up=lambda asked=asked: peer.answer(asked[:8], 8),  # type: ignore[misc]
                 )
                 own[name] = sum(a.new_tokens for a in asked) / seconds
-    best = {name: max(own[name] for who, own in rates.items() if who.startswith("transformers")) for name in workloads}
-    save("throughput", {"dtype": str(DTYPE), "flops_a_second": rate, "tokens_per_second": rates, "transformers_best": best})
+    best = {
+        name: max(own[name] for who, own in rates.items() if who.startswith("transformers"))
+        for name in workloads
+    }
+    save(
+        "throughput",
+        {
+            "dtype": str(DTYPE),
+            "flops_a_second": rate,
+            "tokens_per_second": rates,
+            "transformers_best": best,
+        },
+    )
     reached = rates["engine, experts, grouped"]
     floor = rates["floor with experts"]
-    header = " | ".join(f"{name}: new tokens a second | times transformers' best" for name in workloads)
+    header = " | ".join(
+        f"{name}: new tokens a second | times transformers' best" for name in workloads
+    )
     return [
-        f"64 requests; equal: 64 visual and 32 new tokens each; mixed: 1 to 256 visual, 4 to 96 new. {DTYPE}, all work on "
+        "64 requests; equal: 64 visual and 32 new tokens each; mixed: 1 to 256 visual, 4 to 96 "
+        f"new. {DTYPE}, all work on "
         f"images and text included. A large product runs at {rate / 1e9:.0f} GFLOP/s here.",
         "",
         f"| what | {header} |",
         "|---|" + "---|---|" * len(workloads),
         *(
-            f"| {who} | " + " | ".join(f"{own[name]:.1f} | {own[name] / best[name]:.2f}" for name in workloads) + " |"
+            f"| {who} | "
+            + " | ".join(f"{own[name]:.1f} | {own[name] / best[name]:.2f}" for name in workloads)
+            + " |"
             for who, own in rates.items()
         ),
         "",
         "; ".join(
-            f"{name}: the engine reaches {reached[name] / floor[name]:.0%} of the floor with experts, which is "
+            f"{name}: the engine reaches {reached[name] / floor[name]:.0%} of the floor with "
+            "experts, which is "
             f"{floor[name] / best[name]:.2f} times transformers' best"
             for name in workloads
         )
-        + ". Where products take nearly all the time, as in float32, whoever has no experts to compute has less to do.",
+        + ". Where products take nearly all the time, as in float32, whoever has no experts to "
+        "compute has less to do.",
     ]
 
 

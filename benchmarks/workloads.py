@@ -56,7 +56,10 @@ class Asked:
     @property
     def messages(self) -> list[dict[str, Any]]:
         """As a conversation."""
-        content = [{"type": "image", "image": self.picture}, {"type": "text", "text": self.question}]
+        content = [
+            {"type": "image", "image": self.picture},
+            {"type": "text", "text": self.question},
+        ]
         return [{"role": "user", "content": content}]
 
 
@@ -75,16 +78,25 @@ class Loaded:
     def engine(self, **options: Any) -> Engine:
         """An engine over the model; no answer is kept, so that every round does all the work."""
         options = {"answer_cache": 0, "vision_cache_bytes": 0, **options}
-        return Engine(self.model, self.processor.tokenizer, self.processor.special.image_pad, EngineOptions(**options))
+        return Engine(
+            self.model,
+            self.processor.tokenizer,
+            self.processor.special.image_pad,
+            EngineOptions(**options),
+        )
 
     def requests(self, asked: Sequence[Asked]) -> list[Request]:
-        """What a CPU actor and a replica make of the questions; no end token, so that all answers have their length."""
+        """What a CPU actor and a replica make of the questions; no end token, so that all answers
+        have their length.
+        """
         return [self.request(one.messages, one.new_tokens) for one in asked]
 
     def request(self, messages: list[dict[str, Any]], new_tokens: int) -> Request:
         """One conversation, answered with exactly `new_tokens` tokens."""
         prompt = self.processor.prepare(messages)
-        return Request(prompt.input_ids, prompt.span, prompt.images, Sampling(new_tokens, eos_token_ids=()))
+        return Request(
+            prompt.input_ids, prompt.span, prompt.images, Sampling(new_tokens, eos_token_ids=())
+        )
 
 
 def load_random(folder: Path, shape: RandomShape = CPU_SHAPE, dtype: torch.dtype = DTYPE) -> Loaded:
@@ -104,7 +116,9 @@ class Transformers:
         dtype: dtype to run in.
     """
 
-    def __init__(self, folder: Path, shape: RandomShape = CPU_SHAPE, dtype: torch.dtype = DTYPE) -> None:
+    def __init__(
+        self, folder: Path, shape: RandomShape = CPU_SHAPE, dtype: torch.dtype = DTYPE
+    ) -> None:
         from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
         base, _ = write_random_checkpoint(folder, replace(shape, experts=0), seed=0)
@@ -113,12 +127,21 @@ class Transformers:
         self._processor.tokenizer.padding_side = "left"
 
     def answer(self, asked: Sequence[Asked], batch_size: int) -> None:
-        """Answer all, images and tokenizing included; a batch runs until its longest answer is done."""
+        """Answer all, images and tokenizing included; a batch runs until its longest answer is
+        done.
+        """
         processor = self._processor
         for first in range(0, len(asked), batch_size):
             part = asked[first : first + batch_size]
-            texts = [processor.apply_chat_template(a.messages, tokenize=False, add_generation_prompt=True) for a in part]
-            inputs = processor(text=texts, images=[a.picture for a in part], padding=True, return_tensors="pt")
+            texts = [
+                processor.apply_chat_template(
+                    a.messages, tokenize=False, add_generation_prompt=True
+                )
+                for a in part
+            ]
+            inputs = processor(
+                text=texts, images=[a.picture for a in part], padding=True, return_tensors="pt"
+            )
             with torch.inference_mode():
                 self._model.generate(
                     **inputs,

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-# Under `ray job submit --working-dir .` the package beside this file is the one to run, installed or not.
+# Under `ray job submit --working-dir .` the package beside this file is the one to run, installed
+# or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.run.commands import run

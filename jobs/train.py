@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-# Under `ray job submit --working-dir .` the package beside this file is the one to run, installed or not.
+# Under `ray job submit --working-dir .` the package beside this file is the one to run, installed
+# or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.run.cli import main
@@ -22,4 +23,8 @@ def run(settings: TrainSettings, dry_run: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main("Train experts on a Qwen2-VL, or a small Awaker2.5-VL from nothing.", TrainSettings, run))
+    sys.exit(
+        main(
+            "Train experts on a Qwen2-VL, or a small Awaker2.5-VL from nothing.", TrainSettings, run
+        )
+    )

@@ -1,4 +1,6 @@
-"""The errors a person can meet: one family ends the job (exit code 2), the other is the fate of a single row."""
+"""The errors a person can meet: one family ends the job (exit code 2), the other is the fate of a
+single row.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from typing import Literal
 
 
 class JobError(Exception):
-    """Something makes the whole job pointless; the message is one line that says what to do. Exit code 2."""
+    """Something makes the whole job pointless; the message is one line that says what to do. Exit
+    code 2.
+    """
 
 
 class ConfigError(JobError):
@@ -22,11 +26,15 @@ class OutputError(JobError):
 
 
 class CheckpointError(JobError):
-    """The checkpoint is missing, is of another model, or has missing, extra or misshapen tensors."""
+    """The checkpoint is missing, is of another model, or has missing, extra or misshapen
+    tensors.
+    """
 
 
 class Stopped(BaseException):
-    """SIGTERM came: spot machines and schedulers send it before they take a machine away. Exit code 143."""
+    """SIGTERM came: spot machines and schedulers send it before they take a machine away. Exit code
+    143.
+    """
 
 
 class TooManyErrorsError(JobError):
@@ -74,7 +82,9 @@ STAGES: dict[RowErrorCode, Literal["read", "fetch", "decode", "prompt", "generat
 
 
 #: Errors that may not come again; the others are the row's own and would.
-WORTH_ANOTHER_TRY: frozenset[RowErrorCode] = frozenset({"image_fetch", "out_of_memory", "worker_died"})
+WORTH_ANOTHER_TRY: frozenset[RowErrorCode] = frozenset(
+    {"image_fetch", "out_of_memory", "worker_died"}
+)
 
 
 def worth_another_try(error: str | None) -> bool:
@@ -87,14 +97,17 @@ MOST_CHARACTERS = 1000
 
 
 def told(text: str) -> str:
-    """A text that holds a row's own, as an error may say it: one line that can be written and shown anywhere, and short.
+    """A text that holds a row's own, as an error may say it: one line that can be written and shown
+    anywhere, and short.
 
     Control characters, line ends and halves of surrogate pairs are escaped.
     """
     text = text[:MOST_CHARACTERS] + "…" if len(text) > MOST_CHARACTERS else text
     if text.isprintable():
         return text
-    shown = "".join(c if c.isprintable() or c in SPACES else c.encode("unicode_escape").decode() for c in text)
+    shown = "".join(
+        c if c.isprintable() or c in SPACES else c.encode("unicode_escape").decode() for c in text
+    )
     return shown[:MOST_CHARACTERS] + "…" if len(shown) > MOST_CHARACTERS + 1 else shown
 
 

@@ -24,18 +24,41 @@ _QUOTE = re.compile(r"'(?![\w%=&+/.\-])")
 #: `abfs://container@account` holds no credentials.
 _CONTAINER = re.compile(r"\b(?:abfss?|az)://$", re.IGNORECASE)
 _PORT = re.compile(r"\d{1,5}(?=/|$)")
-#: A name, `=` or `:` (percent-encoded, too), then a value: in quotes, which may be escaped or never close, or plain.
+#: A name, `=` or `:` (percent-encoded, too), then a value: in quotes, which may be escaped or never
+#: close, or plain.
 _NAMED = re.compile(
     r"(?<![\w.\-])(?P<name>[\w.\-]++)(?P<between>(?:\\*[\"'])?\s{0,4}(?:=>|[=:]|%3D|%3A)\s{0,4})"
     r"(?:(?P<quote>\\*[\"'])|(?P<kind>(?:Bearer|Basic|Digest|Token|Negotiate|AWS4-HMAC-SHA256|AWS4-HMAC)\s{1,4})?)",
     re.IGNORECASE,
 )
 _PLAIN_VALUE = re.compile(r"[^\s'\",;&)}\]]*")
-_IN_QUOTES = {"'": re.compile(r"(?:\\.|[^\\'])*+", re.DOTALL), '"': re.compile(r'(?:\\.|[^\\"])*+', re.DOTALL)}
+_IN_QUOTES = {
+    "'": re.compile(r"(?:\\.|[^\\'])*+", re.DOTALL),
+    '"': re.compile(r'(?:\\.|[^\\"])*+', re.DOTALL),
+}
 #: How names of secrets end; the short ones, which end other words as well, have to stand alone.
 _SECRET_NAMES = (
-    *("secret", "token", "password", "passwd", "passphrase", "signature", "credential", "credentials", "authorization"),
-    *("apikey", "accesskey", "accountkey", "secretkey", "privatekey", "sharedkey", "storagekey", "sessionkey"),
+    *(
+        "secret",
+        "token",
+        "password",
+        "passwd",
+        "passphrase",
+        "signature",
+        "credential",
+        "credentials",
+        "authorization",
+    ),
+    *(
+        "apikey",
+        "accesskey",
+        "accountkey",
+        "secretkey",
+        "privatekey",
+        "sharedkey",
+        "storagekey",
+        "sessionkey",
+    ),
     *("accesskeyid", "accessid", "secretid", "tokenid", "connectionstring"),
 )
 _SHORT_NAMES = frozenset({"sas", "sig", "pwd", "pass", "jwt", "auth", "cookie"})
@@ -47,18 +70,28 @@ _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*", re.DOTAL
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what has such a name is to be kept secret (`AWS_SECRET_ACCESS_KEY`, `X-Amz-Signature`, `sig`)."""
+    """Whether what has such a name is to be kept secret (`AWS_SECRET_ACCESS_KEY`,
+    `X-Amz-Signature`, `sig`).
+    """
     plain = name.lower().replace("-", "").replace("_", "")
     short = name.lower().replace("-", "_").rpartition("_")[2] in _SHORT_NAMES
-    return short or name.lower() == "key" or plain.endswith(_SECRET_NAMES) or "xamz" in plain or "xgoog" in plain
+    return (
+        short
+        or name.lower() == "key"
+        or plain.endswith(_SECRET_NAMES)
+        or "xamz" in plain
+        or "xgoog" in plain
+    )
 
 
 def without_secrets(text: str, *, cut: bool = False) -> str:
-    """`text` with credentials and queries of URLs and what stands behind the names of secrets taken out.
+    """`text` with credentials and queries of URLs and what stands behind the names of secrets taken
+    out.
 
     Args:
         text: of any length.
-        cut: it is the beginning of a longer one, so what it ends with may be the beginning of a credential.
+        cut: it is the beginning of a longer one, so what it ends with may be the beginning of a
+            credential.
     """
 
     def clean(match: re.Match[str]) -> str:
@@ -72,7 +105,9 @@ def _without_user(word: str, *, cut: bool) -> str:
     """A word without the user and password of a URL in it; passwords may hold slashes and `@`."""
     at = max(word.rfind("@"), word.lower().rfind("%40"))
     end = at + (1 if word[at : at + 1] == "@" else 3)
-    slashes = min((found for found in (word.find("//"), word.find("\\\\")) if found >= 0), default=-1)
+    slashes = min(
+        (found for found in (word.find("//"), word.find("\\\\")) if found >= 0), default=-1
+    )
     if slashes < 0:
         colon = word.find(":")
         if 0 <= colon < at - 1:  # user:password@bucket, as clients quote it
@@ -86,9 +121,17 @@ def _without_user(word: str, *, cut: bool) -> str:
         return word
     web = _WEB.search(word, 0, begin) is not None
     # A port is no password; where a web address goes on after one, an `@` is part of its path.
-    may_be_password = bool(colon_) and not authority.startswith("[") and not (web and _PORT.match(password) and stop)
+    may_be_password = (
+        bool(colon_)
+        and not authority.startswith("[")
+        and not (web and _PORT.match(password) and stop)
+    )
     if at >= begin and (may_be_password or "@" in authority or "%40" in authority.lower()):
-        last = at if may_be_password else begin + max(authority.rfind("@"), authority.lower().rfind("%40"))
+        last = (
+            at
+            if may_be_password
+            else begin + max(authority.rfind("@"), authority.lower().rfind("%40"))
+        )
         return f"{word[:begin]}***@{word[last + (1 if word[last] == '@' else 3) :]}"
     if cut and (stop is None or may_be_password):
         return f"{word[:begin]}***"
@@ -96,7 +139,9 @@ def _without_user(word: str, *, cut: bool) -> str:
 
 
 def _without_query(word: str) -> str:
-    """A word without the query and fragment of a URL in it: signed URLs carry their signature there."""
+    """A word without the query and fragment of a URL in it: signed URLs carry their signature
+    there.
+    """
     if (scheme := word.find("://")) < 0:
         return word
     web = _WEB.search(word)
@@ -114,7 +159,11 @@ def _without_values(text: str) -> str:
         if match.start() < done or not is_secret_name(match["name"]):
             continue
         # `key` alone is a word of many texts: only as `key=` or in quotes is it a name.
-        if match["name"].lower() == "key" and "=" not in match["between"] and match["between"][0] not in "\\\"'":
+        if (
+            match["name"].lower() == "key"
+            and "=" not in match["between"]
+            and match["between"][0] not in "\\\"'"
+        ):
             continue
         begin = match.end()
         quote = match["quote"]
@@ -131,7 +180,9 @@ def _without_values(text: str) -> str:
 
 
 def one_line(text: str, most: int = SHOWN) -> str:
-    """A foreign text as an error may show it: one line of at most `most` characters, no secrets, valid Unicode."""
+    """A foreign text as an error may show it: one line of at most `most` characters, no secrets,
+    valid Unicode.
+    """
     cut = len(text) > LOOKED_AT
     line = " ".join(text[:LOOKED_AT].split()).encode("utf-8", "backslashreplace").decode()
     line = without_secrets(line, cut=cut)
@@ -144,11 +195,16 @@ def cause_of(error: BaseException | None) -> str:
 
 
 def scrubbed(value: Any) -> Any:
-    """A value made of dicts, lists and scalars, with `without_secrets` applied to every text in it."""
+    """A value made of dicts, lists and scalars, with `without_secrets` applied to every text in
+    it.
+    """
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, dict):
-        return {key: "***" if isinstance(own, str) and _hides(key) else scrubbed(own) for key, own in value.items()}
+        return {
+            key: "***" if isinstance(own, str) and _hides(key) else scrubbed(own)
+            for key, own in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [scrubbed(own) for own in value]
     return value
@@ -159,9 +215,11 @@ def _hides(key: Any) -> bool:
 
 
 def printable(text: str) -> str:
-    """`text` in one line, without what a terminal would obey or hide: every character that is not printable is a blank.
+    """`text` in one line, without what a terminal would obey or hide: every character that is not
+    printable is a blank.
 
-    That is Unicode's own idea of it: controls (C0, C1, ESC), separators but the blank, format characters (bidi
-    controls, zero width), halves of surrogate pairs, and code points that nobody has assigned.
+    That is Unicode's own idea of it: controls (C0, C1, ESC), separators but the blank, format
+    characters (bidi controls, zero width), halves of surrogate pairs, and code points that nobody
+    has assigned.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)

@@ -1,7 +1,8 @@
-"""What a row is between the stages: the columns that travel from reading to preparing to answering to writing.
+"""What a row is between the stages: the columns that travel from reading to preparing to answering
+to writing.
 
-Columns of our own begin with `awaker:`, so that they never meet a column of the input's; all others are the input's extra
-columns, under the names they have in the output.
+Columns of our own begin with `awaker:`, so that they never meet a column of the input's; all others
+are the input's extra columns, under the names they have in the output.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ MESSAGES = "awaker:messages"
 SETTINGS = "awaker:settings"
 ERROR = "awaker:error"
 
-#: Where a row comes from: the shard's URL, and its number in it. With them the output knows what it holds. And which of
-#: several prompts is asked of it, by name; empty where there is one.
+#: Where a row comes from: the shard's URL, and its number in it. With them the output knows what it
+#: holds. And which of several prompts is asked of it, by name; empty where there is one.
 SHARD = "awaker:shard"
 ROW = "awaker:row"
 QUESTION = "awaker:question"
-PLACE_SCHEMA = pa.schema([pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64()), pa.field(QUESTION, pa.string())])
+PLACE_SCHEMA = pa.schema(
+    [pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64()), pa.field(QUESTION, pa.string())]
+)
 Place = tuple[str, int] | tuple[str, int, str]
 
-#: What reading adds to the extra columns. Images are encoded bytes, or null where a path or URL is in the same place of
-#: `REFERENCES`; a null list is a missing image. A row that cannot be read has an error, and an id. Settings are what a line
-#: of an OpenAI batch says beside its chat, as JSON.
+#: What reading adds to the extra columns. Images are encoded bytes, or null where a path or URL is
+#: in the same place of `REFERENCES`; a null list is a missing image. A row that cannot be read has
+#: an error, and an id. Settings are what a line of an OpenAI batch says beside its chat, as JSON.
 #: large_binary: with 32-bit offsets, blocks of more than 2 GiB of images could not be put together.
 READ_SCHEMA = pa.schema(
     [
@@ -111,7 +114,8 @@ def own_columns_dropped(table: pa.Table) -> pa.Table:
 def row_ids(
     ids: pa.Array, errors: pa.Array | None, file: str, numbers: np.ndarray, field: str
 ) -> tuple[pa.Array, pa.Array | None]:
-    """Ids of rows: their own, or of those that cannot be read, or whose id is no id, their place; and the rows' errors.
+    """Ids of rows: their own, or of those that cannot be read, or whose id is no id, their place;
+    and the rows' errors.
 
     Args:
         ids: the rows' own, as text.
@@ -124,7 +128,12 @@ def row_ids(
     too_long = pc.greater(lengths, ID_LENGTH)
     if pc.any(too_long).as_py():
         causes = [
-            str(RowError("row_malformed", f"{field} holds an id of {length:,} characters, expected at most {ID_LENGTH:,}"))
+            str(
+                RowError(
+                    "row_malformed",
+                    f"{field} holds an id of {length:,} characters, expected at most {ID_LENGTH:,}",
+                )
+            )
             if length > ID_LENGTH
             else None
             for length in lengths.to_pylist()
@@ -134,7 +143,9 @@ def row_ids(
     if errors is None:
         return ids, None
     places = pa.array([f"{file}#{number}" for number in numbers], pa.string())
-    return pc.if_else(pc.or_(pc.and_(ids.is_null(), errors.is_valid()), too_long), places, ids), errors
+    return pc.if_else(
+        pc.or_(pc.and_(ids.is_null(), errors.is_valid()), too_long), places, ids
+    ), errors
 
 
 def places(table: pa.Table) -> list[Place]:
@@ -144,7 +155,9 @@ def places(table: pa.Table) -> list[Place]:
 
 def carried(table: pa.Table) -> pa.Table:
     """What passes through every stage: the extra columns, and where the rows come from."""
-    return table.select([n for n in table.column_names if not n.startswith(OWN_PREFIX) or n in PLACE_SCHEMA.names])
+    return table.select(
+        [n for n in table.column_names if not n.startswith(OWN_PREFIX) or n in PLACE_SCHEMA.names]
+    )
 
 
 def with_own_columns(extras: pa.Table, own: pa.Table) -> pa.Table:
@@ -186,7 +199,9 @@ def prepared_table(rows: Sequence[PreparedRow]) -> pa.Table:
 def prepared_rows(table: pa.Table) -> list[PreparedRow]:
     """The rows of a table of `PREPARED_SCHEMA`; pixels are views of the table's memory."""
     rows = []
-    columns = (table[name] for name in (ID, PROMPT, ERROR, INPUT_IDS, SPAN, PIXELS, SIZES, SAMPLING))
+    columns = (
+        table[name] for name in (ID, PROMPT, ERROR, INPUT_IDS, SPAN, PIXELS, SIZES, SAMPLING)
+    )
     for id_, prompt, error, ids, span, pixels, sizes, sampling in zip(*columns, strict=True):
         if error.is_valid:
             rows.append(PreparedRow(id_.as_py(), prompt.as_py(), error.as_py()))
@@ -200,7 +215,13 @@ def prepared_rows(table: pa.Table) -> list[PreparedRow]:
         own = json.loads(sampling.as_py()) if sampling.is_valid else {}
         rows.append(
             PreparedRow(
-                id_.as_py(), prompt.as_py(), None, ids.values.to_numpy().astype(np.int32), (start, end), images, own
+                id_.as_py(),
+                prompt.as_py(),
+                None,
+                ids.values.to_numpy().astype(np.int32),
+                (start, end),
+                images,
+                own,
             )
         )
     return rows

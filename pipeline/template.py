@@ -49,6 +49,9 @@ class Template:
         for row in range(rows):
             own = {name: values[name][row] for name in self.columns}
             whole = None not in own.values()
-            parts = (literal + (own[column] or "" if column is not None else "") for literal, column in self.pieces)
+            parts = (
+                literal + (own[column] or "" if column is not None else "")
+                for literal, column in self.pieces
+            )
             texts.append("".join(parts) if whole else None)
         return texts

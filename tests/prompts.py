@@ -1,4 +1,6 @@
-"""Prompts for tests: random pictures with questions, as requests of ours and as inputs of transformers'."""
+"""Prompts for tests: random pictures with questions, as requests of ours and as inputs of
+transformers'.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,16 @@ class Asked:
 
 
 def random_questions(count: int, seed: int, images: Sequence[int] = (1, 0, 2)) -> list[Asked]:
-    """Questions about random pictures of random sizes; `images` are the numbers of pictures, in turn."""
+    """Questions about random pictures of random sizes; `images` are the numbers of pictures, in
+    turn.
+    """
     rng = np.random.default_rng(seed)
     asked = []
     for index in range(count):
         sides = rng.integers(28, 120, (images[index % len(images)], 2))
-        pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sides]
+        pictures = [
+            Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sides
+        ]
         asked.append(Asked(QUESTIONS[int(rng.integers(len(QUESTIONS)))], tuple(pictures)))
     return asked
 
@@ -55,7 +61,9 @@ def as_request(asked: Asked, processor: PromptProcessor, sampling: Sampling) -> 
 
 
 def as_transformers_inputs(asked: Asked, base: Path) -> dict[str, Tensor]:
-    """What the released README's snippet makes of it, with the processor's numpy (PIL) backend as in 4.45."""
+    """What the released README's snippet makes of it, with the processor's numpy (PIL) backend as
+    in 4.45.
+    """
     from qwen_vl_utils import process_vision_info
     from transformers import AutoImageProcessor, AutoProcessor
 
@@ -77,8 +85,16 @@ def engine_for(base: Path, adapter: Path | None, **options: Any) -> tuple[Any, P
     from pipeline.model.awaker import load_model
     from pipeline.model.checkpoint import open_checkpoint
 
-    top_k, dtype, prepack = options.pop("top_k", 1), options.pop("dtype", torch.float32), options.pop("prepack", True)
+    top_k, dtype, prepack = (
+        options.pop("top_k", 1),
+        options.pop("dtype", torch.float32),
+        options.pop("prepack", True),
+    )
     checkpoint = open_checkpoint(str(base), None if adapter is None else str(adapter), top_k=top_k)
     processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    model = load_model(checkpoint, processor.image_processor, dtype, torch.device("cpu"), prepack=prepack)
-    return Engine(model, processor.tokenizer, processor.special.image_pad, EngineOptions(**options)), processor
+    model = load_model(
+        checkpoint, processor.image_processor, dtype, torch.device("cpu"), prepack=prepack
+    )
+    return Engine(
+        model, processor.tokenizer, processor.special.image_pad, EngineOptions(**options)
+    ), processor

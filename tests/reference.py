@@ -1,7 +1,8 @@
-"""The plain reference: the released model on transformers' own `generate` and peft's LoRA, one request at a time.
+"""The plain reference: the released model on transformers' own `generate` and peft's LoRA, one
+request at a time.
 
-Nothing of the pipeline's model is used here. Each mixture layer computes its own gate from h at every pass, as the released
-code does; q, k and v carry peft's LoRA unfolded.
+Nothing of the pipeline's model is used here. Each mixture layer computes its own gate from h at
+every pass, as the released code does; q, k and v carry peft's LoRA unfolded.
 """
 
 from __future__ import annotations
@@ -49,8 +50,12 @@ class MixtureLinear(nn.Module):
     def __init__(self, base: nn.Linear, experts: int, rank: int, scale: float, gate: Gate) -> None:
         super().__init__()
         self.base, self.scale, self.gate = base, scale, gate
-        self.a = nn.ModuleList(nn.Linear(base.in_features, rank, bias=False) for _ in range(experts + 1))
-        self.b = nn.ModuleList(nn.Linear(rank, base.out_features, bias=False) for _ in range(experts + 1))
+        self.a = nn.ModuleList(
+            nn.Linear(base.in_features, rank, bias=False) for _ in range(experts + 1)
+        )
+        self.b = nn.ModuleList(
+            nn.Linear(rank, base.out_features, bias=False) for _ in range(experts + 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         g = self.gate()
@@ -71,13 +76,19 @@ class Reference:
     """
 
     def __init__(
-        self, base: Path, tensors: dict[str, Tensor] | None, top_k: int = 1, decode_route: str = "released"
+        self,
+        base: Path,
+        tensors: dict[str, Tensor] | None,
+        top_k: int = 1,
+        decode_route: str = "released",
     ) -> None:
         self.base = base
         self._current = Pass()
         self._decode_route = decode_route
         if tensors is None:
-            self.model = Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
+            self.model = Qwen2VLForConditionalGeneration.from_pretrained(
+                base, dtype=torch.float32
+            ).eval()
             return
         config = AutoConfig.from_pretrained(base)
         self.model = Qwen2VLForConditionalGeneration(config).float().eval()
@@ -85,14 +96,22 @@ class Reference:
         first = "model.layers.0.self_attn.o_proj.lora_moe_A."
         experts = sum(name.startswith(first) for name in tensors) - 1
         rank = tensors[f"{first}0.weight"].shape[0]
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "k_proj", "v_proj"])
+        lora = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "k_proj", "v_proj"]
+        )
         language_model = inject_adapter_in_model(lora, self.model.model.language_model).eval()
         for layer in language_model.layers:
             width = config.text_config.hidden_size
             gates = [Gate(width, experts, top_k, self._current) for _ in range(2)]
-            layer.self_attn.o_proj = MixtureLinear(layer.self_attn.o_proj, experts, rank, 2.0, gates[0])
+            layer.self_attn.o_proj = MixtureLinear(
+                layer.self_attn.o_proj, experts, rank, 2.0, gates[0]
+            )
             for name in ("gate_proj", "up_proj", "down_proj"):
-                setattr(layer.mlp, name, MixtureLinear(getattr(layer.mlp, name), experts, rank, 2.0, gates[1]))
+                setattr(
+                    layer.mlp,
+                    name,
+                    MixtureLinear(getattr(layer.mlp, name), experts, rank, 2.0, gates[1]),
+                )
         state = {_name_here(name, experts): tensor for name, tensor in tensors.items()}
         # up and down share gate_proj's gate, so it stands in the state dict three times.
         shared = [(n, t) for n, t in state.items() if ".mlp.gate_proj.gate." in n]
@@ -104,7 +123,9 @@ class Reference:
         self.model.generation_config = GenerationConfig.from_pretrained(base)
 
     @torch.inference_mode()
-    def generate(self, inputs: dict[str, Tensor], span: tuple[int, int], **settings: Any) -> list[int]:
+    def generate(
+        self, inputs: dict[str, Tensor], span: tuple[int, int], **settings: Any
+    ) -> list[int]:
         """Greedy (or seeded) new tokens of one request.
 
         Args:
@@ -121,7 +142,9 @@ class Reference:
             elif self._decode_route == "released":
                 self._current.h = words
 
-        hook = self.model.model.language_model.register_forward_pre_hook(set_route, with_kwargs=True)
+        hook = self.model.model.language_model.register_forward_pre_hook(
+            set_route, with_kwargs=True
+        )
         try:
             output = self.model.generate(**inputs, **settings)
         finally:
@@ -133,7 +156,11 @@ def _name_here(name: str, experts: int) -> str:
     """The released name of a tensor, brought to this model's modules."""
     name = re.sub(r"^visual\.", "model.visual.", name)
     name = re.sub(r"^model\.(layers|embed_tokens|norm)", r"model.language_model.\1", name)
-    name = re.sub(r"lora_moe_([AB])\.(\w+)\.", lambda m: f"{m[1].lower()}.{experts if m[2] == 'g' else m[2]}.", name)
+    name = re.sub(
+        r"lora_moe_([AB])\.(\w+)\.",
+        lambda m: f"{m[1].lower()}.{experts if m[2] == 'g' else m[2]}.",
+        name,
+    )
     name = name.replace("w_gate.", "gate.w_gate.").replace("_proj.ln.weight", "_proj.gate.ln")
     if re.search(r"\.[qkv]_proj\.(weight|bias)$", name):
         return re.sub(r"_proj\.(weight|bias)$", r"_proj.base_layer.\1", name)

@@ -1,4 +1,6 @@
-"""The GPU benchmark runs, whole, at a tiny size on the CPU: a session that has a GPU has no time to mend it."""
+"""The GPU benchmark runs, whole, at a tiny size on the CPU: a session that has a GPU has no time to
+mend it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ from benchmarks.floors import Floors
 def test_the_gpu_benchmark_runs_at_a_tiny_size(capsys: pytest.CaptureFixture[str]) -> None:
     lines = gpu.main(scale=gpu.TINY, device="cpu")
     table = "\n".join(lines)
-    for what in ("vision tower", "prefill", "decode step, batch 4", "images/s", "transformers `generate`", "2B shape"):
+    for what in (
+        "vision tower",
+        "prefill",
+        "decode step, batch 4",
+        "images/s",
+        "transformers `generate`",
+        "2B shape",
+    ):
         assert what in table
     assert "10 of 10 answers" in table
 

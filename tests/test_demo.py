@@ -1,4 +1,6 @@
-"""The small Awaker that ships with the repository: what it says is right, in every way it can be run."""
+"""The small Awaker that ships with the repository: what it says is right, in every way it can be
+run.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,23 @@ def report() -> dict[str, Any]:
     return json.loads((SMALL / "accuracy.json").read_text())
 
 
-def answers(base: Path, adapter: Path | None, dtype: torch.dtype, rows: list[dict[str, Any]]) -> list[str]:
+def answers(
+    base: Path, adapter: Path | None, dtype: torch.dtype, rows: list[dict[str, Any]]
+) -> list[str]:
     """The engine's answers to all rows."""
     checkpoint = open_checkpoint(str(base), str(adapter) if adapter else None)
     processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     model = load_model(checkpoint, processor.image_processor, dtype, torch.device("cpu"))
     requests = []
     for row in rows:
-        pictures = () if row["image"] is None else (Image.open(io.BytesIO(row["image"])).convert("RGB"),)
-        requests.append(as_request(Asked(row["prompt"], pictures), processor, Sampling(64, (processor.special.im_end,))))
+        pictures = (
+            () if row["image"] is None else (Image.open(io.BytesIO(row["image"])).convert("RGB"),)
+        )
+        requests.append(
+            as_request(
+                Asked(row["prompt"], pictures), processor, Sampling(64, (processor.special.im_end,))
+            )
+        )
     with Engine(model, processor.tokenizer, processor.special.image_pad) as engine:
         return [result.text for result in engine.generate(requests)]
 
@@ -82,7 +92,9 @@ def test_targets_are_met(report: dict[str, Any]) -> None:
     assert report["missed"] == {}
 
 
-def test_adapters_brought_what_the_base_cannot_do_and_use_their_experts(report: dict[str, Any]) -> None:
+def test_adapters_brought_what_the_base_cannot_do_and_use_their_experts(
+    report: dict[str, Any],
+) -> None:
     learned = report["mean_of_learned"]
     assert learned["released"]["en"] - learned["base"]["en"] >= 30
     assert sum(share >= 0.1 for share in report["expert_share"]) >= 3
@@ -104,8 +116,15 @@ def test_bfloat16_scores_within_a_point(exact: list[str], scenes: list[dict[str,
     assert abs(right(half, scenes) - right(exact, scenes)) <= len(scenes) / 100
 
 
-def test_a_converted_checkpoint_says_the_same(exact: list[str], scenes: list[dict[str, Any]], tmp_path: Path) -> None:
-    convert(open_checkpoint(str(SMALL / "base"), str(SMALL / "adapter")), tmp_path / "converted", None, 1 << 20)
+def test_a_converted_checkpoint_says_the_same(
+    exact: list[str], scenes: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    convert(
+        open_checkpoint(str(SMALL / "base"), str(SMALL / "adapter")),
+        tmp_path / "converted",
+        None,
+        1 << 20,
+    )
     assert answers(tmp_path / "converted", None, torch.float32, scenes) == exact
 
 

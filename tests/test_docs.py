@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_guarantee_names_a_test_that_exists() -> None:
     tests = {
-        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", file.read_text())
     }
     promised, _, _ = (ROOT / "docs/guarantees.md").read_text().partition("## Not promised")
     sentences = re.findall(r"^- (.+?)(?=^- |^$|\Z)", promised, re.MULTILINE | re.DOTALL)
@@ -25,7 +27,9 @@ def test_every_error_code_is_in_the_readme_with_its_stage() -> None:
     from pipeline.errors import STAGES
 
     listed = re.findall(
-        r"^\| `(\w+)` \| (read|fetch|decode|prompt|generate) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\| `(\w+)` \| (read|fetch|decode|prompt|generate) \|",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
     )
     assert dict(listed) == STAGES
     assert len(listed) == len(STAGES)
@@ -52,11 +56,22 @@ def commands() -> list[tuple[str, list[str]]]:
     """Every command of ours in a document: where it stands, and its words."""
     found = []
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for line in re.findall(r"^    (.+)", document.read_text().replace("\\\n", " "), re.MULTILINE):
+        for line in re.findall(
+            r"^    (.+)", document.read_text().replace("\\\n", " "), re.MULTILINE
+        ):
             words = line.partition("#")[0].partition(">>")[0].split()
             for at, word in enumerate(words):
-                if word.startswith("jobs/") and word.endswith(".py") and words[at - 1].endswith("python"):
-                    found.append((document.name, [word.removeprefix("jobs/").removesuffix(".py"), *words[at + 1 :]]))
+                if (
+                    word.startswith("jobs/")
+                    and word.endswith(".py")
+                    and words[at - 1].endswith("python")
+                ):
+                    found.append(
+                        (
+                            document.name,
+                            [word.removeprefix("jobs/").removesuffix(".py"), *words[at + 1 :]],
+                        )
+                    )
                 elif at == 0 and word.endswith("awaker-batch"):
                     found.append((document.name, words[at + 1 :]))
     return found
@@ -67,7 +82,10 @@ def test_every_command_in_the_documents_takes_its_arguments() -> None:
     from pipeline.run.commands import COMMANDS
     from pipeline.settings.job import load_settings
 
-    known = {name.replace("inspect", "inspect_row") if name == "inspect" else name: name for name in COMMANDS}
+    known = {
+        name.replace("inspect", "inspect_row") if name == "inspect" else name: name
+        for name in COMMANDS
+    }
     seen = 0
     for document, (name, *words) in commands():
         name = known.get(name, name)
@@ -77,13 +95,17 @@ def test_every_command_in_the_documents_takes_its_arguments() -> None:
         kind, _ = COMMANDS[name].load()
         given = [words[at + 1] for at, word in enumerate(words[:-1]) if word == "--set"]
         flags = {word for word in words if word.startswith("--")}
-        assert flags <= {"--config", "--set", "--dry-run", "--fresh", "--retry-errors", "--help"}, f"{document}: {flags}"
+        assert flags <= {"--config", "--set", "--dry-run", "--fresh", "--retry-errors", "--help"}, (
+            f"{document}: {flags}"
+        )
         files = [words[at + 1] for at, word in enumerate(words[:-1]) if word == "--config"]
         file = next((ROOT / one for one in files if not one.startswith("/")), None)
         required = {"input.path=in", "output.path=out", "model.base=base"}
         sure = [one for one in sorted(required) if one.partition(".")[0] in kind.model_fields]
         try:
-            load_settings(kind, file, [*sure, *(one.strip("'").replace("=...", "=elided") for one in given)])
+            load_settings(
+                kind, file, [*sure, *(one.strip("'").replace("=...", "=elided") for one in given)]
+            )
         except Exception as error:
             raise AssertionError(f"{document}: {name} {' '.join(words)}: {error}") from error
         seen += 1
@@ -108,4 +130,6 @@ def test_the_kuberay_manifest_runs_a_job_that_is_there() -> None:
 
     assignments = [word for before, word in itertools.pairwise(command) if before == "--set"]
     settings = load_settings(NightlySettings, ROOT / "configs/nightly.yaml", assignments)
-    assert settings.replicas == manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+    assert (
+        settings.replicas == manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+    )

@@ -18,7 +18,15 @@ from pipeline.io.input.fetch import shown
 from pipeline.io.output.columns import Written
 from pipeline.io.output.manifest import _deciding
 from pipeline.quality.accuracy import Accuracy
-from pipeline.redact import LOOKED_AT, SHOWN, cause_of, one_line, printable, scrubbed, without_secrets
+from pipeline.redact import (
+    LOOKED_AT,
+    SHOWN,
+    cause_of,
+    one_line,
+    printable,
+    scrubbed,
+    without_secrets,
+)
 from pipeline.run.cli import main
 from pipeline.run.run import show_answers
 from pipeline.run.summary import Summary
@@ -32,7 +40,10 @@ SECRET = "hunter2hunter2"
     [
         (f"cannot open http://user:{SECRET}@host/a.jpg now", "http://***@host/a.jpg now"),
         (f"s3://key:{SECRET}@bucket/a", "s3://***@bucket/a"),
-        (f"HTTP 403 for 'https://b.s3.amazonaws.com/k?X-Amz-Signature={SECRET}&x=1'", "'https://b.s3.amazonaws.com/k'"),
+        (
+            f"HTTP 403 for 'https://b.s3.amazonaws.com/k?X-Amz-Signature={SECRET}&x=1'",
+            "'https://b.s3.amazonaws.com/k'",
+        ),
         (f"AWS_SECRET_ACCESS_KEY={SECRET} is wrong", "is wrong"),
         (f'{{"session_token": "{SECRET}", "region": "x"}}', '"region": "x"'),
         (f"Authorization: {SECRET}", "Authorization"),
@@ -45,21 +56,33 @@ SECRET = "hunter2hunter2"
         (f"s3://AKIA:{SECRET}%40bucket/x", "s3://***@bucket/x"),
         (f'Invalid bucket name "AKIA:{SECRET}@bucket": Bucket', '@bucket": Bucket'),
         (f"s3://b/k?X-Amz-Signature={SECRET}&X-Amz-Credential=AK", "s3://b/k"),
-        (f"abfs://c@acc.dfs.core.windows.net/x?sv=2020&sig={SECRET}", "abfs://c@acc.dfs.core.windows.net/x"),
+        (
+            f"abfs://c@acc.dfs.core.windows.net/x?sv=2020&sig={SECRET}",
+            "abfs://c@acc.dfs.core.windows.net/x",
+        ),
         (f"https%3A%2F%2Fa%2Fb%3FX-Amz-Signature%3D{SECRET}", "https%3A%2F%2Fa%2Fb"),
         (f"https://a/b.png;X-Amz-Signature={SECRET}", "https://a/b.png"),
         (f"https://a/b?sig=x'{SECRET}", "https://a/b"),
-        (f"{{'key': '{SECRET}', 'secret': '{SECRET}', 'token': '{SECRET}', 'region': 'x'}}", "'region': 'x'"),
+        (
+            f"{{'key': '{SECRET}', 'secret': '{SECRET}', 'token': '{SECRET}', 'region': 'x'}}",
+            "'region': 'x'",
+        ),
         (f'{{\\"secret\\": \\"{SECRET}\\", \\"region\\": 1}}', "region"),
         (f'{{"password": "a\\"{SECRET}", "region": 1}}', '"region": 1'),
         (f'"secret": "a {SECRET}', '"secret": "***'),
         (f"secret = wJal/{SECRET}/x, region", "secret = ***, region"),
         (f"key={SECRET} sig={SECRET} sas={SECRET} x-amz-security-token: {SECRET} end", " end"),
-        (f"AccountName=a;AccountKey={SECRET}==;EndpointSuffix=x", "AccountName=a;AccountKey=***;EndpointSuffix=x"),
+        (
+            f"AccountName=a;AccountKey={SECRET}==;EndpointSuffix=x",
+            "AccountName=a;AccountKey=***;EndpointSuffix=x",
+        ),
         (f"HF_TOKEN={SECRET} rest", "HF_TOKEN=*** rest"),
         (f"Authorization: Bearer {SECRET}, rest", "rest"),
         (f"sent Bearer {SECRET} to h", "to h"),
-        (f"'authorization': 'AWS4-HMAC-SHA256 Credential=AKIA/1, Signature={SECRET}', rest", "rest"),
+        (
+            f"'authorization': 'AWS4-HMAC-SHA256 Credential=AKIA/1, Signature={SECRET}', rest",
+            "rest",
+        ),
         (f"for hf_{SECRET}{SECRET} there", "for *** there"),
         (f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}", "***"),
     ],
@@ -137,17 +160,27 @@ def test_what_is_shown_of_a_long_text_is_short_and_holds_no_half_of_a_secret() -
     assert len(shown(long)) < 210
     assert len(cause_of(ValueError(long))) <= SHOWN + 1
     assert cause_of(ValueError("a\n b\ud800")) == "ValueError: a b\\ud800"
-    for text in (f"s3://AKIA:{SECRET}{long}@bucket", f"https://{SECRET}{long}@host/", f"s3://AKIA:a/{SECRET}{long}@b/c"):
+    for text in (
+        f"s3://AKIA:{SECRET}{long}@bucket",
+        f"https://{SECRET}{long}@host/",
+        f"s3://AKIA:a/{SECRET}{long}@b/c",
+    ):
         assert SECRET not in shown(text)
         assert SECRET not in one_line(text)
     for at in range(LOOKED_AT - 60, LOOKED_AT, 7):  # wherever the cut falls
-        text = "x " * (at // 2) + f"s3://AKIA:{SECRET}@bucket secret={SECRET} https://h/?sig={SECRET} " + long
+        text = (
+            "x " * (at // 2)
+            + f"s3://AKIA:{SECRET}@bucket secret={SECRET} https://h/?sig={SECRET} "
+            + long
+        )
         assert SECRET[:6] not in one_line(text, 3000)
     assert shown("http://host/" + long).startswith("'http://host/xxx")
 
 
 def test_values_under_the_names_of_secrets_are_hidden() -> None:
-    assert scrubbed({"secret": SECRET, "key": "path", "list": [f"s3://a:{SECRET}@b"], "tokens": 3}) == {
+    assert scrubbed(
+        {"secret": SECRET, "key": "path", "list": [f"s3://a:{SECRET}@b"], "tokens": 3}
+    ) == {
         "secret": "***",
         "key": "path",
         "list": ["s3://***@b"],
@@ -155,7 +188,8 @@ def test_values_under_the_names_of_secrets_are_hidden() -> None:
     }
 
 
-#: A clear screen, a title, C1's own ESC, an overwritten line, bidi override and isolate, zero width, half a surrogate pair.
+#: A clear screen, a title, C1's own ESC, an overwritten line, bidi override and isolate, zero
+#: width, half a surrogate pair.
 HOSTILE = "a\x1b[2J\x1b]0;t\x07\x9b31m\r\n\x00\u202e\u2066\u200b\ufeff\u2028\u2029\ud800\x7fz"
 
 
@@ -165,7 +199,11 @@ def test_what_a_terminal_would_obey_or_hide_is_blank_and_all_else_stays() -> Non
 
 
 def test_a_job_s_last_words_hold_nothing_that_a_terminal_obeys() -> None:
-    written = Written(errors=Counter({HOSTILE: 1}), accuracy=Accuracy(Counter({(HOSTILE, "b"): 2}), Counter()), rows=3)
+    written = Written(
+        errors=Counter({HOSTILE: 1}),
+        accuracy=Accuracy(Counter({(HOSTILE, "b"): 2}), Counter()),
+        rows=3,
+    )
     out = io.StringIO()
     Summary(f"out{HOSTILE}", written, Counter(), 1.0, 1.0, Counter()).print(Console(file=out))
     told = out.getvalue()
@@ -175,7 +213,15 @@ def test_a_job_s_last_words_hold_nothing_that_a_terminal_obeys() -> None:
 
 def test_the_answers_shown_hold_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
     hostile = HOSTILE.replace("\ud800", "")  # no Parquet file can hold that
-    table = pa.table({"id": [hostile], "prompt": [hostile], "text": [None], "error": [hostile], "truth": [hostile]})
+    table = pa.table(
+        {
+            "id": [hostile],
+            "prompt": [hostile],
+            "text": [None],
+            "error": [hostile],
+            "truth": [hostile],
+        }
+    )
     pq.write_table(table, tmp_path / "part-x.parquet")
     job: Any = SimpleNamespace(
         settings=SimpleNamespace(output=SimpleNamespace(path=str(tmp_path), prompts="rows")),
@@ -196,7 +242,9 @@ def test_errors_and_log_lines_hold_nothing_that_a_terminal_obeys(
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
     def work(settings: Any, dry_run: bool) -> None:
-        logging.getLogger("x").warning("shard %s", HOSTILE + "\n2026-11-26 00:00:00,000 ERROR forged")
+        logging.getLogger("x").warning(
+            "shard %s", HOSTILE + "\n2026-11-26 00:00:00,000 ERROR forged"
+        )
         raise JobError(f"id {HOSTILE}")
 
     assert main("", ReportSettings, work, arguments=["--set", "output.path=o"]) == 2
@@ -208,7 +256,9 @@ def test_errors_and_log_lines_hold_nothing_that_a_terminal_obeys(
 def test_a_manifest_holds_no_credentials_and_does_not_mind_other_ones() -> None:
     def settings_of(password: str) -> dict[str, Any]:
         root = f"https://user:{password}@host/images/?sig={password}"
-        return _deciding(JobSettings.model_validate({**PATHS, "input": {**PATHS["input"], "image_root": root}}))
+        return _deciding(
+            JobSettings.model_validate({**PATHS, "input": {**PATHS["input"], "image_root": root}})
+        )
 
     assert settings_of(SECRET) == settings_of("other")
     assert SECRET not in repr(settings_of(SECRET))

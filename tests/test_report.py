@@ -1,4 +1,6 @@
-"""The run report: what it shows of an output, and that what rows say stays text. Looked at with a real browser."""
+"""The run report: what it shows of an output, and that what rows say stays text. Looked at with a
+real browser.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,17 @@ ROWS = 90
 
 
 def rows() -> list[dict[str, Any]]:
-    """Ninety rows about three questions; some fail, some are doubtful, all say what no page should believe."""
+    """Ninety rows about three questions; some fail, some are doubtful, all say what no page should
+    believe.
+    """
     draw = np.random.default_rng(0)
     made = []
     for number in range(ROWS):
         failed, question = number % 15 == 7, ("What is it?", "How many?", HOSTILE)[number % 3]
         route = [[0, 1, 2, 3] * 2, [1] * 8, draw.integers(0, 4, 8).tolist()][number % 3]
-        row: dict[str, Any] = dict.fromkeys((*output_schema(OutputSettings(path="o", routes=True), EXTRAS).names,))
+        row: dict[str, Any] = dict.fromkeys(
+            (*output_schema(OutputSettings(path="o", routes=True), EXTRAS).names,)
+        )
         row |= {
             "id": f"row {number}",
             "prompt": question,
@@ -53,8 +59,16 @@ def rows() -> list[dict[str, Any]]:
             row["error"] = f"image_decode: column 'image' holds no readable image ({HOSTILE})"
         else:
             text = "two" if number % 3 == 1 else f"a thing, number {number} {HOSTILE}"
-            row |= {"text": text, "finish_reason": "stop", "flags": ["truncated"] if number % 10 == 0 else []}
-            row |= {"prompt_tokens": 100 + number, "visual_tokens": 64, "new_tokens": 5 + number % 7}
+            row |= {
+                "text": text,
+                "finish_reason": "stop",
+                "flags": ["truncated"] if number % 10 == 0 else [],
+            }
+            row |= {
+                "prompt_tokens": 100 + number,
+                "visual_tokens": 64,
+                "new_tokens": 5 + number % 7,
+            }
             row |= {"prefill_route": route, "decode_route": route[::-1]}
         made.append(row)
     return made
@@ -67,14 +81,22 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
     folder.make()
     fence = hold(folder)
     folder.write("_run/config.yaml", b"evaluate: {truth: answer}\ncost: {gpu_hour: 2.5}\n")
-    manifest = {"task": "vqa", "settings": {}, "model": {"model.safetensors": "ab12"}, "code": "0.1.0 (abc)"}
+    manifest = {
+        "task": "vqa",
+        "settings": {},
+        "model": {"model.safetensors": "ab12"},
+        "code": "0.1.0 (abc)",
+    }
     folder.write(
-        "_run/manifest.json", json.dumps({**manifest, "shards": {"file:///in.parquet": (1000, "v", ROWS)}}).encode()
+        "_run/manifest.json",
+        json.dumps({**manifest, "shards": {"file:///in.parquet": (1000, "v", ROWS)}}).encode(),
     )
     made = rows()
     schema = output_schema(OutputSettings(path="o"), EXTRAS)
     log = OutputLog(folder, fence)
-    log.commit(pa.Table.from_pylist(made, schema), {"file:///in.parquet": RowSet.range(0, ROWS)}, None)
+    log.commit(
+        pa.Table.from_pylist(made, schema), {"file:///in.parquet": RowSet.range(0, ROWS)}, None
+    )
     picture = as_jpeg(np.full((56, 84, 3), 90, np.uint8))
     kept = [
         {
@@ -87,13 +109,20 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
         for at, row in enumerate(made)
     ]
     with_routes = output_schema(OutputSettings(path="o", routes=True), EXTRAS)
-    log.keep_samples(pa.Table.from_pylist(kept, pa.schema([*with_routes, *PLACE_SCHEMA, *SAMPLE_SCHEMA])))
+    log.keep_samples(
+        pa.Table.from_pylist(kept, pa.schema([*with_routes, *PLACE_SCHEMA, *SAMPLE_SCHEMA]))
+    )
     with Journal(folder, "mine") as journal:
         journal.event("run_started", versions={"ray": "2"})
         journal.event("replica_started", replica="r", node="host", device="GPU")
         for step in range(12):
             journal._sampled = 0.0
-            counts = {"rows": 8 * step, "new_tokens": 60 * step, "prepare_ms": 900 * step, "step_ms": 700 * step}
+            counts = {
+                "rows": 8 * step,
+                "new_tokens": 60 * step,
+                "prepare_ms": 900 * step,
+                "step_ms": 700 * step,
+            }
             gauges = {
                 "replicas": 2,
                 "memory": 2.0**30 * (1 + step / 20),
@@ -123,7 +152,12 @@ def page(output: OutputFolder, browser: Any, tmp_path: Path) -> Any:  # noqa: F8
     problems: list[str] = []
     opened.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
     opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on("request", lambda asked: problems.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None)
+    opened.on(
+        "request",
+        lambda asked: (
+            problems.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None
+        ),
+    )
     opened.goto(f"file://{output.url.removeprefix('file://')}/{REPORT}")
     yield opened
     context.close()
@@ -141,8 +175,19 @@ def test_the_report_is_one_file_in_which_everything_can_be_found(page: Any, tmp_
     assert page.locator(".card").count() == 60
     page.click("#more")
     assert page.locator(".card").count() == ROWS
-    drawn = page.locator("[data-chart]:has(svg.main-svg)").evaluate_all("all => all.map(one => one.dataset.chart)")
-    assert drawn == ["rates", "lengths", "stages", "memory", "reuse", "prefill", "decode", "prompts"]
+    drawn = page.locator("[data-chart]:has(svg.main-svg)").evaluate_all(
+        "all => all.map(one => one.dataset.chart)"
+    )
+    assert drawn == [
+        "rates",
+        "lengths",
+        "stages",
+        "memory",
+        "reuse",
+        "prefill",
+        "decode",
+        "prompts",
+    ]
     page.screenshot(path=tmp_path / "report.png", full_page=True)
     assert (tmp_path / "report.png").stat().st_size > 50_000
 
@@ -174,11 +219,19 @@ def test_a_click_shows_the_picture_and_every_column(page: Any) -> None:
     page.fill("input[name=text]", "row 4")
     page.locator(".card", has=page.get_by_text("row 4", exact=True)).click()
     shown = page.locator("#detail").inner_text()
-    for text in ("row 4", "How many?", "two", "104 in the prompt, 64 of them visual; 9 new", HOSTILE):
+    for text in (
+        "row 4",
+        "How many?",
+        "two",
+        "104 in the prompt, 64 of them visual; 9 new",
+        HOSTILE,
+    ):
         assert text in shown
     # The model's, and the input's column of that name behind it.
     assert page.locator("#detail th", has_text="answer").count() == 2
-    size = page.locator("#detail img").evaluate("image => [image.naturalWidth, image.naturalHeight]")
+    size = page.locator("#detail img").evaluate(
+        "image => [image.naturalWidth, image.naturalHeight]"
+    )
     assert size == [84, 56]
     page.keyboard.press("Escape")
     assert not page.locator("#detail").is_visible()
@@ -188,12 +241,21 @@ def test_what_rows_say_stays_text(page: Any) -> None:
     page.click("#more")
     page.locator(".card").nth(10).click()
     page.wait_for_timeout(200)
-    assert page.title() == f"vqa report: {page.url.removeprefix('file://').removesuffix('/' + REPORT)}"
+    assert (
+        page.title() == f"vqa report: {page.url.removeprefix('file://').removesuffix('/' + REPORT)}"
+    )
     assert page.locator("main img[src=x], dialog img[src=x], main script").count() == 0
 
 
 @pytest.mark.parametrize(
-    "prompt", ["<b>bold</b>", '<a href="https://example.com">x</a>', "a&lt;b", "$x^2$ and $y$", "a\x1b[2J\u202eb"]
+    "prompt",
+    [
+        "<b>bold</b>",
+        '<a href="https://example.com">x</a>',
+        "a&lt;b",
+        "$x^2$ and $y$",
+        "a\x1b[2J\u202eb",
+    ],
 )
 def test_a_prompt_is_text_in_a_chart_s_labels(prompt: str) -> None:
     drawn = charts.experts_by_prompt(
@@ -207,12 +269,20 @@ def test_a_prompt_is_text_in_a_chart_s_labels(prompt: str) -> None:
     assert drawn.layout.yaxis.type == "category"
 
 
-def test_damaged_lines_and_samples_and_names_that_are_no_utf_8_cost_no_report(tmp_path: Path) -> None:
+def test_damaged_lines_and_samples_and_names_that_are_no_utf_8_cost_no_report(
+    tmp_path: Path,
+) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.make()
     hold(folder)
     folder.write("_run/config.yaml", b"{}\n")
-    manifest = {"task": "vqa", "settings": {}, "model": {}, "code": "0", "shards": {"file:///\udcff.parquet": (1, "v", 1)}}
+    manifest = {
+        "task": "vqa",
+        "settings": {},
+        "model": {},
+        "code": "0",
+        "shards": {"file:///\udcff.parquet": (1, "v", 1)},
+    }
     folder.write("_run/manifest.json", json.dumps(manifest).encode())
     with Journal(folder, "mine") as journal:
         journal.event("shard_committed", shard="file:///\udcff\u2028.parquet")
@@ -226,7 +296,9 @@ def test_damaged_lines_and_samples_and_names_that_are_no_utf_8_cost_no_report(tm
 
 
 def test_it_is_readable_on_a_phone_and_in_the_dark(output: OutputFolder, browser: Any) -> None:  # noqa: F811
-    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark", offline=True)
+    context = browser.new_context(
+        viewport={"width": 390, "height": 800}, color_scheme="dark", offline=True
+    )
     opened = context.new_page()
     opened.goto(f"file://{output.url.removeprefix('file://')}/{REPORT}")
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
@@ -239,7 +311,13 @@ def test_a_report_of_an_output_that_has_just_begun_says_so(tmp_path: Path) -> No
     folder = OutputFolder(str(tmp_path))
     folder.make()
     folder.write("_run/config.yaml", b"{}")
-    manifest = {"task": "caption", "settings": {}, "model": {}, "shards": {"a": (1, "", 5)}, "code": "0"}
+    manifest = {
+        "task": "caption",
+        "settings": {},
+        "model": {},
+        "shards": {"a": (1, "", 5)},
+        "code": "0",
+    }
     folder.write("_run/manifest.json", json.dumps(manifest).encode())
     write_report(folder)
     text = folder.read(REPORT).decode()
@@ -247,7 +325,9 @@ def test_a_report_of_an_output_that_has_just_begun_says_so(tmp_path: Path) -> No
     assert "No error rows." in text
 
 
-def test_the_script_makes_the_report_anew_and_refuses_what_is_no_output(output: OutputFolder, tmp_path: Path) -> None:
+def test_the_script_makes_the_report_anew_and_refuses_what_is_no_output(
+    output: OutputFolder, tmp_path: Path
+) -> None:
     done = run_script("report", "--set", f"output.path={output.url}")
     assert (done.code, done.stdout.strip()) == (0, f"{output.url}/{REPORT}")
     done = run_script("report", "--set", f"output.path={tmp_path}")
@@ -270,9 +350,16 @@ def test_random_rows_are_drawn_alike_by_every_replica_and_faults_are_kept_up_to_
     assert 60 < len(drawn) < 150
     assert (
         drawn
-        == [at for at in reversed(range(10_000)) if two.why(("a", at), "image_decode: x", ["empty"]) == "random"][::-1]
+        == [
+            at
+            for at in reversed(range(10_000))
+            if two.why(("a", at), "image_decode: x", ["empty"]) == "random"
+        ][::-1]
     )
-    faults = Counter(one.why(("b", at), ["image_decode: x", None][at % 2], ["empty", "refusal"]) for at in range(1000))
+    faults = Counter(
+        one.why(("b", at), ["image_decode: x", None][at % 2], ["empty", "refusal"])
+        for at in range(1000)
+    )
     assert (faults["error"], faults["flag"]) == (EACH, 2 * EACH)
     assert RowSampler(0, 10).why(("a", 1), "image_decode: x", ["empty"]) is None
 

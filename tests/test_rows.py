@@ -7,7 +7,14 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.rows import PREPARED_SCHEMA, PreparedRow, own_columns_dropped, prepared_rows, prepared_table, with_own_columns
+from pipeline.rows import (
+    PREPARED_SCHEMA,
+    PreparedRow,
+    own_columns_dropped,
+    prepared_rows,
+    prepared_table,
+    with_own_columns,
+)
 
 text = st.text(st.characters(codec="utf-8"), max_size=8)
 
@@ -24,19 +31,28 @@ def rows(draw: st.DrawFn) -> PreparedRow:
         None,
         noise.integers(0, 1 << 17, draw(st.integers(1, 20)), dtype=np.int32),
         draw(st.tuples(st.integers(0, 50), st.integers(0, 50))),
-        tuple(noise.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sides),
+        tuple(
+            noise.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sides
+        ),
     )
 
 
 def equal(a: PreparedRow, b: PreparedRow) -> bool:
     same = (a.id, a.prompt, a.error, a.span) == (b.id, b.prompt, b.error, b.span)
     ids = (a.input_ids is None and b.input_ids is None) or np.array_equal(a.input_ids, b.input_ids)
-    return same and ids and len(a.images) == len(b.images) and all(map(np.array_equal, a.images, b.images))
+    return (
+        same
+        and ids
+        and len(a.images) == len(b.images)
+        and all(map(np.array_equal, a.images, b.images))
+    )
 
 
 @given(before=st.lists(rows(), max_size=6), cut=st.integers(0, 6))
 @settings(max_examples=60, deadline=None)
-def test_prepared_rows_survive_the_table_and_any_cut_of_it(before: list[PreparedRow], cut: int) -> None:
+def test_prepared_rows_survive_the_table_and_any_cut_of_it(
+    before: list[PreparedRow], cut: int
+) -> None:
     table = prepared_table(before)
     assert table.schema == PREPARED_SCHEMA
     parts = [table.slice(0, cut), table.slice(cut)]
@@ -49,6 +65,8 @@ def test_prepared_rows_survive_the_table_and_any_cut_of_it(before: list[Prepared
 
 def test_extra_columns_stay_beside_ours() -> None:
     extras = pa.table({"score": [1, 2], "tags": [["a"], []]})
-    whole = with_own_columns(extras, prepared_table([PreparedRow("a", "?", "x: y"), PreparedRow("b", "?", "x: y")]))
+    whole = with_own_columns(
+        extras, prepared_table([PreparedRow("a", "?", "x: y"), PreparedRow("b", "?", "x: y")])
+    )
     assert own_columns_dropped(whole).equals(extras)
     assert [row.id for row in prepared_rows(whole)] == ["a", "b"]

@@ -1,1 +1,3 @@
-"""The Ray actors of a job: CPU actors that prepare rows, replicas that answer them, and one that counts."""
+"""The Ray actors of a job: CPU actors that prepare rows, replicas that answer them, and one that
+counts.
+"""

@@ -1,4 +1,6 @@
-"""Fetches the images that a block's rows name: some ahead of the row in hand, within a bound of bytes, each once."""
+"""Fetches the images that a block's rows name: some ahead of the row in hand, within a bound of
+bytes, each once.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from pipeline.errors import RowError
 from pipeline.io.input.fetch import Fetcher
 from pipeline.settings.job import FetchSettings
 
-#: Most bytes that are under way and kept for later rows, and of a file that is fetched ahead. A larger file is fetched
-#: alone, once its row is in hand.
+#: Most bytes that are under way and kept for later rows, and of a file that is fetched ahead. A
+#: larger file is fetched alone, once its row is in hand.
 AHEAD_BYTES, AHEAD_FILE = 512 << 20, 16 << 20
 
 
@@ -25,7 +27,11 @@ class Ahead:
     """
 
     def __init__(
-        self, image_root: str | None, settings: FetchSettings, max_bytes: int, inputs: str | Sequence[str] = ()
+        self,
+        image_root: str | None,
+        settings: FetchSettings,
+        max_bytes: int,
+        inputs: str | Sequence[str] = (),
     ) -> None:
         self._alone = Fetcher(image_root, settings, max_bytes, inputs)
         small = max_bytes <= AHEAD_FILE
@@ -39,14 +45,17 @@ class Ahead:
     @property
     def retries(self) -> int:
         """Further tries so far, of all images."""
-        return sum({id(fetcher): fetcher.retries for fetcher in (self._alone, self._fetcher)}.values())
+        return sum(
+            {id(fetcher): fetcher.retries for fetcher in (self._alone, self._fetcher)}.values()
+        )
 
     def begin(self, rows: Sequence[Sequence[str]], *, ahead: bool) -> None:
         """A block begins.
 
         Args:
             rows: what each of its rows names, in order.
-            ahead: fetch for rows that are not in hand yet; without it, a death while fetching is the row's in hand.
+            ahead: fetch for rows that are not in hand yet; without it, a death while fetching is
+                the row's in hand.
         """
         self.end()
         self._rows, self._is_ahead = rows, ahead
@@ -55,7 +64,9 @@ class Ahead:
     def hand(self, row: int) -> None:
         """This row is in hand now; what no later one needs is dropped."""
         self._row = row
-        for name in [name for name in (*self._under_way, *self._large) if self._last_use.get(name, -1) < row]:
+        for name in [
+            name for name in (*self._under_way, *self._large) if self._last_use.get(name, -1) < row
+        ]:
             self._drop(name)
         self._next = max(self._next, row)
         self._send()

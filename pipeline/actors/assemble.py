@@ -1,4 +1,6 @@
-"""Puts together what belongs to one input row, where several prompts are asked of each: done once all are answered."""
+"""Puts together what belongs to one input row, where several prompts are asked of each: done once
+all are answered.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Assembler:
         self._parts: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
 
     def add(self, table: pa.Table) -> pa.Table:
-        """Take answered pairs; the rows that are complete with them, in the output's columns and with their places."""
+        """Take answered pairs; the rows that are complete with them, in the output's columns and
+        with their places.
+        """
         if not self._prompts.names:
             return table
         complete: list[dict[str, Any]] = []
@@ -75,7 +79,9 @@ class Assembler:
             row[column] = sum(counts) if counts else None
         errors = [part["error"] for part in parts if part["error"] is not None]
         # The one that may pass, if any: it decides whether the row is worth another try.
-        row["error"] = next((error for error in errors if worth_another_try(error)), errors[0] if errors else None)
+        row["error"] = next(
+            (error for error in errors if worth_another_try(error)), errors[0] if errors else None
+        )
         row["status"] = "error" if errors else "ok"
         row["flags"] = list(dict.fromkeys(flag for part in parts for flag in part["flags"] or []))
         return row

@@ -1,4 +1,6 @@
-"""The actor that writes: gathers answered rows, whatever order they come in, and commits them as output files."""
+"""The actor that writes: gathers answered rows, whatever order they come in, and commits them as
+output files.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,15 @@ from pipeline.settings.job import ErrorSettings
 
 logger = logging.getLogger(__name__)
 
-#: A file is written once its rows take this much memory, however few they are: columns of more than 2 GiB of text cannot be
-#: put together.
+#: A file is written once its rows take this much memory, however few they are: columns of more than
+#: 2 GiB of text cannot be put together.
 FILE_BYTES = 1 << 30
 
 #: How long the monitor may take, at the end, to hear of the last file.
 LAST_WORD_SECONDS = 5.0
 
-#: What the monitor is told of each file: rows by shard. (No event of the journal; a shard's last one makes one.)
+#: What the monitor is told of each file: rows by shard. (No event of the journal; a shard's last
+#: one makes one.)
 COMMITTED = "committed"
 
 _T = TypeVar("_T")
@@ -50,7 +53,8 @@ class CommitSettings:
         rows: rows of a file.
         seconds: how long an answered row waits.
         at: folder within the output; empty: results.
-        patience: seconds that storage may refuse results before the run gives up; answers wait meanwhile, none is lost.
+        patience: seconds that storage may refuse results before the run gives up; answers wait
+            meanwhile, none is lost.
     """
 
     rows: int
@@ -73,9 +77,10 @@ class _Gathered:
 class Committer:
     """Writes output files. One of it lives in a run, so that every row has one place to go.
 
-    It begins an epoch of the output, so that one started before it in the same run, which Ray lost touch with, is fenced
-    off. A row that comes again, because Ray ran its block twice, is dropped. Rows that were not yet committed when this
-    actor dies are lost with it and are missing afterwards: the run looks for them and answers them again.
+    It begins an epoch of the output, so that one started before it in the same run, which Ray lost
+    touch with, is fenced off. A row that comes again, because Ray ran its block twice, is dropped.
+    Rows that were not yet committed when this actor dies are lost with it and are missing
+    afterwards: the run looks for them and answers them again.
 
     Args:
         folder: the output.
@@ -84,8 +89,8 @@ class Committer:
         truth: what to compare answers with, or None.
         settings: when to commit.
         errors: when to give up.
-        monitor: the `Monitor` actor's name; None: nobody is told. No handle: Ray would keep that in its object store, and
-            could not start this actor again should it be lost there.
+        monitor: the `Monitor` actor's name; None: nobody is told. No handle: Ray would keep that in
+            its object store, and could not start this actor again should it be lost there.
         prompts: asked of each row; None: rows are asked one thing each.
     """
 
@@ -112,10 +117,14 @@ class Committer:
         self._lock = threading.Lock()
         self._failure: Exception | None = None
         try:
-            # An epoch of its own: one that Ray gave up, but that still reaches the storage, writes nothing from here on.
-            self._log = OutputLog(folder, self._patiently(lambda: Fence.begin(folder, run)), settings.at)
+            # An epoch of its own: one that Ray gave up, but that still reaches the storage, writes
+            # nothing from here on.
+            self._log = OutputLog(
+                folder, self._patiently(lambda: Fence.begin(folder, run)), settings.at
+            )
             self._patiently(self._log.accept)
-            # Read here, not handed over: started again, it must know what it committed before it died.
+            # Read here, not handed over: started again, it must know what it committed before it
+            # died.
             self._taken.update(done_rows(self._log.commits(mend=True)))
         except Exception as error:  # an actor that cannot be made could not say why
             self._failure = self._explained(error)
@@ -125,7 +134,9 @@ class Committer:
         threading.Thread(target=self._commit_in_time, name="commit", daemon=True).start()
 
     def take(self, table: pa.Table, samples: pa.Table | None = None) -> int:
-        """Take a block of answered rows, and those of them that are kept with their pictures; how many were new."""
+        """Take a block of answered rows, and those of them that are kept with their pictures; how
+        many were new.
+        """
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -174,33 +185,44 @@ class Committer:
             self._taken[shard] |= rows
             self._gathered.rows[shard] |= rows
             if passing[of_shard].any():
-                self._gathered.retry[shard] |= RowSet.of_rows(own[fresh[of_shard] & passing[of_shard]])
+                self._gathered.retry[shard] |= RowSet.of_rows(
+                    own[fresh[of_shard] & passing[of_shard]]
+                )
         new = int(fresh.sum())
         if new:
             if not self._gathered.count:
                 self._gathered.since = time.monotonic()
             kept = table.filter(pa.array(fresh))
             own = own_columns_dropped(kept).cast(self._schema)
-            self._gathered.tables.append(own.append_column(SHARD, kept[SHARD]).append_column(ROW, kept[ROW]))
+            self._gathered.tables.append(
+                own.append_column(SHARD, kept[SHARD]).append_column(ROW, kept[ROW])
+            )
             self._gathered.count += new
             self._gathered.size += own.nbytes
         return new
 
     def _judge(self, table: pa.Table) -> None:
-        """Give up where most rows fail: the configuration is wrong, and a night should not be spent on it."""
+        """Give up where most rows fail: the configuration is wrong, and a night should not be spent
+        on it.
+        """
         failed = pc.drop_null(table["error"]).to_pylist()
         self._rows += len(table)
         for error in failed:
             self._examples.setdefault(error.split(":", 1)[0], error)
         self._errors.update(error.split(":", 1)[0] for error in failed)
         share = self._errors.total() / self._rows
-        if self._rows < self._error_settings.after_rows or share <= self._error_settings.max_fraction:
+        if (
+            self._rows < self._error_settings.after_rows
+            or share <= self._error_settings.max_fraction
+        ):
             return
         self._commit()
         (code, count), *_ = self._errors.most_common(1)
         self._failure = TooManyErrorsError(
-            f"errors.max_fraction: {self._errors.total():,} of {self._rows:,} rows failed, {share:.0%}, {count:,} of them "
-            f"with {code} (such as: {self._examples[code]}). Mend the configuration or the input and run with --fresh, or "
+            f"errors.max_fraction: {self._errors.total():,} of {self._rows:,} rows failed, "
+            f"{share:.0%}, {count:,} of them "
+            f"with {code} (such as: {self._examples[code]}). Mend the configuration or the input "
+            "and run with --fresh, or "
             "raise the limit"
         )
         raise self._failure
@@ -210,14 +232,21 @@ class Committer:
         if not gathered.count:
             return
         started = time.monotonic()
-        rows, retry = ({s: own for s, own in sets.items() if own} for sets in (gathered.rows, gathered.retry))
-        # In the order of the input, so that the footer's rows tell which is which; the sort is stable.
-        table = pa.concat_tables(gathered.tables).sort_by([(SHARD, "ascending"), (ROW, "ascending")])
+        rows, retry = (
+            {s: own for s, own in sets.items() if own} for sets in (gathered.rows, gathered.retry)
+        )
+        # In the order of the input, so that the footer's rows tell which is which; the sort is
+        # stable.
+        table = pa.concat_tables(gathered.tables).sort_by(
+            [(SHARD, "ascending"), (ROW, "ascending")]
+        )
         table = own_columns_dropped(table).combine_chunks()
         try:
-            # A run that took the output over has planned these rows anew: the log asks before and after each try.
+            # A run that took the output over has planned these rows anew: the log asks before and
+            # after each try.
             self._patiently(lambda: self._log.commit(table, rows, self._truth, retry))
-        except Exception as error:  # of whatever kind: these rows cannot be written, and none may be taken after them
+        except Exception as error:
+            # Of whatever kind: these rows cannot be written, and none may be taken after them.
             self._failure = self._explained(error)
             raise self._failure from error
         self._gathered = _Gathered()
@@ -246,18 +275,25 @@ class Committer:
         while True:
             time.sleep(min(1.0, self._settings.seconds / 4))
             with self._lock:
-                if self._gathered.count and time.monotonic() - self._gathered.since >= self._settings.seconds:
+                if (
+                    self._gathered.count
+                    and time.monotonic() - self._gathered.since >= self._settings.seconds
+                ):
                     try:
                         self._commit()
-                    except Exception as error:  # whoever comes next hears of it; there is nobody here to tell
+                    except (
+                        Exception
+                    ) as error:  # whoever comes next hears of it; there is nobody here to tell
                         self._failure = self._failure or error
                         return
 
     def _patiently(self, operation: Callable[[], _T]) -> _T:
-        """Do something on the output's storage, again and again while it fails for reasons that may pass.
+        """Do something on the output's storage, again and again while it fails for reasons that may
+        pass.
 
         Raises:
-            Exception: the operation's own, at once where no other try would help, or after `CommitSettings.patience`.
+            Exception: the operation's own, at once where no other try would help, or after
+                `CommitSettings.patience`.
         """
         hopeless = (JobError, FileNotFoundError, PermissionError)
         return tenacity.Retrying(

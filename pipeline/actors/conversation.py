@@ -32,8 +32,8 @@ def from_prompt(prompt: str | None, images: Sequence[Any], field: str) -> list[M
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
 
-#: Most brackets and commas of a chat given as JSON; with fewer it is read in some 100 MB, whatever it holds. Pictures in it
-#: have neither.
+#: Most brackets and commas of a chat given as JSON; with fewer it is read in some 100 MB, whatever
+#: it holds. Pictures in it have neither.
 MOST_MARKS = 1 << 18
 
 #: Types of parts: those of transformers and qwen-vl-utils, of OpenAI's chats, and of its Responses.
@@ -43,9 +43,11 @@ IMAGES = frozenset({"image", "image_url", "input_image"})
 SOURCES = ("image", "image_url", "url", "path", "base64")
 #: Keys of qwen-vl-utils that say how an image is resized.
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-#: Least and most pixels that qwen-vl-utils itself makes of an image: 4 and 16,384 visual tokens of 28 x 28.
+#: Least and most pixels that qwen-vl-utils itself makes of an image: 4 and 16,384 visual tokens of
+#: 28 x 28.
 LEAST_PIXELS, MOST_PIXELS = 4 * 28 * 28, 16_384 * 28 * 28
-#: `detail` is OpenAI's hint for a service that has several resolutions; here each image has its own.
+#: `detail` is OpenAI's hint for a service that has several resolutions; here each image has its
+#: own.
 _IMAGE_KEYS = {"type", "detail", *SOURCES, *SIZES}
 
 #: Roles as other services write them.
@@ -63,11 +65,13 @@ Fetch = Callable[[str], bytes]
 def from_messages(
     text: str | None, images: Sequence[Any], field: str, decode: Decode, fetch: Fetch
 ) -> tuple[list[Message], str]:
-    """A chat given as JSON: a list of turns with `role` and `content` (text, or a list of text and image parts).
+    """A chat given as JSON: a list of turns with `role` and `content` (text, or a list of text and
+    image parts).
 
-    An image part without an image of its own takes the next image of the row. One with a `data:` URI, base64, a path or a
-    URL has its own, in the form of transformers (`url`, `path`, `base64`), of qwen-vl-utils (`image`) or of OpenAI
-    (`image_url`). A key whose value is null counts as absent: tables give every part the keys of all.
+    An image part without an image of its own takes the next image of the row. One with a `data:`
+    URI, base64, a path or a URL has its own, in the form of transformers (`url`, `path`, `base64`),
+    of qwen-vl-utils (`image`) or of OpenAI (`image_url`). A key whose value is null counts as
+    absent: tables give every part the keys of all.
 
     Args:
         text: the chat.
@@ -92,9 +96,13 @@ def from_messages(
         raise RowError("image_missing", "messages has more image parts than the row has images")
     row_images = iter(images)
     for part in parts:
-        part["image"] = next(row_images) if part["image"] is None else part["image"].load(decode, fetch)
+        part["image"] = (
+            next(row_images) if part["image"] is None else part["image"].load(decode, fetch)
+        )
     if left := len(images) - wanted:
-        raise RowError("messages_invalid", f"{field} has no place for {left} of the row's {len(images)} images")
+        raise RowError(
+            "messages_invalid", f"{field} has no place for {left} of the row's {len(images)} images"
+        )
     return messages, _text_of(messages[-1])
 
 
@@ -125,11 +133,18 @@ def _read(text: str, field: str) -> list[Message]:
     roles = [turn.get("role") for turn in turns]
     spoken = [ROLES.get(role, role) if isinstance(role, str) else role for role in roles]
     rest = spoken[1:] if spoken[:1] == ["system"] else spoken
-    if not rest or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(rest)) or len(rest) % 2 == 0:
-        told = ", ".join(_named(role) for role in roles[:8]) + (f" and {len(roles) - 8} more" if len(roles) > 8 else "")
+    if (
+        not rest
+        or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(rest))
+        or len(rest) % 2 == 0
+    ):
+        told = ", ".join(_named(role) for role in roles[:8]) + (
+            f" and {len(roles) - 8} more" if len(roles) > 8 else ""
+        )
         raise RowError(
             "messages_invalid",
-            f"{field} has the turns {told or '(none)'}; expected an optional system turn, then user "
+            f"{field} has the turns {told or '(none)'}; expected an optional system turn, then "
+            "user "
             "and assistant in turn, ending with the user",
         )
     for role, turn in zip(spoken, turns, strict=True):
@@ -138,9 +153,13 @@ def _read(text: str, field: str) -> list[Message]:
         if more := sorted(said - {"role", "content"}):
             raise RowError(
                 "messages_invalid",
-                f"a {role} turn of messages has the key {_quoted(more[0])}, which is not followed; expected role, content",
+                f"a {role} turn of messages has the key {_quoted(more[0])}, which is not followed; "
+                "expected role, content",
             )
-    return [{"role": role, "content": _content(turn.get("content"))} for role, turn in zip(spoken, turns, strict=True)]
+    return [
+        {"role": role, "content": _content(turn.get("content"))}
+        for role, turn in zip(spoken, turns, strict=True)
+    ]
 
 
 def _image_parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
@@ -150,7 +169,8 @@ def _image_parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
 
 
 def named_images(text: str | None) -> list[str]:
-    """Paths and URLs that a chat given as JSON names, so that they can be fetched before they are needed.
+    """Paths and URLs that a chat given as JSON names, so that they can be fetched before they are
+    needed.
 
     Whatever is wrong with the chat, `from_messages` says.
     """
@@ -159,21 +179,30 @@ def named_images(text: str | None) -> list[str]:
     except RowError:
         return []
     sources = [part["image"] for part in _image_parts(contents)]
-    return [source.reference for source in sources if source is not None and source.reference is not None]
+    return [
+        source.reference
+        for source in sources
+        if source is not None and source.reference is not None
+    ]
 
 
 def _turns(text: str, field: str) -> list[dict[str, Any]]:
     """The turns of a chat given as JSON; every text in it can be written as UTF-8."""
     if (marks := sum(map(text.count, "{[,"))) > MOST_MARKS:
-        raise RowError("messages_invalid", f"{field} has {marks:,} brackets and commas, expected at most {MOST_MARKS:,}")
+        raise RowError(
+            "messages_invalid",
+            f"{field} has {marks:,} brackets and commas, expected at most {MOST_MARKS:,}",
+        )
     try:
         turns = json.loads(text)
         if _SURROGATE.search(text):
             json.dumps(turns, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        # JSON may escape half a surrogate pair, which is a Python string but no text that could be tokenized or written.
+        # JSON may escape half a surrogate pair, which is a Python string but no text that could be
+        # tokenized or written.
         raise RowError(
-            "prompt_invalid", f"a text in messages is no valid Unicode (half a surrogate pair: {error})"
+            "prompt_invalid",
+            f"a text in messages is no valid Unicode (half a surrogate pair: {error})",
         ) from error
     except (ValueError, RecursionError) as error:
         raise RowError("messages_invalid", f"{field} is no JSON ({error})") from error
@@ -187,7 +216,9 @@ def _content(content: Any) -> str | list[dict[str, Any]]:
         return content
     if not isinstance(content, list):
         raise RowError(
-            "messages_invalid", f"the content of a turn in messages is {type(content).__name__}, expected text or parts"
+            "messages_invalid",
+            f"the content of a turn in messages is {type(content).__name__}, expected text or "
+            "parts",
         )
     return [_part(part) for part in content]
 
@@ -199,7 +230,8 @@ def _part(part: Any) -> dict[str, Any]:
         _refuse_others(given, {"type", "text"}, "a text part")
         if not isinstance(given.get("text"), str):
             raise RowError(
-                "messages_invalid", f"a part of messages has type {_quoted(given.get('type'))} and no text of its own"
+                "messages_invalid",
+                f"a part of messages has type {_quoted(given.get('type'))} and no text of its own",
             )
         return {"type": "text", "text": given["text"]}
     if kind == "image":
@@ -207,20 +239,29 @@ def _part(part: Any) -> dict[str, Any]:
         return {"type": "image", "image": _source(given), **_sizes(given)}
     raise RowError(
         "messages_invalid",
-        f"a part of messages has type {_quoted(given.get('type'))}, expected text, image or image_url",
+        f"a part of messages has type {_quoted(given.get('type'))}, expected text, image or "
+        "image_url",
     )
 
 
 def _given(part: Any) -> dict[str, Any]:
     """The keys of a part that say something."""
-    return {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+    return (
+        {key: value for key, value in part.items() if value is not None}
+        if isinstance(part, dict)
+        else {}
+    )
 
 
 def _kind(given: Mapping[str, Any]) -> str | None:
-    """`text`, `image` or, for anything else, None; Qwen's own parts have no type, but a key of its name."""
+    """`text`, `image` or, for anything else, None; Qwen's own parts have no type, but a key of its
+    name.
+    """
     kind = given.get("type")
     if kind is None:
-        return "image" if any(key in given for key in SOURCES) else "text" if "text" in given else None
+        return (
+            "image" if any(key in given for key in SOURCES) else "text" if "text" in given else None
+        )
     if not isinstance(kind, str):
         return None
     return "text" if kind in TEXTS else "image" if kind in IMAGES else None
@@ -244,20 +285,27 @@ def _sizes(given: Mapping[str, Any]) -> dict[str, int]:
             continue
         value = given[key]
         # Tables that had nulls in such a column give whole numbers as floats.
-        whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
+        whole = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
+        )
         if not whole or not 1 <= value <= MOST_PIXELS:
             raise RowError(
                 "messages_invalid",
-                f"{key} of an image part is {_quoted(value)}, expected a whole number from 1 to {MOST_PIXELS:,}",
+                f"{key} of an image part is {_quoted(value)}, expected a whole number from 1 to "
+                f"{MOST_PIXELS:,}",
             )
         sizes[key] = int(value)
     if ("resized_height" in sizes) != ("resized_width" in sizes):
-        raise RowError("messages_invalid", "an image part has one of resized_height and resized_width, expected both")
+        raise RowError(
+            "messages_invalid",
+            "an image part has one of resized_height and resized_width, expected both",
+        )
     least, most = sizes.get("min_pixels", LEAST_PIXELS), sizes.get("max_pixels", MOST_PIXELS)
     if least > most:
         raise RowError(
             "messages_invalid",
-            f"an image part has max_pixels {most:,}, below its min_pixels {least:,} ({LEAST_PIXELS:,} where it has none)",
+            f"an image part has max_pixels {most:,}, below its min_pixels {least:,} "
+            f"({LEAST_PIXELS:,} where it has none)",
         )
     return sizes
 
@@ -267,7 +315,8 @@ def _source(given: Mapping[str, Any]) -> _Source | None:
     named = [key for key in SOURCES if key in given]
     if len(named) > 1:
         raise RowError(
-            "messages_invalid", f"an image part of messages has both {named[0]!r} and {named[1]!r}, expected one"
+            "messages_invalid",
+            f"an image part of messages has both {named[0]!r} and {named[1]!r}, expected one",
         )
     if not named and given.get("type") not in ("image_url", "input_image"):
         return None
@@ -288,7 +337,11 @@ def _quoted(value: Any) -> str:
 
 def _named(value: Any) -> str:
     """A role or type in an error: as it is where it is one word."""
-    return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z_-]{1,40}", value) else _quoted(value)
+    return (
+        value
+        if isinstance(value, str) and re.fullmatch(r"[A-Za-z_-]{1,40}", value)
+        else _quoted(value)
+    )
 
 
 def _text_of(message: Message) -> str:

@@ -1,9 +1,11 @@
-"""Decodes images of untrusted origin within a time limit: what may take long is decoded in a process that can be killed.
+"""Decodes images of untrusted origin within a time limit: what may take long is decoded in a
+process that can be killed.
 
-JPEG, PNG and WebP files, of which a look at the header tells that they are soon decoded, are decoded where they are. Any
-other file goes to a process beside this one, which the kernel ends once it has computed for `images.decode_seconds`. A
-decoder that crashes there costs its image and nothing else. The limit counts CPU time: a machine that is busy or suspended
-refuses no image for it.
+JPEG, PNG and WebP files, of which a look at the header tells that they are soon decoded, are
+decoded where they are. Any other file goes to a process beside this one, which the kernel ends once
+it has computed for `images.decode_seconds`. A decoder that crashes there costs its image and
+nothing else. The limit counts CPU time: a machine that is busy or suspended refuses no image for
+it.
 """
 
 from __future__ import annotations
@@ -25,14 +27,18 @@ from pipeline.actors.images import decode_image, image_size
 from pipeline.errors import RowError
 from pipeline.settings.job import ImageSettings
 
-#: What is decoded in this process has no more bytes, pixels, header parts, and scans times pixels: a second or two of CPU.
+#: What is decoded in this process has no more bytes, pixels, header parts, and scans times pixels:
+#: a second or two of CPU.
 SMALL_BYTES, SMALL_PIXELS, FEW_PARTS, FEW_SCANNED = 32 << 20, 64_000_000, 2_000, 400_000_000
-#: The other process is killed after so many times `images.decode_seconds`, should it wait instead of computing.
+#: The other process is killed after so many times `images.decode_seconds`, should it wait instead
+#: of computing.
 PATIENCE = 20
 
 
 def soon_decoded(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a file whose header tells that decoding it takes a second at most; None of any other."""
+    """Width and height of a file whose header tells that decoding it takes a second at most; None
+    of any other.
+    """
     size = None
     if len(data) <= SMALL_BYTES:
         with contextlib.suppress(struct.error, IndexError):  # it ends within its header
@@ -108,7 +114,9 @@ class Decoder:
             RowError: `image_too_large` or `image_decode`.
         """
         size = soon_decoded(data)
-        if len(data) > self._settings.max_bytes or (size and size[0] * size[1] > self._settings.max_pixels):
+        if len(data) > self._settings.max_bytes or (
+            size and size[0] * size[1] > self._settings.max_pixels
+        ):
             return image_size(data, field, self._settings)  # which says what is too large
         return size or self._apart("size", data, field)[0]
 
@@ -116,7 +124,8 @@ class Decoder:
         """The image as RGB.
 
         Raises:
-            RowError: `image_too_large`, also where it takes too long: it asks for more than it may; or `image_decode`.
+            RowError: `image_too_large`, also where it takes too long: it asks for more than it may;
+                or `image_decode`.
         """
         if len(data) > self._settings.max_bytes or soon_decoded(data):
             return decode_image(data, field, self._settings)
@@ -129,7 +138,12 @@ class Decoder:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        asked = {"what": what, "field": field, "bytes": len(data), "settings": self._settings.model_dump()}
+        asked = {
+            "what": what,
+            "field": field,
+            "bytes": len(data),
+            "settings": self._settings.model_dump(),
+        }
         hung = threading.Timer(PATIENCE * self._settings.decode_seconds, process.kill)
         hung.daemon = True
         hung.start()
@@ -161,18 +175,30 @@ class Decoder:
         if status == -signal.SIGPROF:
             return RowError(
                 "image_too_large",
-                f"{field} ({len(data):,} bytes) takes more than {self._settings.decode_seconds:g} s to decode "
+                f"{field} ({len(data):,} bytes) takes more than {self._settings.decode_seconds:g} "
+                "s to decode "
                 "(images.decode_seconds)",
             )
         how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-        return RowError("image_decode", f"{field} ({len(data):,} bytes) took the process that decoded it down ({how})")
+        return RowError(
+            "image_decode",
+            f"{field} ({len(data):,} bytes) took the process that decoded it down ({how})",
+        )
 
 
 def _start() -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "pipeline.actors.decoder"]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
     )
 
 
@@ -208,7 +234,9 @@ def serve() -> None:
             # Some rows at a time: the picture is not there twice.
             step = max(1, (1 << 20) // (3 * image.width))
             for top in range(0, image.height, step):
-                answers.write(image.crop((0, top, image.width, min(image.height, top + step))).tobytes())
+                answers.write(
+                    image.crop((0, top, image.width, min(image.height, top + step))).tobytes()
+                )
         answers.flush()
 
 

@@ -1,4 +1,6 @@
-"""Encoded image bytes of untrusted origin become upright 8-bit RGB images, or the error of their row."""
+"""Encoded image bytes of untrusted origin become upright 8-bit RGB images, or the error of their
+row.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ PROGRAMS = frozenset({"EPS"})
 JPEG = frozenset({"JPEG", "MPO"})
 #: How a JPEG's picture data begin, and how the file ends.
 SCAN, END = b"\xff\xda", b"\xff\xd9"
-#: Begins a segment of a JPEG, with its length behind it. Picture data hold none: there, zeros and restarts follow 0xff.
+#: Begins a segment of a JPEG, with its length behind it. Picture data hold none: there, zeros and
+#: restarts follow 0xff.
 SEGMENT = re.compile(rb"\xff[\x02-\xcf\xda-\xfe]")
 
 
@@ -31,7 +34,9 @@ SEGMENT = re.compile(rb"\xff[\x02-\xcf\xda-\xfe]")
 def _formats() -> tuple[str, ...]:
     Image.init()
     # One thread, as every other decoder here has; thumbnails and depth maps are not looked at.
-    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+    pillow_heif.register_heif_opener(
+        thumbnails=False, depth_images=False, aux_images=False, decode_threads=1
+    )
     return tuple(sorted(Image.OPEN.keys() - PROGRAMS))
 
 
@@ -70,32 +75,45 @@ def image_size(data: bytes, field: str, settings: ImageSettings) -> tuple[int, i
 def _opened(data: bytes, field: str, settings: ImageSettings) -> Iterator[Image.Image]:
     """The image, not loaded yet; whatever goes wrong with it is its row's error."""
     if len(data) > settings.max_bytes:
-        raise RowError("image_too_large", f"{field} has {len(data):,} bytes, above images.max_bytes {settings.max_bytes:,}")
+        raise RowError(
+            "image_too_large",
+            f"{field} has {len(data):,} bytes, above images.max_bytes {settings.max_bytes:,}",
+        )
     try:
         with warnings.catch_warnings():
             # Decoders warn about what they tolerate, once for every such row.
             warnings.simplefilter("ignore")
-            # Pillow's own limit, an error from twice that on, also guards images within files (icons).
+            # Pillow's own limit, an error from twice that on, also guards images within files
+            # (icons).
             Image.MAX_IMAGE_PIXELS = (settings.max_pixels + 1) // 2
-            # Only the first frame is ever touched: counting frames would walk through a file that has no end.
+            # Only the first frame is ever touched: counting frames would walk through a file that
+            # has no end.
             image = Image.open(io.BytesIO(png.essential(data)), formats=_formats())
             if (pixels := image.width * image.height) > settings.max_pixels:
                 raise RowError(
                     "image_too_large",
-                    f"{field} has {image.width} x {image.height} = {pixels:,} pixels, above images.max_pixels "
+                    f"{field} has {image.width} x {image.height} = {pixels:,} pixels, above "
+                    "images.max_pixels "
                     f"{settings.max_pixels:,}",
                 )
             yield image
     except RowError:
         raise
     except Image.DecompressionBombError as error:
-        raise RowError("image_too_large", f"{field}: {error}; the limit is images.max_pixels") from error
+        raise RowError(
+            "image_too_large", f"{field}: {error}; the limit is images.max_pixels"
+        ) from error
     except UnidentifiedImageError as error:  # its own text names the buffer's address
         cause = _why_unidentified(png.essential(data)) or "of no format that is read"
-        raise RowError("image_decode", f"{field} ({len(data):,} bytes) is no readable image ({cause})") from error
-    except Exception as error:  # Pillow's plugins raise OSError, ValueError, SyntaxError, ZeroDivisionError and more
+        raise RowError(
+            "image_decode", f"{field} ({len(data):,} bytes) is no readable image ({cause})"
+        ) from error
+    except Exception as error:
+        # Pillow's plugins raise OSError, ValueError, SyntaxError, ZeroDivisionError and more.
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RowError("image_decode", f"{field} ({len(data):,} bytes) is no readable image ({cause})") from error
+        raise RowError(
+            "image_decode", f"{field} ({len(data):,} bytes) is no readable image ({cause})"
+        ) from error
 
 
 def _loaded(image: Image.Image, data: bytes, settings: ImageSettings) -> Image.Image:
@@ -103,23 +121,31 @@ def _loaded(image: Image.Image, data: bytes, settings: ImageSettings) -> Image.I
     try:
         image.load()
     except OSError as error:
-        sound = _whole_segments(data) if image.format in JPEG and "truncated" in str(error) else None
+        sound = (
+            _whole_segments(data) if image.format in JPEG and "truncated" in str(error) else None
+        )
         if sound is None:
             raise
         if settings.truncated == "error":
-            raise OSError(f"{error}; images.truncated: accept takes what there is of a JPEG") from error
-        # With an end, the decoder fills up what is missing. Pillow's LOAD_TRUNCATED_IMAGES does the same, for all threads.
+            raise OSError(
+                f"{error}; images.truncated: accept takes what there is of a JPEG"
+            ) from error
+        # With an end, the decoder fills up what is missing. Pillow's LOAD_TRUNCATED_IMAGES does the
+        # same, for all threads.
         image = Image.open(io.BytesIO(sound + END), formats=_formats())
         image.load()
     return image
 
 
-#: Bytes from a JPEG's first scan on, of which some ten are its header: with no more there is nothing to see.
+#: Bytes from a JPEG's first scan on, of which some ten are its header: with no more there is
+#: nothing to see.
 LEAST_SCAN = 64
 
 
 def _whole_segments(data: bytes) -> bytes | None:
-    """A JPEG without the segment that it was cut in, should that be none of picture data; None where it has but headers."""
+    """A JPEG without the segment that it was cut in, should that be none of picture data; None
+    where it has but headers.
+    """
     at, scan = 0, len(data)
     while found := SEGMENT.search(data, at):
         at = found.start()
@@ -135,7 +161,9 @@ def _whole_segments(data: bytes) -> bytes | None:
 
 
 def _why_unidentified(data: bytes) -> str | None:
-    """What the reader of a file's format says against it; None where no format knows its beginning."""
+    """What the reader of a file's format says against it; None where no format knows its
+    beginning.
+    """
     for name in _formats():
         factory, accepts = Image.OPEN[name]
         known = False
@@ -160,8 +188,8 @@ def _turn_upright(image: Image.Image) -> None:
 def to_rgb(image: Image.Image, settings: ImageSettings) -> Image.Image:
     """An image of any mode as RGB.
 
-    Transparent pixels show `images.background`. More than 8 bits are scaled to 8 (`images.deep_pixels: clip` cuts them off
-    at 255, as Pillow's own conversion does).
+    Transparent pixels show `images.background`. More than 8 bits are scaled to 8
+    (`images.deep_pixels: clip` cuts them off at 255, as Pillow's own conversion does).
     """
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
@@ -171,7 +199,9 @@ def to_rgb(image: Image.Image, settings: ImageSettings) -> Image.Image:
     if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         layer = (image.convert("LA") if mode == "La" else image).convert("RGBA")
         below = Image.new("RGB", image.size, ImageColor.getrgb(settings.background)[:3])
-        below.paste(layer, mask=layer.getchannel("A"))  # as qwen-vl-utils does for RGBA, to the last bit
+        below.paste(
+            layer, mask=layer.getchannel("A")
+        )  # as qwen-vl-utils does for RGBA, to the last bit
         return below
     return image.convert("RGB")
 
@@ -179,8 +209,9 @@ def to_rgb(image: Image.Image, settings: ImageSettings) -> Image.Image:
 def _shallow(values: np.ndarray, *, scale: bool) -> Image.Image:
     """Grey values of 16 or 32 bits as 8 bits.
 
-    The range of 16-bit files is theirs; 32-bit integers and floats do not say theirs, so the narrowest usual one that holds
-    the largest value is taken: 1 (floats), 255, 65,535, else that value itself.
+    The range of 16-bit files is theirs; 32-bit integers and floats do not say theirs, so the
+    narrowest usual one that holds the largest value is taken: 1 (floats), 255, 65,535, else that
+    value itself.
     """
     grey = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if scale:

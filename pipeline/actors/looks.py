@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: What actors count their busy milliseconds by, each as `{stage}_ms`; in the order that a row passes them.
+#: What actors count their busy milliseconds by, each as `{stage}_ms`; in the order that a row
+#: passes them.
 STAGES = ("prepare", "encode", "admit", "step", "commit")
 
 
@@ -31,7 +32,9 @@ class Look:
 
 
 def queues(counts: Counter[str], gauges: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
-    """Rows between stages: prepared and not yet answered (those in replicas included), answered and not committed."""
+    """Rows between stages: prepared and not yet answered (those in replicas included), answered and
+    not committed.
+    """
     return {
         "prepared": max(0, counts["prepared"] - counts["rows"]),
         "waiting": int(sum(own.get("waiting", 0) for own in gauges.values())),

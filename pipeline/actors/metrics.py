@@ -1,4 +1,6 @@
-"""A job's counters as Ray metrics, which Ray exports to Prometheus; docs/monitoring.md lists them."""
+"""A job's counters as Ray metrics, which Ray exports to Prometheus; docs/monitoring.md lists
+them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ from pipeline.actors.looks import STAGES, Look, queues
 COUNTERS = {
     "awaker_rows_total": ("Rows answered, by status.", "status"),
     "awaker_flagged_rows_total": ("Answers that carry a flag.", None),
-    "awaker_tokens_total": ("Tokens of answered rows: of prompts (visual ones included), visual, new.", "kind"),
+    "awaker_tokens_total": (
+        "Tokens of answered rows: of prompts (visual ones included), visual, new.",
+        "kind",
+    ),
     "awaker_images_total": ("Images of answered rows.", None),
     "awaker_stage_seconds_total": ("Seconds that the actors of a stage were busy.", "stage"),
     "awaker_cache_hits_total": ("Images and answers that were not computed again.", "cache"),
@@ -22,11 +27,17 @@ COUNTERS = {
 GAUGES = {
     "awaker_queue_rows": ("Rows between two stages.", "queue"),
     "awaker_batch_requests": ("Requests that run in a replica.", "replica"),
-    "awaker_kv_cache_used_ratio": ("Share of a replica's key/value cache that requests hold.", "replica"),
+    "awaker_kv_cache_used_ratio": (
+        "Share of a replica's key/value cache that requests hold.",
+        "replica",
+    ),
     "awaker_replica_memory_bytes": ("Memory of a replica's process.", "replica"),
     "awaker_replica_gpu_memory_bytes": ("Memory taken on a replica's GPU.", "replica"),
     "awaker_replica_gpu_use_ratio": ("Share of time in which a replica's GPU computed.", "replica"),
-    "awaker_route_agreement_ratio": ("Share of (request, gate) pairs on their group's commonest expert.", "phase"),
+    "awaker_route_agreement_ratio": (
+        "Share of (request, gate) pairs on their group's commonest expert.",
+        "phase",
+    ),
 }
 
 
@@ -43,7 +54,10 @@ def counters(look: Look) -> dict[tuple[str, str | None], float]:
         ("awaker_cache_hits_total", "images"): engines["images_reused"],
         ("awaker_cache_hits_total", "answers"): engines["answers_reused"],
     }
-    told |= {("awaker_tokens_total", kind): counts[f"{kind}_tokens"] for kind in ("prompt", "visual", "new")}
+    told |= {
+        ("awaker_tokens_total", kind): counts[f"{kind}_tokens"]
+        for kind in ("prompt", "visual", "new")
+    }
     both = counts + engines
     told |= {("awaker_stage_seconds_total", stage): both[f"{stage}_ms"] / 1000 for stage in STAGES}
     return told
@@ -58,7 +72,11 @@ def gauges(look: Look) -> dict[tuple[str, str | None], float]:
         if "running" in own:
             told["awaker_batch_requests", replica] = own["running"]
             told["awaker_kv_cache_used_ratio", replica] = own["cache_tokens"] / own["cache_size"]
-        told |= {(f"awaker_replica_{key}_bytes", replica): own[key] for key in ("memory", "gpu_memory") if key in own}
+        told |= {
+            (f"awaker_replica_{key}_bytes", replica): own[key]
+            for key in ("memory", "gpu_memory")
+            if key in own
+        }
         if "gpu_use" in own:
             told["awaker_replica_gpu_use_ratio", replica] = own["gpu_use"]
     for phase in ("prefill", "decode"):
@@ -74,7 +92,10 @@ class Metrics:
         from ray.util.metrics import Counter, Gauge
 
         def made(kind: Any, described: Mapping[str, tuple[str, str | None]]) -> dict[str, Any]:
-            return {name: kind(name, text, (label,) if label else ()) for name, (text, label) in described.items()}
+            return {
+                name: kind(name, text, (label,) if label else ())
+                for name, (text, label) in described.items()
+            }
 
         self._counters, self._gauges = made(Counter, COUNTERS), made(Gauge, GAUGES)
         self._told: dict[tuple[str, str | None], float] = {}

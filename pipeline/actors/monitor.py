@@ -1,4 +1,5 @@
-"""The one actor beside the work: it counts for the display, and remembers what was in hand when a process dies.
+"""The one actor beside the work: it counts for the display, and remembers what was in hand when a
+process dies.
 
 One and not three, since every process of a job costs seconds to start.
 """
@@ -25,7 +26,8 @@ TELL_SECONDS = 1.0
 class Monitor:
     """Totals of a running job, and the witness of each stage.
 
-    The totals are not the truth of the output (a block that Ray runs twice counts twice) but the display's.
+    The totals are not the truth of the output (a block that Ray runs twice counts twice) but the
+    display's.
 
     Args:
         replicas: how many live at a time; one that starts beyond them takes a lost one's place.
@@ -46,17 +48,28 @@ class Monitor:
     def started(self, replica: str, node: str, device: str) -> None:
         """A replica has loaded its model."""
         if len(self._engines) >= self._replicas:
-            self._events.append(("replica_lost", {"lost_so_far": len(self._engines) - self._replicas + 1}))
+            self._events.append(
+                ("replica_lost", {"lost_so_far": len(self._engines) - self._replicas + 1})
+            )
         self._engines[replica] = Counter()
-        self._events.append(("replica_started", {"replica": replica, "node": node, "device": device}))
+        self._events.append(
+            ("replica_started", {"replica": replica, "node": node, "device": device})
+        )
 
     def report(
-        self, replica: str, counts: Mapping[str, int], engine: Counter[str], gauges: Mapping[str, float] | None = None
+        self,
+        replica: str,
+        counts: Mapping[str, int],
+        engine: Counter[str],
+        gauges: Mapping[str, float] | None = None,
     ) -> None:
-        """Add a block's counts, and replace what a replica's engine says of itself; its counters only grow."""
+        """Add a block's counts, and replace what a replica's engine says of itself; its counters
+        only grow.
+        """
         self._counts.update(counts)
         self._engines[replica] = engine
-        # Those of a replica that was lost go when the next one tells: as many as may live are shown.
+        # Those of a replica that was lost go when the next one tells: as many as may live are
+        # shown.
         self._gauges.pop(replica, None)
         self._gauges[replica] = gauges or {}
         while len(self._gauges) > self._replicas:
@@ -78,7 +91,9 @@ class Monitor:
         engines: Counter[str] = Counter()
         for counters in self._engines.values():
             engines.update(counters)
-        return Look(self._counts, engines, self._gauges, self._events, self._dropped + len(self._events))
+        return Look(
+            self._counts, engines, self._gauges, self._events, self._dropped + len(self._events)
+        )
 
     def event(self, kind: str, facts: dict[str, Any]) -> None:
         """Note that something happened."""
@@ -87,7 +102,10 @@ class Monitor:
     def look(self, next_event: int = 0) -> Look:
         """What is known; events before `next_event` were read and are forgotten."""
         read = max(0, next_event - self._dropped)
-        self._events, self._dropped = self._events[read:], self._dropped + min(read, len(self._events))
+        self._events, self._dropped = (
+            self._events[read:],
+            self._dropped + min(read, len(self._events)),
+        )
         if self._metrics is not None:
             self._metrics.tell(self._now())
         return self._now()
@@ -96,7 +114,9 @@ class Monitor:
         """`Witness.begin` of a stage."""
         verdict = self._witnesses[stage].begin(block)
         if verdict.died:
-            self._events.append(("worker_lost", {"stage": stage, "shard": block[0], "first_row": block[1]}))
+            self._events.append(
+                ("worker_lost", {"stage": stage, "shard": block[0], "first_row": block[1]})
+            )
         return verdict
 
     def hand(self, stage: WatchedStage, block: Place, rows: Sequence[Place]) -> None:

@@ -1,4 +1,6 @@
-"""The pictures of a row, within its budget: known by their headers, decoded one at a time, kept as they are resized."""
+"""The pictures of a row, within its budget: known by their headers, decoded one at a time, kept as
+they are resized.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ class EncodedPicture:
     """A `Picture` whose file lies in memory.
 
     Raises:
-        RowError: `image_too_large` or `image_decode`; what only decoding finds comes out of `resized`.
+        RowError: `image_too_large` or `image_decode`; what only decoding finds comes out of
+            `resized`.
     """
 
     def __init__(self, data: bytes, field: str, decoder: Decoder) -> None:
@@ -52,12 +55,16 @@ class RowPictures:
         if known is None:
             self._bytes += len(data)
             if self._bytes > self._settings.max_row_bytes:
-                raise _too_much("bytes", self._bytes, "images.max_row_bytes", self._settings.max_row_bytes)
+                raise _too_much(
+                    "bytes", self._bytes, "images.max_row_bytes", self._settings.max_row_bytes
+                )
             known = self._known[id(data)] = data, EncodedPicture(data, field, self._decoder)
         picture = known[1]
         self._pixels += picture.size[0] * picture.size[1]
         if self._pixels > self._settings.max_row_pixels:
-            raise _too_much("pixels", self._pixels, "images.max_row_pixels", self._settings.max_row_pixels)
+            raise _too_much(
+                "pixels", self._pixels, "images.max_row_pixels", self._settings.max_row_pixels
+            )
         return picture
 
     def check_number(self, images: int) -> None:
@@ -71,5 +78,9 @@ class RowPictures:
 
 
 def _too_much(what: str, found: int, setting: str, most: int) -> RowError:
-    told = f"the row has {found:,} images" if what == "images" else f"the row's images have {found:,} {what} or more"
+    told = (
+        f"the row has {found:,} images"
+        if what == "images"
+        else f"the row's images have {found:,} {what} or more"
+    )
     return RowError("image_too_large", f"{told}, above {setting} {most:,}")

@@ -1,8 +1,9 @@
-"""What of a PNG file its pixels need: other chunks are passed over, so that whatever is wrong with them costs nothing.
+"""What of a PNG file its pixels need: other chunks are passed over, so that whatever is wrong with
+them costs nothing.
 
-The PNG specification (section 5.4) calls chunks whose name begins with a small letter ancillary: a decoder that does not
-know one, or finds it damaged, goes on without it. Pillow refuses a file for a wrong checksum in its timestamp, and for
-texts and colour profiles above 1 MB.
+The PNG specification (section 5.4) calls chunks whose name begins with a small letter ancillary: a
+decoder that does not know one, or finds it damaged, goes on without it. Pillow refuses a file for a
+wrong checksum in its timestamp, and for texts and colour profiles above 1 MB.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ import zlib
 from collections.abc import Iterator
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-#: Ancillary chunks that change what is seen: transparency and orientation, which texts may hold, too.
+#: Ancillary chunks that change what is seen: transparency and orientation, which texts may hold,
+#: too.
 TRANSPARENCY, EXIF = b"tRNS", b"eXIf"
-TEXTS = {b"tEXt": b"Raw profile type exif\0", b"zTXt": b"Raw profile type exif\0", b"iTXt": b"XML:com.adobe.xmp\0"}
+TEXTS = {
+    b"tEXt": b"Raw profile type exif\0",
+    b"zTXt": b"Raw profile type exif\0",
+    b"iTXt": b"XML:com.adobe.xmp\0",
+}
 #: Most bytes of a text; orientation takes some hundred.
 MOST_TEXT = 1 << 20
 #: Bytes of transparency by colour type (grey, RGB); of a palette any number.

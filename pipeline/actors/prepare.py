@@ -51,7 +51,8 @@ class Preparer:
         settings: the job's settings.
         columns: the input columns in use.
         require_images: a row without an image is an error.
-        monitor: the `Monitor` actor's handle; None where nothing but this process would notice its death.
+        monitor: the `Monitor` actor's handle; None where nothing but this process would notice its
+            death.
         image_root: folder that rows' paths lie in.
 
     Attributes:
@@ -71,12 +72,17 @@ class Preparer:
         # Several of these share a machine; torch's own threads would only get in each other's way.
         torch.set_num_threads(1)
         self.processor = PromptProcessor.from_settings(
-            settings.model.base, settings.model.min_pixels, settings.model.max_pixels, settings.input.control_tokens
+            settings.model.base,
+            settings.model.min_pixels,
+            settings.model.max_pixels,
+            settings.input.control_tokens,
         )
         self._columns = columns
         self._image_settings = settings.images
         self._most_new_tokens = settings.generation.max_new_tokens
-        self._ahead = Ahead(image_root, settings.fetch, settings.images.max_bytes, settings.input.path)
+        self._ahead = Ahead(
+            image_root, settings.fetch, settings.images.max_bytes, settings.input.path
+        )
         self._decoder = Decoder(settings.images)
         self._pictures = RowPictures(settings.images, self._decoder)
         self._last: tuple[pa.Scalar, pa.Scalar, list[EncodedPicture]] | None = None
@@ -88,7 +94,9 @@ class Preparer:
         self._monitor = monitor
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Yield tables of `PREPARED_SCHEMA` plus the extra columns: each input row once, in order."""
+        """Yield tables of `PREPARED_SCHEMA` plus the extra columns: each input row once, in
+        order.
+        """
         extras = carried(table)
         ready: list[PreparedRow] = []
         size = start = 0
@@ -96,8 +104,9 @@ class Preparer:
         columns = [table[name] for name in (ID, IMAGES, REFERENCES, PROMPT, MESSAGES, SETTINGS)]
         unread = table[ERROR].to_pylist()
         with self._watched(table) as (watch, died_before):
-            # Images are on their way while earlier rows are decoded. Not where a process died of this block: the row in
-            # hand is blamed for the next death, and must be the one whose image is fetched.
+            # Images are on their way while earlier rows are decoded. Not where a process died of
+            # this block: the row in hand is blamed for the next death, and must be the one whose
+            # image is fetched.
             self._ahead.begin(_named(table, self._image_settings.max_images), ahead=not died_before)
             for index in range(len(table)):
                 died = watch(index)
@@ -116,14 +125,16 @@ class Preparer:
             self._last = None
         if self._monitor is not None:
             more = self._ahead.retries - retries
-            self._monitor.count.remote({"prepared": len(table), "prepare_ms": round(1000 * seconds), "fetch_retries": more})
+            self._monitor.count.remote(
+                {"prepared": len(table), "prepare_ms": round(1000 * seconds), "fetch_retries": more}
+            )
 
     @contextlib.contextmanager
     def _watched(self, table: pa.Table) -> Iterator[tuple[Callable[[int], RowError | None], bool]]:
         """Tell the monitor of a block.
 
-        What this yields is to be asked before each row whether it is to be given up; beside it, whether a process died of
-        the block before.
+        What this yields is to be asked before each row whether it is to be given up; beside it,
+        whether a process died of the block before.
         """
         if self._monitor is None or not len(table):
             yield lambda index: None, False
@@ -135,7 +146,9 @@ class Preparer:
 
         def watch(index: int) -> RowError | None:
             if own[index] in known.given_up:
-                return RowError("worker_died", f"the process that prepared this row died, {TRIES} times")
+                return RowError(
+                    "worker_died", f"the process that prepared this row died, {TRIES} times"
+                )
             if known.died:
                 ray.get(self._monitor.hand.remote("prepare", own[0], [own[index]]))
             return None
@@ -157,18 +170,26 @@ class Preparer:
             self._pictures = RowPictures(self._image_settings, self._decoder)
             sampling = row_settings(settings.as_py(), self._most_new_tokens)
             if self._columns.messages is None:
-                asked = _text(prompt, self._asked_field)  # before the images: an error row shows its prompt
+                asked = _text(
+                    prompt, self._asked_field
+                )  # before the images: an error row shows its prompt
             decoded = self._decoded_once(images, references)
             if self._columns.messages is None:
                 conversation = from_prompt(asked, decoded, self._asked_field)
             else:
                 conversation, asked = from_messages(
-                    _text(messages, self._asked_field), decoded, self._asked_field, self._decode, self._ahead.get
+                    _text(messages, self._asked_field),
+                    decoded,
+                    self._asked_field,
+                    self._decode,
+                    self._ahead.get,
                 )
             prepared = self.processor.prepare(conversation)
             if self._require_images and not prepared.images:
                 raise RowError("image_missing", f"{self._images_field} holds no image to caption")
-            return PreparedRow(row_id, asked, None, prepared.input_ids, prepared.span, prepared.images, sampling)
+            return PreparedRow(
+                row_id, asked, None, prepared.input_ids, prepared.span, prepared.images, sampling
+            )
         except RowError as error:
             return PreparedRow(row_id, asked, str(error))
         except Exception as error:  # an exception here would end the job, for the sake of one row
@@ -179,8 +200,12 @@ class Preparer:
         return self._pictures.picture(data, field)
 
     def _decoded_once(self, images: pa.Scalar, references: pa.Scalar) -> list[EncodedPicture]:
-        """The row's images; those of the row before, where it has the same (several prompts are asked of each row)."""
-        if self._last is None or not (images.equals(self._last[0]) and references.equals(self._last[1])):
+        """The row's images; those of the row before, where it has the same (several prompts are
+        asked of each row).
+        """
+        if self._last is None or not (
+            images.equals(self._last[0]) and references.equals(self._last[1])
+        ):
             self._last = None
             self._last = images, references, list(self._decoded(images, references))
         return self._last[2]
@@ -191,8 +216,14 @@ class Preparer:
                 raise RowError("image_missing", f"{self._images_field} is null or has no bytes")
             return
         self._pictures.check_number(len(images.values))
-        for number, (image, reference) in enumerate(zip(images.values, references.values, strict=True)):
-            field = f"image {number} of {self._images_field}" if self._columns.images else self._images_field
+        for number, (image, reference) in enumerate(
+            zip(images.values, references.values, strict=True)
+        ):
+            field = (
+                f"image {number} of {self._images_field}"
+                if self._columns.images
+                else self._images_field
+            )
             if image.is_valid:
                 yield self._decode(image.as_buffer().to_pybytes(), field)
             elif name := _text(reference, field, "image_missing"):
@@ -202,7 +233,9 @@ class Preparer:
 
 
 def _named(table: pa.Table, most: int) -> list[list[str]]:
-    """The paths and URLs that each row of a table names; none of a row that names more than it may."""
+    """The paths and URLs that each row of a table names; none of a row that names more than it
+    may.
+    """
     found = []
     for references, messages in zip(table[REFERENCES], table[MESSAGES], strict=True):
         own: list[str] = []
@@ -216,5 +249,7 @@ def _named(table: pa.Table, most: int) -> list[list[str]]:
 def _text(value: pa.Scalar, field: str, code: RowErrorCode = "prompt_invalid") -> str | None:
     try:
         return value.as_py()
-    except UnicodeDecodeError as error:  # Parquet files of other writers may call any bytes a string
+    except (
+        UnicodeDecodeError
+    ) as error:  # Parquet files of other writers may call any bytes a string
         raise RowError(code, f"{field} is no valid UTF-8 ({error})") from error

@@ -21,7 +21,15 @@ import torch
 from pipeline.actors.row_settings import job_sampling
 from pipeline.actors.samples import SAMPLE_SCHEMA, RowSampler, as_jpeg
 from pipeline.actors.witness import TRIES, Verdict
-from pipeline.engine import Answer, Engine, EngineOptions, GenerationError, OutOfMemoryError, Request, Sampling
+from pipeline.engine import (
+    Answer,
+    Engine,
+    EngineOptions,
+    GenerationError,
+    OutOfMemoryError,
+    Request,
+    Sampling,
+)
 from pipeline.engine.repetition import ends_in_loop
 from pipeline.errors import RowError, RowErrorCode
 from pipeline.io.output.columns import output_schema
@@ -32,8 +40,8 @@ from pipeline.quality.flags import Flag, Flagger, FlagRules, doubt
 from pipeline.rows import PLACE_SCHEMA, Place, PreparedRow, carried, places, prepared_rows
 from pipeline.settings.job import JobSettings
 
-#: Rows of a suspect block that are answered at a time: few enough that little is left to search, and enough that a node
-#: that merely went away does not cost a replica minutes.
+#: Rows of a suspect block that are answered at a time: few enough that little is left to search,
+#: and enough that a node that merely went away does not cost a replica minutes.
 SUSPECTS = 8
 
 
@@ -46,13 +54,17 @@ class Judged:
     tries: int = 1
 
 
-#: Models up to this width run on one thread of a CPU: handing their small products to others takes longer than computing
-#: them. The demo's, of 192: 93 rows a second on one thread, 48 on two.
+#: Models up to this width run on one thread of a CPU: handing their small products to others takes
+#: longer than computing them. The demo's, of 192: 93 rows a second on one thread, 48 on two.
 NARROW = 256
 
 
-def load_engine(settings: JobSettings, device: torch.device, threads: int | None = None) -> tuple[Engine, Sampling]:
-    """Load checkpoint and tokenizer and start an engine, as a replica does; on a CPU with so many threads at most."""
+def load_engine(
+    settings: JobSettings, device: torch.device, threads: int | None = None
+) -> tuple[Engine, Sampling]:
+    """Load checkpoint and tokenizer and start an engine, as a replica does; on a CPU with so many
+    threads at most.
+    """
     model_settings = settings.model
     checkpoint = open_checkpoint(
         model_settings.base,
@@ -64,14 +76,19 @@ def load_engine(settings: JobSettings, device: torch.device, threads: int | None
         torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else threads)
     processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     dtype = DTYPES[model_settings.dtype]
-    model = load_model(checkpoint, processor.image_processor, dtype, device, prepack=model_settings.prepack)
+    model = load_model(
+        checkpoint, processor.image_processor, dtype, device, prepack=model_settings.prepack
+    )
     sampling = job_sampling(settings.generation, checkpoint.folder)
-    options = EngineOptions(**settings.engine.model_dump(), decode_route=model_settings.decode_route)
+    options = EngineOptions(
+        **settings.engine.model_dump(), decode_route=model_settings.decode_route
+    )
     return Engine(model, processor.tokenizer, processor.special.image_pad, options), sampling
 
 
 class Replica:
-    """Answers tables of `PREPARED_SCHEMA`; Ray calls it for several blocks at once, and the engine mixes their rows.
+    """Answers tables of `PREPARED_SCHEMA`; Ray calls it for several blocks at once, and the engine
+    mixes their rows.
 
     Args:
         settings: the job's settings.
@@ -121,7 +138,9 @@ class Replica:
             monitor.started.remote(self._name, socket.gethostname(), name)
 
     async def __call__(self, table: pa.Table) -> pa.Table:
-        """Answer a block and hand its rows, in the output's schema, to the committer; how many they were."""
+        """Answer a block and hand its rows, in the output's schema, to the committer; how many they
+        were.
+        """
         rows = prepared_rows(table)
         own = places(table)
         results = await self._answer_watched(rows, own)
@@ -129,7 +148,9 @@ class Replica:
             if isinstance(result, BaseException) and not isinstance(result, GenerationError):
                 raise result  # the engine's failure, not the row's: it ends the job
         errors = [
-            str(RowError(_code_of(result), str(result))) if isinstance(result, GenerationError) else result
+            str(RowError(_code_of(result), str(result)))
+            if isinstance(result, GenerationError)
+            else result
             for result in results
         ]
         await self._report(rows, errors)
@@ -153,7 +174,9 @@ class Replica:
         while best.tries <= generation.retries and set(best.flags) & set(generation.retry_flags):
             again = best  # where the other try fails: there is an answer, if a doubtful one
             with contextlib.suppress(GenerationError):
-                again = await self._try(row, sampling.varied(generation.retry_temperature, best.tries))
+                again = await self._try(
+                    row, sampling.varied(generation.retry_temperature, best.tries)
+                )
             better = min(best, again, key=lambda judged: doubt(judged.flags))
             best = replace(better, tries=best.tries + 1)
         return best
@@ -161,33 +184,53 @@ class Replica:
     async def _try(self, row: PreparedRow, sampling: Sampling) -> Judged:
         assert row.input_ids is not None
         assert row.span is not None
-        answer = await asyncio.wrap_future(self._engine.submit(Request(row.input_ids, row.span, row.images, sampling)))
+        answer = await asyncio.wrap_future(
+            self._engine.submit(Request(row.input_ids, row.span, row.images, sampling))
+        )
         truncated = answer.finish_reason == "length"
         looping = answer.finish_reason == "repetition" or ends_in_loop(answer.token_ids)
-        return Judged(answer, self._flagger.flags(row.prompt, answer.text, truncated=truncated, looping=looping))
+        return Judged(
+            answer,
+            self._flagger.flags(row.prompt, answer.text, truncated=truncated, looping=looping),
+        )
 
     async def _answer_watched(self, rows: Sequence[PreparedRow], own: Sequence[Place]) -> list[Any]:
-        """The same, and the monitor knows of it; whoever calls this tells it once the block is over."""
+        """The same, and the monitor knows of it; whoever calls this tells it once the block is
+        over.
+        """
         known: Verdict = await self._monitor.begin.remote("answer", own[0])
-        return await (self._answer_carefully(rows, own, known) if known.died else self._answer(rows))
+        return await (
+            self._answer_carefully(rows, own, known) if known.died else self._answer(rows)
+        )
 
-    async def _answer_carefully(self, rows: Sequence[PreparedRow], own: Sequence[Place], known: Verdict) -> list[Any]:
-        """The same, for a block that was in hand when a replica died: some rows at a time, so that the one is found.
+    async def _answer_carefully(
+        self, rows: Sequence[PreparedRow], own: Sequence[Place], known: Verdict
+    ) -> list[Any]:
+        """The same, for a block that was in hand when a replica died: some rows at a time, so that
+        the one is found.
 
-        Blocks that are in no suspicion go on beside it; of those that are, one is worked on at a time.
+        Blocks that are in no suspicion go on beside it; of those that are, one is worked on at a
+        time.
         """
         results: list[Any] = [None] * len(rows)
         open_ = [index for index, place in enumerate(own) if place not in known.given_up]
         for index in set(range(len(rows))) - set(open_):
-            results[index] = str(RowError("worker_died", f"the replica that answered this row died, {TRIES} times"))
+            results[index] = str(
+                RowError("worker_died", f"the replica that answered this row died, {TRIES} times")
+            )
         cleared = [index for index in open_ if known.suspects and own[index] not in known.suspects]
         rest = [index for index in open_ if index not in cleared]
         at_once = 1 if known.suspects else SUSPECTS
-        groups = [cleared, *(rest[start : start + at_once] for start in range(0, len(rest), at_once))]
+        groups = [
+            cleared,
+            *(rest[start : start + at_once] for start in range(0, len(rest), at_once)),
+        ]
         for group in filter(None, groups):
             async with self._alone:
                 await self._monitor.hand.remote("answer", own[0], [own[index] for index in group])
-                for index, result in zip(group, await self._answer([rows[index] for index in group]), strict=True):
+                for index, result in zip(
+                    group, await self._answer([rows[index] for index in group]), strict=True
+                ):
                     results[index] = result
                 await self._monitor.hand.remote("answer", own[0], [])
         return results
@@ -208,26 +251,39 @@ class Replica:
         gauges = {**self._engine.gauges(), **process_gauges(self._device)}
         await self._monitor.report.remote(self._name, counts, self._engine.counts(), gauges)
 
-    def _samples(self, rows: list[PreparedRow], own: list[Place], results: list[Any], extras: pa.Table) -> pa.Table | None:
-        """The rows to keep with their pictures, if any: all columns of the output, routes whether it has them or not."""
+    def _samples(
+        self, rows: list[PreparedRow], own: list[Place], results: list[Any], extras: pa.Table
+    ) -> pa.Table | None:
+        """The rows to keep with their pictures, if any: all columns of the output, routes whether
+        it has them or not.
+        """
         kept: dict[int, str] = {}
         for index, (place, result) in enumerate(zip(own, results, strict=True)):
             judged = isinstance(result, Judged)
-            why = self._sampler.why(place, None if judged else result, result.flags if judged else [])
+            why = self._sampler.why(
+                place, None if judged else result, result.flags if judged else []
+            )
             if why is not None:
                 kept[index] = why
         if not kept:
             return None
         chosen = [rows[index] for index in kept]
-        table = self._output(chosen, [results[index] for index in kept], extras.take(list(kept)), self._sample_schema)
+        table = self._output(
+            chosen, [results[index] for index in kept], extras.take(list(kept)), self._sample_schema
+        )
         pictures = [[as_jpeg(image) for image in row.images] for row in chosen]
         for field, values in zip(SAMPLE_SCHEMA, (list(kept.values()), pictures), strict=True):
             table = table.append_column(field, pa.array(values, field.type))
         return table
 
-    def _output(self, rows: list[PreparedRow], results: list[Any], extras: pa.Table, schema: pa.Schema) -> pa.Table:
+    def _output(
+        self, rows: list[PreparedRow], results: list[Any], extras: pa.Table, schema: pa.Schema
+    ) -> pa.Table:
         def column(value_of: Any) -> list[Any]:
-            return [value_of(result.answer) if isinstance(result, Judged) else None for result in results]
+            return [
+                value_of(result.answer) if isinstance(result, Judged) else None
+                for result in results
+            ]
 
         is_error = [not isinstance(result, Judged) for result in results]
         columns: dict[str, Any] = {
@@ -235,7 +291,9 @@ class Replica:
             "prompt": [row.prompt for row in rows],
             "text": column(lambda a: a.text),
             "status": ["error" if bad else "ok" for bad in is_error],
-            "error": [result if bad else None for result, bad in zip(results, is_error, strict=True)],
+            "error": [
+                result if bad else None for result, bad in zip(results, is_error, strict=True)
+            ],
             "finish_reason": column(lambda a: a.finish_reason),
             "prompt_tokens": column(lambda a: a.prompt_tokens),
             "visual_tokens": column(lambda a: a.visual_tokens),
@@ -246,20 +304,30 @@ class Replica:
             columns["token_ids"] = column(lambda a: a.token_ids)
         if "prefill_route" in schema.names:
             for phase in ("prefill", "decode"):
-                columns[f"{phase}_route"] = column(lambda a, p=phase: _top_experts(getattr(a, f"{p}_gates")))
-                columns[f"{phase}_gate"] = column(lambda a, p=phase: _top_values(getattr(a, f"{p}_gates")))
+                columns[f"{phase}_route"] = column(
+                    lambda a, p=phase: _top_experts(getattr(a, f"{p}_gates"))
+                )
+                columns[f"{phase}_gate"] = column(
+                    lambda a, p=phase: _top_values(getattr(a, f"{p}_gates"))
+                )
         own = {name: pa.array(values, schema.field(name).type) for name, values in columns.items()}
-        return pa.table({**own, **{name: extras[name] for name in extras.column_names}}, schema=schema)
+        return pa.table(
+            {**own, **{name: extras[name] for name in extras.column_names}}, schema=schema
+        )
 
 
 def process_gauges(device: torch.device) -> dict[str, float]:
-    """Bytes that this process takes; of its GPU the bytes taken by anybody, and the share of time in which it computed."""
+    """Bytes that this process takes; of its GPU the bytes taken by anybody, and the share of time
+    in which it computed.
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
     told = {"memory": float(pages * os.sysconf("SC_PAGE_SIZE"))}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         told |= {"gpu_memory": float(total - free), "gpu_memory_total": float(total)}
-        with contextlib.suppress(Exception):  # not every driver tells, nor any part of a divided GPU
+        with contextlib.suppress(
+            Exception
+        ):  # not every driver tells, nor any part of a divided GPU
             told["gpu_use"] = torch.cuda.utilization(device) / 100
     return told
 

@@ -1,4 +1,6 @@
-"""How rows are sampled: what the job says, and what a line of an OpenAI batch says for its row alone."""
+"""How rows are sampled: what the job says, and what a line of an OpenAI batch says for its row
+alone.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.errors import CheckpointError, RowError
 from pipeline.redact import cause_of
-from pipeline.settings.job import GenerationSettings, NewTokens, Penalty, Seed, StopString, Temperature, TopK
+from pipeline.settings.job import (
+    GenerationSettings,
+    NewTokens,
+    Penalty,
+    Seed,
+    StopString,
+    Temperature,
+    TopK,
+)
 
 if TYPE_CHECKING:
     from pipeline.engine import Sampling
@@ -19,7 +29,8 @@ if TYPE_CHECKING:
 #: Most stop strings of a row; OpenAI allows four.
 MOST_STOPS = 16
 
-#: Keys that are followed: OpenAI's, and those that vLLM adds to them. Their name in `generation`, and what they may be.
+#: Keys that are followed: OpenAI's, and those that vLLM adds to them. Their name in `generation`,
+#: and what they may be.
 _FOLLOWED: dict[str, tuple[str, TypeAdapter[Any]]] = {
     "max_tokens": ("max_new_tokens", TypeAdapter(NewTokens)),
     "max_completion_tokens": ("max_new_tokens", TypeAdapter(NewTokens)),
@@ -31,7 +42,8 @@ _FOLLOWED: dict[str, tuple[str, TypeAdapter[Any]]] = {
     "seed": ("seed", TypeAdapter(Seed)),
 }
 
-#: Keys that are not followed, with the value that asks for nothing; with any other the answer would be to another request.
+#: Keys that are not followed, with the value that asks for nothing; with any other the answer would
+#: be to another request.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -50,12 +62,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 #: Keys that no answer depends on.
-_APART = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "stream"}
+_APART = {
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "stream",
+}
 _APART |= {"stream_options", "user"}
 
 
 def job_sampling(generation: GenerationSettings, folder: Path) -> Sampling:
-    """How a job samples: its settings over the checkpoint's generation_config.json, if there is one in its folder."""
+    """How a job samples: its settings over the checkpoint's generation_config.json, if there is one
+    in its folder.
+    """
     from dataclasses import fields
 
     from transformers import GenerationConfig
@@ -75,9 +97,13 @@ def job_sampling(generation: GenerationSettings, folder: Path) -> Sampling:
 
 
 def _check_sampling(found: Sampling) -> None:
-    """Raise ValueError where a checkpoint says what nothing could sample by; transformers takes it as it stands."""
+    """Raise ValueError where a checkpoint says what nothing could sample by; transformers takes it
+    as it stands.
+    """
     odd: list[object] = [
-        n for n in (found.max_new_tokens, found.top_k, *found.eos_token_ids) if type(n) is not int or n < 0
+        n
+        for n in (found.max_new_tokens, found.top_k, *found.eos_token_ids)
+        if type(n) is not int or n < 0
     ]
     odd += [x for x in (found.top_p, found.repetition_penalty) if not 0 < x < math.inf]
     odd += [found.temperature] if not 0 <= found.temperature < math.inf else []
@@ -92,8 +118,10 @@ def rules_for_rows(generation: GenerationSettings, folder: Path) -> str:
     if generation.max_new_tokens is not None:
         told += f", at most {generation.max_new_tokens:,} new tokens (generation.max_new_tokens)"
     if generation.top_k is None and job_sampling(generation, folder).top_k == 1:
-        told += "; the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 (and top_p=1) draws as OpenAI's "
-        told += "API does"
+        told += (
+            "; the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 (and "
+            "top_p=1) draws as OpenAI's API does"
+        )
     return told
 
 
@@ -113,18 +141,29 @@ def row_settings(told: str | None, most_new_tokens: int | None) -> dict[str, Any
             continue
         if key in _FOLLOWED:
             name, kind = _FOLLOWED[key]
-            value = _checked(key, [value] if key == "stop" and isinstance(value, str) else value, kind)
+            value = _checked(
+                key, [value] if key == "stop" and isinstance(value, str) else value, kind
+            )
             if found.setdefault(name, value) != value:
                 raise RowError(
-                    "row_malformed", "body.max_tokens and body.max_completion_tokens differ, expected one of them"
+                    "row_malformed",
+                    "body.max_tokens and body.max_completion_tokens differ, expected one of them",
                 )
         elif key not in _NEUTRAL:
             raise RowError(
-                "row_malformed", f"body has the key {_short(key)}, which is not followed; remove it, or set it to null"
+                "row_malformed",
+                f"body has the key {_short(key)}, which is not followed; remove it, or set it to "
+                "null",
             )
-        elif not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in _NEUTRAL[key]):
+        elif not any(
+            value == one and isinstance(value, bool) == isinstance(one, bool)
+            for one in _NEUTRAL[key]
+        ):
             expected = " or ".join(json.dumps(one) for one in _NEUTRAL[key])
-            raise RowError("row_malformed", f"body.{key} is {_short(value)}, which is not followed; expected {expected}")
+            raise RowError(
+                "row_malformed",
+                f"body.{key} is {_short(value)}, which is not followed; expected {expected}",
+            )
     if most_new_tokens is not None and "max_new_tokens" in found:
         found["max_new_tokens"] = min(found["max_new_tokens"], most_new_tokens)
     return found
@@ -135,7 +174,9 @@ def _checked(key: str, value: Any, kind: TypeAdapter[Any]) -> Any:
         return kind.validate_python(value, strict=True)
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise RowError("row_malformed", f"body.{key} is {_short(value)}: {message[0].lower()}{message[1:]}") from error
+        raise RowError(
+            "row_malformed", f"body.{key} is {_short(value)}: {message[0].lower()}{message[1:]}"
+        ) from error
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,8 @@
-"""Which answered rows are kept together with their pictures, for people to look at: `_run/samples/`, shown by the report.
+"""Which answered rows are kept together with their pictures, for people to look at:
+`_run/samples/`, shown by the report.
 
-Kept while they are answered: reading single pictures out of Parquet later would read whole row groups, and pictures
-behind URLs may be gone.
+Kept while they are answered: reading single pictures out of Parquet later would read whole row
+groups, and pictures behind URLs may be gone.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from PIL import Image
 
 from pipeline.rows import Place
 
-#: What a sample file has beside the output's columns: why the row was kept, and its pictures as JPEG.
-SAMPLE_SCHEMA = pa.schema([pa.field("sample", pa.string()), pa.field("pictures", pa.list_(pa.binary()))])
+#: What a sample file has beside the output's columns: why the row was kept, and its pictures as
+#: JPEG.
+SAMPLE_SCHEMA = pa.schema(
+    [pa.field("sample", pa.string()), pa.field("pictures", pa.list_(pa.binary()))]
+)
 
 #: The draw of the random rows.
 SEED = 0
@@ -47,7 +51,9 @@ class RowSampler:
         self._kept: Counter[str] = Counter()
 
     def why(self, place: Place, error: str | None, flags: Sequence[str]) -> Why | None:
-        """Why a row is kept; None if it is not. `random` rows are the same whoever answers them, and whenever."""
+        """Why a row is kept; None if it is not. `random` rows are the same whoever answers them,
+        and whenever.
+        """
         if not self._wanted:
             return None
         if _draw(place) < self._share:

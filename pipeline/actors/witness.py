@@ -17,7 +17,8 @@ class Verdict:
     """What is known of a block when work on it begins.
 
     Attributes:
-        died: it was in hand when a process died, so its rows are to be told before they are worked on.
+        died: it was in hand when a process died, so its rows are to be told before they are worked
+            on.
         suspects: where that was narrowed down: the rows that remain, to be worked on one at a time.
         given_up: rows not to be worked on any more; of any block.
     """
@@ -30,11 +31,12 @@ class Verdict:
 class Witness:
     """Finds rows that take their process down.
 
-    Ray runs the block of a dead process again, without end. So whoever works on a block says so here before and after. A
-    block that comes again without having ended took a process down: from then on its rows are told, one by one or some at
-    a time, before they are worked on; those in hand at the next death are the suspects; and a row that was in hand alone at
-    `TRIES` deaths is given up. Deaths that are nobody's fault (a node that went away) cost no more than the telling, unless
-    they meet the same row twice.
+    Ray runs the block of a dead process again, without end. So whoever works on a block says so
+    here before and after. A block that comes again without having ended took a process down: from
+    then on its rows are told, one by one or some at a time, before they are worked on; those in
+    hand at the next death are the suspects; and a row that was in hand alone at `TRIES` deaths is
+    given up. Deaths that are nobody's fault (a node that went away) cost no more than the telling,
+    unless they meet the same row twice.
     """
 
     def __init__(self) -> None:

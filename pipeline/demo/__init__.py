@@ -1,1 +1,3 @@
-"""What `make demo` runs on: a small trained Awaker2.5-VL, drawn scenes it can answer about, and photographs it cannot."""
+"""What `make demo` runs on: a small trained Awaker2.5-VL, drawn scenes it can answer about, and
+photographs it cannot.
+"""

@@ -15,12 +15,17 @@ def finish(running: Running, tokenizer: Any) -> Answer | None:
     sampling = encoded.request.sampling
     ended = token_ids[-1] in sampling.eos_token_ids or _stopped(token_ids, sampling.stop, tokenizer)
     full = len(token_ids) >= encoded.max_new_tokens
-    # By the answer's own length, so that where it is cut off does not depend on what runs beside it.
-    looping = sampling.stop_repetition and len(token_ids) % CHECK_EVERY == 0 and ends_in_loop(token_ids)
+    # By the answer's own length, so that where it is cut off does not depend on what runs beside
+    # it.
+    looping = (
+        sampling.stop_repetition and len(token_ids) % CHECK_EVERY == 0 and ends_in_loop(token_ids)
+    )
     if not (ended or full or looping):
         return None
     text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    cut = min((at for at in (text.find(stop) for stop in sampling.stop) if at >= 0), default=len(text))
+    cut = min(
+        (at for at in (text.find(stop) for stop in sampling.stop) if at >= 0), default=len(text)
+    )
     return Answer(
         token_ids=tuple(token_ids),
         text=text[:cut],
@@ -35,7 +40,10 @@ def finish(running: Running, tokenizer: Any) -> Answer | None:
 def _stopped(token_ids: list[int], stops: tuple[str, ...], tokenizer: Any) -> bool:
     if not stops:
         return False
-    # A token holds at least one byte, so a stop string that just ended lies within this many tokens.
+    # A token holds at least one byte, so a stop string that just ended lies within this many
+    # tokens.
     window = max(len(stop.encode()) for stop in stops) + 4
-    tail = tokenizer.decode(token_ids[-window:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    tail = tokenizer.decode(
+        token_ids[-window:], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     return any(stop in tail for stop in stops)

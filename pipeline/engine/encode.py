@@ -1,4 +1,6 @@
-"""From a request to all that its prefill needs: visual tokens, rotary positions, and the experts of all its layers."""
+"""From a request to all that its prefill needs: visual tokens, rotary positions, and the experts of
+all its layers.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ class Encoded:
         positions: [3, T] int64, rotary positions of the prompt.
         next_position: rotary position of the first new token.
         max_new_tokens: most new tokens, within the model's context.
-        factors: [2, G, E + 1] on the model's device, the gates' factors for the prompt and for new tokens; None without
-            an adapter.
+        factors: [2, G, E + 1] on the model's device, the gates' factors for the prompt and for new
+            tokens; None without an adapter.
         gates: [2, G, E] float16, the gate values; None without an adapter.
         routes: [2, G] int8, the top expert of each gate; empty without an adapter.
     """
@@ -47,7 +49,9 @@ class Encoded:
 
     @cached_property
     def decode_key(self) -> bytes | None:
-        """Equal for requests whose new tokens take the same experts with the same weights; None without an adapter."""
+        """Equal for requests whose new tokens take the same experts with the same weights; None
+        without an adapter.
+        """
         return None if self.gates is None else self.gates[1].tobytes()
 
     @property
@@ -60,7 +64,8 @@ _NO_ROUTES = np.zeros((2, 0), np.int8)
 
 
 class Encoding:
-    """Requests on their way through the vision tower and the gates; their routes are the only thing the host waits for.
+    """Requests on their way through the vision tower and the gates; their routes are the only thing
+    the host waits for.
 
     Args:
         requests: the requests, still without gates and routes.
@@ -122,7 +127,11 @@ class Encoder:
     """
 
     def __init__(
-        self, model: Model, image_token_id: int, decode_route: Literal["released", "prefill"], cache_bytes: int
+        self,
+        model: Model,
+        image_token_id: int,
+        decode_route: Literal["released", "prefill"],
+        cache_bytes: int,
     ) -> None:
         self._model = model
         self._image_token_id = image_token_id
@@ -138,15 +147,23 @@ class Encoder:
         """
         shape, ids = self._model.shape, request.input_ids
         side = shape.vision.patch_size * shape.vision.merge_size
-        visual = sum((image.shape[0] // side) * (image.shape[1] // side) for image in request.images)
+        visual = sum(
+            (image.shape[0] // side) * (image.shape[1] // side) for image in request.images
+        )
         if not 0 < len(ids) < shape.max_positions:
-            raise GenerationError(f"{len(ids)} prompt tokens, expected 1 to {shape.max_positions - 1}")
+            raise GenerationError(
+                f"{len(ids)} prompt tokens, expected 1 to {shape.max_positions - 1}"
+            )
         if ids.min() < 0 or ids.max() >= shape.vocabulary:
             raise GenerationError(f"a token id lies outside the vocabulary of {shape.vocabulary}")
         if (placed := int((ids == self._image_token_id).sum())) != visual:
-            raise GenerationError(f"{placed} image tokens in the prompt, but {visual} visual tokens in its images")
+            raise GenerationError(
+                f"{placed} image tokens in the prompt, but {visual} visual tokens in its images"
+            )
         if not 0 <= request.span[0] < request.span[1] <= len(ids):
-            raise GenerationError(f"the routing span {request.span} does not lie within {len(ids)} prompt tokens")
+            raise GenerationError(
+                f"the routing span {request.span} does not lie within {len(ids)} prompt tokens"
+            )
 
     def patches(self, request: Request) -> int:
         """How many patches the vision tower would take for a request."""
@@ -154,10 +171,14 @@ class Encoder:
         return pixels // self._model.shape.vision.patch_size**2
 
     def encode(self, requests: Sequence[Request]) -> Encoding:
-        """Launch the encoding of checked requests, without waiting for the device; equal images pass the tower once."""
+        """Launch the encoding of checked requests, without waiting for the device; equal images
+        pass the tower once.
+        """
         model = self._model
         features = self._visual(requests)
-        joined = [torch.cat([features[d] for d in r.digests]) if r.digests else None for r in requests]
+        joined = [
+            torch.cat([features[d] for d in r.digests]) if r.digests else None for r in requests
+        ]
         # One product for the routes of all requests, all layers and both routes.
         places = [np.flatnonzero(request.input_ids == self._image_token_id) for request in requests]
         prefill_h, decode_h = [], []
@@ -173,7 +194,10 @@ class Encoder:
         routes = model.route(torch.stack([*prefill_h, *decode_h]))
         count = len(requests)
         factors = None
-        gates, top = torch.zeros(count, 2, 0, 0, dtype=torch.float16), torch.zeros(count, 2, 0, dtype=torch.int8)
+        gates, top = (
+            torch.zeros(count, 2, 0, 0, dtype=torch.float16),
+            torch.zeros(count, 2, 0, dtype=torch.int8),
+        )
         if routes is not None and model.shape.adapter is not None:
             gates = routes.gates.view(2, count, *routes.gates.shape[1:]).transpose(0, 1)
             factors = expert_factors(gates, model.shape.adapter.scale).to(model.dtype)
@@ -187,7 +211,10 @@ class Encoder:
                     image_places=own_places,
                     positions=positions,
                     next_position=following,
-                    max_new_tokens=min(request.sampling.max_new_tokens, model.shape.max_positions - len(request.input_ids)),
+                    max_new_tokens=min(
+                        request.sampling.max_new_tokens,
+                        model.shape.max_positions - len(request.input_ids),
+                    ),
                     factors=None if factors is None else factors[index],
                     gates=None,
                     routes=_NO_ROUTES,
@@ -210,14 +237,20 @@ class Encoder:
         for request in requests:
             for digest, image in zip(request.digests, request.images, strict=True):
                 known = found.get(digest)
-                if known is None and digest not in fresh and (known := self._cache.get(digest)) is not None:
+                if (
+                    known is None
+                    and digest not in fresh
+                    and (known := self._cache.get(digest)) is not None
+                ):
                     found[digest] = known
                 if known is not None or digest in fresh:
                     self.images_reused += 1
                 else:
                     fresh[digest] = image
         if fresh:
-            for digest, visual in zip(fresh, self._model.vision.encode(list(fresh.values())), strict=True):
+            for digest, visual in zip(
+                fresh, self._model.vision.encode(list(fresh.values())), strict=True
+            ):
                 found[digest] = visual
                 self._cache.put(digest, visual)
             self.images_encoded += len(fresh)

@@ -1,4 +1,6 @@
-"""The replica's engine: takes requests from any number of callers, and answers them in steps that they join and leave."""
+"""The replica's engine: takes requests from any number of callers, and answers them in steps that
+they join and leave.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +30,20 @@ from pipeline.model.awaker import Model
 
 logger = logging.getLogger(__name__)
 
-#: Patches that the vision tower takes at once. On a GPU they bound its activations (about 1 GB for the 7B model in
-#: bfloat16), on a CPU they keep them in the processor's cache.
+#: Patches that the vision tower takes at once. On a GPU they bound its activations (about 1 GB for
+#: the 7B model in bfloat16), on a CPU they keep them in the processor's cache.
 ENCODE_PATCHES = {"cpu": 2048, "cuda": 16_384}
 
 #: How long to wait for more requests before a batch that is not full starts.
 LINGER_SECONDS = 0.02
 
-#: Below this many tokens a step is not divided further: memory that does not suffice for so few never will.
+#: Below this many tokens a step is not divided further: memory that does not suffice for so few
+#: never will.
 LEAST_STEP_TOKENS = 16
 
 
-#: On a GPU the cache takes this share of the memory that the loaded model leaves; the rest is for the steps themselves.
+#: On a GPU the cache takes this share of the memory that the loaded model leaves; the rest is for
+#: the steps themselves.
 MEMORY_SHARE = 0.7
 
 
@@ -51,7 +55,9 @@ def cache_tokens(model: Model) -> int:
 
 @dataclass(eq=False)
 class _Item:
-    """A request and everybody who waits for its answer; encoded before it is chosen, running once it has a slot."""
+    """A request and everybody who waits for its answer; encoded before it is chosen, running once
+    it has a slot.
+    """
 
     request: Request
     futures: list[Future[Answer]]
@@ -63,8 +69,8 @@ class _Item:
 class Engine:
     """Answers requests in a thread of its own.
 
-    Requests join and leave between steps. Each step takes one new token of every running request and, while there is room,
-    parts of the prompts of new ones.
+    Requests join and leave between steps. Each step takes one new token of every running request
+    and, while there is room, parts of the prompts of new ones.
 
     Args:
         model: the loaded model.
@@ -77,18 +83,27 @@ class Engine:
         ...     answers = engine.generate(requests)
     """
 
-    def __init__(self, model: Model, tokenizer: Any, image_token_id: int, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any,
+        image_token_id: int,
+        options: EngineOptions | None = None,
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._options = options = options or EngineOptions()
         self._sizes = sizes = Sizes.of(options, model.device.type)
         self._batch_tokens = sizes.batch_tokens or cache_tokens(model)
-        self._encoder = Encoder(model, image_token_id, options.decode_route, options.vision_cache_bytes)
+        self._encoder = Encoder(
+            model, image_token_id, options.decode_route, options.vision_cache_bytes
+        )
         self._runner = Runner(model, sizes.batch_size, self._batch_tokens, options.fold_experts)
         self._extents = Extents(self._batch_tokens)
         self._slots = list(range(sizes.batch_size))
         self._step_tokens = sizes.step_tokens
-        # On a GPU the next step is launched before the tokens of this one are read: the device never waits for the host.
+        # On a GPU the next step is launched before the tokens of this one are read: the device
+        # never waits for the host.
         self._ahead = 0 if model.device.type == "cpu" else 1
         self._inbox: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._arrived: deque[_Item] = deque()
@@ -110,10 +125,13 @@ class Engine:
         """Queue a request.
 
         Returns:
-            A future of its answer; it holds `GenerationError` if this request, and no other, cannot be answered.
+            A future of its answer; it holds `GenerationError` if this request, and no other, cannot
+            be answered.
         """
         if self._closing or self._failure:
-            raise RuntimeError("the engine is closed" if self._closing else "the engine failed") from self._failure
+            raise RuntimeError(
+                "the engine is closed" if self._closing else "the engine failed"
+            ) from self._failure
         _ = request.key  # images are hashed here, in the caller's thread
         future: Future[Answer] = Future()
         self._inbox.put(_Item(request, [future]))
@@ -126,9 +144,11 @@ class Engine:
         return [future.result() for future in [self.submit(request) for request in requests]]
 
     def gates(self, request: Request) -> np.ndarray | None:
-        """[2, G, E] float16: gate values of a request for its prompt and its new tokens; None without an adapter.
+        """[2, G, E] float16: gate values of a request for its prompt and its new tokens; None
+        without an adapter.
 
-        It is not answered. Not while the engine answers others: both would use the vision tower's cache.
+        It is not answered. Not while the engine answers others: both would use the vision tower's
+        cache.
 
         Raises:
             GenerationError: the request cannot be encoded.
@@ -141,19 +161,24 @@ class Engine:
     def counts(self) -> Counter[str]:
         """What was done, and what did not have to be done; those of several replicas may be added.
 
-        Milliseconds are the engine thread's: on a GPU a step's are mostly its wait for the step before.
+        Milliseconds are the engine thread's: on a GPU a step's are mostly its wait for the step
+        before.
         """
         return Counter(
             images_encoded=self._encoder.images_encoded,
             images_reused=self._encoder.images_reused,
             answers_reused=self._answers_reused,
             folded_tokens=self._runner.folded_tokens,
-            **{f"{name}_ms": round(1000 * seconds) for name, seconds in list(self._seconds.items())},
+            **{
+                f"{name}_ms": round(1000 * seconds) for name, seconds in list(self._seconds.items())
+            },
             **self.agreement.counts(),
         )
 
     def gauges(self) -> dict[str, float]:
-        """How full it is at this moment: requests that run and that wait, and tokens in the key/value cache."""
+        """How full it is at this moment: requests that run and that wait, and tokens in the
+        key/value cache.
+        """
         return {
             "running": len(self._running),
             "batch_size": self._sizes.batch_size,
@@ -179,14 +204,27 @@ class Engine:
         try:
             with torch.inference_mode():
                 open_for_more = True
-                while open_for_more or self._arrived or self._encoding or self._waiting or self._running:
+                while (
+                    open_for_more
+                    or self._arrived
+                    or self._encoding
+                    or self._waiting
+                    or self._running
+                ):
                     open_for_more = self._receive(open_for_more)
-                    for name, part in (("encode", self._encode), ("admit", self._admit), ("step", self._step)):
+                    for name, part in (
+                        ("encode", self._encode),
+                        ("admit", self._admit),
+                        ("step", self._step),
+                    ):
                         started = time.perf_counter()
                         part()
-                        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+                        self._seconds[name] = (
+                            self._seconds.get(name, 0.0) + time.perf_counter() - started
+                        )
         except Exception as error:
-            # Not a request's fault. Nobody may wait for ever: every caller learns of it, and may start a new engine.
+            # Not a request's fault. Nobody may wait for ever: every caller learns of it, and may
+            # start a new engine.
             logger.exception("the engine failed")
             self._failure = error
             self._abandon()
@@ -201,9 +239,11 @@ class Engine:
             self._fail(item, RuntimeError(f"the engine failed: {self._failure}"))
 
     def _receive(self, open_for_more: bool) -> bool:
-        """Take what is in the inbox, as far as there is room to wait; False once the engine is closing.
+        """Take what is in the inbox, as far as there is room to wait; False once the engine is
+        closing.
 
-        Only an engine with nothing to run waits: for ever if it has nothing at all, else a moment for a fuller batch.
+        Only an engine with nothing to run waits: for ever if it has nothing at all, else a moment
+        for a fuller batch.
         """
         while open_for_more and self._queued() < self._sizes.waiting:
             idle = not self._queued()
@@ -243,7 +283,8 @@ class Engine:
             rows = min(rows, self._model.shape.max_positions - 1)
             if rows > self._batch_tokens:
                 raise GenerationError(
-                    f"prompt and answer may take {rows} tokens, above engine.batch_tokens {self._batch_tokens}; "
+                    f"prompt and answer may take {rows} tokens, above engine.batch_tokens "
+                    f"{self._batch_tokens}; "
                     "raise it, or lower generation.max_new_tokens"
                 )
         except GenerationError as error:
@@ -254,12 +295,17 @@ class Engine:
         self._arrived.append(item)
 
     def _encode(self) -> None:
-        """Run the vision tower and the gates over new requests: all of them, or one bounded part while others run."""
+        """Run the vision tower and the gates over new requests: all of them, or one bounded part
+        while others run.
+        """
         while self._arrived and not (self._running and self._encoding):
             chunk = [self._arrived.popleft()]
             patches = self._encoder.patches(chunk[0].request)
             most = ENCODE_PATCHES[self._model.device.type]
-            while self._arrived and patches + (more := self._encoder.patches(self._arrived[0].request)) <= most:
+            while (
+                self._arrived
+                and patches + (more := self._encoder.patches(self._arrived[0].request)) <= most
+            ):
                 chunk.append(self._arrived.popleft())
                 patches += more
             self._narrow(chunk, self._encode_chunk, self._fail)
@@ -277,7 +323,9 @@ class Engine:
     def _admit(self) -> None:
         """Start waiting requests in free slots."""
         # A few at a time: single prompts would make steps too small to be worth it.
-        if not self._waiting or (self._running and len(self._slots) < max(1, self._sizes.batch_size // 8)):
+        if not self._waiting or (
+            self._running and len(self._slots) < max(1, self._sizes.batch_size // 8)
+        ):
             return
         started = []
         for index in self._choose():
@@ -324,28 +372,45 @@ class Engine:
             if (left := item.running.prompt_left) and budget:
                 parts.append(Part(item.running, min(left, budget)))
                 budget -= parts[-1].tokens
-        wanting = [item.running for item in self._running if item.running is not None and item.running.wants_token]
+        wanting = [
+            item.running
+            for item in self._running
+            if item.running is not None and item.running.wants_token
+        ]
         parts += [Part(running, 0) for running in wanting]
         if parts:
             self._narrow(parts, self._launch, self._fail_part)
         while len(self._launched) > (self._ahead if parts else 0):
             self._collect(self._launched.popleft())
         if any(item.running is not None and item.running.finished for item in self._running):
-            self._running = [item for item in self._running if item.running is not None and not item.running.finished]
+            self._running = [
+                item
+                for item in self._running
+                if item.running is not None and not item.running.finished
+            ]
 
     def _launch(self, parts: list[Part]) -> None:
         self._launched.append(self._runner.launch(parts))
 
-    def _narrow(self, items: list[Any], run: Callable[[list[Any]], None], fail: Callable[[Any, Exception], None]) -> None:
-        """Run, and if that fails narrow the failure down: each half again, until a request fails alone.
+    def _narrow(
+        self,
+        items: list[Any],
+        run: Callable[[list[Any]], None],
+        fail: Callable[[Any, Exception], None],
+    ) -> None:
+        """Run, and if that fails narrow the failure down: each half again, until a request fails
+        alone.
 
         This is also the way out of a CUDA out-of-memory error: half a step needs half the memory.
         """
         try:
             run(items)
         except Exception as error:  # whatever one request does must not reach the others
-            if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
-                raise  # the device's context is lost: blaming one request after another would spoil them all
+            if isinstance(error, torch.AcceleratorError) and not isinstance(
+                error, torch.OutOfMemoryError
+            ):
+                # The device's context is lost: blaming one request after another would spoil all.
+                raise
             short = isinstance(error, torch.OutOfMemoryError)
             if short:
                 torch.cuda.empty_cache()
@@ -359,9 +424,16 @@ class Engine:
                 halves = [[replace(first, tokens=first.tokens // 2)]]
             else:
                 kind = OutOfMemoryError if short else GenerationError
-                fail(first, error if isinstance(error, GenerationError) else kind(f"{type(error).__name__}: {error}"))
+                fail(
+                    first,
+                    error
+                    if isinstance(error, GenerationError)
+                    else kind(f"{type(error).__name__}: {error}"),
+                )
                 return
-            logger.warning("a step for %d requests failed (%s); running its halves", len(items), error)
+            logger.warning(
+                "a step for %d requests failed (%s); running its halves", len(items), error
+            )
             for part in halves:
                 self._narrow(part, run, fail)
 
@@ -400,7 +472,9 @@ class Engine:
                 future.set_exception(error)
 
     def _forget(self, item: _Item) -> None:
-        """Free what a request holds. A step on its way may still write there; the next owner's steps come after it."""
+        """Free what a request holds. A step on its way may still write there; the next owner's
+        steps come after it.
+        """
         key = item.request.key
         if key is not None and self._by_key.get(key) is item:
             del self._by_key[key]

@@ -8,7 +8,8 @@ import bisect
 class Extents:
     """Free and taken rows of a cache of `rows` rows.
 
-    Everything a request may need is taken when it starts, so a running request is never short of memory.
+    Everything a request may need is taken when it starts, so a running request is never short of
+    memory.
     """
 
     def __init__(self, rows: int) -> None:
@@ -21,7 +22,9 @@ class Extents:
         return sum(rows for _, rows in self._free)
 
     def take(self, rows: int) -> int | None:
-        """First row of an extent of `rows` rows in the smallest piece that holds it; None if none does."""
+        """First row of an extent of `rows` rows in the smallest piece that holds it; None if none
+        does.
+        """
         fitting = [(size, first) for first, size in self._free if size >= rows]
         if not fitting:
             return None

@@ -1,8 +1,10 @@
-"""Experts folded into the dense weights, for as long as all running requests share one route and its weights.
+"""Experts folded into the dense weights, for as long as all running requests share one route and
+its weights.
 
-The decode route comes from the prompt's words and the number of its visual tokens. Rows that ask one question about images
-of one size therefore share it, weights included, and W + sum of factor * B A can be computed once for all of them. Sums in
-another order round otherwise, so this is a setting, off by default (`engine.fold_experts`).
+The decode route comes from the prompt's words and the number of its visual tokens. Rows that ask
+one question about images of one size therefore share it, weights included, and W + sum of factor *
+B A can be computed once for all of them. Sums in another order round otherwise, so this is a
+setting, off by default (`engine.fold_experts`).
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ from pipeline.model.awaker import Model
 from pipeline.model.decoder import DecoderLayer
 from pipeline.model.experts import Mixture
 
-#: Folding costs about as much as a step or two; it starts once so many steps in a row could have used it.
+#: Folding costs about as much as a step or two; it starts once so many steps in a row could have
+#: used it.
 FOLD_AFTER = 4
 
 
 class FoldedExperts:
     """A second copy of the projections with experts, in which one route's experts are folded.
 
-    The originals stay as they are, so requests of any other route run exactly as without folding. The copy lies in the
-    same memory whatever is folded: CUDA graphs may be captured over it.
+    The originals stay as they are, so requests of any other route run exactly as without folding.
+    The copy lies in the same memory whatever is folded: CUDA graphs may be captured over it.
 
     Args:
         model: the model; it has an adapter.
@@ -41,7 +44,9 @@ class FoldedExperts:
         self._steps = 0
 
     def serves(self, decoding: Sequence[Encoded]) -> bool:
-        """Whether these requests may take their next tokens from `decoder`; folds their experts if they go on like this."""
+        """Whether these requests may take their next tokens from `decoder`; folds their experts if
+        they go on like this.
+        """
         keys = {encoded.decode_key for encoded in decoding}
         if len(keys) != 1:
             self._wanted = None
@@ -60,7 +65,10 @@ class FoldedExperts:
     def _fold(self, encoded: Encoded) -> None:
         if not self._folded:
             names = ("o", "gate", "up", "down")
-            self._folded = [{n: torch.empty_like(getattr(layer, n).weight) for n in names} for layer in self._layers]
+            self._folded = [
+                {n: torch.empty_like(getattr(layer, n).weight) for n in names}
+                for layer in self._layers
+            ]
         assert encoded.factors is not None
         assert encoded.gates is not None
         for index, (layer, weights) in enumerate(zip(self._layers, self._folded, strict=True)):
@@ -69,12 +77,18 @@ class FoldedExperts:
                 experts = [*encoded.gates[1, gate].nonzero()[0].tolist(), encoded.gates.shape[-1]]
                 _fold_mixture(getattr(layer, name), encoded.factors[1, gate], experts, into)
         layers = zip(self._layers, self._folded, strict=True)
-        self.decoder = replace(self.decoder, layers=tuple(_with(layer, weights) for layer, weights in layers))
+        self.decoder = replace(
+            self.decoder, layers=tuple(_with(layer, weights) for layer, weights in layers)
+        )
 
 
 def _with(layer: DecoderLayer, weights: dict[str, Tensor]) -> DecoderLayer:
-    # Where the experts are packed, so is what they are folded into; elsewhere it stays the tensor it is.
-    mixtures = {n: Mixture.of(weight, None, 0, prepack=getattr(layer, n).dense.is_mkldnn) for n, weight in weights.items()}
+    # Where the experts are packed, so is what they are folded into; elsewhere it stays the tensor
+    # it is.
+    mixtures = {
+        n: Mixture.of(weight, None, 0, prepack=getattr(layer, n).dense.is_mkldnn)
+        for n, weight in weights.items()
+    }
     return replace(layer, **mixtures)
 
 
@@ -85,5 +99,7 @@ def _fold_mixture(mixture: Mixture, factors: Tensor, experts: Sequence[int], int
     total = mixture.weight.float()
     for expert in experts:
         own = slice(expert * rank, (expert + 1) * rank)
-        total = torch.addmm(total, mixture.b[:, own].float() * factors[expert].float(), mixture.a(expert).float())
+        total = torch.addmm(
+            total, mixture.b[:, own].float() * factors[expert].float(), mixture.a(expert).float()
+        )
     into.copy_(total)

@@ -1,4 +1,6 @@
-"""Which waiting requests start next: those whose routes agree with what runs, so that experts are dense products."""
+"""Which waiting requests start next: those whose routes agree with what runs, so that experts are
+dense products.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-#: Requests that the commonest routes are taken from: enough to know them, few enough to cost nothing.
+#: Requests that the commonest routes are taken from: enough to know them, few enough to cost
+#: nothing.
 _SAMPLE = 256
 
 
@@ -49,18 +52,26 @@ class PackedRoutes:
 
 
 def choose(
-    routes: np.ndarray, rounds: np.ndarray, running: np.ndarray, *, experts: int, size: int, max_rounds: int
+    routes: np.ndarray,
+    rounds: np.ndarray,
+    running: np.ndarray,
+    *,
+    experts: int,
+    size: int,
+    max_rounds: int,
 ) -> list[int]:
     """Order the waiting requests that should start next.
 
     Args:
-        routes: [N, D] int8, each waiting request's decisions (prompt's, then new tokens'), oldest request first.
+        routes: [N, D] int8, each waiting request's decisions (prompt's, then new tokens'), oldest
+            request first.
         rounds: [N] int, how often each was passed over.
-        running: [R, D] int8, the decisions of the requests that run; only the half for new tokens matters.
+        running: [R, D] int8, the decisions of the requests that run; only the half for new tokens
+            matters.
         experts: E.
         size: how many may start.
-        max_rounds: requests passed over this often come first, the oldest before the others, and the oldest of them
-            decides whom the rest should agree with: no one waits for ever.
+        max_rounds: requests passed over this often come first, the oldest before the others, and
+            the oldest of them decides whom the rest should agree with: no one waits for ever.
 
     Returns:
         At most `size` indices, the most wanted first.
@@ -90,10 +101,14 @@ def choose(
 
 
 def _nearest(packed: PackedRoutes, centre: np.ndarray, experts: int, size: int) -> np.ndarray:
-    """The `size` requests that differ least from a route [D], nearest first, the oldest of equals first."""
+    """The `size` requests that differ least from a route [D], nearest first, the oldest of equals
+    first.
+    """
     count = len(packed.words)
     # Differences and age in one number: no two are equal.
-    rank = packed.differences(PackedRoutes.pack(centre[None], experts).words[0]) * count + np.arange(count)
+    rank = packed.differences(
+        PackedRoutes.pack(centre[None], experts).words[0]
+    ) * count + np.arange(count)
     nearest = np.argpartition(rank, size - 1)[:size]
     return nearest[np.argsort(rank[nearest])]
 
@@ -111,10 +126,11 @@ def majority_served(routes: np.ndarray) -> int:
 
 @dataclass
 class AgreementReport:
-    """How well grouping works, counted whenever requests start: decisions that are their group's commonest.
+    """How well grouping works, counted whenever requests start: decisions that are their group's
+    commonest.
 
-    For prompts the group is what starts together, for new tokens all that runs from then on. `*_in_order` is what groups
-    of the same sizes in order of arrival would have had.
+    For prompts the group is what starts together, for new tokens all that runs from then on.
+    `*_in_order` is what groups of the same sizes in order of arrival would have had.
     """
 
     prefill_pairs: int = 0
@@ -131,7 +147,9 @@ class AgreementReport:
         self._arrivals.append(routes)
 
     def started(self, routes: np.ndarray, running: np.ndarray) -> None:
-        """Note the routes [N, 2, G] that start together, and those [R, 2, G] that run from then on, these included."""
+        """Note the routes [N, 2, G] that start together, and those [R, 2, G] that run from then on,
+        these included.
+        """
         for _ in range(len(routes)):
             self._recent.append(self._arrivals.popleft())
         while len(self._recent) > max(len(running), len(routes)):
@@ -150,16 +168,23 @@ class AgreementReport:
 
 
 def dense_and_sparse(
-    tops: np.ndarray, tokens: Sequence[int], experts: int, *, masked_below: int, majority_share: float
+    tops: np.ndarray,
+    tokens: Sequence[int],
+    experts: int,
+    *,
+    masked_below: int,
+    majority_share: float,
 ) -> list[tuple[tuple[int, ...], dict[int, np.ndarray]]]:
-    """Choose for each gate which experts are computed for all of a step's tokens, and which for their own (`GateFactors`).
+    """Choose for each gate which experts are computed for all of a step's tokens, and which for
+    their own (`GateFactors`).
 
     Args:
         tops: [S, G] int8, the one expert of each request that has tokens in the step.
         tokens: how many each has, in the order of the step.
         experts: E.
         masked_below: steps of fewer tokens compute every expert for every token.
-        majority_share: the expert that at least this share of the tokens chose is computed for all of them.
+        majority_share: the expert that at least this share of the tokens chose is computed for all
+            of them.
 
     Returns:
         For each gate the dense experts, and the token indices of each sparse one.

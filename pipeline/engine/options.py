@@ -12,18 +12,20 @@ class EngineOptions:
 
     Attributes:
         batch_size: requests that run at once; None: 32 on a CPU, 256 on a GPU.
-        batch_tokens: tokens of prompts and answers that the key/value cache holds; no request starts without room for
-            its longest answer. None: 65,536 on a CPU, on a GPU what its free memory holds.
-        step_tokens: prompt tokens of one step. A longer prompt is spread over several, and the others go on beside it.
-            None: 2,048 on a CPU, 8,192 on a GPU.
+        batch_tokens: tokens of prompts and answers that the key/value cache holds; no request
+            starts without room for its longest answer. None: 65,536 on a CPU, on a GPU what its
+            free memory holds.
+        step_tokens: prompt tokens of one step. A longer prompt is spread over several, and the
+            others go on beside it. None: 2,048 on a CPU, 8,192 on a GPU.
         waiting: encoded requests to choose from; None: 128 on a CPU, 512 on a GPU.
         group_by_expert: start requests whose routes agree with what runs; off: in order of arrival.
         max_rounds_waiting: a request passed over this often starts before the others.
         vision_cache_bytes: visual tokens kept for images that come again.
         answer_cache: greedy answers kept for rows that come again.
         decode_route: which experts new tokens take.
-        fold_experts: fold experts into the dense weights while all running requests share them; needs memory for a second
-            copy of the projections that have experts, and rounds otherwise.
+        fold_experts: fold experts into the dense weights while all running requests share them;
+            needs memory for a second copy of the projections that have experts, and rounds
+            otherwise.
     """
 
     batch_size: int | None = None
@@ -40,7 +42,9 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Sizes:
-    """`EngineOptions`' sizes for one kind of device; only `batch_tokens` may be left to the device's memory (None)."""
+    """`EngineOptions`' sizes for one kind of device; only `batch_tokens` may be left to the
+    device's memory (None).
+    """
 
     batch_size: int
     batch_tokens: int | None

@@ -1,4 +1,6 @@
-"""Runs steps: parts of prompts and new tokens of running requests as one packed pass through the decoder."""
+"""Runs steps: parts of prompts and new tokens of running requests as one packed pass through the
+decoder.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ from pipeline.model.decoder import Decoder
 from pipeline.model.experts import GateFactors
 from pipeline.model.ops import HostCopy, to_device
 
-#: Steps of fewer tokens compute every expert for every token, because reading the weights is what takes time there. By kind
-#: of device: on the CPU it never pays (benchmarks/strategies.py), the GPU's is arithmetic.
+#: Steps of fewer tokens compute every expert for every token, because reading the weights is what
+#: takes time there. By kind of device: on the CPU it never pays (benchmarks/strategies.py), the
+#: GPU's is arithmetic.
 MASKED_BELOW = {"cpu": 0, "cuda": 256}
 #: Above, an expert that this share of the tokens chose is computed for all of them.
 MAJORITY_SHARE = 0.3
@@ -57,7 +60,9 @@ class Running:
     @property
     def wants_token(self) -> bool:
         """Whether a decode step should run for it."""
-        return not self.finished and self.prompt_left == 0 and self.asked < self.encoded.max_new_tokens
+        return (
+            not self.finished and self.prompt_left == 0 and self.asked < self.encoded.max_new_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,12 @@ class Launched:
 
 
 class Runner:
-    """Holds what running requests share on the device: cache, last tokens, places, factors, sampling state.
+    """Holds what running requests share on the device: cache, last tokens, places, factors,
+    sampling state.
 
-    Whatever a decode step needs lies in tables with a row for each slot, so that such a step is a function of its slots
-    alone. One more slot, the last, is nobody's: it fills up batches of fixed size.
+    Whatever a decode step needs lies in tables with a row for each slot, so that such a step is a
+    function of its slots alone. One more slot, the last, is nobody's: it fills up batches of fixed
+    size.
 
     Args:
         model: the model.
@@ -98,7 +105,9 @@ class Runner:
         fold_experts: fold experts into the dense weights while all new tokens share them.
     """
 
-    def __init__(self, model: Model, slots: int, cache_rows: int, fold_experts: bool = False) -> None:
+    def __init__(
+        self, model: Model, slots: int, cache_rows: int, fold_experts: bool = False
+    ) -> None:
         self._model = model
         self._cache = KVCache(model.shape, cache_rows, model.dtype, model.device)
         self._sampler = Sampler(slots, model.shape.vocabulary, model.device)
@@ -112,12 +121,18 @@ class Runner:
         if model.gates is not None:
             gates, experts = model.gates.bias.shape
             # Row 2 * slot for the prompt, the next for new tokens.
-            self._factors = torch.zeros(2 * slots + 2, gates, experts + 1, dtype=model.dtype, device=model.device)
+            self._factors = torch.zeros(
+                2 * slots + 2, gates, experts + 1, dtype=model.dtype, device=model.device
+            )
         self._folded = FoldedExperts(model) if fold_experts and model.gates is not None else None
         self.folded_tokens = 0
         sizes = static_sizes(model.device, slots)
-        self._static = StaticDecode(self._decode_logits, sizes, slots, model.device) if sizes else None
-        self._static_folded = StaticDecode(self._folded_logits, sizes, slots, model.device) if sizes else None
+        self._static = (
+            StaticDecode(self._decode_logits, sizes, slots, model.device) if sizes else None
+        )
+        self._static_folded = (
+            StaticDecode(self._folded_logits, sizes, slots, model.device) if sizes else None
+        )
 
     def admit(self, running: Running) -> None:
         """Fill a request's slot."""
@@ -129,7 +144,8 @@ class Runner:
             self._factors[2 * slot : 2 * slot + 2] = running.encoded.factors
 
     def launch(self, parts: Sequence[Part]) -> Launched:
-        """Run a step. Requests change only if it succeeds: after an error the same parts may run again, or some of them.
+        """Run a step. Requests change only if it succeeds: after an error the same parts may run
+        again, or some of them.
 
         Args:
             parts: parts of prompts first, then requests that want their next token.
@@ -139,9 +155,17 @@ class Runner:
         slots = np.array([own.slot for own in decoding], np.int64)
         slot_index = self._upload(slots)
         answering = [*(part.running for part in chunks if part.answers), *decoding]
-        if self._folded is not None and decoding and self._folded.serves([own.encoded for own in decoding]):
+        if (
+            self._folded is not None
+            and decoding
+            and self._folded.serves([own.encoded for own in decoding])
+        ):
             # The prompts need the experts of their own routes: two passes instead of one.
-            logits = self._folded_logits(slot_index) if self._static_folded is None else self._static_folded(slots)
+            logits = (
+                self._folded_logits(slot_index)
+                if self._static_folded is None
+                else self._static_folded(slots)
+            )
             if chunks:
                 logits = torch.cat([self._mixed_logits(chunks, chunks, slot_index[:0]), logits])
             self.folded_tokens += len(decoding)
@@ -160,15 +184,21 @@ class Runner:
         for part in parts:
             part.running.cached += part.tokens or 1
         if chunks:
-            filled = np.array([(part.running.slot, part.running.cached) for part in chunks], np.int64)
+            filled = np.array(
+                [(part.running.slot, part.running.cached) for part in chunks], np.int64
+            )
             at, count = self._upload(filled.T)
             self._cached.index_copy_(0, at, count)
         for own in answering:
             own.asked += 1
         return Launched(tuple(answering), HostCopy(tokens))
 
-    def _mixed_logits(self, parts: Sequence[Part], chunks: Sequence[Part], slot_index: Tensor) -> Tensor:
-        """Logits [requests, vocabulary] of a step, with parts of prompts (`chunks`) or not; prompts' answers first."""
+    def _mixed_logits(
+        self, parts: Sequence[Part], chunks: Sequence[Part], slot_index: Tensor
+    ) -> Tensor:
+        """Logits [requests, vocabulary] of a step, with parts of prompts (`chunks`) or not;
+        prompts' answers first.
+        """
         model = self._model
         prompt_ids, positions, rows, owner, places, visual = [], [], [], [], [], []
         at = 0
@@ -189,12 +219,21 @@ class Runner:
         answered += range(at, at + len(slot_index))
 
         last, position, start, cached = self._decode_state(slot_index)
-        ids, place, write, gate_rows = last, position.expand(3, -1), start + cached, 2 * slot_index + 1
+        ids, place, write, gate_rows = (
+            last,
+            position.expand(3, -1),
+            start + cached,
+            2 * slot_index + 1,
+        )
         sequences = None
         if chunks:
             # One copy to the device for all that counts the prompts' tokens.
             packed = np.vstack(
-                [np.concatenate(prompt_ids), np.concatenate(positions, 1), *map(np.concatenate, (rows, owner))]
+                [
+                    np.concatenate(prompt_ids),
+                    np.concatenate(positions, 1),
+                    *map(np.concatenate, (rows, owner)),
+                ]
             )
             prompts = self._upload(packed.astype(np.int64))
             ids = torch.cat([prompts[0], ids])
@@ -218,10 +257,11 @@ class Runner:
         )
 
     def _decode_logits(self, slots: Tensor) -> Tensor:
-        """Logits [slots, vocabulary] of the next tokens of slots, int64, a function of the tables alone.
+        """Logits [slots, vocabulary] of the next tokens of slots, int64, a function of the tables
+        alone.
 
-        Every expert is computed for every token: which of them are needed is not known when a CUDA graph is captured, and
-        memory is what such a step waits for.
+        Every expert is computed for every token: which of them are needed is not known when a CUDA
+        graph is captured, and memory is what such a step waits for.
         """
         gates = []
         if self._factors is not None:
@@ -240,11 +280,18 @@ class Runner:
         layout = StepLayout(self._cache, start + cached, None, start, cached + 1)
         every = torch.arange(len(slots), device=slots.device)
         layer_gates = self._model.layer_gates(gates)
-        return decoder.step(self._model.embeddings[last], position.expand(3, -1), layout, layer_gates, every)
+        return decoder.step(
+            self._model.embeddings[last], position.expand(3, -1), layout, layer_gates, every
+        )
 
     def _decode_state(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each slot: last token, its rotary position, first row of its extent, rows filled before it."""
-        return tuple(t.index_select(0, slots) for t in (self._last, self._position, self._start, self._cached))
+        """Of each slot: last token, its rotary position, first row of its extent, rows filled
+        before it.
+        """
+        return tuple(
+            t.index_select(0, slots)
+            for t in (self._last, self._position, self._start, self._cached)
+        )
 
     def _gate_factors(self, parts: Sequence[Part], owner: Tensor) -> list[GateFactors]:
         adapter = self._model.shape.adapter
@@ -263,7 +310,11 @@ class Runner:
         )
         # All gates' token indices in one copy to the device.
         indices = [tokens for _, sparse in plan for tokens in sparse.values()]
-        on_device = iter(self._upload(np.concatenate(indices)).split([len(i) for i in indices]) if indices else ())
+        on_device = iter(
+            self._upload(np.concatenate(indices)).split([len(i) for i in indices])
+            if indices
+            else ()
+        )
         return [
             GateFactors(f, dense, tuple((expert, next(on_device)) for expert in sparse))
             for f, (dense, sparse) in zip(factors, plan, strict=True)

@@ -59,10 +59,12 @@ class Sampling:
         seed: int = 0,
         stop_repetition: bool = False,
     ) -> Sampling:
-        """Lay explicit settings over a transformers `GenerationConfig`; None leaves the checkpoint's.
+        """Lay explicit settings over a transformers `GenerationConfig`; None leaves the
+        checkpoint's.
 
-        What the config does not say is transformers' default: greedy, top_k 50 when sampling, 20 new tokens. An explicit
-        temperature decides whether to sample (0: no), else the config's `do_sample` does.
+        What the config does not say is transformers' default: greedy, top_k 50 when sampling, 20
+        new tokens. An explicit temperature decides whether to sample (0: no), else the config's
+        `do_sample` does.
         """
         sample = bool(config.do_sample) if temperature is None else temperature > 0
         heat = temperature if temperature is not None else _first(config.temperature, 1.0)
@@ -81,14 +83,18 @@ class Sampling:
         )
 
     def with_own(self, settings: Mapping[str, Any]) -> Sampling:
-        """For a request with settings of its own, by name: as if they had been laid over the configuration."""
+        """For a request with settings of its own, by name: as if they had been laid over the
+        configuration.
+        """
         own = dict(settings)
         if "stop" in own:
             own["stop"] = tuple(own["stop"])
         return replace(self, **own)
 
     def varied(self, temperature: float, attempt: int) -> Sampling:
-        """For another try at the same request: drawn at this temperature, from all tokens, with a seed of its own."""
+        """For another try at the same request: drawn at this temperature, from all tokens, with a
+        seed of its own.
+        """
         return replace(self, temperature=temperature, top_k=0, top_p=1.0, seed=self.seed + attempt)
 
 
@@ -113,7 +119,9 @@ class Sampler:
         self._temperature = torch.ones(slots, device=device)
         self._top_k = torch.full((slots,), vocabulary, device=device)
         self._tail = torch.zeros(slots, device=device)  # 1 - top_p
-        self._seen: Tensor | None = None  # bool [slots, vocabulary], made for the first request with a penalty
+        self._seen: Tensor | None = (
+            None  # bool [slots, vocabulary], made for the first request with a penalty
+        )
         self._drawn: dict[int, Tensor] = {}
 
     def assign(self, slot: int, sampling: Sampling, input_ids: np.ndarray) -> None:
@@ -123,10 +131,14 @@ class Sampler:
         if not sampling.greedy:
             self._generators[slot] = torch.Generator(device=self._device).manual_seed(sampling.seed)
             self._temperature[slot] = sampling.temperature
-            self._top_k[slot] = sampling.top_k if 0 < sampling.top_k < self._vocabulary else self._vocabulary
+            self._top_k[slot] = (
+                sampling.top_k if 0 < sampling.top_k < self._vocabulary else self._vocabulary
+            )
             self._tail[slot] = 1 - sampling.top_p
         if sampling.repetition_penalty != 1.0 and self._seen is None:
-            self._seen = torch.zeros(len(self._sampling), self._vocabulary, dtype=torch.bool, device=self._device)
+            self._seen = torch.zeros(
+                len(self._sampling), self._vocabulary, dtype=torch.bool, device=self._device
+            )
         if self._seen is not None:
             self._penalty[slot] = sampling.repetition_penalty
             self._seen[slot] = False
@@ -149,19 +161,27 @@ class Sampler:
         if self._seen is not None:
             seen = self._seen.index_select(0, index)
             penalty = self._penalty.index_select(0, index).unsqueeze(1)
-            scores = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+            scores = torch.where(
+                seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
+            )
         tokens = scores.argmax(-1)
         rows = [row for row, slot in enumerate(slots) if self._generators[slot] is not None]
         if rows:
             at = to_device(np.array(rows, np.int64), self._device)
-            tokens.index_copy_(0, at, self._draw(scores.index_select(0, at), [slots[row] for row in rows]))
+            tokens.index_copy_(
+                0, at, self._draw(scores.index_select(0, at), [slots[row] for row in rows])
+            )
         if self._seen is not None:
-            self._seen.index_put_((index, tokens), torch.ones((), dtype=torch.bool, device=self._device))
+            self._seen.index_put_(
+                (index, tokens), torch.ones((), dtype=torch.bool, device=self._device)
+            )
         self._drawn.clear()
         return tokens.masked_fill(~finite, NOT_FINITE)
 
     def _draw(self, scores: Tensor, slots: list[int]) -> Tensor:
-        """Sample rows of scores with the warpers of transformers, in its order, and the draw of `torch.multinomial`."""
+        """Sample rows of scores with the warpers of transformers, in its order, and the draw of
+        `torch.multinomial`.
+        """
         index = to_device(np.array(slots, np.int64), self._device)
         scores = scores / self._temperature.index_select(0, index).unsqueeze(1)
         settings = [self._sampling[slot] for slot in slots]

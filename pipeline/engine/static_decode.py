@@ -15,7 +15,9 @@ _STEP = 16
 
 
 def static_sizes(device: torch.device, most: int) -> tuple[int, ...]:
-    """Batch sizes to capture for up to `most` requests; none on a CPU, where launching costs nothing."""
+    """Batch sizes to capture for up to `most` requests; none on a CPU, where launching costs
+    nothing.
+    """
     if device.type == "cpu":
         return ()
     small = [size for size in (1, 2, 4, 8) if size < most]
@@ -23,20 +25,30 @@ def static_sizes(device: torch.device, most: int) -> tuple[int, ...]:
 
 
 class StaticDecode:
-    """Runs a function of slots at fixed sizes: as a CUDA graph captured at first use, on a CPU as it is.
+    """Runs a function of slots at fixed sizes: as a CUDA graph captured at first use, on a CPU as
+    it is.
 
     Args:
-        function: from slots, int64 [size] on the device, to a result [size, ...] on the device; it must not wait for the
-            device, and read nothing but tensors that stay where they are.
+        function: from slots, int64 [size] on the device, to a result [size, ...] on the device; it
+            must not wait for the device, and read nothing but tensors that stay where they are.
         sizes: the sizes, rising.
         nobody: the slot that fills up a batch.
         device: where it runs.
     """
 
     def __init__(
-        self, function: Callable[[Tensor], Tensor], sizes: Sequence[int], nobody: int, device: torch.device
+        self,
+        function: Callable[[Tensor], Tensor],
+        sizes: Sequence[int],
+        nobody: int,
+        device: torch.device,
     ) -> None:
-        self._function, self._sizes, self._nobody, self._device = function, tuple(sizes), nobody, device
+        self._function, self._sizes, self._nobody, self._device = (
+            function,
+            tuple(sizes),
+            nobody,
+            device,
+        )
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool: object | None = None
 
@@ -63,7 +75,8 @@ class StaticDecode:
             self._function(slots)
         torch.cuda.current_stream(self._device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may use the device meanwhile. All graphs share one pool: they never run side by side.
+        # Other threads of the process may use the device meanwhile. All graphs share one pool: they
+        # never run side by side.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = self._function(slots)
         self._pool = graph.pool()

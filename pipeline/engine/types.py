@@ -17,7 +17,9 @@ class GenerationError(Exception):
 
 
 class OutOfMemoryError(GenerationError):
-    """Memory did not suffice for a request, even alone; on another device, or beside others, it may."""
+    """Memory did not suffice for a request, even alone; on another device, or beside others, it
+    may.
+    """
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ class Request:
     def digests(self) -> tuple[bytes, ...]:
         """What tells its images apart from others: size and every pixel."""
         return tuple(
-            hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, salt=repr(image.shape[:2]).encode()).digest()
+            hashlib.blake2b(
+                np.ascontiguousarray(image).data,
+                digest_size=16,
+                salt=repr(image.shape[:2]).encode(),
+            ).digest()
             for image in self.images
         )
 
@@ -59,7 +65,8 @@ class Answer:
     Attributes:
         token_ids: the new tokens, the one that ended the answer included.
         text: their text without special tokens, cut before the first stop string.
-        finish_reason: `stop` (an end token or a stop string), `length`, or `repetition` (cut off in a loop).
+        finish_reason: `stop` (an end token or a stop string), `length`, or `repetition` (cut off in
+            a loop).
         prompt_tokens: T, visual tokens included.
         visual_tokens: tokens of the images.
         prefill_gates: [G, E] float16 gate values of the prompt's pass; None without an adapter.

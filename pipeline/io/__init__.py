@@ -1,1 +1,3 @@
-"""Reading shards and writing results: knows storage, Parquet and Ray Data's interfaces, neither model nor engine."""
+"""Reading shards and writing results: knows storage, Parquet and Ray Data's interfaces, neither
+model nor engine.
+"""

@@ -1,4 +1,6 @@
-"""Sets of row numbers as intervals: what of a shard is done, in a few bytes however many rows that is."""
+"""Sets of row numbers as intervals: what of a shard is done, in a few bytes however many rows that
+is.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ class RowSet:
     """Row numbers of one shard; immutable.
 
     Attributes:
-        edges: [2 * intervals] int64, rising: first row of an interval, the row behind its last, and so on; intervals do not
-            touch.
+        edges: [2 * intervals] int64, rising: first row of an interval, the row behind its last, and
+            so on; intervals do not touch.
     """
 
     edges: np.ndarray
@@ -32,7 +34,11 @@ class RowSet:
     @classmethod
     def of_rows(cls, rows: Iterable[int] | np.ndarray) -> RowSet:
         """The given rows, in any order, any of them more than once."""
-        numbers = np.unique(np.fromiter(rows, np.int64) if not isinstance(rows, np.ndarray) else rows.astype(np.int64))
+        numbers = np.unique(
+            np.fromiter(rows, np.int64)
+            if not isinstance(rows, np.ndarray)
+            else rows.astype(np.int64)
+        )
         if not len(numbers):
             return cls.empty()
         gaps = np.flatnonzero(np.diff(numbers) > 1)
@@ -82,14 +88,22 @@ class RowSet:
     def __sub__(self, other: RowSet) -> RowSet:
         if not other or not self:
             return self
-        # Behind an edge of either set, a row is in the difference if it is inside the first and outside the second.
+        # Behind an edge of either set, a row is in the difference if it is inside the first and
+        # outside the second.
         edges = np.unique(np.concatenate([self.edges, other.edges]))
         inside = self.contains(edges[:-1]) & ~other.contains(edges[:-1])
-        return RowSet.of_intervals(np.stack([edges[:-1][inside], edges[1:][inside]], axis=1).tolist())
+        return RowSet.of_intervals(
+            np.stack([edges[:-1][inside], edges[1:][inside]], axis=1).tolist()
+        )
 
     def clip(self, first: int, behind: int) -> RowSet:
-        """The rows from `first` up to `behind`, exclusive: as `& RowSet.range(first, behind)`, in a tenth of the time."""
-        start, end = np.searchsorted(self.edges, first, "right"), np.searchsorted(self.edges, behind, "left")
+        """The rows from `first` up to `behind`, exclusive: as `& RowSet.range(first, behind)`, in a
+        tenth of the time.
+        """
+        start, end = (
+            np.searchsorted(self.edges, first, "right"),
+            np.searchsorted(self.edges, behind, "left"),
+        )
         if behind <= first:
             return RowSet.empty()
         # An odd number of edges before a row says that it is inside an interval.
@@ -103,9 +117,17 @@ class RowSet:
 
 def intersection(first: Mapping[str, RowSet], second: Mapping[str, RowSet]) -> dict[str, RowSet]:
     """Rows by shard that are in both; shards without any are left out."""
-    return {shard: both for shard, rows in first.items() if shard in second and (both := rows & second[shard])}
+    return {
+        shard: both
+        for shard, rows in first.items()
+        if shard in second and (both := rows & second[shard])
+    }
 
 
 def difference(first: Mapping[str, RowSet], second: Mapping[str, RowSet]) -> dict[str, RowSet]:
     """Rows by shard that are in `first` alone; shards without any are left out."""
-    return {shard: left for shard, rows in first.items() if (left := rows - second.get(shard, RowSet.empty()))}
+    return {
+        shard: left
+        for shard, rows in first.items()
+        if (left := rows - second.get(shard, RowSet.empty()))
+    }

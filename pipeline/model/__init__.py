@@ -1,1 +1,3 @@
-"""The model: checkpoint, prompt, vision tower, routing, experts, decoder. Knows neither Ray nor Parquet."""
+"""The model: checkpoint, prompt, vision tower, routing, experts, decoder. Knows neither Ray nor
+Parquet.
+"""

@@ -1,4 +1,6 @@
-"""Awaker2.5-VL (or plain Qwen2-VL) loaded on one device: the vision tower, the gates and the decoder as one model."""
+"""Awaker2.5-VL (or plain Qwen2-VL) loaded on one device: the vision tower, the gates and the
+decoder as one model.
+"""
 
 from __future__ import annotations
 
@@ -65,31 +67,44 @@ class Model:
 
 
 def load_model(
-    checkpoint: Checkpoint, image_processor: Any, dtype: torch.dtype, device: torch.device, *, prepack: bool = True
+    checkpoint: Checkpoint,
+    image_processor: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    prepack: bool = True,
 ) -> Model:
     """Load a checked checkpoint.
 
     Args:
-        checkpoint: what `open_checkpoint` returned. Serving tensors of the right dtype stay mapped from their file on
-            the CPU; others are built tensor by tensor, so the peak is the model plus one tensor.
-        image_processor: the checkpoint's image processor: mean, standard deviation and rescale factor.
+        checkpoint: what `open_checkpoint` returned. Serving tensors of the right dtype stay mapped
+            from their file on the CPU; others are built tensor by tensor, so the peak is the model
+            plus one tensor.
+        image_processor: the checkpoint's image processor: mean, standard deviation and rescale
+            factor.
         dtype: dtype to run in.
         device: where to load.
         prepack: on a CPU, lay the weights out for its products: faster, but in memory of their own.
     """
     with checkpoint.files.reader() as reader:
-        tensors = {name: build(reader).to(device, dtype) for name, build in checkpoint.serving_tensors()}
-    table = pixel_table(image_processor.image_mean, image_processor.image_std, image_processor.rescale_factor)
+        tensors = {
+            name: build(reader).to(device, dtype) for name, build in checkpoint.serving_tensors()
+        }
+    table = pixel_table(
+        image_processor.image_mean, image_processor.image_std, image_processor.rescale_factor
+    )
     return assemble(checkpoint.shape, tensors, table.to(device), prepack=prepack)
 
 
-def assemble(shape: ModelShape, tensors: MutableMapping[str, Tensor], table: Tensor, *, prepack: bool) -> Model:
+def assemble(
+    shape: ModelShape, tensors: MutableMapping[str, Tensor], table: Tensor, *, prepack: bool
+) -> Model:
     """Put a model together.
 
     Args:
         shape: its sizes.
-        tensors: all serving tensors by name (`checkpoint.serving_shapes`), of one dtype and on one device; they are taken
-            out of it, so that none is held twice.
+        tensors: all serving tensors by name (`checkpoint.serving_shapes`), of one dtype and on one
+            device; they are taken out of it, so that none is held twice.
         table: `pixel_table`'s result, on that device.
         prepack: as in `load_model`.
     """
@@ -105,7 +120,9 @@ def assemble(shape: ModelShape, tensors: MutableMapping[str, Tensor], table: Ten
 
     def mixture(name: str) -> Mixture:
         rank = shape.adapter.rank if shape.adapter else 0
-        return Mixture.of(tensors.pop(f"{name}.stacked"), tensors.pop(f"{name}.b", None), rank, prepack=prepack)
+        return Mixture.of(
+            tensors.pop(f"{name}.stacked"), tensors.pop(f"{name}.b", None), rank, prepack=prepack
+        )
 
     def block(name: str) -> VisionBlock:
         return VisionBlock(
@@ -143,12 +160,22 @@ def assemble(shape: ModelShape, tensors: MutableMapping[str, Tensor], table: Ten
     lm_head = tensors.pop("lm_head.weight") if not shape.tied_embeddings else embeddings
     lm_head = pack(lm_head) if prepack else lm_head
     gates = (
-        Gates(tensors["gates.norm"], tensors["gates.weight"], tensors["gates.bias"]) if shape.adapter is not None else None
+        Gates(tensors["gates.norm"], tensors["gates.weight"], tensors["gates.bias"])
+        if shape.adapter is not None
+        else None
     )
-    return Model(shape, embeddings, vision, gates, Decoder(shape, layers, tensors["final_norm.weight"], lm_head))
+    return Model(
+        shape,
+        embeddings,
+        vision,
+        gates,
+        Decoder(shape, layers, tensors["final_norm.weight"], lm_head),
+    )
 
 
-def rope_positions(input_ids: np.ndarray, grids: Sequence[tuple[int, int]], image_token_id: int) -> tuple[np.ndarray, int]:
+def rope_positions(
+    input_ids: np.ndarray, grids: Sequence[tuple[int, int]], image_token_id: int
+) -> tuple[np.ndarray, int]:
     """Rotary positions of one prompt.
 
     Args:
@@ -157,8 +184,9 @@ def rope_positions(input_ids: np.ndarray, grids: Sequence[tuple[int, int]], imag
         image_token_id: the id of `<|image_pad|>`.
 
     Returns:
-        [3, T] int64 (temporal, height, width) and the position of the first new token. Text counts on in all three;
-        an image holds one temporal position and its rows and columns, and text goes on behind its longer side.
+        [3, T] int64 (temporal, height, width) and the position of the first new token. Text counts
+        on in all three; an image holds one temporal position and its rows and columns, and text
+        goes on behind its longer side.
         Source: transformers' `Qwen2VLModel.get_rope_index`.
     """
     positions = np.empty((3, len(input_ids)), dtype=np.int64)

@@ -1,8 +1,10 @@
-"""From the tensors people have to the tensors a replica runs on: one recipe, used for loading and for converting.
+"""From the tensors people have to the tensors a replica runs on: one recipe, used for loading and
+for converting.
 
-A replica's tensors ("serving tensors") are: q, k and v stacked with their plain adapter folded in, each projection's
-experts stacked, all gates stacked. `recipes` says for every serving tensor which source tensors it is made of and how.
-Loading the released format builds them in memory; `convert.py` writes them to files, which a replica then maps.
+A replica's tensors ("serving tensors") are: q, k and v stacked with their plain adapter folded in,
+each projection's experts stacked, all gates stacked. `recipes` says for every serving tensor which
+source tensors it is made of and how. Loading the released format builds them in memory;
+`convert.py` writes them to files, which a replica then maps.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ SERVING_MANIFEST = "awaker_serving.json"
 SERVING_FORMAT = 2
 
 #: Our name of each projection that has experts, and where it stands in a released layer.
-MIXTURES = {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+MIXTURES = {
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 _GATED = ("self_attn.o_proj", "mlp.gate_proj")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,6 +49,10 @@ class Recipe:
     name: str
     sources: tuple[str, ...]
     build: Callable[..., Tensor]
+
+    def built(self, reader: TensorReader) -> Tensor:
+        """The tensor, of sources that a reader holds."""
+        return self.build(*map(reader.get, self.sources))
 
 
 @dataclass(frozen=True)
@@ -67,17 +78,21 @@ class Checkpoint:
                 yield name, lambda reader, name=name: reader.get(name)  # type: ignore[misc]
             return
         for recipe in recipes(self.shape):
-            yield recipe.name, lambda reader, recipe=recipe: recipe.build(*map(reader.get, recipe.sources))  # type: ignore[misc]
+            yield recipe.name, recipe.built
 
 
-def open_checkpoint(base: str, adapter: str | None, *, top_k: int = 1, lora_alpha: float | None = None) -> Checkpoint:
+def open_checkpoint(
+    base: str, adapter: str | None, *, top_k: int = 1, lora_alpha: float | None = None
+) -> Checkpoint:
     """Find a checkpoint, read its sizes and check every tensor's name, shape and dtype.
 
     Args:
         base: Hub id, folder or fsspec URL of Qwen2-VL or of a converted checkpoint.
-        adapter: the same, or a `pytorch_model.bin`, of the released Awaker format; None for plain Qwen2-VL.
+        adapter: the same, or a `pytorch_model.bin`, of the released Awaker format; None for plain
+            Qwen2-VL.
         top_k: experts kept per gate.
-        lora_alpha: the adapter's alpha; None is twice the rank (a converted checkpoint: what it was converted with).
+        lora_alpha: the adapter's alpha; None is twice the rank (a converted checkpoint: what it was
+            converted with).
 
     Raises:
         CheckpointError: something is missing, extra, misshapen or of another model.
@@ -89,12 +104,19 @@ def open_checkpoint(base: str, adapter: str | None, *, top_k: int = 1, lora_alph
     manifest = folder / SERVING_MANIFEST
     if manifest.is_file():
         if adapter is not None:
-            raise ConfigError("model.adapter: model.base is a converted checkpoint with its adapter inside; set null")
+            raise ConfigError(
+                "model.adapter: model.base is a converted checkpoint with its adapter inside; set "
+                "null"
+            )
         settings = read_object(manifest, "model.base")
         if settings.get("format") != SERVING_FORMAT:
-            raise CheckpointError(f"model.base: {folder} has format {settings.get('format')!r}; convert it again")
+            raise CheckpointError(
+                f"model.base: {folder} has format {settings.get('format')!r}; convert it again"
+            )
         if settings.get("adapter") is not None:
-            shape = replace(shape, adapter=_converted_adapter(settings["adapter"], top_k, lora_alpha))
+            shape = replace(
+                shape, adapter=_converted_adapter(settings["adapter"], top_k, lora_alpha)
+            )
         files = TensorFiles.open(folder, "model.base")
         _check(files, serving_shapes(shape), f"model.base: {folder}")
         return Checkpoint(folder, files, shape, is_serving=True)
@@ -102,34 +124,48 @@ def open_checkpoint(base: str, adapter: str | None, *, top_k: int = 1, lora_alph
     if adapter is None:
         files = TensorFiles.open(folder, "model.base")
         if any(".lora_" in name for name in files.tensors):
-            raise CheckpointError(f"model.base: {folder} holds adapter tensors; name it as model.adapter instead")
+            raise CheckpointError(
+                f"model.base: {folder} holds adapter tensors; name it as model.adapter instead"
+            )
         where = f"model.base: {folder}"
     else:
         location = localise(adapter, "model.adapter")
         files = TensorFiles.open(location, "model.adapter")
         shape = replace(shape, adapter=_released_adapter(files, location, top_k, lora_alpha))
         where = f"model.adapter: {location}"
-    _check(files, released_shapes(shape), where, optional={"lm_head.weight"} if shape.tied_embeddings else set())
+    _check(
+        files,
+        released_shapes(shape),
+        where,
+        optional={"lm_head.weight"} if shape.tied_embeddings else set(),
+    )
     return Checkpoint(folder, files, shape, is_serving=False)
 
 
-def _released_adapter(files: TensorFiles, location: Path, top_k: int, lora_alpha: float | None) -> AdapterShape:
+def _released_adapter(
+    files: TensorFiles, location: Path, top_k: int, lora_alpha: float | None
+) -> AdapterShape:
     prefix = "model.layers.0.self_attn.o_proj.lora_moe_A."
     experts = [n.removeprefix(prefix).split(".")[0] for n in files.tensors if n.startswith(prefix)]
     routed = sum(name.isdigit() for name in experts)
     if routed == 0:
         raise CheckpointError(
-            f"model.adapter: {location} has no tensors '{prefix}0.weight' ...; expected Awaker2.5-VL's released format"
+            f"model.adapter: {location} has no tensors '{prefix}0.weight' ...; expected "
+            "Awaker2.5-VL's released format"
         )
     rank = files.tensors[f"{prefix}0.weight"].shape[0]
     return _adapter(routed, rank, top_k, lora_alpha if lora_alpha is not None else 2.0 * rank)
 
 
-def _converted_adapter(saved: dict[str, float], top_k: int, lora_alpha: float | None) -> AdapterShape:
-    # q, k and v were folded with the alpha of the conversion: another one would be applied to the experts alone.
+def _converted_adapter(
+    saved: dict[str, float], top_k: int, lora_alpha: float | None
+) -> AdapterShape:
+    # q, k and v were folded with the alpha of the conversion: another one would be applied to the
+    # experts alone.
     if lora_alpha is not None and lora_alpha != saved["lora_alpha"]:
         raise ConfigError(
-            f"model.lora_alpha: {lora_alpha:g}, but model.base was converted with {saved['lora_alpha']:g}; "
+            f"model.lora_alpha: {lora_alpha:g}, but model.base was converted with "
+            f"{saved['lora_alpha']:g}; "
             "leave it unset, or convert again"
         )
     return _adapter(int(saved["experts"]), int(saved["rank"]), top_k, saved["lora_alpha"])
@@ -137,7 +173,9 @@ def _converted_adapter(saved: dict[str, float], top_k: int, lora_alpha: float | 
 
 def _adapter(experts: int, rank: int, top_k: int, lora_alpha: float) -> AdapterShape:
     if not 1 <= top_k <= experts:
-        raise ConfigError(f"model.top_k_experts: {top_k}, expected 1 to {experts} (the checkpoint's experts)")
+        raise ConfigError(
+            f"model.top_k_experts: {top_k}, expected 1 to {experts} (the checkpoint's experts)"
+        )
     return AdapterShape(experts, rank, top_k, lora_alpha / rank)
 
 
@@ -157,7 +195,9 @@ def _check(
         if name in found and found[name].shape != shape
     ]
     wrong_dtype = [
-        f"{name} {info.dtype}" for name, info in found.items() if name in expected and info.dtype not in DTYPES.values()
+        f"{name} {info.dtype}"
+        for name, info in found.items()
+        if name in expected and info.dtype not in DTYPES.values()
     ]
     parts = [
         f"{len(names)} {kind} ({'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''})"
@@ -171,13 +211,16 @@ def _check(
     ]
     if parts:
         raise CheckpointError(
-            f"{where} does not fit the model that config.json describes: tensors {', '.join(parts)}. "
+            f"{where} does not fit the model that config.json describes: tensors "
+            f"{', '.join(parts)}. "
             "Check that base and adapter belong together"
         )
 
 
 def released_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the released format (or of plain Qwen2-VL) by canonical name, with its shape."""
+    """Every tensor of the released format (or of plain Qwen2-VL) by canonical name, with its
+    shape.
+    """
     vision, hidden = shape.vision, shape.hidden
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     merged = vision.width * vision.merge_size**2
@@ -194,7 +237,11 @@ def released_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         ):
             shapes[f"visual.blocks.{block}.{name}.weight"] = size
             shapes[f"visual.blocks.{block}.{name}.bias"] = size[:1]
-    for name, size in (("ln_q", (vision.width,)), ("mlp.0", (merged, merged)), ("mlp.2", (hidden, merged))):
+    for name, size in (
+        ("ln_q", (vision.width,)),
+        ("mlp.0", (merged, merged)),
+        ("mlp.2", (hidden, merged)),
+    ):
         shapes[f"visual.merger.{name}.weight"] = size
         shapes[f"visual.merger.{name}.bias"] = size[:1]
     shapes["model.embed_tokens.weight"] = (shape.vocabulary, hidden)
@@ -252,7 +299,9 @@ def _same(tensor: Tensor) -> Tensor:
 def recipes(shape: ModelShape) -> Iterator[Recipe]:
     """All serving tensors of a model, in the order of a forward pass."""
     vision, adapter = shape.vision, shape.adapter
-    yield Recipe("vision.patch_embedding.weight", ("visual.patch_embed.proj.weight",), lambda w: w.flatten(1))
+    yield Recipe(
+        "vision.patch_embedding.weight", ("visual.patch_embed.proj.weight",), lambda w: w.flatten(1)
+    )
     affine = {
         "norm1": "norm1",
         "qkv": "attn.qkv",
@@ -272,10 +321,14 @@ def recipes(shape: ModelShape) -> Iterator[Recipe]:
     yield Recipe("embeddings.weight", ("model.embed_tokens.weight",), _same)
 
     def fold(*tensors: Tensor) -> Tensor:
-        """Stack W + s B A of q, k and v in float32: the released code keeps this adapter in float32."""
+        """Stack W + s B A of q, k and v in float32: the released code keeps this adapter in
+        float32.
+        """
         assert adapter is not None
         triples = [tensors[i : i + 3] for i in range(0, 9, 3)]
-        return torch.cat([w.float() + adapter.scale * (b.float() @ a.float()) for w, a, b in triples])
+        return torch.cat(
+            [w.float() + adapter.scale * (b.float() @ a.float()) for w, a, b in triples]
+        )
 
     for layer in range(shape.layers):
         at, to = f"model.layers.{layer}", f"layers.{layer}"
@@ -283,7 +336,9 @@ def recipes(shape: ModelShape) -> Iterator[Recipe]:
         qkv = [f"{at}.self_attn.{name}_proj" for name in "qkv"]
         if adapter:
             parts = ("weight", "lora_A.default.weight", "lora_B.default.weight")
-            yield Recipe(f"{to}.qkv.weight", tuple(f"{p}.{part}" for p in qkv for part in parts), fold)
+            yield Recipe(
+                f"{to}.qkv.weight", tuple(f"{p}.{part}" for p in qkv for part in parts), fold
+            )
         else:
             yield Recipe(f"{to}.qkv.weight", tuple(f"{p}.weight" for p in qkv), _stack_rows)
         yield Recipe(f"{to}.qkv.bias", tuple(f"{p}.bias" for p in qkv), _stack_rows)
@@ -298,8 +353,14 @@ def recipes(shape: ModelShape) -> Iterator[Recipe]:
         yield Recipe(f"{to}.post_norm.weight", (f"{at}.post_attention_layernorm.weight",), _same)
     if adapter:
         gated = [f"model.layers.{layer}.{name}" for layer in range(shape.layers) for name in _GATED]
-        for name, part in (("norm", "ln.weight"), ("weight", "w_gate.weight"), ("bias", "w_gate.bias")):
-            yield Recipe(f"gates.{name}", tuple(f"{g}.{part}" for g in gated), lambda *t: torch.stack(t))
+        for name, part in (
+            ("norm", "ln.weight"),
+            ("weight", "w_gate.weight"),
+            ("bias", "w_gate.bias"),
+        ):
+            yield Recipe(
+                f"gates.{name}", tuple(f"{g}.{part}" for g in gated), lambda *t: torch.stack(t)
+            )
     yield Recipe("final_norm.weight", ("model.norm.weight",), _same)
     if not shape.tied_embeddings:
         yield Recipe("lm_head.weight", ("lm_head.weight",), _same)
@@ -309,6 +370,8 @@ def serving_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every serving tensor with its shape: the recipes run on tensors without memory."""
     sources = released_shapes(shape)
     return {
-        recipe.name: tuple(recipe.build(*(torch.empty(sources[s], device="meta") for s in recipe.sources)).shape)
+        recipe.name: tuple(
+            recipe.build(*(torch.empty(sources[s], device="meta") for s in recipe.sources)).shape
+        )
         for recipe in recipes(shape)
     }

@@ -1,4 +1,6 @@
-"""Writes a checkpoint made for serving: serving tensors in sharded safetensors, tensor by tensor."""
+"""Writes a checkpoint made for serving: serving tensors in sharded safetensors, tensor by
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,19 @@ class Converted:
     files: int
 
 
-def convert(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> Converted:
+def convert(
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, shard_bytes: int
+) -> Converted:
     """Write `checkpoint` as serving tensors.
 
     Args:
         checkpoint: a checked checkpoint in the released format (or plain Qwen2-VL).
-        folder: a new or empty folder; the manifest is written last, so a folder without one is not a checkpoint.
-        dtype: dtype to store; None keeps each tensor's own, and q/k/v as the float32 sum that folding makes.
-        shard_bytes: a file is closed once its tensors reach this. Peak memory is about one file's worth, or two of the
-            largest tensor.
+        folder: a new or empty folder; the manifest is written last, so a folder without one is not
+            a checkpoint.
+        dtype: dtype to store; None keeps each tensor's own, and q/k/v as the float32 sum that
+            folding makes.
+        shard_bytes: a file is closed once its tensors reach this. Peak memory is about one file's
+            worth, or two of the largest tensor.
 
     Raises:
         OutputError: the folder is not empty or cannot be written.
@@ -66,7 +72,8 @@ def convert(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, sha
         with checkpoint.files.reader() as reader:
             for name, build in tensors:
                 tensor = build(reader) if dtype is None else build(reader).to(dtype)
-                # A copy of its own: safetensors refuses views, and a view would keep the source mapped.
+                # A copy of its own: safetensors refuses views, and a view would keep the source
+                # mapped.
                 shard[name] = tensor.clone(memory_format=torch.contiguous_format)
                 mapped += tensor.nbytes
                 del tensor
@@ -96,7 +103,13 @@ def _write_manifest(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | N
         "format": SERVING_FORMAT,
         "dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."),
         "adapter": adapter
-        and {"experts": adapter.experts, "rank": adapter.rank, "lora_alpha": adapter.scale * adapter.rank},
-        "sources": [{"file": str(f), "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in sources],
+        and {
+            "experts": adapter.experts,
+            "rank": adapter.rank,
+            "lora_alpha": adapter.scale * adapter.rank,
+        },
+        "sources": [
+            {"file": str(f), "bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in sources
+        ],
     }
     (folder / SERVING_MANIFEST).write_text(json.dumps(manifest, indent=2))

@@ -1,7 +1,8 @@
 """The decoder of Qwen2-VL with Awaker's experts over packed tokens, nothing but the mathematics.
 
-Source: transformers' `Qwen2VLTextModel` and the released Awaker2.5-VL layers. Linear layers always run over packed
-tokens [tokens, hidden]; only attention knows where one request ends and the next begins.
+Source: transformers' `Qwen2VLTextModel` and the released Awaker2.5-VL layers. Linear layers always
+run over packed tokens [tokens, hidden]; only attention knows where one request ends and the next
+begins.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class LayerGates:
-    """Factors of a layer's two gates for a step; up_proj and down_proj obey gate_proj's. None without an adapter."""
+    """Factors of a layer's two gates for a step; up_proj and down_proj obey gate_proj's. None
+    without an adapter.
+    """
 
     o: GateFactors | None
     mlp: GateFactors | None
@@ -48,7 +51,8 @@ def rotary(positions: Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[Te
         dtype: dtype of the result.
 
     Returns:
-        Two tensors [tokens, head_dim / 2]: section i of the frequencies follows the positions of dimension i mod 3.
+        Two tensors [tokens, head_dim / 2]: section i of the frequencies follows the positions of
+        dimension i mod 3.
     """
     dim = shape.head_dim
     steps = torch.arange(0, dim, 2, dtype=torch.int64, device=positions.device).float() / dim
@@ -69,9 +73,15 @@ class Decoder:
     lm_head: Tensor
 
     def step(
-        self, embeddings: Tensor, positions: Tensor, layout: StepLayout, gates: list[LayerGates], answered: Tensor
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        layout: StepLayout,
+        gates: list[LayerGates],
+        answered: Tensor,
     ) -> Tensor:
-        """Run a step's tokens: parts of prompts and new tokens of running requests together, packed without padding.
+        """Run a step's tokens: parts of prompts and new tokens of running requests together, packed
+        without padding.
 
         Args:
             embeddings: [tokens, hidden].
@@ -90,15 +100,25 @@ class Decoder:
         last = len(self.layers) - 1 if layout.chunks is not None else None
         for index, (layer, gate) in enumerate(zip(self.layers, gates, strict=True)):
             x, normed = add_rms_norm(x, delta, layer.input_norm, shape.rms_eps)
-            qkv = linear(normed, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, shape.head_dim))
+            qkv = linear(normed, layer.qkv_weight, layer.qkv_bias).unflatten(
+                1, (-1, shape.head_dim)
+            )
             q, k = rotate_(qkv[:, :rotated], cos, sin).split([shape.heads, shape.kv_heads], dim=1)
             attended = attend(layout, index, q, k, qkv[:, rotated:])
             if index == last:
-                # Behind the last attention only what is answered matters: of a prompt, its last token.
+                # Behind the last attention only what is answered matters: of a prompt, its last
+                # token.
                 x, attended = x.index_select(0, answered), attended.index_select(0, answered)
-                gate = LayerGates(*(None if own is None else own.of_few(answered) for own in (gate.o, gate.mlp)))
-            x, normed = add_rms_norm(x, mixture_linear(attended, layer.o, gate.o), layer.post_norm, shape.rms_eps)
-            hidden = silu_multiply(mixture_linear(normed, layer.gate, gate.mlp), mixture_linear(normed, layer.up, gate.mlp))
+                gate = LayerGates(
+                    *(None if own is None else own.of_few(answered) for own in (gate.o, gate.mlp))
+                )
+            x, normed = add_rms_norm(
+                x, mixture_linear(attended, layer.o, gate.o), layer.post_norm, shape.rms_eps
+            )
+            hidden = silu_multiply(
+                mixture_linear(normed, layer.gate, gate.mlp),
+                mixture_linear(normed, layer.up, gate.mlp),
+            )
             delta = mixture_linear(hidden, layer.down, gate.mlp)
         if last is None:
             x = x.index_select(0, answered)

@@ -4,9 +4,10 @@ Formula (released Awaker2.5-VL, see `routing.py` for the gate):
 
     y = W x + m * sum_e g_e * s * B_e A_e x + (1 - m) * s * B_g A_g x
 
-with g_e the gate's value for expert e (0 outside its top k), m = max_e g_e, s = alpha / rank and B_g A_g the global
-expert. The factors of a request are constants of its route: `factors` holds s * m * g_e for every expert and
-s * (1 - m) for the global one, so a projection is W x plus one scaled low-rank product.
+with g_e the gate's value for expert e (0 outside its top k), m = max_e g_e, s = alpha / rank and
+B_g A_g the global expert. The factors of a request are constants of its route: `factors` holds s *
+m * g_e for every expert and s * (1 - m) for the global one, so a projection is W x plus one scaled
+low-rank product.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ class Mixture:
 
     Attributes:
         low: [E * rank, in], the experts' A; no rows without an adapter.
-        dense: [rank + out, in], the global expert's A, then W: one product for both. Without an adapter it is W.
-        whole: [(E + 1) * rank + out, in], both; None where `dense` is packed (see `pipeline.model.ops.pack`).
-        b: [out, (E + 1) * rank], the experts' B side by side, the global one last; None without an adapter.
-        pairs: for each expert [out, 2 * rank], the global expert's B and its own; empty where `dense` is not packed.
+        dense: [rank + out, in], the global expert's A, then W: one product for both. Without an
+            adapter it is W.
+        whole: [(E + 1) * rank + out, in], both; None where `dense` is packed (see
+            `pipeline.model.ops.pack`).
+        b: [out, (E + 1) * rank], the experts' B side by side, the global one last; None without an
+            adapter.
+        pairs: for each expert [out, 2 * rank], the global expert's B and its own; empty where
+            `dense` is not packed.
         rank: r; 0 without an adapter.
     """
 
@@ -44,7 +49,8 @@ class Mixture:
         """A projection of its serving tensors.
 
         Args:
-            stacked: [(E + 1) * rank + out, in], the experts' A, the global expert's A, then W; W without an adapter.
+            stacked: [(E + 1) * rank + out, in], the experts' A, the global expert's A, then W; W
+                without an adapter.
             b: as the attribute.
             rank: as the attribute.
             prepack: lay the weights out for this processor, in memory of their own.
@@ -54,7 +60,11 @@ class Mixture:
         packed = pack(dense) if prepack else dense
         if not packed.is_mkldnn:
             return cls(low, dense, stacked, b, (), rank)
-        pairs = () if b is None else tuple(torch.cat([b[:, below:], own], 1) for own in b[:, :below].split(rank, 1))
+        pairs = (
+            ()
+            if b is None
+            else tuple(torch.cat([b[:, below:], own], 1) for own in b[:, :below].split(rank, 1))
+        )
         return cls(low.clone(), packed, None, b, pairs, rank)
 
     @property
@@ -73,15 +83,17 @@ class Mixture:
 class GateFactors:
     """What one gate contributes to a step, and which experts are computed for which of its tokens.
 
-    The experts of `dense` are computed for every token, those of `sparse` for the tokens named there; a factor of zero
-    makes an expert's part vanish exactly. Every expert that a token chose must be in one of them. So with E experts:
+    The experts of `dense` are computed for every token, those of `sparse` for the tokens named
+    there; a factor of zero makes an expert's part vanish exactly. Every expert that a token chose
+    must be in one of them. So with E experts:
 
     - masked: all of them dense;
     - majority: the expert that most tokens share dense, the others sparse;
     - segments: all sparse.
 
     Attributes:
-        factors: [tokens, E + 1] in the hidden states' dtype: s * m * g_e, the global expert's s * (1 - m) last.
+        factors: [tokens, E + 1] in the hidden states' dtype: s * m * g_e, the global expert's s *
+            (1 - m) last.
         dense: experts computed for every token: one, none, or all E.
         sparse: other experts, each with the int64 indices of its tokens.
     """
@@ -92,7 +104,9 @@ class GateFactors:
 
     def of_few(self, tokens: Tensor) -> GateFactors:
         """The factors of a few tokens, int64 indices: every expert is computed for each of them."""
-        return GateFactors(self.factors.index_select(0, tokens), tuple(range(self.factors.shape[-1] - 1)))
+        return GateFactors(
+            self.factors.index_select(0, tokens), tuple(range(self.factors.shape[-1] - 1))
+        )
 
 
 def mixture_linear(x: Tensor, mixture: Mixture, gate: GateFactors | None) -> Tensor:

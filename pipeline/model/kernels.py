@@ -1,7 +1,9 @@
-"""Triton kernels for CUDA, each the equal of a plain function in `ops.py` or `attention.py`, which it is tested against.
+"""Triton kernels for CUDA, each the equal of a plain function in `ops.py` or `attention.py`, which
+it is tested against.
 
-They fuse what PyTorch would run as several passes over memory; none of them waits for the device, so all of them may be
-captured in a CUDA graph. Under `TRITON_INTERPRET=1` they run on the CPU, for tests.
+They fuse what PyTorch would run as several passes over memory; none of them waits for the device,
+so all of them may be captured in a CUDA graph. Under `TRITON_INTERPRET=1` they run on the CPU, for
+tests.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ _MOST_SPLITS = 64
 
 @triton.jit
 def _add_rms_norm(
-    x, delta, weight, out_sum, out, eps, x_stride, delta_stride, width, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    delta,
+    weight,
+    out_sum,
+    out,
+    eps,
+    x_stride,
+    delta_stride,
+    width,
+    HAS_DELTA: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -31,10 +43,16 @@ def _add_rms_norm(
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     normed = (wide * scale).to(value.dtype)
-    tl.store(out + row * width + column, normed * tl.load(weight + column, mask=inside, other=0.0), mask=inside)
+    tl.store(
+        out + row * width + column,
+        normed * tl.load(weight + column, mask=inside, other=0.0),
+        mask=inside,
+    )
 
 
-def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """See `ops.add_rms_norm`; rows may be strided, columns not."""
     rows, width = x.shape
     normed = torch.empty((rows, width), dtype=x.dtype, device=x.device)
@@ -42,8 +60,20 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     if rows:
         step = 0 if delta is None else delta.stride(0)
         block = triton.next_power_of_2(width)
-        arguments = (x, x if delta is None else delta, weight, total, normed, eps, x.stride(0), step, width)
-        _add_rms_norm[(rows,)](*arguments, HAS_DELTA=delta is not None, BLOCK=block, num_warps=8 if block > 1024 else 4)
+        arguments = (
+            x,
+            x if delta is None else delta,
+            weight,
+            total,
+            normed,
+            eps,
+            x.stride(0),
+            step,
+            width,
+        )
+        _add_rms_norm[(rows,)](
+            *arguments, HAS_DELTA=delta is not None, BLOCK=block, num_warps=8 if block > 1024 else 4
+        )
     return total, normed
 
 
@@ -55,7 +85,11 @@ def _silu_multiply(gate, up, out, gate_stride, up_stride, width, BLOCK: tl.const
     value = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0)
     wide = value.to(tl.float32)
     silu = (wide / (1 + tl.exp(-wide))).to(value.dtype)
-    tl.store(out + row * width + column, silu * tl.load(up + row * up_stride + column, mask=inside, other=0.0), mask=inside)
+    tl.store(
+        out + row * width + column,
+        silu * tl.load(up + row * up_stride + column, mask=inside, other=0.0),
+        mask=inside,
+    )
 
 
 def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
@@ -87,16 +121,32 @@ def quick_gelu_(x: Tensor) -> Tensor:
 
 @triton.jit
 def _rotate(
-    x, cos, sin, row_stride, head_stride, angle_stride, heads, half, HEADS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr
+    x,
+    cos,
+    sin,
+    row_stride,
+    head_stride,
+    angle_stride,
+    heads,
+    half,
+    HEADS_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
 ):
     # All heads of a token: its angles are read once.
     row = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, HEADS_BLOCK), tl.arange(0, HALF_BLOCK)
-    c = tl.load(cos + row * angle_stride + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + row * angle_stride + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    c = tl.load(cos + row * angle_stride + column, mask=column < half, other=0.0).to(tl.float32)[
+        None, :
+    ]
+    s = tl.load(sin + row * angle_stride + column, mask=column < half, other=0.0).to(tl.float32)[
+        None, :
+    ]
     inside = (head < heads)[:, None] & (column < half)[None, :]
     place = x + row * row_stride + head[:, None] * head_stride + column[None, :]
-    first, second = tl.load(place, mask=inside, other=0.0), tl.load(place + half, mask=inside, other=0.0)
+    first, second = (
+        tl.load(place, mask=inside, other=0.0),
+        tl.load(place + half, mask=inside, other=0.0),
+    )
     a, b = first.to(tl.float32), second.to(tl.float32)
     tl.store(place, (a * c - b * s).to(first.dtype), mask=inside)
     tl.store(place + half, (b * c + a * s).to(first.dtype), mask=inside)
@@ -107,15 +157,22 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rows, heads, width = x.shape
     if rows:
         half = width // 2
-        blocks = {"HEADS_BLOCK": triton.next_power_of_2(heads), "HALF_BLOCK": triton.next_power_of_2(half)}
-        _rotate[(rows,)](x, cos, sin, x.stride(0), x.stride(1), cos.stride(0), heads, half, num_warps=4, **blocks)
+        blocks = {
+            "HEADS_BLOCK": triton.next_power_of_2(heads),
+            "HALF_BLOCK": triton.next_power_of_2(half),
+        }
+        _rotate[(rows,)](
+            x, cos, sin, x.stride(0), x.stride(1), cos.stride(0), heads, half, num_warps=4, **blocks
+        )
     return x
 
 
 @triton.jit
 def _decode_part(
-    q, keys, values, starts, lengths, sums, maxima, totals, scale, q_stride, row_stride, head_stride, splits,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    q, keys, values, starts, lengths, sums, maxima, totals, scale,
+    q_stride, row_stride, head_stride, splits,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     # One request, one key/value head with all its queries, one part of the request's rows.
     request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -136,16 +193,24 @@ def _decode_part(
         row = at + tl.arange(0, ROWS)
         filled = row < behind
         place = (start + row) * row_stride + head * head_stride
-        key = tl.load(keys + place[None, :] + column[:, None], mask=filled[None, :] & (column < DIM)[:, None], other=0.0)
+        key = tl.load(
+            keys + place[None, :] + column[:, None],
+            mask=filled[None, :] & (column < DIM)[:, None],
+            other=0.0,
+        )
         score = tl.dot(query, key, input_precision="ieee") * scale
         score = tl.where(filled[None, :], score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, 1))
         weight = tl.exp(score - higher[:, None])
         fade = tl.exp(highest - higher)
         value = tl.load(
-            values + place[:, None] + column[None, :], mask=filled[:, None] & (column < DIM)[None, :], other=0.0
+            values + place[:, None] + column[None, :],
+            mask=filled[:, None] & (column < DIM)[None, :],
+            other=0.0,
         )
-        attended = attended * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        attended = attended * fade[:, None] + tl.dot(
+            weight.to(value.dtype), value, input_precision="ieee"
+        )
         total = total * fade + tl.sum(weight, 1)
         highest = higher
     part = ((request * heads + head) * splits + split).to(tl.int64) * GROUP
@@ -173,11 +238,15 @@ def _decode_join(
     tl.store(out + place, joined.to(out.dtype.element_ty), mask=column < DIM)
 
 
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    """See `attention.attend_decode`; each request's rows are cut into parts that run side by side, then joined.
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor
+) -> Tensor:
+    """See `attention.attend_decode`; each request's rows are cut into parts that run side by side,
+    then joined.
 
-    How many parts depends on the number of requests alone, never on their lengths, so that the same launch serves a CUDA
-    graph whatever it is replayed on. Source: "Flash-Decoding for long-context inference" (Dao et al. 2023).
+    How many parts depends on the number of requests alone, never on their lengths, so that the same
+    launch serves a CUDA graph whatever it is replayed on. Source: "Flash-Decoding for long-context
+    inference" (Dao et al. 2023).
     """
     requests, heads, dim = q.shape
     kv_heads = keys.shape[1]
@@ -191,9 +260,17 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, le
     _decode_part[(requests, kv_heads, splits)](
         q, keys, values, starts, lengths, sums, maxima, totals,
         dim**-0.5, q.stride(0), keys.stride(0), keys.stride(1), splits,
-        GROUP_BLOCK=max(16, triton.next_power_of_2(group)), ROWS=64, num_warps=4, num_stages=3, **dims,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(group)), ROWS=64,
+        num_warps=4, num_stages=3, **dims,
     )  # fmt: skip
     _decode_join[(requests, kv_heads, group)](
-        sums, maxima, totals, out, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1, **dims
+        sums,
+        maxima,
+        totals,
+        out,
+        splits,
+        SPLITS=triton.next_power_of_2(splits),
+        num_warps=1,
+        **dims,
     )
     return out

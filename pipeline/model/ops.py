@@ -1,7 +1,7 @@
 """Small operations of the model: written plainly, and on CUDA as one kernel each (`kernels.py`).
 
-The plain forms are what the kernels are tested against. Where a function ends in `_` it may, and on CUDA does, write over
-its first argument.
+The plain forms are what the kernels are tested against. Where a function ends in `_` it may, and on
+CUDA does, write over its first argument.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Weights of fewer elements lie in the processor's cache, where oneDNN's layout brings nothing and its calls cost more.
+#: Weights of fewer elements lie in the processor's cache, where oneDNN's layout brings nothing and
+#: its calls cost more.
 PACK_FROM = 1 << 20
 
-#: Tokens of a step that oneDNN chooses its layout for; products of more and of fewer run in it, too.
+#: Tokens of a step that oneDNN chooses its layout for; products of more and of fewer run in it,
+#: too.
 PACK_TOKENS = 64
 
 
 def pack(weight: Tensor) -> Tensor:
     """A weight [out, in] for `linear`, on a CPU in oneDNN's own layout where that is faster.
 
-    Products of up to a hundred tokens take half the time, because nothing is laid out anew for each of them. A packed
-    weight is a copy: it cannot be sliced, and not be shared between processes by mapping a file.
+    Products of up to a hundred tokens take half the time, because nothing is laid out anew for each
+    of them. A packed weight is a copy: it cannot be sliced, and not be shared between processes by
+    mapping a file.
     """
     if weight.device.type != "cpu" or weight.numel() < PACK_FROM or not _can_pack(weight.dtype):
         return weight
@@ -33,9 +36,14 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def _can_pack(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
+    if not torch.backends.mkldnn.is_available() or platform.machine().lower() not in (
+        "x86_64",
+        "amd64",
+    ):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 def unpack(weight: Tensor) -> Tensor:
@@ -66,7 +74,8 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """Tensors on their way to the host, in stream order: what is launched later need not be waited for.
+    """Tensors on their way to the host, in stream order: what is launched later need not be waited
+    for.
 
     Args:
         tensors: all on one device; on the CPU they are there at once.
@@ -77,7 +86,9 @@ class HostCopy:
         self._tensors = tensors
         if tensors[0].is_cuda:
             pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-            self._tensors = tuple(host.copy_(t, non_blocking=True) for host, t in zip(pinned, tensors, strict=True))
+            self._tensors = tuple(
+                host.copy_(t, non_blocking=True) for host, t in zip(pinned, tensors, strict=True)
+            )
             self._copied = torch.cuda.Event()
             self._copied.record()
 
@@ -93,8 +104,11 @@ class HostCopy:
         return self._tensors
 
 
-def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream and normalise it: RMSNorm in float32, cast back before the weight, as released.
+def add_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and normalise it: RMSNorm in float32, cast back before the weight,
+    as released.
 
     Args:
         x: [tokens, hidden].
@@ -111,7 +125,9 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
         return fused(x, delta, weight, eps)
     total = x if delta is None else x + delta
     wide = total.float()
-    return total, weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return total, weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(
+        x.dtype
+    )
 
 
 def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
@@ -120,7 +136,9 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
         from pipeline.model.kernels import silu_multiply as fused
 
         return fused(gate, up)
-    return F.silu(gate).mul_(up)  # in the memory that SiLU took: large tensors are slow to come by on a CPU
+    return F.silu(gate).mul_(
+        up
+    )  # in the memory that SiLU took: large tensors are slow to come by on a CPU
 
 
 def quick_gelu_(x: Tensor) -> Tensor:
@@ -137,7 +155,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [tokens, heads, head_dim], any strides between tokens and heads.
-        cos: [tokens, head_dim / 2] float32, or rounded to a narrower dtype; products are rounded once, at the end.
+        cos: [tokens, head_dim / 2] float32, or rounded to a narrower dtype; products are rounded
+            once, at the end.
         sin: the same.
     """
     if x.is_cuda:

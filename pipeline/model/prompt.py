@@ -1,8 +1,10 @@
-"""From a conversation to what the model reads: resized pixels, token ids and the prompt span. CPU only, no weights.
+"""From a conversation to what the model reads: resized pixels, token ids and the prompt span. CPU
+only, no weights.
 
-This is the released README's own path (process_vision_info, chat template, processor) with two differences. Pixels stay
-uint8, and are normalised and cut into patches on the model's device (`vision.cut_images`). And control tokens that stand in
-a row's own text are text, unless `input.control_tokens` says otherwise; of texts without them the tokens are the same.
+This is the released README's own path (process_vision_info, chat template, processor) with two
+differences. Pixels stay uint8, and are normalised and cut into patches on the model's device
+(`vision.cut_images`). And control tokens that stand in a row's own text are text, unless
+`input.control_tokens` says otherwise; of texts without them the tokens are the same.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ Message = dict[str, Any]
 
 
 class Picture(Protocol):
-    """An image that is not decoded yet; in the place of a `PIL.Image`, so that one at a time is there in full size."""
+    """An image that is not decoded yet; in the place of a `PIL.Image`, so that one at a time is
+    there in full size.
+    """
 
     @property
     def size(self) -> tuple[int, int]:
@@ -40,13 +44,13 @@ class Picture(Protocol):
 #: What becomes of control tokens in a row's own text: see `input.control_tokens`.
 ControlTokens = Literal["text", "error", "allow"]
 
-#: Prompts of more characters than this for each position are counted from their beginning before they are tokenized. Usual
-#: text has two to five characters a token.
+#: Prompts of more characters than this for each position are counted from their beginning before
+#: they are tokenized. Usual text has two to five characters a token.
 USUAL_CHARACTERS = 8
 #: Characters that are counted at a time.
 WINDOW = 1 << 16
-#: Most characters of one word (letters, blanks or signs without a break). Merging takes half a second for so many, and no
-#: text has them.
+#: Most characters of one word (letters, blanks or signs without a break). Merging takes half a
+#: second for so many, and no text has them.
 LONGEST_WORD = 1 << 18
 #: Characters that stand for others while the template is rendered: no text needs them.
 PRIVATE = range(0xF0000, 0xFFFFE)
@@ -71,9 +75,15 @@ class SpecialTokens:
         """
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|video_pad|>")
         ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
-        unknown = [n for n, i in zip(names, ids, strict=True) if i is None or tokenizer.convert_ids_to_tokens(i) != n]
+        unknown = [
+            n
+            for n, i in zip(names, ids, strict=True)
+            if i is None or tokenizer.convert_ids_to_tokens(i) != n
+        ]
         if unknown:
-            raise CheckpointError(f"model.base: the tokenizer does not know {', '.join(unknown)}; is this Qwen2-VL's?")
+            raise CheckpointError(
+                f"model.base: the tokenizer does not know {', '.join(unknown)}; is this Qwen2-VL's?"
+            )
         return cls(*ids)
 
 
@@ -83,8 +93,10 @@ class Prompt:
 
     Attributes:
         input_ids: [T] int32, with one `<|image_pad|>` for each visual token.
-        span: (start, end), the half-open range of positions whose mean embedding routes the request.
-        images: each [height, width, 3] uint8, resized; both sides are multiples of patch_size * merge_size.
+        span: (start, end), the half-open range of positions whose mean embedding routes the
+            request.
+        images: each [height, width, 3] uint8, resized; both sides are multiples of patch_size *
+            merge_size.
     """
 
     input_ids: np.ndarray
@@ -95,8 +107,9 @@ class Prompt:
 def prompt_span(input_ids: np.ndarray, special: SpecialTokens) -> tuple[int, int]:
     """The positions whose mean embedding is the gates' input.
 
-    With an image the span starts at the first `<|vision_start|>`, without one at the second `<|im_start|>` + 2; it ends
-    before the second `<|im_end|>`. Source: the released README's snippet.
+    With an image the span starts at the first `<|vision_start|>`, without one at the second
+    `<|im_start|>` + 2; it ends before the second `<|im_end|>`. Source: the released README's
+    snippet.
 
     Args:
         input_ids: [T] token ids of one rendered prompt.
@@ -111,7 +124,8 @@ def prompt_span(input_ids: np.ndarray, special: SpecialTokens) -> tuple[int, int
     if len(ends) < 2 or len(starts) < 2:
         raise RowError(
             "prompt_positions",
-            f"the prompt has {len(starts)} <|im_start|> and {len(ends)} <|im_end|>, expected a system turn and a user "
+            f"the prompt has {len(starts)} <|im_start|> and {len(ends)} <|im_end|>, expected a "
+            "system turn and a user "
             "turn; check the chat template and the messages",
         )
     start = int(images[0]) if len(images) else int(starts[1]) + 2
@@ -119,7 +133,8 @@ def prompt_span(input_ids: np.ndarray, special: SpecialTokens) -> tuple[int, int
     if start >= end:
         raise RowError(
             "prompt_positions",
-            f"the routing span is empty (start {start}, end {end}); the user's first turn holds neither image nor text",
+            f"the routing span is empty (start {start}, end {end}); the user's first turn holds "
+            "neither image nor text",
         )
     return start, end
 
@@ -154,7 +169,9 @@ class PromptProcessor:
         check_tokenizer(folder, "model.base")
         try:
             self._processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # a damaged or missing tokenizer or processor file, in any of many types
+        except (
+            Exception
+        ) as error:  # a damaged or missing tokenizer or processor file, in any of many types
             raise CheckpointError(
                 f"model.base: cannot load tokenizer and processor from {folder} ({cause_of(error)})"
             ) from error
@@ -169,9 +186,12 @@ class PromptProcessor:
         added = self.tokenizer.get_added_vocab()
         self._added = {id_: token for token, id_ in added.items()}
         # Longest first, as the tokenizer matches them.
-        self._control = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
+        self._control = re.compile(
+            "(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")"
+        )
         backend = self.tokenizer.backend_tokenizer
-        # The same words, merges and rules, and none of the added tokens; the vocabulary is shared, not copied.
+        # The same words, merges and rules, and none of the added tokens; the vocabulary is shared,
+        # not copied.
         self._plain = Tokenizer(backend.model)
         self._plain.pre_tokenizer = backend.pre_tokenizer
         if backend.normalizer is not None:
@@ -180,7 +200,11 @@ class PromptProcessor:
 
     @classmethod
     def from_settings(
-        cls, base: str, min_pixels: int | None, max_pixels: int | None, control_tokens: ControlTokens = "text"
+        cls,
+        base: str,
+        min_pixels: int | None,
+        max_pixels: int | None,
+        control_tokens: ControlTokens = "text",
     ) -> PromptProcessor:
         """Load the processor of `model.base` without opening its weights.
 
@@ -212,7 +236,8 @@ class PromptProcessor:
         if (found := int((input_ids == self.special.image_pad).sum())) != sum(counts):
             raise RowError(
                 "prompt_positions",
-                f"the prompt holds {found} <|image_pad|> for {sum(counts)} visual tokens; remove special tokens from it",
+                f"the prompt holds {found} <|image_pad|> for {sum(counts)} visual tokens; remove "
+                "special tokens from it",
             )
         if len(input_ids) >= self._max_positions:
             raise self._too_long(f"{len(input_ids)} prompt tokens ({sum(counts)} of them visual)")
@@ -223,9 +248,11 @@ class PromptProcessor:
         return image.shape[0] * image.shape[1] // self._factor**2
 
     def _pieces(self, messages: Sequence[Message]) -> list[str]:
-        """The rendered prompt, cut at its control tokens: text and token in turn, text first and last.
+        """The rendered prompt, cut at its control tokens: text and token in turn, text first and
+        last.
 
-        Unless they are allowed, tokens that a row's own text spells are no place to cut: only the template's are.
+        Unless they are allowed, tokens that a row's own text spells are no place to cut: only the
+        template's are.
 
         Raises:
             RowError: `prompt_too_long`; nothing was tokenized in full to find that out.
@@ -235,7 +262,9 @@ class PromptProcessor:
             raise self._too_long(f"{characters:,} characters of prompt")
         stand_ins = {} if self._control_tokens == "allow" else self._stand_ins(texts)
         shown = [_changed(message, lambda text: text.translate(stand_ins)) for message in messages]
-        rendered = self._processor.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
+        rendered = self._processor.apply_chat_template(
+            shown, tokenize=False, add_generation_prompt=True
+        )
         back = {ord(stand_in): chr(character) for character, stand_in in stand_ins.items()}
         pieces = [piece.translate(back) for piece in self._control.split(rendered)]
         if characters > USUAL_CHARACTERS * self._max_positions:
@@ -243,9 +272,11 @@ class PromptProcessor:
         return pieces
 
     def _stand_ins(self, texts: Sequence[str]) -> dict[int, str]:
-        """For each character that control tokens begin with and that a text holds: another one, which none of them holds.
+        """For each character that control tokens begin with and that a text holds: another one,
+        which none of them holds.
 
-        Rendered with these, texts spell no control token, nor do two that the template puts side by side.
+        Rendered with these, texts spell no control token, nor do two that the template puts side by
+        side.
         """
         used = set[str]().union(*texts)
         begins = sorted({token[0] for token in self._added.values()} & used)
@@ -253,10 +284,11 @@ class PromptProcessor:
         return {ord(character): next(free) for character in begins}
 
     def _check_length(self, pieces: Sequence[str]) -> None:
-        """Refuse what cannot fit before it is tokenized as a whole, which takes a hundred times its size in memory.
+        """Refuse what cannot fit before it is tokenized as a whole, which takes a hundred times its
+        size in memory.
 
-        Words within a window are the whole text's own, but for the last, which may go on behind it: the next window begins
-        with that one.
+        Words within a window are the whole text's own, but for the last, which may go on behind it:
+        the next window begins with that one.
         """
         tokens = len(pieces) // 2
         for text in pieces[::2]:
@@ -270,29 +302,38 @@ class PromptProcessor:
                 if size > LONGEST_WORD:
                     raise self._too_long(f"{LONGEST_WORD:,} characters without a break")
             if tokens >= self._max_positions:
-                raise self._too_long(f"more than {tokens} prompt tokens ({sum(map(len, pieces)):,} characters)")
+                raise self._too_long(
+                    f"more than {tokens} prompt tokens ({sum(map(len, pieces)):,} characters)"
+                )
 
     def _too_long(self, what: str) -> RowError:
         return RowError(
             "prompt_too_long",
-            f"{what}, the model's context is {self._max_positions}; shorten the prompt or lower model.max_pixels",
+            f"{what}, the model's context is {self._max_positions}; shorten the prompt or lower "
+            "model.max_pixels",
         )
 
     def _tokenized(self, pieces: Sequence[str], counts: Sequence[int]) -> np.ndarray:
-        """Token ids of a rendered prompt, each image's placeholder repeated once for each of its visual tokens.
+        """Token ids of a rendered prompt, each image's placeholder repeated once for each of its
+        visual tokens.
 
         Raises:
-            RowError: `prompt_positions`; `prompt_invalid` where a text spells a control token, and that is an error.
+            RowError: `prompt_positions`; `prompt_invalid` where a text spells a control token, and
+                that is an error.
         """
         placeholder = self._processor.image_token
         if (places := pieces[1::2].count(placeholder)) != len(counts):
             raise RowError(
                 "prompt_positions",
-                f"the prompt has {places} places for images but {len(counts)} images; remove {placeholder!r} from its text",
+                f"the prompt has {places} places for images but {len(counts)} images; remove "
+                f"{placeholder!r} from its text",
             )
         left = iter(counts)
         times = [next(left) if token == placeholder else 1 for token in pieces[1::2]]
-        tokens = [[self.tokenizer.convert_tokens_to_ids(token)] * n for token, n in zip(pieces[1::2], times, strict=True)]
+        tokens = [
+            [self.tokenizer.convert_tokens_to_ids(token)] * n
+            for token, n in zip(pieces[1::2], times, strict=True)
+        ]
         spelled = [token * n for token, n in zip(pieces[1::2], times, strict=True)]
         whole = "".join(_in_turn(pieces[::2], spelled))
         input_ids = np.asarray(self.tokenizer(whole)["input_ids"], dtype=np.int32)
@@ -306,15 +347,18 @@ class PromptProcessor:
             spelt = next(match[0] for text in pieces[::2] if (match := self._control.search(text)))
             raise RowError(
                 "prompt_invalid",
-                f"the prompt's own text holds the control token {spelt!r}; input.control_tokens: text takes it as text, "
+                f"the prompt's own text holds the control token {spelt!r}; input.control_tokens: "
+                "text takes it as text, "
                 "allow as the model's own",
             )
-        # Added tokens are split off before anything else is done to a text, so what lies between them is tokenized alone.
+        # Added tokens are split off before anything else is done to a text, so what lies between
+        # them is tokenized alone.
         texts = [self._plain.encode(text, add_special_tokens=False).ids for text in pieces[::2]]
         return np.asarray([id_ for ids in _in_turn(texts, tokens) for id_ in ids], dtype=np.int32)
 
     def _resize(self, messages: Sequence[Message]) -> list[np.ndarray]:
-        """Resize every image as process_vision_info and then the processor do: two bicubic steps at most.
+        """Resize every image as process_vision_info and then the processor do: two bicubic steps at
+        most.
 
         One is decoded after the other, and none where they will not fit anyway.
         """
@@ -331,8 +375,12 @@ class PromptProcessor:
             return [self._resized(part) for part in parts]
         except RowError:
             raise
-        except Exception as error:  # qwen-vl-utils and Pillow raise many types; each is this row's alone
-            raise RowError("image_decode", f"cannot resize an image ({type(error).__name__}: {error})") from error
+        except (
+            Exception
+        ) as error:  # qwen-vl-utils and Pillow raise many types; each is this row's alone
+            raise RowError(
+                "image_decode", f"cannot resize an image ({type(error).__name__}: {error})"
+            ) from error
 
     def _resized(self, part: dict[str, Any]) -> np.ndarray:
         def resize(image: Image.Image) -> np.ndarray:
@@ -340,7 +388,9 @@ class PromptProcessor:
 
         if isinstance(part["image"], Image.Image):
             return resize(part["image"])
-        how = tuple(sorted((key, value) for key, value in part.items() if key not in ("type", "image")))
+        how = tuple(
+            sorted((key, value) for key, value in part.items() if key not in ("type", "image"))
+        )
         return part["image"].resized(how, resize)
 
     def _in_steps(self, part: dict[str, Any], image: Image.Image) -> Image.Image:
@@ -351,7 +401,11 @@ class PromptProcessor:
         assert images is not None
         first = images[0]
         height, width = smart_resize(
-            first.height, first.width, factor=self._factor, min_pixels=self._min_pixels, max_pixels=self._max_pixels
+            first.height,
+            first.width,
+            factor=self._factor,
+            min_pixels=self._min_pixels,
+            max_pixels=self._max_pixels,
         )
         if (height, width) != (first.height, first.width):
             return first.resize((width, height), Image.Resampling(self.image_processor.resample))
@@ -359,7 +413,9 @@ class PromptProcessor:
 
 
 class _Outline(Image.Image):
-    """An image without pixels, which takes the same steps as one with them: they tell what size they make of it."""
+    """An image without pixels, which takes the same steps as one with them: they tell what size
+    they make of it.
+    """
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
@@ -385,7 +441,10 @@ def _changed(message: Message, change: Callable[[str], str]) -> Message:
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": change(content)}
-    parts = [{**part, "text": change(part["text"])} if part["type"] == "text" else part for part in content]
+    parts = [
+        {**part, "text": change(part["text"])} if part["type"] == "text" else part
+        for part in content
+    ]
     return {**message, "content": parts}
 
 

@@ -1,11 +1,12 @@
 """Which experts a request uses: one decision per layer and gate, taken before the decoder runs.
 
-The released gate never sees a layer's hidden state. Its input is one vector h per request, the mean of the input
-embeddings over the prompt span, so the decisions of all layers come out of one batched product:
+The released gate never sees a layer's hidden state. Its input is one vector h per request, the mean
+of the input embeddings over the prompt span, so the decisions of all layers come out of one batched
+product:
 
-    z = RMSNorm(h) * ln.weight               (computed in float32, cast back)
-    p = softmax(w_gate.weight z + w_gate.bias, dtype=float16): the logits are rounded to float16 first
-    g = p on its top-k entries, 0 elsewhere  (not renormalised)
+    z = RMSNorm(h) * ln.weight               (computed in float32, cast back) p =
+    softmax(w_gate.weight z + w_gate.bias, dtype=float16): the logits are rounded to float16 first g
+    = p on its top-k entries, 0 elsewhere  (not renormalised)
 
 Source: released Awaker2.5-VL code, `lora_moe` layers (a fork of peft 0.6.0).
 """
@@ -68,10 +69,11 @@ def route(h: Tensor, gates: Gates, top_k: int) -> Routes:
 
 
 def expert_factors(gates: Tensor, scale: float) -> Tensor:
-    """Turn gate values [..., E] into the factors [..., E + 1] that `experts.mixture_linear` multiplies with.
+    """Turn gate values [..., E] into the factors [..., E + 1] that `experts.mixture_linear`
+    multiplies with.
 
-    The released code keeps gate values in float16 until they meet the experts' outputs: 1 - m is therefore rounded to
-    float16, the products are not.
+    The released code keeps gate values in float16 until they meet the experts' outputs: 1 - m is
+    therefore rounded to float16, the products are not.
     """
     strongest = gates.amax(-1, keepdim=True)
     routed = strongest.float() * gates.float()

@@ -1,4 +1,6 @@
-"""The sizes of one model: Qwen2-VL's own, read from its config, and the adapter's, read from its tensors."""
+"""The sizes of one model: Qwen2-VL's own, read from its config, and the adapter's, read from its
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Sizes and settings of the adapter: `experts` = E without the global one, `rank` = r, `scale` = alpha / r."""
+    """Sizes and settings of the adapter: `experts` = E without the global one, `rank` = r, `scale`
+    = alpha / r.
+    """
 
     experts: int
     rank: int
@@ -41,7 +45,9 @@ class AdapterShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of the decoder, with its vision tower's and, where there is an adapter, the adapter's."""
+    """Sizes of the decoder, with its vision tower's and, where there is an adapter, the
+    adapter's.
+    """
 
     layers: int
     hidden: int
@@ -60,7 +66,8 @@ class ModelShape:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelShape:
-        """Read the sizes out of a model folder's config.json; code that a checkpoint brings along is never run.
+        """Read the sizes out of a model folder's config.json; code that a checkpoint brings along
+        is never run.
 
         Raises:
             CheckpointError: there is none, it cannot be read, or it is of another model.
@@ -68,12 +75,17 @@ class ModelShape:
         from transformers import AutoConfig
 
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"model.base: {folder} holds no config.json; expected a Qwen2-VL model folder")
+            raise CheckpointError(
+                f"model.base: {folder} holds no config.json; expected a Qwen2-VL model folder"
+            )
         try:
-            # Without the argument transformers asks on the terminal whether to run a checkpoint's code.
+            # Without the argument transformers asks on the terminal whether to run a checkpoint's
+            # code.
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of any type: JSON, unknown models, keys of the wrong kind
-            raise CheckpointError(f"model.base: cannot read {folder}/config.json ({cause_of(error)})") from error
+            raise CheckpointError(
+                f"model.base: cannot read {folder}/config.json ({cause_of(error)})"
+            ) from error
         return cls.from_config(config)
 
     @classmethod
@@ -81,18 +93,24 @@ class ModelShape:
         """Read the sizes from a transformers `Qwen2VLConfig`.
 
         Raises:
-            CheckpointError: the config is not Qwen2-VL's, or asks for something this decoder does not compute.
+            CheckpointError: the config is not Qwen2-VL's, or asks for something this decoder does
+                not compute.
         """
         if config.model_type != "qwen2_vl":
             raise CheckpointError(
-                f"model.base: model_type is {config.model_type!r}, expected 'qwen2_vl' (Qwen2-VL and its finetunes)"
+                f"model.base: model_type is {config.model_type!r}, expected 'qwen2_vl' (Qwen2-VL "
+                "and its finetunes)"
             )
         text, vision = config.text_config, config.vision_config
         rope = text.rope_parameters
         if rope.get("rope_type", "default") not in ("default", "mrope"):
-            raise CheckpointError(f"model.base: rope_type {rope['rope_type']!r} is not supported, expected 'default'")
+            raise CheckpointError(
+                f"model.base: rope_type {rope['rope_type']!r} is not supported, expected 'default'"
+            )
         if text.use_sliding_window:
-            raise CheckpointError("model.base: use_sliding_window is set; only full attention is supported")
+            raise CheckpointError(
+                "model.base: use_sliding_window is set; only full attention is supported"
+            )
         if text.hidden_act != "silu":
             raise CheckpointError(f"model.base: hidden_act is {text.hidden_act!r}, expected 'silu'")
         vision_rope = getattr(vision, "rope_parameters", None) or {}

@@ -1,4 +1,6 @@
-"""Where a checkpoint lies and what is in its files: Hub ids, local folders and fsspec URLs become local tensor files."""
+"""Where a checkpoint lies and what is in its files: Hub ids, local folders and fsspec URLs become
+local tensor files.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from torch import Tensor
 from pipeline.errors import CheckpointError
 from pipeline.redact import cause_of
 
-#: Everything a model or adapter folder may contribute; other frameworks' weights on a Hub page are not fetched.
+#: Everything a model or adapter folder may contribute; other frameworks' weights on a Hub page are
+#: not fetched.
 FILE_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors", "pytorch_model*.bin")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -45,7 +48,8 @@ def localise(location: str, key: str) -> Path:
         key: the configuration key, for messages.
 
     Returns:
-        The local folder or file. Remote files are copied once, as a whole, and used again until one of them changes.
+        The local folder or file. Remote files are copied once, as a whole, and used again until one
+        of them changes.
 
     Raises:
         CheckpointError: nothing is found there.
@@ -57,7 +61,9 @@ def localise(location: str, key: str) -> Path:
         return _copy_from_url(location, key)
     if _HUB_ID.fullmatch(location):
         return _fetch_from_hub(location, key)
-    raise CheckpointError(f"{key}: {location!r} is no existing folder or file, no URL (scheme://...) and no Hub id")
+    raise CheckpointError(
+        f"{key}: {location!r} is no existing folder or file, no URL (scheme://...) and no Hub id"
+    )
 
 
 def _fetch_from_hub(repository: str, key: str) -> Path:
@@ -65,7 +71,9 @@ def _fetch_from_hub(repository: str, key: str) -> Path:
 
     try:
         return Path(snapshot_download(repository, allow_patterns=list(FILE_PATTERNS)))
-    except Exception as error:  # the hub client raises many unrelated types; each means the same to the user
+    except (
+        Exception
+    ) as error:  # the hub client raises many unrelated types; each means the same to the user
         raise CheckpointError(
             f"{key}: {repository!r} is no local folder, and the Hub did not serve it "
             f"({cause_of(error)}); give a folder or check the network and HF_TOKEN"
@@ -89,7 +97,8 @@ def _copy_from_url(url: str, key: str) -> Path:
     partial = target.with_name(f"{version}.{uuid.uuid4().hex}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Several replicas of one machine ask at once: one of them copies, the others wait. What has its name is whole.
+        # Several replicas of one machine ask at once: one of them copies, the others wait. What has
+        # its name is whole.
         with FileLock(f"{target}.lock"):
             if not target.exists():
                 for relative, (name, *_) in told.items():
@@ -97,18 +106,24 @@ def _copy_from_url(url: str, key: str) -> Path:
                     local.parent.mkdir(parents=True, exist_ok=True)
                     filesystem.get_file(name, str(local))
                 if _listing(filesystem, root) != told:
-                    raise CheckpointError(f"{key}: {url!r} changed while it was copied; run the job again")
+                    raise CheckpointError(
+                        f"{key}: {url!r} changed while it was copied; run the job again"
+                    )
                 _appear(partial, target)
     except CheckpointError:
         raise
     except Exception as error:  # a storage's, of a type of its own, or the disk's
-        raise CheckpointError(f"{key}: cannot copy {url!r} to {cache_folder()} ({cause_of(error)})") from error
+        raise CheckpointError(
+            f"{key}: cannot copy {url!r} to {cache_folder()} ({cause_of(error)})"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target / next(iter(told)) if [name for name, *_ in told.values()] == [root] else target
 
 
-def _listing(filesystem: fsspec.AbstractFileSystem, root: str) -> dict[str, tuple[str, int | None, str]]:
+def _listing(
+    filesystem: fsspec.AbstractFileSystem, root: str
+) -> dict[str, tuple[str, int | None, str]]:
     """Of each file that a model consists of, by its name below `root`: its path, size and version.
 
     Weights of one shape all have one size: that alone tells nothing.
@@ -116,16 +131,23 @@ def _listing(filesystem: fsspec.AbstractFileSystem, root: str) -> dict[str, tupl
     filesystem.invalidate_cache()
     found = filesystem.find(root, detail=True)
     if list(found) == [root]:
-        # What signs a URL on the web is no part of a name: names are told in manifests, and signatures change.
+        # What signs a URL on the web is no part of a name: names are told in manifests, and
+        # signatures change.
         path = urlsplit(root).path if isinstance(filesystem, HTTPFileSystem) else root
         wanted = {posixpath.basename(path): root}
     else:
         below = {name[len(root) :].lstrip("/"): name for name in found}
-        wanted = {relative: name for relative, name in sorted(below.items()) if _is_wanted(relative)}
-    return {relative: (name, *_told(filesystem, name, found[name])) for relative, name in wanted.items()}
+        wanted = {
+            relative: name for relative, name in sorted(below.items()) if _is_wanted(relative)
+        }
+    return {
+        relative: (name, *_told(filesystem, name, found[name])) for relative, name in wanted.items()
+    }
 
 
-def _told(filesystem: fsspec.AbstractFileSystem, name: str, listed: dict[str, Any]) -> tuple[int | None, str]:
+def _told(
+    filesystem: fsspec.AbstractFileSystem, name: str, listed: dict[str, Any]
+) -> tuple[int | None, str]:
     """A file's size, and what changes whenever it does: an object's etag, a file's time."""
     if not isinstance(filesystem, HTTPFileSystem):
         return listed["size"], filesystem.ukey(name)
@@ -154,8 +176,16 @@ def _check_below(relative: str, what: str) -> None:
         CheckpointError: it does not.
     """
     parts = relative.replace("\\", "/").split("/")
-    if not relative or relative.startswith(("/", "\\", "~")) or ".." in parts or "" in parts or "\0" in relative:
-        raise CheckpointError(f"{what} a file called {relative[:200]!r}, which may lie outside its folder; remove it")
+    if (
+        not relative
+        or relative.startswith(("/", "\\", "~"))
+        or ".." in parts
+        or "" in parts
+        or "\0" in relative
+    ):
+        raise CheckpointError(
+            f"{what} a file called {relative[:200]!r}, which may lie outside its folder; remove it"
+        )
 
 
 class TensorReader(Protocol):
@@ -213,7 +243,8 @@ class TensorFiles:
 
     @classmethod
     def open(cls, location: Path, key: str) -> TensorFiles:
-        """List the tensors of a folder (safetensors before pytorch files) or of a single file, by canonical name.
+        """List the tensors of a folder (safetensors before pytorch files) or of a single file, by
+        canonical name.
 
         Raises:
             CheckpointError: no weights there, or a file that cannot be read.
@@ -222,27 +253,45 @@ class TensorFiles:
         found = cls(tuple(files))
         for file in files:
             try:
-                listing = _list_safetensors(file) if file.suffix == ".safetensors" else _list_pytorch(file)
-            except Exception as error:  # torch, pickle, zip and safetensors errors alike: the file is not usable
-                raise CheckpointError(f"{key}: cannot read {file} as a checkpoint ({cause_of(error)})") from error
+                listing = (
+                    _list_safetensors(file)
+                    if file.suffix == ".safetensors"
+                    else _list_pytorch(file)
+                )
+            except (
+                Exception
+            ) as error:  # torch, pickle, zip and safetensors errors alike: the file is not usable
+                raise CheckpointError(
+                    f"{key}: cannot read {file} as a checkpoint ({cause_of(error)})"
+                ) from error
             for stored, shape, dtype in listing:
                 found.tensors[canonical_name(stored)] = TensorInfo(shape, dtype, file, stored)
         return found
 
     @contextmanager
     def reader(self) -> Iterator[TensorReader]:
-        """Open the files for reading; what was read must be copied or dropped before the mapping can go."""
+        """Open the files for reading; what was read must be copied or dropped before the mapping
+        can go.
+        """
         yield _Reader(self.tensors)
 
 
 def _weight_files(folder: Path, key: str) -> list[Path]:
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         files = sorted(folder.glob(pattern))
-        index = next(iter(folder.glob("*.safetensors.index.json" if "safe" in pattern else "*.bin.index.json")), None)
+        index = next(
+            iter(
+                folder.glob("*.safetensors.index.json" if "safe" in pattern else "*.bin.index.json")
+            ),
+            None,
+        )
         if files and index is not None:
             named = _files_named(index, key)
             if missing := sorted(path.name for path in named if not path.exists()):
-                raise CheckpointError(f"{key}: {folder} lacks {len(missing)} files that its index names: {missing[:3]}")
+                raise CheckpointError(
+                    f"{key}: {folder} lacks {len(missing)} files that its index names: "
+                    f"{missing[:3]}"
+                )
             files = sorted(named)
         if files:
             return files
@@ -260,7 +309,9 @@ def read_object(file: Path, key: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{key}: cannot read {file} ({cause_of(error)})") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{key}: cannot read {file}: expected a JSON object, found {type(found).__name__}")
+        raise CheckpointError(
+            f"{key}: cannot read {file}: expected a JSON object, found {type(found).__name__}"
+        )
     return found
 
 
@@ -287,7 +338,9 @@ def _files_named(index: Path, key: str) -> set[Path]:
     """
     found = read_object(index, key).get("weight_map")
     if not isinstance(found, dict):
-        raise CheckpointError(f"{key}: cannot read {index}: no weight_map says which file holds which tensor")
+        raise CheckpointError(
+            f"{key}: cannot read {index}: no weight_map says which file holds which tensor"
+        )
     names = {str(name) for name in found.values()}
     for name in names:
         _check_below(name, f"{key}: {index} names")
@@ -299,16 +352,22 @@ def _list_safetensors(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtyp
 
     with safe_open(str(file), framework="pt") as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-        return [(n, tuple(s.get_shape()), _SAFETENSORS_DTYPES.get(s.get_dtype(), torch.uint8)) for n, s in slices.items()]
+        return [
+            (n, tuple(s.get_shape()), _SAFETENSORS_DTYPES.get(s.get_dtype(), torch.uint8))
+            for n, s in slices.items()
+        ]
 
 
 def _load_pytorch(file: Path) -> dict[str, Tensor]:
-    # mmap: a tensor's bytes are read when it is used, and only then. weights_only: a pickle may run code otherwise.
+    # mmap: a tensor's bytes are read when it is used, and only then. weights_only: a pickle may run
+    # code otherwise.
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _list_pytorch(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pytorch(file).items()]
+    return [
+        (name, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pytorch(file).items()
+    ]
 
 
 class _Reader:
@@ -328,7 +387,9 @@ class _Reader:
             else:
                 self._open[info.file] = _load_pytorch(info.file)
         handle = self._open[info.file]
-        return handle[info.stored_name] if isinstance(handle, dict) else handle.get_tensor(info.stored_name)  # type: ignore[attr-defined]
+        if isinstance(handle, dict):
+            return handle[info.stored_name]
+        return handle.get_tensor(info.stored_name)  # type: ignore[attr-defined]
 
 
 def sha256_of(file: Path) -> str:

@@ -1,7 +1,8 @@
 """The vision tower of Qwen2-VL: resized uint8 pixels in, visual tokens out.
 
-Source: transformers' `Qwen2VisionTransformerPretrainedModel`, whose numbers this reproduces (tests/model). Normalising
-and cutting patches happen here, on the tower's device, so that what travels between machines is uint8.
+Source: transformers' `Qwen2VisionTransformerPretrainedModel`, whose numbers this reproduces
+(tests/model). Normalising and cutting patches happen here, on the tower's device, so that what
+travels between machines is uint8.
 """
 
 from __future__ import annotations
@@ -61,12 +62,16 @@ class VisionBlock:
 def pixel_table(mean: Sequence[float], std: Sequence[float], rescale_factor: float) -> Tensor:
     """The processor's float for each of the 256 values of each channel: [channels, 256] float32.
 
-    A look-up equals the processor's arithmetic to the last bit on every device, which recomputing it does not.
+    A look-up equals the processor's arithmetic to the last bit on every device, which recomputing
+    it does not.
     """
-    # transformers' own numpy functions, in the order of its processor: rescale in float64, normalise in float32.
+    # transformers' own numpy functions, in the order of its processor: rescale in float64,
+    # normalise in float32.
     from transformers.image_transforms import normalize, rescale
 
-    values = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], len(mean), axis=0)  # channels first
+    values = np.repeat(
+        np.arange(256, dtype=np.uint8)[None, :, None], len(mean), axis=0
+    )  # channels first
     scaled = rescale(values, rescale_factor, input_data_format="channels_first")
     table = normalize(scaled, list(mean), list(std), input_data_format="channels_first")
     return torch.from_numpy(np.ascontiguousarray(table[..., 0], dtype=np.float32))
@@ -87,7 +92,8 @@ class PatchPlaces:
 
     Attributes:
         grids: each image's patches in height and width.
-        places: [patches, 2] int32 on the tower's device, row and column of each patch within its image.
+        places: [patches, 2] int32 on the tower's device, row and column of each patch within its
+            image.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -96,16 +102,21 @@ class PatchPlaces:
     @classmethod
     def of(cls, grids: Sequence[tuple[int, int]], merge: int, device: torch.device) -> PatchPlaces:
         """Patches of images with these grids, for a merger of `merge` x `merge` patches."""
-        return cls(tuple(grids), to_device(np.concatenate([_patches_of(grid, merge) for grid in grids]), device))
+        return cls(
+            tuple(grids),
+            to_device(np.concatenate([_patches_of(grid, merge) for grid in grids]), device),
+        )
 
 
 def cut_images(
     images: Sequence[np.ndarray], table: Tensor, patch: int, merge: int, frames: int
 ) -> tuple[Tensor, PatchPlaces]:
-    """Normalise images and cut them into flattened patches on the device of `table`: one gather for all of them.
+    """Normalise images and cut them into flattened patches on the device of `table`: one gather for
+    all of them.
 
     Args:
-        images: each [height, width, channels] uint8; height and width are multiples of patch * merge.
+        images: each [height, width, channels] uint8; height and width are multiples of patch *
+            merge.
         table: `pixel_table`'s result.
         patch: pixels of a patch's side.
         merge: patches of a visual token's side.
@@ -118,14 +129,19 @@ def cut_images(
     grids = [(image.shape[0] // patch, image.shape[1] // patch) for image in images]
     patches = PatchPlaces.of(grids, merge, device)
     counts = [rows * columns for rows, columns in grids]
-    # Pixels of all images stand in one list; an image's begin here, and a row of it is so many long.
+    # Pixels of all images stand in one list; an image's begin here, and a row of it is so many
+    # long.
     begin = np.repeat(np.cumsum([0, *counts[:-1]]) * patch**2, counts).astype(np.int32)
     width = np.repeat([columns * patch for _, columns in grids], counts).astype(np.int32)
     first, step = to_device(np.stack([begin, width]), device)
-    pixels = to_device(np.concatenate([image.reshape(-1, image.shape[2]) for image in images]), device)
+    pixels = to_device(
+        np.concatenate([image.reshape(-1, image.shape[2]) for image in images]), device
+    )
     side = torch.arange(patch, device=device, dtype=torch.int32)
     corner = first + (patches.places[:, 0] * step + patches.places[:, 1]) * patch
-    at = corner[:, None, None] + side[:, None] * step[:, None, None] + side  # [patches, patch, patch]
+    at = (
+        corner[:, None, None] + side[:, None] * step[:, None, None] + side
+    )  # [patches, patch, patch]
     channels = pixels.shape[1]
     values = pixels[at.flatten().long()].long() + 256 * torch.arange(channels, device=device)
     cut = table.flatten()[values].view(-1, patch**2, channels).transpose(1, 2)
@@ -167,7 +183,9 @@ class VisionTower:
         """
         shape = self.shape
         return self.encode_patches(
-            *cut_images(images, self.table, shape.patch_size, shape.merge_size, shape.temporal_patch_size)
+            *cut_images(
+                images, self.table, shape.patch_size, shape.merge_size, shape.temporal_patch_size
+            )
         )
 
     def encode_patches(self, cut: Tensor, patches: PatchPlaces) -> list[Tensor]:
@@ -178,7 +196,8 @@ class VisionTower:
             patches: where they lie.
 
         Returns:
-            As `encode`. All images run as one sequence without padding; attention stays within an image.
+            As `encode`. All images run as one sequence without padding; attention stays within an
+            image.
         """
         device, dtype = self.patch_embedding.device, self.patch_embedding.dtype
         counts = [rows * columns for rows, columns in patches.grids]
@@ -190,7 +209,9 @@ class VisionTower:
 
         x = linear(cut.to(dtype), self.patch_embedding)
         for block in self.blocks:
-            x = x + block.proj.linear(self._attend(block.qkv.linear(block.norm1.norm(x)), cos, sin, sequences))
+            x = x + block.proj.linear(
+                self._attend(block.qkv.linear(block.norm1.norm(x)), cos, sin, sequences)
+            )
             hidden = ACTIVATIONS[self.shape.activation](block.fc1.linear(block.norm2.norm(x)))
             x = x + block.fc2.linear(hidden)
 

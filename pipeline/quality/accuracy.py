@@ -40,7 +40,12 @@ class Accuracy:
     def as_list(self) -> list[dict[str, Any]]:
         """For people and for JSON: group by group."""
         return [
-            {"group": list(group), "rows": asked, "right": self.right[group], "share": round(self.share(group), 4)}
+            {
+                "group": list(group),
+                "rows": asked,
+                "right": self.right[group],
+                "share": round(self.share(group), 4),
+            }
             for group, asked in sorted(self.asked.items())
         ]
 
@@ -79,12 +84,16 @@ class Truth:
         return cls(outputs[settings.truth], tuple(outputs[name] for name in settings.by))
 
     def count(self, table: pa.Table) -> Accuracy:
-        """Count a table of results: an answer is right if it equals the truth, blanks around both aside."""
+        """Count a table of results: an answer is right if it equals the truth, blanks around both
+        aside.
+        """
         truths = pc.cast(table[self.column], pa.string())
         by = [[str(value) for value in table[name].to_pylist()] for name in self.by]
         groups = zip(*by, strict=True) if by else [()] * len(table)
         found = Accuracy()
-        for group, answer, truth in zip(groups, table["text"].to_pylist(), truths.to_pylist(), strict=True):
+        for group, answer, truth in zip(
+            groups, table["text"].to_pylist(), truths.to_pylist(), strict=True
+        ):
             if truth is not None:
                 found.asked[group] += 1
                 found.right[group] += is_right(answer, truth)

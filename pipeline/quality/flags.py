@@ -1,4 +1,5 @@
-"""What makes an answer doubtful. Flags are for people to sort by: a flagged answer stands in the output like any other.
+"""What makes an answer doubtful. Flags are for people to sort by: a flagged answer stands in the
+output like any other.
 
 docs/flags.md says each rule in words.
 """
@@ -23,24 +24,28 @@ from pipeline.quality.languages import (
     words_by_script,
 )
 
-#: Every flag an answer can carry, the gravest first: of two tries, the one without the graver flag is the better.
+#: Every flag an answer can carry, the gravest first: of two tries, the one without the graver flag
+#: is the better.
 Flag = Literal["empty", "invalid", "repetition", "refusal", "language", "truncated", "too_short"]
 GRAVEST_FIRST: tuple[Flag, ...] = get_args(Flag)
 
 #: An answer of fewer words is no sign of a language: it may be read off a sign in the picture.
 LANGUAGE_WORDS = 5
-#: Of one of fewer words only the script is looked at: too little for telling languages of one script apart.
+#: Of one of fewer words only the script is looked at: too little for telling languages of one
+#: script apart.
 GUESSED_WORDS = 12
 #: An answer whose words are to a smaller share in the script asked for is in another language.
 LANGUAGE_SHARE = 0.2
-#: Longest time that an answer may take a job's own expression: some take for ever on the wrong text.
+#: Longest time that an answer may take a job's own expression: some take for ever on the wrong
+#: text.
 REGEX_SECONDS = 1.0
 
 #: How refusals begin.
 REFUSALS = (
     r"(i['’]m|i am|we['’]re|we are)\s+(very |so |truly |really )?sorry",
     r"(sorry|apologies|unfortunately)\s*,?\s*(but\s+)?(i|we|as an)\b",
-    r"i\s+(apologi[sz]e|cannot|can['’]?t|can not|am unable|am not able|['’]m unable|['’]m not able)\b",
+    r"i\s+(apologi[sz]e|cannot|can['’]?t|can not|am unable|am not able|['’]m unable|['’]m not "
+    r"able)\b",
     r"i['’]m\s+(unable|not able)\b",
     r"i\s+(don['’]t|do not)\s+have\s+(the ability|access|enough information)\b",
     r"as an?\s+(ai|artificial intelligence|language model|text-based)\b",
@@ -83,7 +88,9 @@ class Flagger:
         self._refusal = regex.compile(rf"[\s\"'“‘*_>-]*(?:{beginnings})", regex.IGNORECASE)
         self._regex = None if rules.regex is None else regex.compile(rules.regex, regex.DOTALL)
         schema = rules.json_schema
-        self._schema = None if schema is None else jsonschema.validators.validator_for(schema)(schema)
+        self._schema = (
+            None if schema is None else jsonschema.validators.validator_for(schema)(schema)
+        )
 
     def flags(self, prompt: str | None, text: str, *, truncated: bool, looping: bool) -> list[Flag]:
         """Flags of an answer, the gravest first.
@@ -102,7 +109,9 @@ class Flagger:
             "refusal": self._refusal.match(text) is not None,
             "language": self._is_foreign(prompt or "", text),
             "truncated": truncated,
-            "too_short": not empty and self._rules.min_words > 0 and count_words(text) < self._rules.min_words,
+            "too_short": not empty
+            and self._rules.min_words > 0
+            and count_words(text) < self._rules.min_words,
         }
         return [flag for flag in GRAVEST_FIRST if holds[flag]]
 

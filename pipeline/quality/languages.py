@@ -1,4 +1,6 @@
-"""Which language a text should be in, and which it is in: by its script, and where it is long enough by its words."""
+"""Which language a text should be in, and which it is in: by its script, and where it is long
+enough by its words.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import regex
 
 #: Languages that can be asked for, in a prompt or in `flags.language`.
 Language = Literal[
-    "arabic", "chinese", "dutch", "english", "french", "german", "greek", "hebrew", "hindi", "indonesian", "italian",
-    "japanese", "korean", "polish", "portuguese", "russian", "spanish", "swedish", "thai", "turkish", "ukrainian",
-    "vietnamese",
+    "arabic", "chinese", "dutch", "english", "french", "german", "greek", "hebrew", "hindi",
+    "indonesian", "italian", "japanese", "korean", "polish", "portuguese", "russian", "spanish",
+    "swedish", "thai", "turkish", "ukrainian", "vietnamese",
 ]  # fmt: skip
 
 #: What they are written in; everything that is not here in Latin letters.
@@ -31,26 +33,29 @@ _SCRIPTS: dict[str, str] = {
 
 #: What py3langid calls them.
 _CODES: dict[str, Language] = {
-    "ar": "arabic", "zh": "chinese", "nl": "dutch", "en": "english", "fr": "french", "de": "german", "el": "greek",
-    "he": "hebrew", "hi": "hindi", "id": "indonesian", "it": "italian", "ja": "japanese", "ko": "korean", "pl": "polish",
-    "pt": "portuguese", "ru": "russian", "es": "spanish", "sv": "swedish", "th": "thai", "tr": "turkish",
-    "uk": "ukrainian", "vi": "vietnamese",
+    "ar": "arabic", "zh": "chinese", "nl": "dutch", "en": "english", "fr": "french", "de": "german",
+    "el": "greek", "he": "hebrew", "hi": "hindi", "id": "indonesian", "it": "italian",
+    "ja": "japanese", "ko": "korean", "pl": "polish", "pt": "portuguese", "ru": "russian",
+    "es": "spanish", "sv": "swedish", "th": "thai", "tr": "turkish", "uk": "ukrainian",
+    "vi": "vietnamese",
 }  # fmt: skip
-#: How probable a language must be to be believed; `python -m benchmarks languages` shows what other values do.
+#: How probable a language must be to be believed; `python -m benchmarks languages` shows what other
+#: values do.
 SURE = 0.9
 #: Of longer texts the language is told by the first characters, so many, of each third.
 PART = 60
 
 #: Their names in Chinese prompts.
 _CHINESE_NAMES: dict[str, Language] = {
-    "中文": "chinese", "汉语": "chinese", "普通话": "chinese", "英文": "english", "英语": "english", "日语": "japanese",
-    "日文": "japanese", "韩语": "korean", "韩文": "korean", "法语": "french", "德语": "german", "俄语": "russian",
-    "西班牙语": "spanish", "阿拉伯语": "arabic", "葡萄牙语": "portuguese", "意大利语": "italian", "泰语": "thai",
-    "越南语": "vietnamese",
+    "中文": "chinese", "汉语": "chinese", "普通话": "chinese", "英文": "english", "英语": "english",
+    "日语": "japanese", "日文": "japanese", "韩语": "korean", "韩文": "korean", "法语": "french",
+    "德语": "german", "俄语": "russian", "西班牙语": "spanish", "阿拉伯语": "arabic",
+    "葡萄牙语": "portuguese", "意大利语": "italian", "泰语": "thai", "越南语": "vietnamese",
 }  # fmt: skip
 
 _ASKED = regex.compile(
-    rf"\b(?:in|into)\s+(?:simplified\s+|traditional\s+|plain\s+|simple\s+)?(?P<name>{'|'.join(get_args(Language))})\b"
+    r"\b(?:in|into)\s+(?:simplified\s+|traditional\s+|plain\s+|simple\s+)?"
+    rf"(?P<name>{'|'.join(get_args(Language))})\b"
     rf"|[用以成](?:简体|繁体)?(?P<chinese_name>{'|'.join(_CHINESE_NAMES)})",
     regex.IGNORECASE,
 )
@@ -69,12 +74,14 @@ def words_by_script(text: str) -> Counter[str]:
 
 
 def count_words(text: str) -> int:
-    """Words of a text; a number is one, as is a character of a script that has no blanks between words."""
+    """Words of a text; a number is one, as is a character of a script that has no blanks between
+    words.
+    """
     return words_by_script(text).total() + sum(1 for _ in _NUMBERS.finditer(text))
 
 
 def asked_language(prompt: str) -> Language | None:
-    """The language that a prompt asks for by name ("in French", "用英文"); None if it names none."""
+    """The language that a prompt asks for by name ("in French", "用英文"); None if none."""
     found = _ASKED.search(prompt)
     if not found:
         return None
@@ -120,6 +127,8 @@ def language_of(text: str) -> Language | None:
 
 
 def share_in(script: str, words: Counter[str]) -> float:
-    """Share of words that are written in a script; Japanese is written in Chinese characters, too."""
+    """Share of words that are written in a script; Japanese is written in Chinese characters,
+    too.
+    """
     own = words[script] + (words["Han"] if script == "Kana" and words["Kana"] else 0)
     return own / words.total() if words else 1.0

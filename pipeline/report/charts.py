@@ -1,4 +1,6 @@
-"""The report's charts, as Plotly figures without colours of their own: the page gives them those of its theme."""
+"""The report's charts, as Plotly figures without colours of their own: the page gives them those of
+its theme.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ import plotly.graph_objects as go
 from pipeline.actors.looks import STAGES
 from pipeline.redact import printable
 
-#: Experts' colours, distinct for the colour-blind, too (Okabe and Ito); a fifth expert begins again.
+#: Experts' colours, distinct for the colour-blind, too (Okabe and Ito); a fifth expert begins
+#: again.
 EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 #: What people call the stages whose own name says too little.
 _STAGE_LABELS = {"encode": "vision, gates", "admit": "choose", "step": "prefill, decode"}
@@ -50,12 +53,16 @@ def totals(timeline: Entries) -> Counter[str]:
     """Counters at the end of all runs together."""
     found: Counter[str] = Counter()
     for samples in _by_run(timeline):
-        found.update({name: value for name, value in samples[-1].items() if name not in ("run", "time")})
+        found.update(
+            {name: value for name, value in samples[-1].items() if name not in ("run", "time")}
+        )
     return found
 
 
 def _series(timeline: Entries, value: Any) -> tuple[list[str | None], list[float | None]]:
-    """Times and values over all runs, with a gap between two; `value` takes a sample and the one before it."""
+    """Times and values over all runs, with a gap between two; `value` takes a sample and the one
+    before it.
+    """
     times: list[str | None] = []
     values: list[float | None] = []
     for samples in _by_run(timeline):
@@ -71,7 +78,9 @@ def rates(timeline: Entries) -> go.Figure | None:
     """Rows and new tokens per second over time."""
 
     def rate_of(what: str) -> Any:
-        return lambda now, before: (now.get(what, 0) - before.get(what, 0)) / max(1e-3, now["time"] - before["time"])
+        return lambda now, before: (
+            (now.get(what, 0) - before.get(what, 0)) / max(1e-3, now["time"] - before["time"])
+        )
 
     if all(len(samples) < 3 for samples in _by_run(timeline)):
         return None
@@ -80,7 +89,9 @@ def rates(timeline: Entries) -> go.Figure | None:
         times, values = _series(timeline, rate_of(what))
         traces.append(go.Scatter(x=times, y=values, name=label, yaxis=axis, mode="lines"))
     second = {"overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
-    return _figure(traces, "Rows and new tokens a second", yaxis={"rangemode": "tozero"}, yaxis2=second)
+    return _figure(
+        traces, "Rows and new tokens a second", yaxis={"rangemode": "tozero"}, yaxis2=second
+    )
 
 
 def memory(timeline: Entries) -> go.Figure | None:
@@ -92,15 +103,33 @@ def memory(timeline: Entries) -> go.Figure | None:
             times, values = _series(timeline, lambda now, before, key=key: now.get(key, 0) / 2**30)
             traces.append(go.Scatter(x=times, y=values, name=label, mode="lines"))
     if any(entry.get("cache_size") for entry in timeline):
-        share = _series(timeline, lambda now, before: now.get("cache_tokens", 0) / max(1, now.get("cache_size", 1)))
-        traces.append(go.Scatter(x=share[0], y=share[1], name="key/value cache (right)", yaxis="y2", mode="lines"))
+        share = _series(
+            timeline,
+            lambda now, before: now.get("cache_tokens", 0) / max(1, now.get("cache_size", 1)),
+        )
+        traces.append(
+            go.Scatter(
+                x=share[0], y=share[1], name="key/value cache (right)", yaxis="y2", mode="lines"
+            )
+        )
     if any("gpu_use" in entry for entry in timeline):
         # Told summed over the replicas, like everything else of theirs.
-        busy = _series(timeline, lambda now, before: now.get("gpu_use", 0) / max(1, now.get("replicas", 1)))
-        traces.append(go.Scatter(x=busy[0], y=busy[1], name="GPUs busy (right)", yaxis="y2", mode="lines"))
+        busy = _series(
+            timeline, lambda now, before: now.get("gpu_use", 0) / max(1, now.get("replicas", 1))
+        )
+        traces.append(
+            go.Scatter(x=busy[0], y=busy[1], name="GPUs busy (right)", yaxis="y2", mode="lines")
+        )
     if not traces:
         return None
-    second = {"overlaying": "y", "side": "right", "showgrid": False, "range": [0, 1.02], "tickformat": ".0%", "dtick": 0.25}
+    second = {
+        "overlaying": "y",
+        "side": "right",
+        "showgrid": False,
+        "range": [0, 1.02],
+        "tickformat": ".0%",
+        "dtick": 0.25,
+    }
     return _figure(
         traces,
         "Replicas' memory (GiB), how full their cache and how busy their GPUs are",
@@ -117,7 +146,11 @@ def reuse(timeline: Entries) -> go.Figure | None:
         if any(entry.get(key) for entry in timeline):
             times, values = _series(timeline, lambda now, before, key=key: now.get(key, 0))
             traces.append(go.Scatter(x=times, y=values, name=label, mode="lines"))
-    return _figure(traces, "Computed once, used again", yaxis={"rangemode": "tozero"}) if traces else None
+    return (
+        _figure(traces, "Computed once, used again", yaxis={"rangemode": "tozero"})
+        if traces
+        else None
+    )
 
 
 def stages(timeline: Entries) -> go.Figure | None:
@@ -128,14 +161,22 @@ def stages(timeline: Entries) -> go.Figure | None:
         return None
     labels = list(seconds)[::-1]
     bars = go.Bar(
-        x=[seconds[label] for label in labels], y=labels, orientation="h", texttemplate="%{x:.1f} s", cliponaxis=False
+        x=[seconds[label] for label in labels],
+        y=labels,
+        orientation="h",
+        texttemplate="%{x:.1f} s",
+        cliponaxis=False,
     )
     return _figure([bars], "Busy seconds by stage, all actors together", yaxis={"automargin": True})
 
 
 def lengths(numbers: Mapping[str, Sequence[int]]) -> go.Figure | None:
     """How long prompts and answers are."""
-    names = {"prompt_tokens": "prompts", "visual_tokens": "of these, visual", "new_tokens": "answers"}
+    names = {
+        "prompt_tokens": "prompts",
+        "visual_tokens": "of these, visual",
+        "new_tokens": "answers",
+    }
     if not any(numbers.values()):
         return None
     traces = []
@@ -145,7 +186,9 @@ def lengths(numbers: Mapping[str, Sequence[int]]) -> go.Figure | None:
         counts, edges = np.histogram(values, BINS)
         x = ((edges[:-1] + edges[1:]) / 2).round(2).tolist()
         line = {"shape": "hvh"}
-        traces.append(go.Scatter(x=x, y=counts.tolist(), name=label, mode="lines", line=line, fill="tozeroy"))
+        traces.append(
+            go.Scatter(x=x, y=counts.tolist(), name=label, mode="lines", line=line, fill="tozeroy")
+        )
     return _figure(traces, "Rows by their lengths in tokens", yaxis={"rangemode": "tozero"})
 
 
@@ -174,7 +217,11 @@ def experts(rows: Entries, phase: str) -> go.Figure | None:
         colorbar={"tickformat": ".0%", "thickness": 12},
         hovertemplate="layer and gate %{x}, %{y}: %{z:.0%}<extra></extra>",
     )
-    return _figure([heat], f"Experts at {phase}, by layer and gate", yaxis={"automargin": True, "autorange": "reversed"})
+    return _figure(
+        [heat],
+        f"Experts at {phase}, by layer and gate",
+        yaxis={"automargin": True, "autorange": "reversed"},
+    )
 
 
 def experts_by_prompt(rows: Entries) -> go.Figure | None:
@@ -187,17 +234,24 @@ def experts_by_prompt(rows: Entries) -> go.Figure | None:
     if not common:
         return None
     count = max(int(np.max(own)) for own in by_prompt.values()) + 1
-    labels = [_short(prompt) + "​" * index for index, (prompt, _) in enumerate(common)]  # equal labels would be one bar
+    labels = [
+        _short(prompt) + "​" * index for index, (prompt, _) in enumerate(common)
+    ]  # equal labels would be one bar
     traces = []
     for expert in range(count):
         share = [float((np.array(by_prompt[prompt]) == expert).mean()) for prompt, _ in common]
         colour = EXPERT_COLOURS[expert % len(EXPERT_COLOURS)]
         name = f"expert {expert}"
-        traces.append(go.Bar(x=share[::-1], y=labels[::-1], name=name, orientation="h", marker_color=colour))
+        traces.append(
+            go.Bar(x=share[::-1], y=labels[::-1], name=name, orientation="h", marker_color=colour)
+        )
     axis = {"tickformat": ".0%", "range": [0, 1]}
-    # Of a kind that is named: Plotly takes prompts such as 1 and 2, or dates, for places on a scale.
+    # Of a kind that is named: Plotly takes prompts such as 1 and 2, or dates, for places on a
+    # scale.
     named = {"automargin": True, "type": "category"}
-    figure = _figure(traces, "Experts by prompt, at prefill", barmode="stack", xaxis=axis, yaxis=named)
+    figure = _figure(
+        traces, "Experts by prompt, at prefill", barmode="stack", xaxis=axis, yaxis=named
+    )
     return figure.update_layout(height=110 + 32 * len(common))
 
 

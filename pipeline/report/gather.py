@@ -1,4 +1,6 @@
-"""Gathers what the report shows out of an output folder, finished or not: bounded work however large the output is."""
+"""Gathers what the report shows out of an output folder, finished or not: bounded work however
+large the output is.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Output files whose numbers are read: enough to be typical of any output.
 FILES = 64
-#: Newest sample files that are read, and most rows shown of them, by why they were kept; in this order.
+#: Newest sample files that are read, and most rows shown of them, by why they were kept; in this
+#: order.
 SAMPLE_FILES = 512
 SHOWN = {"random": 400, "first": 100, "flag": 150, "error": 150}
 #: Most characters of a text that are shown.
@@ -97,7 +100,9 @@ def gather(folder: OutputFolder, most_rows: int, seed: int) -> Gathered:
     )
 
 
-def _numbers(folder: OutputFolder, commits: Sequence[Commit], most_rows: int) -> dict[str, list[int]]:
+def _numbers(
+    folder: OutputFolder, commits: Sequence[Commit], most_rows: int
+) -> dict[str, list[int]]:
     each = -(-most_rows // max(1, len(commits)))
 
     def read(commit: Commit) -> pa.Table:
@@ -106,7 +111,9 @@ def _numbers(folder: OutputFolder, commits: Sequence[Commit], most_rows: int) ->
 
     with ThreadPoolExecutor(READING_THREADS) as pool:
         tables = list(pool.map(read, commits))
-    return {name: [n for table in tables for n in table[name].to_pylist()] for name in COUNT_COLUMNS}
+    return {
+        name: [n for table in tables for n in table[name].to_pylist()] for name in COUNT_COLUMNS
+    }
 
 
 def _samples(folder: OutputFolder) -> list[dict[str, Any]]:
@@ -116,10 +123,16 @@ def _samples(folder: OutputFolder) -> list[dict[str, Any]]:
         for data in pool.map(folder.read, names):
             for row in _rows(data):
                 place = tuple(row[name] for name in PLACE_SCHEMA.names)
-                found.pop(place, None)  # answered again: the later answer counts, and stands where it was given
+                found.pop(
+                    place, None
+                )  # answered again: the later answer counts, and stands where it was given
                 found[place] = row
     rows = list(found.values())
-    return [row for why, most in SHOWN.items() for row in [one for one in rows if one["sample"] == why][-most:]]
+    return [
+        row
+        for why, most in SHOWN.items()
+        for row in [one for one in rows if one["sample"] == why][-most:]
+    ]
 
 
 def _rows(data: bytes) -> list[dict[str, Any]]:

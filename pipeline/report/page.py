@@ -46,13 +46,20 @@ def render(gathered: Gathered) -> str:
     from plotly.offline import get_plotlyjs
 
     scripts = [get_plotlyjs(), (here / "page.js").read_text()]
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
-    environment = Environment(loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined)
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
+        for s in scripts
+    )
+    environment = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined
+    )
     return environment.get_template("page.html").render(
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes}",
         style=(here / "page.css").read_text(),
         scripts=scripts,
-        data=_as_script({"rows": _rows(gathered), "charts": _charts(gathered), "colours": charts.EXPERT_COLOURS}),
+        data=_as_script(
+            {"rows": _rows(gathered), "charts": _charts(gathered), "colours": charts.EXPERT_COLOURS}
+        ),
         facts=_facts(gathered),
         errors=_errors(gathered),
         flags=gathered.written.flags.most_common(),
@@ -83,14 +90,18 @@ def _charts(gathered: Gathered) -> dict[str, Any]:
         "decode": charts.experts(drawn, "decode"),
         "prompts": charts.experts_by_prompt(drawn),
     }
-    return {name: json.loads(figure.to_json()) for name, figure in figures.items() if figure is not None}
+    return {
+        name: json.loads(figure.to_json()) for name, figure in figures.items() if figure is not None
+    }
 
 
 def _names(gathered: Gathered) -> dict[tuple[int, ...], str]:
     """Names of the commonest routes: the commonest is A."""
     return {
         route: chr(ord("A") + n)
-        for n, (route, _) in enumerate(route_patterns(gathered.rows, "prefill").most_common(PATTERNS))
+        for n, (route, _) in enumerate(
+            route_patterns(gathered.rows, "prefill").most_common(PATTERNS)
+        )
     }
 
 
@@ -117,7 +128,10 @@ def _rows(gathered: Gathered) -> list[dict[str, Any]]:
                 "pattern": names.get(route, "other") if route else "",
                 "truth": _cut(row.get(truth)) if truth else None,
                 "extras": {name: _cut(row.get(name)) for name in extras},
-                "pictures": ["data:image/jpeg;base64," + base64.b64encode(p).decode() for p in row["pictures"] or []],
+                "pictures": [
+                    "data:image/jpeg;base64," + base64.b64encode(p).decode()
+                    for p in row["pictures"] or []
+                ],
             }
         )
     return shown
@@ -138,7 +152,8 @@ def _errors(gathered: Gathered) -> list[dict[str, Any]]:
     for code, count in gathered.written.errors.most_common():
         examples = [row for row in gathered.rows if (row["error"] or "").split(":", 1)[0] == code]
         shown = [{"id": row["id"], "error": _cut(row["error"])} for row in examples[:EXAMPLES]]
-        found.append({"code": code, "stage": STAGES.get(code, "?"), "count": count, "examples": shown})  # type: ignore[call-overload]
+        stage = STAGES.get(code, "?")  # type: ignore[call-overload]
+        found.append({"code": code, "stage": stage, "count": count, "examples": shown})
     return found
 
 
@@ -149,25 +164,41 @@ def _patterns(gathered: Gathered) -> list[dict[str, Any]]:
         {
             "name": name,
             "share": counts[route] / total,
-            "rows": [row["id"] for row in gathered.rows if tuple(row.get("prefill_route") or ()) == route][:EXAMPLES],
+            "rows": [
+                row["id"] for row in gathered.rows if tuple(row.get("prefill_route") or ()) == route
+            ][:EXAMPLES],
         }
         for route, name in names.items()
     ]
 
 
 def _sample(gathered: Gathered) -> dict[str, Any]:
-    return {"seed": SEED, "kept": Counter(row["sample"] for row in gathered.rows), "files": gathered.numbers_from}
+    return {
+        "seed": SEED,
+        "kept": Counter(row["sample"] for row in gathered.rows),
+        "files": gathered.numbers_from,
+    }
 
 
 def _facts(gathered: Gathered) -> list[tuple[str, str]]:
     """The run in a few lines."""
     written, manifest = gathered.written, gathered.manifest
-    done = f"{written.rows:,} of {gathered.planned:,} rows, {written.rows - written.errors.total():,} ok"
-    facts = [("rows", f"{done}, {written.errors.total():,} errors"), ("state", _state(gathered.events))]
+    ok = written.rows - written.errors.total()
+    done = f"{written.rows:,} of {gathered.planned:,} rows, {ok:,} ok"
+    facts = [
+        ("rows", f"{done}, {written.errors.total():,} errors"),
+        ("state", _state(gathered.events)),
+    ]
     facts.append(("tokens", _tokens(written)))
     hours, machines = _hours(gathered.events, gathered.timeline), _machines(gathered.events)
     if hours:
-        facts.append(("time", f"{duration(3600 * hours['wall'])} in all runs, {hours['replica']:.3g} replica hours"))
+        facts.append(
+            (
+                "time",
+                f"{duration(3600 * hours['wall'])} in all runs, {hours['replica']:.3g} replica "
+                "hours",
+            )
+        )
         price = (gathered.settings.get("cost") or {}).get("gpu_hour")
         if price is not None:
             cost = price * hours["replica"]
@@ -175,12 +206,18 @@ def _facts(gathered: Gathered) -> list[tuple[str, str]]:
             facts.append(("cost", f"{cost:.2f} at {price:g} an hour{each}"))
     if asked := written.accuracy.asked.total():
         right = written.accuracy.right.total()
-        facts.append(("right answers", f"{right:,} of {asked:,} rows with a truth, {right / asked:.1%}"))
+        facts.append(
+            ("right answers", f"{right:,} of {asked:,} rows with a truth, {right / asked:.1%}")
+        )
     facts += [("machines", ", ".join(machines))] if machines else []
     facts += [("task", manifest.task), ("code", manifest.code)]
     told = [event["versions"] for event in gathered.events if "versions" in event]
     versions = told[-1] if told else {}
-    facts += [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))] if versions else []
+    facts += (
+        [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+        if versions
+        else []
+    )
     return facts
 
 
@@ -189,22 +226,33 @@ def _state(events: Sequence[Mapping[str, Any]]) -> str:
     if not ends:
         return "unknown"
     last = ends[-1]
-    said = "running, or killed" if last["event"] == "run_started" else last["event"].removeprefix("run_")
+    said = (
+        "running, or killed"
+        if last["event"] == "run_started"
+        else last["event"].removeprefix("run_")
+    )
     cause = f": {last['cause']}" if "cause" in last else ""
     return f"{said} ({last['time'][:19].replace('T', ' ')} UTC){cause}"
 
 
 def _tokens(written: Written) -> str:
-    return f"{written.new_tokens:,} new; {written.prompt_tokens:,} in prompts, {written.visual_tokens:,} of them visual"
+    prompts = f"{written.prompt_tokens:,} in prompts, {written.visual_tokens:,} of them visual"
+    return f"{written.new_tokens:,} new; {prompts}"
 
 
-def _hours(events: Sequence[Mapping[str, Any]], timeline: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Hours from start to end over all runs, and of all replicas together: those that load a model are paid for, too."""
+def _hours(
+    events: Sequence[Mapping[str, Any]], timeline: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Hours from start to end over all runs, and of all replicas together: those that load a model
+    are paid for, too.
+    """
     found = {"wall": 0.0, "replica": 0.0}
     for run in dict.fromkeys(event["run"] for event in events):
         own = [event for event in events if event["run"] == run]
         times = [datetime.fromisoformat(event["time"]).timestamp() for event in own]
-        times += [entry["time"] for entry in timeline if entry["run"] == run]  # of a run that was killed, or goes on
+        times += [
+            entry["time"] for entry in timeline if entry["run"] == run
+        ]  # of a run that was killed, or goes on
         kinds = Counter(event["event"] for event in own)
         wall = (max(times) - min(times)) / 3600
         found["wall"] += wall
@@ -214,4 +262,7 @@ def _hours(events: Sequence[Mapping[str, Any]], timeline: Sequence[Mapping[str, 
 
 def _machines(events: Sequence[Mapping[str, Any]]) -> list[str]:
     found = Counter((e["node"], e["device"]) for e in events if e["event"] == "replica_started")
-    return [f"{node} ({device})" + (f" ×{count}" if count > 1 else "") for (node, device), count in found.items()]
+    return [
+        f"{node} ({device})" + (f" ×{count}" if count > 1 else "")
+        for (node, device), count in found.items()
+    ]

@@ -51,28 +51,36 @@ def main(
         description: what the job does, for `--help`.
         kind: its settings.
         work: does it; takes the settings and whether this is a dry run.
-        default_config: the file used without `--config`; None: settings may come from `--set` alone.
+        default_config: the file used without `--config`; None: settings may come from `--set`
+            alone.
         program: how it was called; None: as the process was.
         example: arguments for `--help` to show.
         arguments: None: the process's own.
 
     Returns:
-        0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C; 143 after SIGTERM.
+        0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C; 143 after
+        SIGTERM.
     """
-    from pipeline.settings.job import JobSettings, load_settings  # which `kind` needed, too: it costs nothing here
+    from pipeline.settings.job import (
+        JobSettings,
+        load_settings,
+    )  # which `kind` needed, too: it costs nothing here
 
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.epilog = f"example:\n  {parser.prog} {example}" if example else None
-    parser.add_argument("--config", type=Path, default=default_config, metavar="FILE", help="YAML settings")
+    parser.add_argument(
+        "--config", type=Path, default=default_config, metavar="FILE", help="YAML settings"
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="assignments",
-        help="a setting on top, e.g. input.limit=100; text as it stands, all else read as YAML; may be given several times",
+        help="a setting on top, e.g. input.limit=100; text as it stands, all else read as YAML; "
+        "may be given several times",
     )
     if issubclass(kind, JobSettings):
         parser.add_argument(
@@ -89,7 +97,9 @@ def main(
             dest="assignments",
             help="try error rows again whose error may have passed (output.retry_errors=true)",
         )
-    parser.add_argument("--dry-run", action="store_true", help="check and say what would run; load no model")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and say what would run; load no model"
+    )
     parsed = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:

@@ -25,7 +25,8 @@ class Command:
     Attributes:
         description: what it does, in a sentence.
         example: arguments that make sense.
-        load: imports what it needs, and gives its settings and its work, which takes them and whether this is a dry run.
+        load: imports what it needs, and gives its settings and its work, which takes them and
+            whether this is a dry run.
     """
 
     description: str
@@ -77,11 +78,20 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
         checkpoint = open_checkpoint(model.base, model.adapter, lora_alpha=model.lora_alpha)
         if dry_run:
             lines = ["# configuration", *as_yaml(settings).split("\n")]
-            print("\n".join(map(printable, lines)), f"# would convert {len(checkpoint.files.tensors)} tensors", sep="\n")
+            print(
+                "\n".join(map(printable, lines)),
+                f"# would convert {len(checkpoint.files.tensors)} tensors",
+                sep="\n",
+            )
             return
         dtype = DTYPES[model.dtype] if model.dtype else None
         done = convert(checkpoint, Path(output.path).expanduser(), dtype, output.shard_bytes)
-        print(printable(f"wrote {done.tensors} tensors, {done.bytes:,} bytes, in {done.files} files to {done.folder}"))
+        print(
+            printable(
+                f"wrote {done.tensors} tensors, {done.bytes:,} bytes, in {done.files} files to "
+                f"{done.folder}"
+            )
+        )
 
     return ConvertSettings, work
 
@@ -110,13 +120,21 @@ def _verify() -> tuple[type[Settings], Callable[[Any, bool], None]]:
         from pipeline.io.output.storage import OutputFolder
         from pipeline.run.verify import verify
 
-        found = verify(OutputFolder(settings.output.path), remove_superseded=settings.remove_superseded and not dry_run)
+        found = verify(
+            OutputFolder(settings.output.path),
+            remove_superseded=settings.remove_superseded and not dry_run,
+        )
         print("\n".join(map(printable, found.lines())))
         if found.problems:
-            raise OutputError(f"output.path: {found.url} has {len(found.problems)} problems: {found.problems[0]}")
+            raise OutputError(
+                f"output.path: {found.url} has {len(found.problems)} problems: {found.problems[0]}"
+            )
         if found.missing:
             left = sum(found.missing.values())
-            raise OutputError(f"output.path: {found.url} is not finished: {left:,} rows are missing; run the job again")
+            raise OutputError(
+                f"output.path: {found.url} is not finished: {left:,} rows are missing; run the job "
+                "again"
+            )
 
     return VerifySettings, work
 
@@ -182,18 +200,25 @@ COMMANDS = {
     ),
     "convert": Command(
         "Convert Qwen2-VL with an Awaker2.5-VL adapter into a checkpoint made for serving.",
-        "--set model.base=Qwen/Qwen2-VL-7B-Instruct --set model.adapter=MetabrainAGI/Awaker2.5-VL --set output.path=awaker",
+        "--set model.base=Qwen/Qwen2-VL-7B-Instruct --set model.adapter=MetabrainAGI/Awaker2.5-VL "
+        "--set output.path=awaker",
         _convert,
     ),
-    "report": Command("Make the report of a finished or running job anew.", "--set output.path=s3://b/answers/", _report),
+    "report": Command(
+        "Make the report of a finished or running job anew.",
+        "--set output.path=s3://b/answers/",
+        _report,
+    ),
     "verify": Command(
-        "Check an output: every planned row once, every file whole; files that do not count are named.",
+        "Check an output: every planned row once, every file whole; files that do not count are "
+        "named.",
         "--set output.path=s3://b/answers/",
         _verify,
     ),
     "export": Command(
         "Write a job's results as JSON Lines, or as an OpenAI batch's result.",
-        "--set output.path=s3://b/answers/ --set export.path=s3://b/lines/ --set export.format=openai",
+        "--set output.path=s3://b/answers/ --set export.path=s3://b/lines/ --set "
+        "export.format=openai",
         _export,
     ),
     "plan": Command(
@@ -202,7 +227,8 @@ COMMANDS = {
         _plan,
     ),
     "inspect": Command(
-        "Show one row: its picture, tokens, prompt span and, unless --dry-run, the experts that the model sends it to.",
+        "Show one row: its picture, tokens, prompt span and, unless --dry-run, the experts that "
+        "the model sends it to.",
         "--config configs/vqa.yaml --set input.path=s3://b/shards/ --set row=17",
         _inspect,
     ),
@@ -223,7 +249,14 @@ def run(name: str, arguments: Sequence[str], program: str | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return main(command.description, kind, work, program=program, example=command.example, arguments=arguments)
+    return main(
+        command.description,
+        kind,
+        work,
+        program=program,
+        example=command.example,
+        arguments=arguments,
+    )
 
 
 def awaker_batch() -> int:
@@ -233,10 +266,19 @@ def awaker_batch() -> int:
         return run(name, rest)
     if name not in ("--help", "-h", "help"):
         nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
-        print(f"error: unknown command {name!r}; did you mean {nearest[0]}? (awaker-batch --help)", file=sys.stderr)
+        print(
+            f"error: unknown command {name!r}; did you mean {nearest[0]}? (awaker-batch --help)",
+            file=sys.stderr,
+        )
         return EXIT_POINTLESS
     print("usage: awaker-batch COMMAND [--config FILE] [--set KEY=VALUE ...] [--dry-run]\n")
     for name, command in COMMANDS.items():
-        print(f"  {name:<8}  {command.description}\n            awaker-batch {name} {command.example}\n")
-    print("awaker-batch COMMAND --help says more. `python jobs/COMMAND.py` does the same, also under `ray job submit`.")
+        print(
+            f"  {name:<8}  {command.description}\n            awaker-batch {name} "
+            f"{command.example}\n"
+        )
+    print(
+        "awaker-batch COMMAND --help says more. `python jobs/COMMAND.py` does the same, also under "
+        "`ray job submit`."
+    )
     return 0

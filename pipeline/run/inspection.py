@@ -1,4 +1,6 @@
-"""Shows one row as the model gets it: picture, tokens, the prompt span that routes it, and the experts it goes to."""
+"""Shows one row as the model gets it: picture, tokens, the prompt span that routes it, and the
+experts it goes to.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,18 @@ def inspect(settings: InspectSettings, console: Console, *, routes: bool) -> Non
 
     plan = plan_input(settings.input, RESERVED_COLUMNS)
     shard, number = find_row(plan, settings.row)
-    preparer = Preparer(settings, plan.columns, settings.task == "caption", image_root=plan.image_root)
+    preparer = Preparer(
+        settings, plan.columns, settings.task == "caption", image_root=plan.image_root
+    )
     # Of several prompts the first.
-    row = next(row for table in preparer(_read(plan, shard, number)) for row in prepared_rows(table))
-    lines = [("id", row.id), ("from", f"{shard.file.url}, row {number}"), ("prompt", row.prompt or "")]
+    row = next(
+        row for table in preparer(_read(plan, shard, number)) for row in prepared_rows(table)
+    )
+    lines = [
+        ("id", row.id),
+        ("from", f"{shard.file.url}, row {number}"),
+        ("prompt", row.prompt or ""),
+    ]
     if row.error is not None:
         lines.append(("error", row.error))
     for name, value in lines:
@@ -51,14 +61,18 @@ def inspect(settings: InspectSettings, console: Console, *, routes: bool) -> Non
     for image in row.images:
         height, width = image.shape[:2]
         tokens = preparer.processor.visual_tokens(image)
-        console.print(f"{'image':<8}{width} x {height} pixels, {tokens} visual tokens", highlight=False)
+        console.print(
+            f"{'image':<8}{width} x {height} pixels, {tokens} visual tokens", highlight=False
+        )
         if console.is_terminal and console.color_system in ("truecolor", "256"):
             console.print(as_blocks(image, min(PICTURE_WIDTH, console.width)))
     if row.input_ids is None or row.span is None:
         return
     start, end = row.span
     console.print(
-        f"{'tokens':<8}{len(row.input_ids)}; the experts are chosen by {start} to {end - 1}, marked", highlight=False
+        f"{'tokens':<8}{len(row.input_ids)}; the experts are chosen by {start} to {end - 1}, "
+        "marked",
+        highlight=False,
     )
     console.print(marked_tokens(row, preparer.processor.tokenizer), soft_wrap=True)
     if routes:
@@ -89,7 +103,9 @@ def find_row(plan: InputPlan, wanted: str) -> tuple[Shard, int]:
         elif shard.file.name == name and number.isdecimal() and int(number) < shard.rows:
             return shard, int(number)
     kind = f"column {plan.columns.id!r}" if plan.columns.id else "<file name>#<row number>"
-    raise InputError(f"row: no row {wanted!r}; expected a number below {plan.rows:,}, or an id ({kind})")
+    raise InputError(
+        f"row: no row {wanted!r}; expected a number below {plan.rows:,}, or an id ({kind})"
+    )
 
 
 def _read(plan: InputPlan, shard: Shard, number: int) -> pa.Table:
@@ -114,7 +130,9 @@ def as_blocks(image: np.ndarray, columns: int) -> Text:
 
 
 def marked_tokens(row: PreparedRow, tokenizer: Any) -> Text:
-    """The prompt token by token, those of the span marked; visual tokens counted instead of repeated."""
+    """The prompt token by token, those of the span marked; visual tokens counted instead of
+    repeated.
+    """
     assert row.input_ids is not None
     assert row.span is not None
     start, end = row.span
@@ -155,5 +173,7 @@ def _routes(settings: InspectSettings, row: PreparedRow) -> Iterator[Table]:
     prefill, decode = gates
     for layer in range(len(prefill) // 2):
         cells = [phase[2 * layer + gate] for phase in (prefill, decode) for gate in (0, 1)]
-        table.add_row(str(layer), *(f"{int(values.argmax())} ({float(values.max()):.2f})" for values in cells))
+        table.add_row(
+            str(layer), *(f"{int(values.argmax())} ({float(values.max()):.2f})" for values in cells)
+        )
     yield table

@@ -1,8 +1,10 @@
-"""What is new or changed in the input since the last run, into a partition of its own: `date=2026-11-22/`.
+"""What is new or changed in the input since the last run, into a partition of its own:
+`date=2026-11-22/`.
 
-A partition is an output folder like any other, with its own `_run/`: what was said of killed jobs and second runs holds of
-it too. Its manifest lists the shards it took, with sizes and etags or times; what no partition lists as it is now is new.
-`_SUCCESS` in a partition says that all it lists is answered.
+A partition is an output folder like any other, with its own `_run/`: what was said of killed jobs
+and second runs holds of it too. Its manifest lists the shards it took, with sizes and etags or
+times; what no partition lists as it is now is new. `_SUCCESS` in a partition says that all it lists
+is answered.
 """
 
 from __future__ import annotations
@@ -38,20 +40,30 @@ Facts = tuple[int, str]
 class NightSettings(Settings):
     """What a nightly run asks, and where it writes."""
 
-    task: Literal["caption", "vqa"] = Field("caption", description="which job runs: jobs/caption.py or jobs/vqa.py")
-    date: str | None = Field(None, description="the partition's date, YYYY-MM-DD; null: today's, in UTC")
+    task: Literal["caption", "vqa"] = Field(
+        "caption", description="which job runs: jobs/caption.py or jobs/vqa.py"
+    )
+    date: str | None = Field(
+        None, description="the partition's date, YYYY-MM-DD; null: today's, in UTC"
+    )
 
     @field_validator("date", mode="before")
     @classmethod
     def _date_is_a_day(cls, value: object) -> object:
         try:  # YAML reads an unquoted day as one
-            return value.isoformat() if isinstance(value, date) else value and date.fromisoformat(str(value)).isoformat()
+            return (
+                value.isoformat()
+                if isinstance(value, date)
+                else value and date.fromisoformat(str(value)).isoformat()
+            )
         except ValueError as error:
             raise ValueError("is no day; expected YYYY-MM-DD") from error
 
 
 class NightlySettings(JobSettings):
-    """Everything that `jobs/nightly.py` takes: a job's settings, `output.path` being the folder of the partitions."""
+    """Everything that `jobs/nightly.py` takes: a job's settings, `output.path` being the folder of
+    the partitions.
+    """
 
     nightly: NightSettings = Field(default_factory=NightSettings)
 
@@ -78,7 +90,8 @@ class Work:
     Attributes:
         partition: its name.
         shards: their URLs; those that are answered already cost nothing.
-        waiting: changed shards that this partition holds in an earlier state; another day's takes them.
+        waiting: changed shards that this partition holds in an earlier state; another day's takes
+            them.
     """
 
     partition: str
@@ -89,7 +102,8 @@ class Work:
 def read_partitions(root: OutputFolder) -> list[Partition]:
     """The partitions of an output folder, oldest first.
 
-    A night that died before it had written its manifest left a folder without results: nothing is lost by passing it over.
+    A night that died before it had written its manifest left a folder without results: nothing is
+    lost by passing it over.
 
     Raises:
         OutputError: a folder of a partition's name with results that no run of this program began.
@@ -101,18 +115,23 @@ def read_partitions(root: OutputFolder) -> list[Partition]:
             manifest = Manifest.before(folder)
             if manifest is None:
                 if OutputLog(folder).names():
-                    raise OutputError(f"output.path: {folder.url} has no manifest; move it away or choose another folder")
+                    raise OutputError(
+                        f"output.path: {folder.url} has no manifest; move it away or choose "
+                        "another folder"
+                    )
                 continue
             shards = {url: (size, version) for url, (size, version, _) in manifest.shards.items()}
             found.append(Partition(name, shards, root.exists(f"{name}/{SUCCESS}")))
     return found
 
 
-def plan_night(partitions: list[Partition], listing: Mapping[str, Facts], today: str, *, retry: bool = False) -> list[Work]:
+def plan_night(
+    partitions: list[Partition], listing: Mapping[str, Facts], today: str, *, retry: bool = False
+) -> list[Work]:
     """What is to be run, in order.
 
-    Partitions that a dead run left unfinished come first, as far as their shards are what they were. Shards that no
-    partition lists as they are now go to today's.
+    Partitions that a dead run left unfinished come first, as far as their shards are what they
+    were. Shards that no partition lists as they are now go to today's.
 
     Args:
         partitions: those there are.
@@ -123,7 +142,9 @@ def plan_night(partitions: list[Partition], listing: Mapping[str, Facts], today:
     work = []
     own: Mapping[str, Facts] = {}
     for partition in partitions:
-        same = frozenset(url for url, facts in partition.shards.items() if listing.get(url) == facts)
+        same = frozenset(
+            url for url, facts in partition.shards.items() if listing.get(url) == facts
+        )
         if partition.name == today:
             own = partition.shards
         elif (retry or not partition.finished) and same:
@@ -147,15 +168,18 @@ def run_night(settings: NightlySettings, *, dry_run: bool = False) -> list[Summa
         JobError: as a job's.
     """
     if settings.output.overwrite:
-        raise ConfigError("output.overwrite: a nightly run deletes nothing; delete a partition's folder to run it again")
+        raise ConfigError(
+            "output.overwrite: a nightly run deletes nothing; delete a partition's folder to run "
+            "it again"
+        )
     root = OutputFolder(settings.output.path)
     files = find_shards(settings.input.path, settings.input.format)
     root.check(file.url for file in files)
     listing = {file.url: (file.size, file.version) for file in files}
     with contextlib.ExitStack() as stack:
         if not dry_run:
-            # One lock for all partitions, from reading them to the last `_SUCCESS`: two nights at once, on either side of
-            # midnight, would each find the same shards new.
+            # One lock for all partitions, from reading them to the last `_SUCCESS`: two nights at
+            # once, on either side of midnight, would each find the same shards new.
             lease = Lease(root, run_name(), LeaseTimes(settings.output.lock_seconds), tell=_tell)
             with root.explained("write to"):
                 root.make()
@@ -171,11 +195,16 @@ def _run_parts(
     today = PREFIX + (settings.nightly.date or datetime.now(UTC).date().isoformat())
     work = plan_night(read_partitions(root), listing, today, retry=settings.output.retry_errors)
     if not work:
-        print(printable(f"nothing new in {len(listing):,} shards since {root.url} was written last"))
+        print(
+            printable(f"nothing new in {len(listing):,} shards since {root.url} was written last")
+        )
     summaries = []
     for part in work:
         if part.waiting:
-            _tell(f"{len(part.waiting):,} shards changed since {part.partition} took them; another day's run takes them")
+            _tell(
+                f"{len(part.waiting):,} shards changed since {part.partition} took them; another "
+                "day's run takes them"
+            )
         if not part.shards:
             continue
         if lease is None:
@@ -186,17 +215,24 @@ def _run_parts(
     return summaries
 
 
-def _run(settings: NightlySettings, task: Task, root: OutputFolder, part: Work, lease: Lease) -> Summary:
+def _run(
+    settings: NightlySettings, task: Task, root: OutputFolder, part: Work, lease: Lease
+) -> Summary:
     folder = OutputFolder(f"{root.url}/{part.partition}")
     output = settings.output.model_copy(update={"path": folder.url})
     own: dict[str, Any] = {name: getattr(settings, name) for name in JobSettings.model_fields}
-    job = check_job(task, JobSettings.model_construct(**{**own, "output": output}), only=part.shards)
+    job = check_job(
+        task, JobSettings.model_construct(**{**own, "output": output}), only=part.shards
+    )
     lease.check()
     folder.remove(SUCCESS)  # until it holds the new shards too
     summary = run_job(job)
     facts = summary.as_dict()
     told = {name: facts[name] for name in ("rows", "ok", "errors", "files")}
-    told |= {"shards": len(job.plan.shards), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    told |= {
+        "shards": len(job.plan.shards),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     with folder.explained("write to"):
         lease.check()
         folder.write(SUCCESS, json.dumps(told).encode())

@@ -1,4 +1,6 @@
-"""What a person sees while a job runs (a live panel in a terminal, lines in a log), and what is kept of it."""
+"""What a person sees while a job runs (a live panel in a terminal, lines in a log), and what is
+kept of it.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ ANSWER_TIMEOUT = 5.0
 class Pace:
     """How fast rows are answered, and how long the rest will take.
 
-    Counted over the later half of the time since the first answers (`PACE_SECONDS` at least): loading the model is no sign
-    of the pace, and a machine that fills its queues first, or is throttled, keeps another pace later.
+    Counted over the later half of the time since the first answers (`PACE_SECONDS` at least):
+    loading the model is no sign of the pace, and a machine that fills its queues first, or is
+    throttled, keeps another pace later.
 
     Args:
         rows: rows that the job will answer.
@@ -49,7 +52,9 @@ class Pace:
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._begun: float | None = None
-        self._noted: deque[tuple[float, Counter[str]]] = deque()  # the later half, and one before it
+        self._noted: deque[tuple[float, Counter[str]]] = (
+            deque()
+        )  # the later half, and one before it
         self._now = (0.0, Counter[str]())
 
     def note(self, now: float, counts: Counter[str]) -> None:
@@ -110,12 +115,24 @@ class LogDisplay:
     def close(self, look: Look, pace: Pace) -> None:
         """Print a line."""
         counts = look.counts
-        told: dict[str, Any] = {"rows": counts["rows"], "of": self._rows, "errors": counts["errors"]}
+        told: dict[str, Any] = {
+            "rows": counts["rows"],
+            "of": self._rows,
+            "errors": counts["errors"],
+        }
         told |= {f"{name}_per_second": pace.rate(name) for name in ("rows", "new_tokens")}
         told["left"] = None if pace.seconds_left is None else duration(pace.seconds_left)
         told |= queues(counts, look.gauges)
-        shown = ((key, f"{value:.1f}" if isinstance(value, float) else value) for key, value in told.items())
-        print("progress", *(f"{key}={value}" for key, value in shown if value is not None), file=sys.stderr, flush=True)
+        shown = (
+            (key, f"{value:.1f}" if isinstance(value, float) else value)
+            for key, value in told.items()
+        )
+        print(
+            "progress",
+            *(f"{key}={value}" for key, value in shown if value is not None),
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class TerminalDisplay:
@@ -155,7 +172,11 @@ class TerminalDisplay:
         if done or waiting["prepared"]:
             shown = "  →  ".join(f"{name} {count:,}" for name, count in waiting.items())
             parts.append(Text(f"  queues: {shown}"))
-        parts += [Text(f"  replica {name[:6]}: {_replica(own)}") for name, own in look.gauges.items() if own]
+        parts += [
+            Text(f"  replica {name[:6]}: {_replica(own)}")
+            for name, own in look.gauges.items()
+            if own
+        ]
         return Group(*parts)
 
     def _words(self, counts: Counter[str], pace: Pace) -> str:
@@ -167,19 +188,29 @@ class TerminalDisplay:
         elif rows is None or pace.seconds_left is None:
             words = ["first answers"]
         else:
-            words = [f"{rows:.1f} rows/s", f"{tokens or 0:.0f} new tokens/s", f"{duration(pace.seconds_left)} left"]
+            words = [
+                f"{rows:.1f} rows/s",
+                f"{tokens or 0:.0f} new tokens/s",
+                f"{duration(pace.seconds_left)} left",
+            ]
         words += [f"{counts['errors']:,} errors"] if counts["errors"] else []
         words += [f"{counts['flagged']:,} doubtful"] if counts["flagged"] else []
         return "  ".join(words)
 
 
 def _replica(gauges: Mapping[str, float]) -> str:
-    parts = [f"batch {gauges['running']:.0f}/{gauges['batch_size']:.0f}", f"waiting {gauges['waiting']:.0f}"]
+    parts = [
+        f"batch {gauges['running']:.0f}/{gauges['batch_size']:.0f}",
+        f"waiting {gauges['waiting']:.0f}",
+    ]
     parts.append(f"cache {gauges['cache_tokens'] / gauges['cache_size']:.0%}")
     parts.append(f"memory {gauges['memory'] / 2**30:.1f} GiB")
     if "gpu_memory" in gauges:
         parts += [f"GPU {gauges['gpu_use']:.0%}"] if "gpu_use" in gauges else []
-        parts.append(f"GPU memory {gauges['gpu_memory'] / 2**30:.1f} of {gauges['gpu_memory_total'] / 2**30:.0f} GiB")
+        parts.append(
+            f"GPU memory {gauges['gpu_memory'] / 2**30:.1f} of "
+            f"{gauges['gpu_memory_total'] / 2**30:.0f} GiB"
+        )
     return "  ".join(parts)
 
 
@@ -193,12 +224,20 @@ class Watch:
         journal: where to keep it; None: it is shown only.
     """
 
-    def __init__(self, monitor: Any, missing: Mapping[str, int], prompts: int = 1, journal: Journal | None = None) -> None:
+    def __init__(
+        self,
+        monitor: Any,
+        missing: Mapping[str, int],
+        prompts: int = 1,
+        journal: Journal | None = None,
+    ) -> None:
         self._monitor, self._missing, self._journal = monitor, dict(missing), journal
         rows = sum(missing.values()) * prompts
         self._pace = Pace(rows)
         is_terminal = sys.stderr.isatty()
-        self._display: Display = TerminalDisplay(rows, Console(stderr=True)) if is_terminal else LogDisplay(rows)
+        self._display: Display = (
+            TerminalDisplay(rows, Console(stderr=True)) if is_terminal else LogDisplay(rows)
+        )
         self._look = Look(Counter(), Counter(), {}, [], 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)

@@ -35,11 +35,14 @@ class Resources:
     prepare_cpus: float
 
 
-def share_cluster(settings: JobSettings, cpus: float, gpus: float, node_cpus: float | None = None) -> Resources:
+def share_cluster(
+    settings: JobSettings, cpus: float, gpus: float, node_cpus: float | None = None
+) -> Resources:
     """Divide a cluster.
 
-    With GPUs a replica takes one of each and preparing gets the other CPUs. On CPUs alone the replicas get half of them
-    in all, however many replicas there are, but none more than half of a node: it must find room on one.
+    With GPUs a replica takes one of each and preparing gets the other CPUs. On CPUs alone the
+    replicas get half of them in all, however many replicas there are, but none more than half of a
+    node: it must find room on one.
 
     Args:
         settings: the job's settings.
@@ -58,7 +61,8 @@ def share_cluster(settings: JobSettings, cpus: float, gpus: float, node_cpus: fl
     if device == "cuda":
         if gpus < replicas:
             raise ConfigError(
-                f"replicas: {replicas} on CUDA need {replicas} GPUs, the cluster has {gpus:g}; lower replicas, add GPUs, "
+                f"replicas: {replicas} on CUDA need {replicas} GPUs, the cluster has {gpus:g}; "
+                "lower replicas, add GPUs, "
                 "or set model.device=cpu"
             )
         replica_cpus = min(1.0, cpus / 4 / replicas)
@@ -81,5 +85,7 @@ def share_cluster(settings: JobSettings, cpus: float, gpus: float, node_cpus: fl
 
 
 def _floored(cpus: float) -> float:
-    """Ray counts CPUs in ten-thousandths; round down so that the sum never exceeds what there is."""
+    """Ray counts CPUs in ten-thousandths; round down so that the sum never exceeds what there
+    is.
+    """
     return int(cpus * 1000) / 1000

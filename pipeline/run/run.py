@@ -56,17 +56,17 @@ REACH_SECONDS = 5.0
 #: Seconds that committing may take once SIGTERM has come.
 FINISH_SECONDS = 30.0
 
-#: Ray closes a block at this size. Handling a block costs it tens of milliseconds, so not one a row; and a replica's
-#: requests come from several, so not one for everything.
+#: Ray closes a block at this size. Handling a block costs it tens of milliseconds, so not one a
+#: row; and a replica's requests come from several, so not one for everything.
 BLOCK_BYTES = 16 << 20
 
-#: An actor whose node goes away while it loads a model is started elsewhere, this many times in a row; Ray Data's own
-#: default ends the job at the first. What dies more often dies of itself.
+#: An actor whose node goes away while it loads a model is started elsewhere, this many times in a
+#: row; Ray Data's own default ends the job at the first. What dies more often dies of itself.
 INIT_DEATHS = 10
 
-#: Ray Data holds a stage back for the next one only when half of the object store is full. Rows prepared hours ahead fill
-#: disks, are lost with a node and make the pace at first another than later, so it does so always: prepared and waiting are
-#: twice what is under way.
+#: Ray Data holds a stage back for the next one only when half of the object store is full. Rows
+#: prepared hours ahead fill disks, are lost with a node and make the pace at first another than
+#: later, so it does so always: prepared and waiting are twice what is under way.
 HOLD_BACK = "RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD"
 
 #: From this many ids on, reading them takes long enough to say so.
@@ -98,7 +98,8 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     Args:
         task: which job.
         settings: its settings.
-        only: URLs of the shards to take; the output may then hold answers from others, too. None: all.
+        only: URLs of the shards to take; the output may then hold answers from others, too. None:
+            all.
 
     Raises:
         JobError: the whole job would be pointless; the message says what to do.
@@ -108,21 +109,31 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     truth = Truth.from_settings(settings.evaluate, plan.extras)
     if truth is not None and plan.names and settings.output.prompts == "columns":
         raise ConfigError(
-            "evaluate.truth: one truth cannot be compared with several prompts' columns; set output.prompts=rows"
+            "evaluate.truth: one truth cannot be compared with several prompts' columns; set "
+            "output.prompts=rows"
         )
-    if task == "caption" and plan.columns.messages is None and not (plan.columns.image or plan.columns.images):
+    if (
+        task == "caption"
+        and plan.columns.messages is None
+        and not (plan.columns.image or plan.columns.images)
+    ):
         raise ConfigError(
-            "input.columns.image: the input has no column 'image' or 'images', so there is nothing to caption; name the "
+            "input.columns.image: the input has no column 'image' or 'images', so there is nothing "
+            "to caption; name the "
             "column in input.columns.image or input.columns.images"
         )
     OutputFolder(settings.output.path).check(shard.file.url for shard in plan.shards)
-    checkpoint = open_checkpoint(model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha)
+    checkpoint = open_checkpoint(
+        model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha
+    )
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     job_sampling(settings.generation, checkpoint.folder)
     manifest = Manifest.of(task, settings, checkpoint_files(checkpoint), plan)
     job = Job(task, settings, plan, truth, checkpoint, manifest, growing=only is not None)
     # A run that goes on has asked before, of the same shards.
-    goes_on = not settings.output.overwrite and check_may_go_on(job, OutputFolder(settings.output.path))
+    goes_on = not settings.output.overwrite and check_may_go_on(
+        job, OutputFolder(settings.output.path)
+    )
     if not goes_on or job.growing:
         if plan.columns.id and plan.rows >= MANY_IDS:
             print(f"checking that {plan.rows:,} ids are unique", file=sys.stderr, flush=True)
@@ -131,7 +142,8 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
 
 
 def check_may_go_on(job: Job, folder: OutputFolder) -> bool:
-    """Make sure that what lies in the output, if anything, is the beginning of this very job; whether there is one.
+    """Make sure that what lies in the output, if anything, is the beginning of this very job;
+    whether there is one.
 
     Raises:
         OutputError: results of a job that differed, or of nobody knows whom.
@@ -143,11 +155,13 @@ def check_may_go_on(job: Job, folder: OutputFolder) -> bool:
         own = next((name for name in results if epoch_of(name) is not None), None)
         if own is not None:
             raise OutputError(
-                f"output.path: {folder.url} holds results ({own}, ...), but its _run/manifest.json is gone; put it back to "
+                f"output.path: {folder.url} holds results ({own}, ...), but its _run/manifest.json "
+                "is gone; put it back to "
                 "go on, or choose another folder"
             )
         raise OutputError(
-            f"output.path: {folder.url} already holds {len(results)} Parquet files that no run of this program began; "
+            f"output.path: {folder.url} already holds {len(results)} Parquet files that no run of "
+            "this program began; "
             "choose another folder, or --fresh to replace them"
         )
     return before is not None
@@ -165,11 +179,17 @@ def describe(job: Job) -> str:
     ]
     shown = plan.shards[:20]
     lines += [f"{s.file.url}  {s.rows:,} rows  {s.file.size:,} bytes" for s in shown]
-    lines += [f"... and {len(plan.shards) - len(shown)} more"] if len(plan.shards) > len(shown) else []
-    named = settings.input.prompts or ({"": settings.input.prompt} if settings.input.prompt is not None else {})
+    lines += (
+        [f"... and {len(plan.shards) - len(shown)} more"] if len(plan.shards) > len(shown) else []
+    )
+    named = settings.input.prompts or (
+        {"": settings.input.prompt} if settings.input.prompt is not None else {}
+    )
     asked = "; ".join(f"{name or 'input.prompt'} {text!r}" for name, text in named.items())
     asked = asked or f"column {columns.prompt or columns.messages!r}"
-    seen = f"column {columns.image or columns.images!r}" if columns.image or columns.images else "none"
+    seen = (
+        f"column {columns.image or columns.images!r}" if columns.image or columns.images else "none"
+    )
     ids = f"column {columns.id!r}" if columns.id else "<file name>#<row number>"
     extras = ", ".join(o if o == i else f"{i} as {o}" for o, i in plan.extras.items()) or "none"
     adapter = (
@@ -185,10 +205,12 @@ def describe(job: Job) -> str:
         f"images: {seen}",
         f"passed through: {extras}",
         *_own_settings(job),
-        f"output: {', '.join(layout_schema(settings.output, plan.extras_schema, plan.names).names)}",
+        "output: "
+        f"{', '.join(layout_schema(settings.output, plan.extras_schema, plan.names).names)}",
         "",
         "# would run",
-        f"{job.task}: {plan.rows:,} rows on {settings.replicas} replica(s), model of {shape.layers} layers, {adapter}, "
+        f"{job.task}: {plan.rows:,} rows on {settings.replicas} replica(s), model of "
+        f"{shape.layers} layers, {adapter}, "
         f"{settings.model.dtype}, results to {settings.output.path}",
     ]
     return "\n".join(map(printable, lines))
@@ -204,8 +226,8 @@ def run_job(job: Job) -> Summary:
     """Run a checked job on Ray, or what an earlier run of it left to do.
 
     Raises:
-        JobError: the output cannot be written, belongs to another run, the cluster does not fit the settings, or the input
-            changed meanwhile.
+        JobError: the output cannot be written, belongs to another run, the cluster does not fit the
+            settings, or the input changed meanwhile.
     """
     started = time.monotonic()
     settings, plan = job.settings, job.plan
@@ -226,11 +248,15 @@ def run_job(job: Job) -> Summary:
         commits = log.commits(mend=True)
         missing = missing_rows(plan, done_rows(commits))
         left = sum(map(len, missing.values()))
-        journal.event("run_started", task=job.task, rows=plan.rows, missing=left, versions=_versions())
+        journal.event(
+            "run_started", task=job.task, rows=plan.rows, missing=left, versions=_versions()
+        )
         while missing:
             before = sum(map(len, missing.values()))
             if before < plan.rows:
-                _tell(f"{plan.rows - before:,} of {plan.rows:,} rows are done; answering {before:,}")
+                _tell(
+                    f"{plan.rows - before:,} of {plan.rows:,} rows are done; answering {before:,}"
+                )
             rounds.run(missing)
             commits = log.commits()
             missing = missing_rows(plan, done_rows(commits))
@@ -238,22 +264,34 @@ def run_job(job: Job) -> Summary:
             changed = input_changed(job)
             if left >= before or (left and changed):
                 raise InputError(
-                    f"input.path: {plan.rows:,} rows were counted at the start, but {plan.rows - left:,} were answered: a "
-                    f"shard changed while the job ran{_named(changed)}; {folder.url} is incomplete, run the job again"
+                    f"input.path: {plan.rows:,} rows were counted at the start, but "
+                    f"{plan.rows - left:,} were answered: a "
+                    f"shard changed while the job ran{_named(changed)}; {folder.url} is "
+                    "incomplete, run the job again"
                 )
             if changed:
                 raise InputError(
-                    f"input.path: a shard changed while the job ran{_named(changed)}: which of its answers in {folder.url} "
-                    "are of the earlier content cannot be told. Put the earlier content back and run the job again, or "
+                    f"input.path: a shard changed while the job ran{_named(changed)}: which of its "
+                    f"answers in {folder.url} "
+                    "are of the earlier content cannot be told. Put the earlier content back and "
+                    "run the job again, or "
                     "answer the new content into another output.path"
                 )
         if settings.output.retry_errors:
             commits = rounds.retry(retryable_rows(plan, commits))
         written = sum((commit.written for commit in commits), Written())
-        summary = Summary(folder.url, written, rounds.answered, time.monotonic() - started, rounds.seconds, rounds.engines)
+        summary = Summary(
+            folder.url,
+            written,
+            rounds.answered,
+            time.monotonic() - started,
+            rounds.seconds,
+            rounds.engines,
+        )
         with folder.explained("write to"):
             lease.check()
-            # Again: a run that was paused while it wrote its own may have put it in this one's place.
+            # Again: a run that was paused while it wrote its own may have put it in this one's
+            # place.
             job.manifest.save(folder, growing=job.growing)
             folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
         journal.event("run_finished", rows=written.rows, errors=written.errors.total())
@@ -271,7 +309,10 @@ def _begin(job: Job, folder: OutputFolder, fence: Fence) -> None:
         check_may_go_on(job, folder)  # again, now that nobody else can write here
     superseded = log.accept(fresh=fresh)
     if superseded and not fresh:
-        _tell(f"removed {len(superseded)} files that a run wrote after it had lost {folder.url}, such as {superseded[0]}")
+        _tell(
+            f"removed {len(superseded)} files that a run wrote after it had lost {folder.url}, "
+            f"such as {superseded[0]}"
+        )
     if fresh:
         folder.clear()
     folder.remove_partial()
@@ -284,7 +325,10 @@ def give_back(lease: Lease) -> None:
     try:
         lease.release()
     except Exception as error:  # of whatever kind: the lock expires by itself
-        logger.warning("cannot give the output back (%s); the next run waits until its lock expires", cause_of(error))
+        logger.warning(
+            "cannot give the output back (%s); the next run waits until its lock expires",
+            cause_of(error),
+        )
 
 
 def _tell(line: str) -> None:
@@ -292,13 +336,17 @@ def _tell(line: str) -> None:
 
 
 def _report(folder: OutputFolder, lease: Lease) -> None:
-    from pipeline.report.page import write_report  # a job that fails at once need not wait for Plotly
+    from pipeline.report.page import (
+        write_report,
+    )  # a job that fails at once need not wait for Plotly
 
     try:
         lease.check()
         write_report(folder)
     except Exception as error:  # of whatever kind: the results are there
-        logger.warning("cannot write the report (%s); `python jobs/report.py` makes it anew", cause_of(error))
+        logger.warning(
+            "cannot write the report (%s); `python jobs/report.py` makes it anew", cause_of(error)
+        )
 
 
 def _versions() -> dict[str, str]:
@@ -310,7 +358,9 @@ def input_changed(job: Job) -> list[str]:
     """URLs of the shards that are no longer what was planned."""
     source = job.settings.input
     now = {(file.url, file.size, file.version) for file in find_shards(source.path, source.format)}
-    return [s.file.url for s in job.plan.shards if (s.file.url, s.file.size, s.file.version) not in now]
+    return [
+        s.file.url for s in job.plan.shards if (s.file.url, s.file.size, s.file.version) not in now
+    ]
 
 
 def _named(shards: list[str]) -> str:
@@ -343,7 +393,9 @@ def run_name() -> str:
 
 
 def _connect(address: str | None) -> bool:
-    """Connect to Ray, unless this process is connected already; True where a cluster was started for this job alone."""
+    """Connect to Ray, unless this process is connected already; True where a cluster was started
+    for this job alone.
+    """
     import ray
 
     if ray.is_initialized():
@@ -360,7 +412,9 @@ def _connect(address: str | None) -> bool:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself takes a minute and a half to give up on an address where nothing listens, and then ends the process."""
+    """Ray itself takes a minute and a half to give up on an address where nothing listens, and then
+    ends the process.
+    """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if not colon or not port.isdecimal():
         return
@@ -368,19 +422,25 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
     except OSError as error:
         raise ConfigError(
-            f"ray.address: nothing answers at {address!r} ({error}); start the cluster, or leave ray.address and "
+            f"ray.address: nothing answers at {address!r} ({error}); start the cluster, or leave "
+            "ray.address and "
             "RAY_ADDRESS unset for a local one"
         ) from error
 
 
 def _quieten_ray() -> None:
     """Keep away the warnings that Ray gives in every job about its own defaults."""
-    for name in ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress"):
+    for name in (
+        "ray._private.authentication.authentication_token_setup",
+        "ray.data._internal.progress",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _stop_on_sigterm() -> None:
-    """Let SIGTERM raise `Stopped` in the main thread, once; where this is no main thread, leave it as it is."""
+    """Let SIGTERM raise `Stopped` in the main thread, once; where this is no main thread, leave it
+    as it is.
+    """
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -412,7 +472,9 @@ class _Rounds:
         self.engines: Counter[str] = Counter()
 
     def retry(self, rows: dict[str, RowSet]) -> list[Commit]:
-        """Answer rows again and put the outcomes in the place of their errors; all commits after that."""
+        """Answer rows again and put the outcomes in the place of their errors; all commits after
+        that.
+        """
         again = OutputLog(self._folder, at=RETRIES)
         left = rows
         while left:
@@ -440,7 +502,9 @@ class _Rounds:
             cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
             resources = share_cluster(settings, sum(cpus) or 1.0, sum(gpus), max(cpus))
             begun = time.monotonic()
-            answered, engines = _run_stages(self._job, resources, self._folder, self._run, missing, at, self._journal)
+            answered, engines = _run_stages(
+                self._job, resources, self._folder, self._run, missing, at, self._journal
+            )
             self.seconds += time.monotonic() - begun
         finally:
             if started_here:
@@ -475,24 +539,36 @@ def _run_stages(
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours shows rows; Ray's show blocks
     context.max_consecutive_actor_init_deaths = INIT_DEATHS
-    # Ray cuts blocks by bytes. `repartition` by rows would be a stage of its own that asks for a whole CPU.
+    # Ray cuts blocks by bytes. `repartition` by rows would be a stage of its own that asks for a
+    # whole CPU.
     context.target_max_block_size = BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
-    # Neither counting nor what was in hand is worth a job: should its node go away, both start anew.
+    # Neither counting nor what was in hand is worth a job: should its node go away, both start
+    # anew.
     monitor_name = f"monitor-{run}-{secrets.token_hex(2)}"
-    watching = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).options(name=monitor_name)
+    watching = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Monitor).options(
+        name=monitor_name
+    )
     monitor = watching.remote(settings.replicas, metrics=True)
-    # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting room.
+    # Enough blocks in flight that a replica can fill a batch while it chooses from a full waiting
+    # room.
     sizes = Sizes.of(EngineOptions(**settings.engine.model_dump()), resources.device)
     in_flight = -(-(sizes.waiting + sizes.batch_size) // rows_per_block) + 1
     source = PlannedShards(plan, missing, rows_per_block)
-    committer = ray.remote(num_cpus=0, max_concurrency=8, max_restarts=-1, max_task_retries=-1)(Committer).remote(
+    committer = ray.remote(num_cpus=0, max_concurrency=8, max_restarts=-1, max_task_retries=-1)(
+        Committer
+    ).remote(
         folder,
         run,
         layout_schema(settings.output, plan.extras_schema, plan.names),
         job.truth,
-        CommitSettings(settings.output.rows_per_file, settings.output.commit_seconds, at, settings.output.patience_seconds),
+        CommitSettings(
+            settings.output.rows_per_file,
+            settings.output.commit_seconds,
+            at,
+            settings.output.patience_seconds,
+        ),
         settings.errors,
         monitor_name,
         Prompts(plan.names, settings.output.prompts),
@@ -501,7 +577,13 @@ def _run_stages(
         ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces))
         .map_batches(
             Preparer,
-            fn_constructor_args=(settings, plan.columns, job.task == "caption", monitor, plan.image_root),
+            fn_constructor_args=(
+                settings,
+                plan.columns,
+                job.task == "caption",
+                monitor,
+                plan.image_root,
+            ),
             batch_size=rows_per_block,
             batch_format="pyarrow",
             num_cpus=resources.prepare_cpus,
@@ -537,11 +619,14 @@ def _run_stages(
             ray.get(committer.finish.remote())
     except (KeyboardInterrupt, Stopped):
         print("stopping: committing what is answered", file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):  # whatever cannot be committed is answered by the next run
+        with contextlib.suppress(
+            Exception
+        ):  # whatever cannot be committed is answered by the next run
             ray.get(committer.finish.remote(), timeout=FINISH_SECONDS)
         raise
     except Exception as error:
-        # What Ray raises here is the traceback of an actor; the committer may know a reason that helps.
+        # What Ray raises here is the traceback of an actor; the committer may know a reason that
+        # helps.
         reason = None
         with contextlib.suppress(Exception):
             reason = ray.get(committer.failure.remote())
@@ -554,7 +639,9 @@ def _run_stages(
 
 
 def show_answers(job: Job, console: Console) -> None:
-    """Print a dozen answers from all over the first file, so that a person sees at once what came out."""
+    """Print a dozen answers from all over the first file, so that a person sees at once what came
+    out.
+    """
     import io
 
     folder = OutputFolder(job.settings.output.path)
@@ -566,9 +653,15 @@ def show_answers(job: Job, console: Console) -> None:
     shown = min(SHOWN_ANSWERS, len(table))
     for row in table.take([i * len(table) // shown for i in range(shown)]).to_pylist():
         if columns:
-            told = ((row[f"prompt_{name}"], row[f"text_{name}"], row[f"error_{name}"]) for name in columns)
+            told = (
+                (row[f"prompt_{name}"], row[f"text_{name}"], row[f"error_{name}"])
+                for name in columns
+            )
             lines = [printable(row["id"])]
-            lines += [f"    {_short(prompt)}  {_short(f'! {error}' if error else text)}" for prompt, text, error in told]
+            lines += [
+                f"    {_short(prompt)}  {_short(f'! {error}' if error else text)}"
+                for prompt, text, error in told
+            ]
             console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
             continue
         answer = f"! {row['error']}" if row["error"] else row["text"]

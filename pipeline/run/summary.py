@@ -21,7 +21,9 @@ def duration(seconds: float) -> str:
 
 
 def agreement(engines: Mapping[str, int]) -> dict[str, float]:
-    """Shares of (request, gate) pairs on their group's commonest expert (`AgreementReport`), of engines' counters."""
+    """Shares of (request, gate) pairs on their group's commonest expert (`AgreementReport`), of
+    engines' counters.
+    """
     return {
         name: round(engines[name] / pairs, 4)
         for phase in ("prefill", "decode")
@@ -36,9 +38,11 @@ class Summary:
 
     Attributes:
         output: where the results are.
-        written: what lies in the output, from the files' own rows; earlier runs of the job included.
+        written: what lies in the output, from the files' own rows; earlier runs of the job
+            included.
         answered: what this run answered: `images`, `new_tokens`.
-        seconds: the whole job; `answering_seconds`: from the start of the stages, models already loading.
+        seconds: the whole job; `answering_seconds`: from the start of the stages, models already
+            loading.
         engines: the counters of all engines (`Engine.counts`).
     """
 
@@ -76,12 +80,21 @@ class Summary:
         }
 
     def _rate(self, what: str) -> float:
-        return round(self.answered[what] / self.answering_seconds, 3) if self.answering_seconds else 0.0
+        return (
+            round(self.answered[what] / self.answering_seconds, 3)
+            if self.answering_seconds
+            else 0.0
+        )
 
     def print(self, console: Console) -> None:
         """Print it for a person; the same in a log."""
         facts = self.as_dict()
-        lines = [("rows", f"{facts['rows']:,} ({facts['ok']:,} ok, {facts['rows'] - facts['ok']:,} errors)")]
+        lines = [
+            (
+                "rows",
+                f"{facts['rows']:,} ({facts['ok']:,} ok, {facts['rows'] - facts['ok']:,} errors)",
+            )
+        ]
         lines += [(f"  {code}", f"{count:,}") for code, count in facts["errors"].items()]
         lines += [
             ("images", f"{facts['images']:,}, {facts['images_per_second']:.2f} a second"),
@@ -93,19 +106,34 @@ class Summary:
         ]
         if facts["flags"]:
             told = ", ".join(f"{flag} {count:,}" for flag, count in facts["flags"].items())
-            lines.append(("doubtful answers", told + (f"; {facts['retried']:,} further tries" if facts["retried"] else "")))
+            lines.append(
+                (
+                    "doubtful answers",
+                    told + (f"; {facts['retried']:,} further tries" if facts["retried"] else ""),
+                )
+            )
         if accuracy := self.written.accuracy.asked:
             right = self.written.accuracy.right.total()
             lines.append(
-                ("right answers", f"{right:,} of {accuracy.total():,} rows with a truth, {right / accuracy.total():.1%}")
+                (
+                    "right answers",
+                    f"{right:,} of {accuracy.total():,} rows with a truth, "
+                    f"{right / accuracy.total():.1%}",
+                )
             )
             lines += [
-                (f"  {' '.join(entry['group'])}", f"{entry['right']:,} of {entry['rows']:,}, {entry['share']:.1%}")
+                (
+                    f"  {' '.join(entry['group'])}",
+                    f"{entry['right']:,} of {entry['rows']:,}, {entry['share']:.1%}",
+                )
                 for entry in facts["accuracy"]
                 if entry["group"]
             ]
         if facts["images_reused"] or facts["answers_reused"]:
-            reused = f"{facts['images_reused']:,} images that came again, {facts['answers_reused']:,} answers to equal rows"
+            reused = (
+                f"{facts['images_reused']:,} images that came again, "
+                f"{facts['answers_reused']:,} answers to equal rows"
+            )
             lines.append(("computed once", reused))
         if folded := facts["folded_tokens"]:
             lines.append(("folded experts", f"{folded:,} new tokens"))
@@ -113,18 +141,25 @@ class Summary:
             lines += [
                 (
                     f"{phase} experts",
-                    f"{agreement[phase]:.1%} of (request, gate) pairs ran on their group's commonest expert; "
+                    f"{agreement[phase]:.1%} of (request, gate) pairs ran on their group's "
+                    "commonest expert; "
                     f"{agreement[f'{phase}_in_order']:.1%} in order of arrival",
                 )
                 for phase in ("prefill", "decode")
             ]
         files = f"{facts['files']} Parquet file{'' if facts['files'] == 1 else 's'}"
         lines += [
-            ("time", f"{duration(self.seconds)} in all, {duration(self.answering_seconds)} of it in the stages"),
+            (
+                "time",
+                f"{duration(self.seconds)} in all, {duration(self.answering_seconds)} of it in the "
+                "stages",
+            ),
             ("results", f"{files} in {self.output}"),
             ("to look at", f"{self.output}/_run/report.html"),
         ]
         lines = [(printable(name), printable(value)) for name, value in lines]
         width = max(len(name) for name, _ in lines)
         for name, value in lines:
-            console.print(f"{name:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False)
+            console.print(
+                f"{name:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False
+            )

@@ -32,7 +32,8 @@ class Verdict:
         files: files that count.
         superseded: names of files that do not: of a run that had lost the output.
         missing: rows that are not answered, by shard.
-        problems: what is wrong, a line each: rows that stand twice, files that are not whole, files of somebody else.
+        problems: what is wrong, a line each: rows that stand twice, files that are not whole, files
+            of somebody else.
     """
 
     url: str
@@ -45,9 +46,17 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """For a person."""
-        told = [f"{self.rows:,} of {self.planned:,} rows in {len(self.files):,} files of {self.url}"]
-        told += [f"missing  {count:,} rows of {without_secrets(shard)}" for shard, count in self.missing.items()]
-        told += [f"superseded  {name}: of a run that had lost the output; the next removes it" for name in self.superseded]
+        told = [
+            f"{self.rows:,} of {self.planned:,} rows in {len(self.files):,} files of {self.url}"
+        ]
+        told += [
+            f"missing  {count:,} rows of {without_secrets(shard)}"
+            for shard, count in self.missing.items()
+        ]
+        told += [
+            f"superseded  {name}: of a run that had lost the output; the next removes it"
+            for name in self.superseded
+        ]
         return told + [f"problem  {problem}" for problem in self.problems]
 
 
@@ -67,7 +76,9 @@ def verify(folder: OutputFolder, *, remove_superseded: bool = False) -> Verdict:
     holding: dict[str, list[tuple[str, RowSet]]] = defaultdict(list)
     files = sorted(log.names())
     with ThreadPoolExecutor(READING_THREADS) as pool:
-        for name, found in zip(files, pool.map(lambda name: _examined(log, folder, name), files), strict=True):
+        for name, found in zip(
+            files, pool.map(lambda name: _examined(log, folder, name), files), strict=True
+        ):
             if isinstance(found, str):
                 problems.append(found)
                 continue
@@ -75,12 +86,19 @@ def verify(folder: OutputFolder, *, remove_superseded: bool = False) -> Verdict:
                 holding[shard].append((name, rows))
     answered, missing = 0, {}
     for shard in sorted(manifest.shards.keys() | holding.keys()):
-        planned = RowSet.range(0, manifest.shards[shard][2]) if shard in manifest.shards else RowSet.empty()
+        planned = (
+            RowSet.range(0, manifest.shards[shard][2])
+            if shard in manifest.shards
+            else RowSet.empty()
+        )
         done = RowSet.of_intervals([pair for _, own in holding[shard] for pair in own.intervals])
         if len(done) != sum(len(own) for _, own in holding[shard]):
             problems += _standing_twice(shard, holding[shard])
         if beyond := done - planned:
-            problems.append(f"{len(beyond):,} rows of {without_secrets(shard)} are answered that were never planned")
+            problems.append(
+                f"{len(beyond):,} rows of {without_secrets(shard)} are answered that were never "
+                "planned"
+            )
         answered += len(done & planned)
         if left := planned - done:
             missing[shard] = len(left)
@@ -89,7 +107,15 @@ def verify(folder: OutputFolder, *, remove_superseded: bool = False) -> Verdict:
         for name in superseded:
             folder.remove(name)
     planned_rows = sum(count for _, _, count in manifest.shards.values())
-    return Verdict(folder.url, planned_rows, answered, tuple(files), tuple(superseded), missing, tuple(problems))
+    return Verdict(
+        folder.url,
+        planned_rows,
+        answered,
+        tuple(files),
+        tuple(superseded),
+        missing,
+        tuple(problems),
+    )
 
 
 def _examined(log: OutputLog, folder: OutputFolder, name: str) -> Commit | str:
@@ -114,6 +140,9 @@ def _standing_twice(shard: str, files: list[tuple[str, RowSet]]) -> list[str]:
     seen, told = RowSet.empty(), []
     for name, rows in files:
         if again := seen & rows:
-            told.append(f"{len(again):,} rows of {without_secrets(shard)} in {name} stand in an earlier file, too")
+            told.append(
+                f"{len(again):,} rows of {without_secrets(shard)} in {name} stand in an earlier "
+                "file, too"
+            )
         seen |= rows
     return told

@@ -1,4 +1,6 @@
-"""Writes docs/configuration.md out of the settings' own descriptions: `python -m pipeline.settings.reference`."""
+"""Writes docs/configuration.md out of the settings' own descriptions: `python -m
+pipeline.settings.reference`.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,22 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline.settings.job import ConvertSettings, ExportSettings, JobSettings, ReportSettings, Settings, VerifySettings
+from pipeline.settings.job import (
+    ConvertSettings,
+    ExportSettings,
+    JobSettings,
+    ReportSettings,
+    Settings,
+    VerifySettings,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
-Every key of every job, with its default; `python jobs/NAME.py --set key=value` sets one, a YAML file of `--config` sets
-many. Unknown keys are errors that name the nearest valid one. This page is written by
+Every key of every job, with its default; `python jobs/NAME.py --set key=value` sets one, a YAML
+file of `--config` sets many. Unknown keys are errors that name the nearest valid one. This page is
+written by
 `python -m pipeline.settings.reference` from
 [pipeline/settings/job.py](../pipeline/settings/job.py).
 """
@@ -31,7 +41,10 @@ def page() -> str:
 
     parts = [HEAD, "## caption, vqa\n", *_group(JobSettings)]
     own = [name for name in NightlySettings.model_fields if name not in JobSettings.model_fields]
-    parts += ["## nightly\n", "All keys of caption and vqa, `output.path` being the folder of the partitions, and\n"]
+    parts += [
+        "## nightly\n",
+        "All keys of caption and vqa, `output.path` being the folder of the partitions, and\n",
+    ]
     parts += _group(NightlySettings, own)
     parts += [
         "## report\n",
@@ -48,7 +61,9 @@ def page() -> str:
 
 def _group(kind: type[Settings], only: list[str] | None = None) -> Iterator[str]:
     """A table of a job's plain keys, then one for each group of keys."""
-    fields = {name: field for name, field in kind.model_fields.items() if only is None or name in only}
+    fields = {
+        name: field for name, field in kind.model_fields.items() if only is None or name in only
+    }
     plain = {name: field for name, field in fields.items() if _settings_of(field) is None}
     if plain:
         yield _table("", plain)
@@ -77,8 +92,17 @@ def _settings_of(field: FieldInfo) -> type[Settings] | None:
 def _table(prefix: str, fields: dict[str, FieldInfo]) -> str:
     lines = ["| key | values | default | |", "|---|---|---|---|"]
     for name, field in fields.items():
-        cells = (f"`{prefix}{name}`", _kind(field.annotation), _default(field), field.description or "")
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
+        cells = (
+            f"`{prefix}{name}`",
+            _kind(field.annotation),
+            _default(field),
+            field.description or "",
+        )
+        lines.append(
+            "| "
+            + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -91,7 +115,9 @@ def _kind(kind: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys("null" if one is type(None) else _kind(one) for one in arguments))
+        return " or ".join(
+            dict.fromkeys("null" if one is type(None) else _kind(one) for one in arguments)
+        )
     if origin is list:
         return f"list of {_kind(arguments[0])}"
     if origin is dict:
@@ -103,7 +129,11 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True).removesuffix("\n...\n").strip()
+    text = (
+        yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
+        .removesuffix("\n...\n")
+        .strip()
+    )
     return f"`{text}`"
 
 

@@ -1,4 +1,6 @@
-"""Writes a Qwen2-VL base folder as the Hub has it, weights excepted: config, tokenizer, chat template, processor."""
+"""Writes a Qwen2-VL base folder as the Hub has it, weights excepted: config, tokenizer, chat
+template, processor.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -26,20 +37,34 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-#: Qwen2's split into words: letters with at most one other character before them, single digits, punctuation, line ends.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+#: Qwen2's split into words: letters with at most one other character before them, single digits,
+#: punctuation, line ends.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-#: The template of Qwen2-VL-7B-Instruct, default system turn included: it decides where the prompt's span lies.
+#: The template of Qwen2-VL-7B-Instruct, default system turn included: it decides where the prompt's
+#: span lies.
 CHAT_TEMPLATE = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
-    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content"
-    " or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture "
-    "{{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or "
-    "'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video "
-    "{{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
-    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for "
+    "message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful "
+    "assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ "
+    "message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' "
+    "or 'image' in content"
+    " or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if "
+    "add_vision_id %}Picture "
+    "{{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif "
+    "content['type'] == 'video' or "
+    "'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id "
+    "%}Video "
+    "{{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' "
+    "in content %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if "
+    "add_generation_prompt %}"
     "<|im_start|>assistant\n{% endif %}"
 )
 
@@ -70,7 +95,9 @@ class FolderShape:
 
 
 def train_tokenizer(fragments: Iterable[str], size: int = 4000) -> Tokenizer:
-    """A byte-level BPE in Qwen2's form, trained on the words of `fragments`; whatever else is written is bytes."""
+    """A byte-level BPE in Qwen2's form, trained on the words of `fragments`; whatever else is
+    written is bytes.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -81,18 +108,31 @@ def train_tokenizer(fragments: Iterable[str], size: int = 4000) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, min_frequency=1, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(sorted(set(fragments)), trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
+    )
     return tokenizer
 
 
 #: How Qwen2-VL-7B-Instruct samples by default: in effect greedy, with a repetition penalty.
-QWEN_SAMPLING = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.01, "top_k": 1, "top_p": 0.001}
+QWEN_SAMPLING = {
+    "do_sample": True,
+    "repetition_penalty": 1.05,
+    "temperature": 0.01,
+    "top_k": 1,
+    "top_p": 0.001,
+}
 
 
 def write_hub_folder(
-    folder: Path, tokenizer: Tokenizer, shape: FolderShape, sampling: Mapping[str, object] = QWEN_SAMPLING
+    folder: Path,
+    tokenizer: Tokenizer,
+    shape: FolderShape,
+    sampling: Mapping[str, object] = QWEN_SAMPLING,
 ) -> None:
     """Write config, generation config, processor and tokenizer files.
 
@@ -106,7 +146,9 @@ def write_hub_folder(
     ids = {token: tokenizer.get_vocab()[token] for token in SPECIAL_TOKENS}
     vocabulary = shape.vocabulary or tokenizer.get_vocab_size()
     if vocabulary < tokenizer.get_vocab_size():
-        raise ValueError(f"vocabulary {vocabulary} is below the tokenizer's {tokenizer.get_vocab_size()}")
+        raise ValueError(
+            f"vocabulary {vocabulary} is below the tokenizer's {tokenizer.get_vocab_size()}"
+        )
     _save_tokenizer(tokenizer, ids, folder)
     end, turn_end = ids["<|endoftext|>"], ids["<|im_end|>"]
     config = {
@@ -183,7 +225,9 @@ def _save_tokenizer(tokenizer: Tokenizer, ids: dict[str, int], folder: Path) -> 
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     settings = {
-        "added_tokens_decoder": {str(i): {"content": t, **plain, "special": True} for t, i in ids.items()},
+        "added_tokens_decoder": {
+            str(i): {"content": t, **plain, "special": True} for t, i in ids.items()
+        },
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         "bos_token": None,
         "chat_template": CHAT_TEMPLATE,

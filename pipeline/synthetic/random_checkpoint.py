@@ -1,6 +1,8 @@
-"""Makes random checkpoints in the released format, of any size: for the demo, the tests and the benchmarks.
+"""Makes random checkpoints in the released format, of any size: for the demo, the tests and the
+benchmarks.
 
-Their answers mean nothing, but every tensor matters to them: experts differ, gates tell prompts apart.
+Their answers mean nothing, but every tensor matters to them: experts differ, gates tell prompts
+apart.
 """
 
 from __future__ import annotations
@@ -17,14 +19,21 @@ from pipeline.model.checkpoint import released_shapes
 from pipeline.model.shape import AdapterShape, ModelShape
 from pipeline.synthetic.hub_folder import FolderShape, train_tokenizer, write_hub_folder
 
-#: What the tokenizer is trained on: enough everyday words that prompts take tokens rather than bytes.
+#: What the tokenizer is trained on: enough everyday words that prompts take tokens rather than
+#: bytes.
 _TEXT = (
-    "Describe this image in detail. What is in the picture? How many people, animals, cars or shapes are there? Answer "
-    "with a number. What colour is the largest object, and where is it: left, right, above or below? Is there any text "
-    "in the photograph? Please answer yes or no. Write a short caption. Question: Options: A. B. C. D. Please select the "
-    "correct answer from the options above. Please try to answer the question with short words or phrases if possible. "
-    "You are a helpful assistant. system user assistant The cat sits on a red chair beside the window while the sun is "
-    "setting over the water and the mountains. A man and a woman walk with their dog along the street.",
+    "Describe this image in detail. What is in the picture? How many people, animals, cars or "
+    "shapes are there? Answer "
+    "with a number. What colour is the largest object, and where is it: left, right, above or "
+    "below? Is there any text "
+    "in the photograph? Please answer yes or no. Write a short caption. Question: Options: A. B. "
+    "C. D. Please select the "
+    "correct answer from the options above. Please try to answer the question with short words or "
+    "phrases if possible. "
+    "You are a helpful assistant. system user assistant The cat sits on a red chair beside the "
+    "window while the sun is "
+    "setting over the water and the mountains. A man and a woman walk with their dog along the "
+    "street.",
     "请描述这张图片。图中有几个人？请直接回答选项字母。是 否 红色 蓝色 绿色 上面 下面 左边 右边",
 )
 
@@ -46,12 +55,14 @@ class RandomShape:
     dtype: torch.dtype = torch.float32
 
 
-def write_random_checkpoint(folder: Path, shape: RandomShape, seed: int) -> tuple[Path, Path | None]:
+def write_random_checkpoint(
+    folder: Path, shape: RandomShape, seed: int
+) -> tuple[Path, Path | None]:
     """Write `folder/base/` and, with experts, `folder/adapter/pytorch_model.bin`.
 
     Returns:
-        The base folder and the adapter's, None without experts. With experts the base folder holds no weights: the
-        released adapter file holds them all.
+        The base folder and the adapter's, None without experts. With experts the base folder holds
+        no weights: the released adapter file holds them all.
     """
     base = folder / "base"
     write_hub_folder(base, train_tokenizer(_words()), shape.base)
@@ -71,7 +82,10 @@ def write_random_checkpoint(folder: Path, shape: RandomShape, seed: int) -> tupl
         return base, None
     adapter = folder / "adapter"
     adapter.mkdir(parents=True, exist_ok=True)
-    torch.save({f"base_model.model.{name}": t for name, t in tensors.items()}, adapter / "pytorch_model.bin")
+    torch.save(
+        {f"base_model.model.{name}": t for name, t in tensors.items()},
+        adapter / "pytorch_model.bin",
+    )
     return base, adapter
 
 
@@ -83,10 +97,13 @@ def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".default." in name else dtype
 
 
-def random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def random_tensor(
+    name: str, size: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
     """A tensor at the scale that its place in the model asks for.
 
-    Large tensors repeat their first 2^20 values: checkpoints of gigabytes are for measuring, and should not take minutes.
+    Large tensors repeat their first 2^20 values: checkpoints of gigabytes are for measuring, and
+    should not take minutes.
     """
     count = math.prod(size)
     scale, shift = _scale(name, size)

@@ -1,7 +1,7 @@
 """The paper's three stages on a frozen base: what each trains and minimises.
 
-lora      I. a plain LoRA on all seven projections of every decoder layer.
-mixture   II. experts and gates in place of the LoRA of o, gate, up and down, with noise on the gates and two
+lora      I. a plain LoRA on all seven projections of every decoder layer. mixture   II. experts and
+gates in place of the LoRA of o, gate, up and down, with noise on the gates and two
           load-balancing terms; q, k and v keep their LoRA and go on learning.
 instruct  III. the experts alone, gates and q, k, v frozen.
 """
@@ -43,11 +43,16 @@ def train_adapter(
     source: Source,
     measured: Sequence[Sequence[Example]],
 ) -> None:
-    """Run one of the three stages; after each of the last two, `<output>/adapter` holds the released checkpoint.
+    """Run one of the three stages; after each of the last two, `<output>/adapter` holds the
+    released checkpoint.
 
     `measured` is what accuracy is measured on at every save: batches of examples.
     """
-    stage, device, sizes = getattr(settings.stages, name), torch.device(settings.device), settings.adapter
+    stage, device, sizes = (
+        getattr(settings.stages, name),
+        torch.device(settings.device),
+        settings.adapter,
+    )
     output = Path(settings.output)
     base = Path(settings.base or output / "base")
     packer = Packer(load_tokenizer(base))
@@ -69,7 +74,9 @@ def train_adapter(
     model.train()
 
     def losses(step: int) -> Losses:
-        packed = packer.pack(source.examples(step), one_question_per_row=routing is not None).to(device)
+        packed = packer.pack(source.examples(step), one_question_per_row=routing is not None).to(
+            device
+        )
         with autocast(device):
             with torch.no_grad():
                 visual = encode_images(model, packed)
@@ -90,7 +97,12 @@ def train_adapter(
         model.train()
         return found
 
-    run_stage(Stage(name, stage, model, losses, measure), output, settings.save_every, settings.report_every)
+    run_stage(
+        Stage(name, stage, model, losses, measure),
+        output,
+        settings.save_every,
+        settings.report_every,
+    )
 
 
 @torch.inference_mode()

@@ -1,4 +1,6 @@
-"""Puts adapters on a frozen Qwen2-VL: stage I's plain LoRA, the mixture that takes its place, and gates that start well."""
+"""Puts adapters on a frozen Qwen2-VL: stage I's plain LoRA, the mixture that takes its place, and
+gates that start well.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +18,43 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def add_lora(model: Qwen2VLForConditionalGeneration, rank: int, alpha: int) -> None:
-    """Put a plain LoRA on all seven projections of every decoder layer, in place; all else is frozen."""
+    """Put a plain LoRA on all seven projections of every decoder layer, in place; all else is
+    frozen.
+    """
     names = "|".join(PROJECTIONS)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf".*language_model\.layers\.\d+\.\w+\.({names})")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=rf".*language_model\.layers\.\d+\.\w+\.({names})"
+    )
     inject_adapter_in_model(config, model)
     train_only(model, ("lora_A", "lora_B"))
 
 
 def lora_to_mixture(
-    model: Qwen2VLForConditionalGeneration, rank: int, alpha: int, experts: int, top_k: int, routing: Routing
+    model: Qwen2VLForConditionalGeneration,
+    rank: int,
+    alpha: int,
+    experts: int,
+    top_k: int,
+    routing: Routing,
 ) -> None:
     """Replace the LoRA of o, gate, up and down by a mixture, in place; q, k and v keep theirs.
 
-    Every expert, the global one included, starts as the LoRA it replaces: whatever the gates say at first, the layer
-    computes 0.75 (m = 1/2) to 1 (m = 1) times what stage I learned, and experts part as their requests do.
+    Every expert, the global one included, starts as the LoRA it replaces: whatever the gates say at
+    first, the layer computes 0.75 (m = 1/2) to 1 (m = 1) times what stage I learned, and experts
+    part as their requests do.
     """
     for layer in model.model.language_model.layers:
-        o = _mixture_from(layer.self_attn.o_proj, rank, alpha, experts, routing, new_gate(model, experts, top_k))
-        gate = _mixture_from(layer.mlp.gate_proj, rank, alpha, experts, routing, new_gate(model, experts, top_k))
+        o = _mixture_from(
+            layer.self_attn.o_proj, rank, alpha, experts, routing, new_gate(model, experts, top_k)
+        )
+        gate = _mixture_from(
+            layer.mlp.gate_proj, rank, alpha, experts, routing, new_gate(model, experts, top_k)
+        )
         layer.self_attn.o_proj, layer.mlp.gate_proj = o, gate
         layer.mlp.up_proj = _mixture_from(layer.mlp.up_proj, rank, alpha, experts, routing, gate)
-        layer.mlp.down_proj = _mixture_from(layer.mlp.down_proj, rank, alpha, experts, routing, gate)
+        layer.mlp.down_proj = _mixture_from(
+            layer.mlp.down_proj, rank, alpha, experts, routing, gate
+        )
 
 
 def new_gate(model: Qwen2VLForConditionalGeneration, experts: int, top_k: int) -> Gate:
@@ -46,9 +64,16 @@ def new_gate(model: Qwen2VLForConditionalGeneration, experts: int, top_k: int) -
 
 
 def _mixture_from(
-    lora: LoraLinear, rank: int, alpha: int, experts: int, routing: Routing, gate: Gate | MixtureLinear
+    lora: LoraLinear,
+    rank: int,
+    alpha: int,
+    experts: int,
+    routing: Routing,
+    gate: Gate | MixtureLinear,
 ) -> MixtureLinear:
-    mixture = MixtureLinear(lora.base_layer, rank, alpha, experts, routing, gate).to(lora.base_layer.weight.device)
+    mixture = MixtureLinear(lora.base_layer, rank, alpha, experts, routing, gate).to(
+        lora.base_layer.weight.device
+    )
     with torch.no_grad():
         for a, b in zip(mixture.lora_moe_A, mixture.lora_moe_B, strict=True):
             a.copy_(lora.lora_A["default"].weight)
@@ -73,10 +98,11 @@ def train_only(model: nn.Module, parts: tuple[str, ...]) -> None:
 def start_gates(model: nn.Module, h: Tensor, seed: int, decided: float = 3.0) -> None:
     """Start every gate as a nearest-centroid classifier of prompts, instead of at random.
 
-    h: routing vectors [R, 2, hidden] of R sample requests, prefill and decode. What tells the two routes of a request
-    apart (the pictures) is projected out first, so a request starts with one expert on both, chosen by its words; then the
-    decode vectors are clustered, from another seed for each gate. `decided` is the mean distance, in logits, between the
-    best expert and the next. Training goes on from there; from random gates it tends to leave experts unused.
+    h: routing vectors [R, 2, hidden] of R sample requests, prefill and decode. What tells the two
+    routes of a request apart (the pictures) is projected out first, so a request starts with one
+    expert on both, chosen by its words; then the decode vectors are clustered, from another seed
+    for each gate. `decided` is the mean distance, in logits, between the best expert and the next.
+    Training goes on from there; from random gates it tends to leave experts unused.
     """
     hidden = h.shape[-1]
     for number, layer in enumerate(gated_layers(model)):

@@ -1,7 +1,8 @@
 """The two stages that make the small base from nothing.
 
-vision    the vision tower alone: each visual token names the object centred in its pixels, which scenes know. A few
-          minutes of this dense lesson save the decoder from staying blind to the picture for an hour.
+vision    the vision tower alone: each visual token names the object centred in its pixels, which
+          scenes know. A few minutes of this dense lesson save the decoder from staying blind to the
+          picture for an hour.
 base      everything, on captions and the tasks that the settings name.
 """
 
@@ -27,10 +28,11 @@ from pipeline.training.small_base import load_tokenizer, new_base, write_base_fo
 
 
 def scale_loss(visual: Tensor, words: Tensor) -> Tensor:
-    """Mean squared logarithm of each visual token's scale over the words' mean scale: zero where both are on one scale.
+    """Mean squared logarithm of each visual token's scale over the words' mean scale: zero where
+    both are on one scale.
 
-    The gates read the mean embedding of the prompt. Left alone, visual embeddings grow to 20 times the words' norm, and
-    that mean says nothing about the question any more.
+    The gates read the mean embedding of the prompt. Left alone, visual embeddings grow to 20 times
+    the words' norm, and that mean says nothing about the question any more.
 
     Args:
         visual: [V, hidden], visual embeddings.
@@ -41,17 +43,20 @@ def scale_loss(visual: Tensor, words: Tensor) -> Tensor:
 
 
 class SightHead(nn.Module):
-    """Reads one sight (kind, colour, size, row or column) off visual tokens, with the words' own embeddings as its classes.
+    """Reads one sight (kind, colour, size, row or column) off visual tokens, with the words' own
+    embeddings as its classes.
 
-    A visual token thus comes to lie near the words for what it shows, in both languages: a question's "circle" finds the
-    circles as soon as the decoder compares anything with anything, instead of having to learn each word's match alone.
+    A visual token thus comes to lie near the words for what it shows, in both languages: a
+    question's "circle" finds the circles as soon as the decoder compares anything with anything,
+    instead of having to learn each word's match alone.
     """
 
     def __init__(self, words: list[list[int]], width: int) -> None:
         super().__init__()
         self.sharpness = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(len(words)))
-        # Answers without a word ("nothing is here", all rows and columns) have a vector of their own.
+        # Answers without a word ("nothing is here", all rows and columns) have a vector of their
+        # own.
         wordless = [index for index, ids in enumerate(words) if not ids]
         self.own = nn.Parameter(0.1 * torch.randn(len(wordless), width))
         self.register_buffer("wordless", torch.tensor(wordless), persistent=False)
@@ -63,9 +68,13 @@ class SightHead(nn.Module):
         self.register_buffer("share", torch.tensor(share), persistent=False)
 
     def forward(self, visual: Tensor, embeddings: Tensor) -> Tensor:
-        """Logits [V, answers] of visual tokens [V, hidden]; the embedding matrix is read, not taught."""
+        """Logits [V, answers] of visual tokens [V, hidden]; the embedding matrix is read, not
+        taught.
+        """
         classes = embeddings.new_zeros(len(self.bias), embeddings.shape[1])
-        classes = classes.index_add(0, self.rows, embeddings.detach()[self.tokens] * self.share[:, None])
+        classes = classes.index_add(
+            0, self.rows, embeddings.detach()[self.tokens] * self.share[:, None]
+        )
         classes = classes.index_copy(0, self.wordless, self.own)
         # Visual embeddings are held to the words' small scale; read them at scale 1.
         read = nn.functional.rms_norm(visual.float(), visual.shape[-1:])
@@ -73,33 +82,44 @@ class SightHead(nn.Module):
 
 
 class SmallBase(nn.Module):
-    """The base under training, with the heads that read objects off visual tokens; the heads do not outlive training."""
+    """The base under training, with the heads that read objects off visual tokens; the heads do not
+    outlive training.
+    """
 
     def __init__(self, model: Qwen2VLForConditionalGeneration, packer: Packer) -> None:
         super().__init__()
         self.model = model
         width = model.get_input_embeddings().weight.shape[1]
-        self.heads = nn.ModuleDict({name: SightHead(sight_words(packer, name), width) for name in SIGHTS})
-        self.nouns = nn.ModuleDict({name: SightHead(sight_words(packer, name), width) for name in SIGHTS})
+        self.heads = nn.ModuleDict(
+            {name: SightHead(sight_words(packer, name), width) for name in SIGHTS}
+        )
+        self.nouns = nn.ModuleDict(
+            {name: SightHead(sight_words(packer, name), width) for name in SIGHTS}
+        )
 
     def _read(self, visual: Tensor) -> list[Tensor]:
         words = self.model.get_input_embeddings().weight
         return [head(visual, words) for head in self.heads.values()]
 
     def noun_loss(self, middle: Tensor, packed: Packed) -> Tensor:
-        """Cross entropy of reading, off the words that name an object, all that the picture says of it.
+        """Cross entropy of reading, off the words that name an object, all that the picture says of
+        it.
 
-        By the middle of the decoder they should have found it. Questions about two objects (which is left of which?) can
-        only be learned from there on; left to themselves they stay at chance for thousands of steps.
+        By the middle of the decoder they should have found it. Questions about two objects (which
+        is left of which?) can only be learned from there on; left to themselves they stay at chance
+        for thousands of steps.
         """
         if not len(packed.nouns):
             return middle.new_zeros((), dtype=torch.float32)
         words = self.model.get_input_embeddings().weight
         read = zip(self.nouns.values(), packed.noun_sights.T, strict=True)
-        return torch.stack([nn.functional.cross_entropy(head(middle, words), truth) for head, truth in read]).sum()
+        return torch.stack(
+            [nn.functional.cross_entropy(head(middle, words), truth) for head, truth in read]
+        ).sum()
 
     def sight_loss(self, visual: Tensor, packed: Packed) -> Tensor:
-        """Cross entropy of naming kind, colour and size of what stands at each visual token, and its row and column.
+        """Cross entropy of naming kind, colour and size of what stands at each visual token, and
+        its row and column.
 
         Tokens that hold something weigh, together, as much as those that hold nothing.
         """
@@ -121,7 +141,8 @@ class SmallBase(nn.Module):
 
 
 def train_vision_and_base(settings: TrainSettings, name: Literal["vision", "base"]) -> None:
-    """Train the small base from nothing: its vision tower alone (`vision`), then all of it (`base`).
+    """Train the small base from nothing: its vision tower alone (`vision`), then all of it
+    (`base`).
 
     After `base` the model lies in `<output>/base` as a Hub folder, its weights rounded to bfloat16.
     """
@@ -148,7 +169,9 @@ def train_vision_and_base(settings: TrainSettings, name: Literal["vision", "base
                 logits, middle = logits_and_nouns(model, packed, visual, None)
                 found["answers"] = answer_loss(logits, packed)
                 found["nouns"] = stage.noun_loss * small.noun_loss(middle, packed)
-        found["sight"] = small.sight_loss(visual, packed) * (stage.sight_loss if name == "base" else 1.0)
+        found["sight"] = small.sight_loss(visual, packed) * (
+            stage.sight_loss if name == "base" else 1.0
+        )
         found["scale"] = stage.scale_loss * scale_loss(visual, model.get_input_embeddings().weight)
         return found
 
@@ -163,6 +186,11 @@ def train_vision_and_base(settings: TrainSettings, name: Literal["vision", "base
         small.train()
         return figures
 
-    run_stage(Stage(name, stage, small, losses, measure), output, settings.save_every, settings.report_every)
+    run_stage(
+        Stage(name, stage, small, losses, measure),
+        output,
+        settings.save_every,
+        settings.report_every,
+    )
     if name == "base":
         save_base(model, folder, torch.bfloat16)

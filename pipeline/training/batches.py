@@ -1,9 +1,10 @@
 """Packs examples (an image and questions about it) into the tensors of one training step.
 
-A row is `[prefix | question | question | ...]`. The prefix is the system turn and the picture; every question attends to
-the prefix and to itself, at the positions it would have on its own, so one pass over the picture serves all of them.
-A question without a picture sees only the system turn. Where experts are routed by the whole prompt, rows hold one
-question each, because the picture's own keys and values then depend on the question (`split_questions`).
+A row is `[prefix | question | question | ...]`. The prefix is the system turn and the picture;
+every question attends to the prefix and to itself, at the positions it would have on its own, so
+one pass over the picture serves all of them. A question without a picture sees only the system
+turn. Where experts are routed by the whole prompt, rows hold one question each, because the
+picture's own keys and values then depend on the question (`split_questions`).
 """
 
 from __future__ import annotations
@@ -24,16 +25,19 @@ from pipeline.synthetic.scenes.questions import Question
 from pipeline.synthetic.scenes.world import COLOURS, GLYPHS, IMAGE_SIZES, KINDS, Thing
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2
-MAX_CELLS = max(side for size in IMAGE_SIZES for side in size) // (PATCH * MERGE)  # visual tokens of the longest side
+MAX_CELLS = max(side for size in IMAGE_SIZES for side in size) // (
+    PATCH * MERGE
+)  # visual tokens of the longest side
 _TABLE = pixel_table(IMAGE_MEAN, IMAGE_STD, 1 / 255)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image, uint8 [height, width, 3] with sides that are multiples of 28 (None: no picture), and questions about it.
+    """One image, uint8 [height, width, 3] with sides that are multiples of 28 (None: no picture),
+    and questions about it.
 
-    `sees_image` says for each question whether its prompt holds the picture. `things` is what the picture shows, where
-    that is known.
+    `sees_image` says for each question whether its prompt holds the picture. `things` is what the
+    picture shows, where that is known.
     """
 
     pixels: NDArray[np.uint8] | None
@@ -44,7 +48,9 @@ class Example:
 
 @dataclass
 class Packed:
-    """The tensors of one step; R rows of L tokens, Q questions with T scored tokens together, I images."""
+    """The tensors of one step; R rows of L tokens, Q questions with T scored tokens together, I
+    images.
+    """
 
     input_ids: Tensor  # int64 [R, L]
     positions: Tensor  # int64 [3, R, L]: M-RoPE's time, height and width
@@ -54,20 +60,28 @@ class Packed:
     image_index: Tensor  # int64 [V]: ...and which of the visual tokens of all images it is
     pixel_values: Tensor | None  # float32 [patches, 1176]
     grid: Tensor | None  # int64 [I, 3]: time, height and width in patches
-    sights: Tensor  # int64 [visual tokens of all images, len(SIGHTS)]: what stands there (see `sights_of`)
+    sights: Tensor  # int64 [visual tokens of all images, len(SIGHTS)]: what is there (`sights_of`)
     scored: Tensor  # int64 [T]: flat places in [R*L] whose next token is part of an answer
     targets: Tensor  # int64 [T]: that token
     weights: Tensor  # float32 [T]: its share in the loss
     question: Tensor  # int64 [T]: the question it belongs to
-    nouns: Tensor  # int64 [N]: flat places in [R*L] of the last token of words that name an object...
+    nouns: (
+        Tensor  # int64 [N]: flat places in [R*L] of the last token of words that name an object...
+    )
     noun_sights: Tensor  # int64 [N, len(SIGHTS)]: ...and what that object is (see `sight_of`)
     span: Tensor  # int64 [R, 2]: prompt_pos of the row's first question, for the gates
-    answer_start: Tensor  # int64 [R]: from here on tokens are fed back one by one, on the decode route
+    answer_start: (
+        Tensor  # int64 [R]: from here on tokens are fed back one by one, on the decode route
+    )
     questions: list[Question]
 
     def to(self, device: torch.device) -> Packed:
         """The same step on another device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved = {
+            k: v.to(device, non_blocking=True)
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor)
+        }
         return replace(self, **moved)
 
     def attention(self) -> Tensor:
@@ -89,19 +103,25 @@ def split_questions(examples: Sequence[Example]) -> list[tuple[int, Example]]:
 
 
 class Packer:
-    """Writes examples as chat turns in the released template and packs them; it knows the tokenizer, no model."""
+    """Writes examples as chat turns in the released template and packs them; it knows the
+    tokenizer, no model.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
         (self.pad,), (self.image_pad,) = self.ids("<|endoftext|>"), self.ids("<|image_pad|>")
-        self.system = self.ids("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+        self.system = self.ids(
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        )
         self.vision = (self.ids("<|vision_start|>"), self.ids("<|vision_end|>"))
         self.turn = self.ids("<|im_end|>\n<|im_start|>assistant\n")
         self.end = self.ids("<|im_end|>")
 
     def ids(self, text: str) -> list[int]:
-        """Token ids; remembered while they are few, since prompts repeat far more often than they differ."""
+        """Token ids; remembered while they are few, since prompts repeat far more often than they
+        differ.
+        """
         ids = self._known.get(text)
         if ids is None:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -110,12 +130,18 @@ class Packer:
         return ids
 
     def pack(self, examples: Sequence[Example], one_question_per_row: bool) -> Packed:
-        """The step's tensors for `examples`; images are cut into patches once, however many rows show them."""
+        """The step's tensors for `examples`; images are cut into patches once, however many rows
+        show them.
+        """
         rows = split_questions(examples) if one_question_per_row else list(enumerate(examples))
         if one_question_per_row:
-            # Without other questions behind the same prefix, a row without picture need not carry one.
+            # Without other questions behind the same prefix, a row without picture need not carry
+            # one.
             rows = [(i, e if e.sees_image[0] else replace(e, pixels=None)) for i, e in rows]
-        grids = [None if e.pixels is None else (e.pixels.shape[0] // PATCH, e.pixels.shape[1] // PATCH) for e in examples]
+        grids = [
+            None if e.pixels is None else (e.pixels.shape[0] // PATCH, e.pixels.shape[1] // PATCH)
+            for e in examples
+        ]
         tokens = [0 if g is None else g[0] * g[1] // MERGE**2 for g in grids]
         first_token = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64)
 
@@ -139,7 +165,8 @@ class Packer:
             for q, (_, places, ids) in enumerate(row.answers):
                 scored.append(r * length + places)
                 targets.append(ids)
-                # Between a mean over tokens, in which captions drown short answers, and one over questions.
+                # Between a mean over tokens, in which captions drown short answers, and one over
+                # questions.
                 weights.append(np.full(len(ids), len(ids) ** -0.5, np.float32))
                 question.append(np.full(len(ids), len(questions) + q))
             questions += [asked for asked, _, _ in row.answers]
@@ -156,7 +183,9 @@ class Packer:
             image_index=torch.from_numpy(np.concatenate(index or [empty])),
             pixel_values=torch.cat(pixels) if pixels else None,
             grid=torch.tensor([(1, *g) for g in grids if g is not None]) if pixels else None,
-            sights=torch.from_numpy(np.concatenate([sights_of(e) for e in examples if e.pixels is not None] or [empty])),
+            sights=torch.from_numpy(
+                np.concatenate([sights_of(e) for e in examples if e.pixels is not None] or [empty])
+            ),
             scored=torch.from_numpy(np.concatenate(scored or [empty])),
             targets=torch.from_numpy(np.concatenate(targets or [empty])),
             weights=torch.from_numpy(np.concatenate(weights or [empty.astype(np.float32)])),
@@ -183,9 +212,12 @@ class _Row:
             height, width = (side // (PATCH * MERGE) for side in example.pixels.shape[:2])
             self.image_start, self.image_length = len(ids) + 1, height * width
             ids += [*start, *[packer.image_pad] * self.image_length, *end]
-            # M-RoPE: a picture's tokens share one time and spread in height and width; text goes on behind the longer side.
+            # M-RoPE: a picture's tokens share one time and spread in height and width; text goes on
+            # behind the longer side.
             base = len(system) + 1
-            grid = np.stack([np.zeros((height, width), np.int64), *np.mgrid[0:height, 0:width]]).reshape(3, -1)
+            grid = np.stack(
+                [np.zeros((height, width), np.int64), *np.mgrid[0:height, 0:width]]
+            ).reshape(3, -1)
             after_prefix = base + max(height, width) + 1
             ends = np.array([[len(system)], [after_prefix - 1]])
             position += [np.tile(ends[0], (3, 1)), grid + base, np.tile(ends[1], (3, 1))]
@@ -195,12 +227,14 @@ class _Row:
         self.nouns: list[tuple[int, Thing]] = []
         self.span = (0, 0)
         self.answer_start = 0
-        for number, (asked, sees) in enumerate(zip(example.questions, example.sees_image, strict=True), 1):
+        for number, (asked, sees) in enumerate(
+            zip(example.questions, example.sees_image, strict=True), 1
+        ):
             prompt, answer = packer.ids(asked.prompt), packer.ids(asked.answer) + packer.end
             turn = [*prompt, *packer.turn]
             if not self.answers:
-                # released-model.md: from the first <|vision_start|>, or behind "<|im_start|>user" and its line end
-                # where there is none, to the second <|im_end|>.
+                # released-model.md: from the first <|vision_start|>, or behind "<|im_start|>user"
+                # and its line end where there is none, to the second <|im_end|>.
                 first = len(system) if sees else len(ids) - 1
                 self.span = (first, len(ids) + len(prompt))
                 self.answer_start = len(ids) + len(turn)
@@ -221,11 +255,14 @@ class _Row:
 
 
 def patches(pixels: NDArray[np.uint8]) -> Tensor:
-    """Patches float32 [n, 1176] of an image uint8 [height, width, 3], the very floats that a replica sees."""
+    """Patches float32 [n, 1176] of an image uint8 [height, width, 3], the very floats that a
+    replica sees.
+    """
     return cut_images([pixels], _TABLE, PATCH, MERGE, TEMPORAL)[0]
 
 
-# What a visual token can be asked about directly, and the answers. Of objects, the first is "nothing is here".
+# What a visual token can be asked about directly, and the answers. Of objects, the first is
+# "nothing is here".
 SIGHTS: dict[str, tuple[str, ...]] = {
     "kind": ("", *KINDS, *GLYPHS),
     "colour": ("", *COLOURS),
@@ -247,7 +284,8 @@ def sight_of(thing: Thing) -> list[int]:
 
 
 def sights_of(example: Example) -> NDArray[np.int64]:
-    """Kind, colour and size of the object in the 28 x 28 pixels of each visual token of a picture, and the token's place.
+    """Kind, colour and size of the object in the 28 x 28 pixels of each visual token of a picture,
+    and the token's place.
 
     int64 [tokens, 5], numbered as in SIGHTS.
     """
@@ -262,10 +300,14 @@ def sights_of(example: Example) -> NDArray[np.int64]:
 
 
 def sight_words(packer: Packer, sight: str) -> list[list[int]]:
-    """The token ids of each answer of a SIGHTS entry, in both languages; none for an answer that has no word."""
+    """The token ids of each answer of a SIGHTS entry, in both languages; none for an answer that
+    has no word.
+    """
     found = []
     for name in SIGHTS[sight]:
-        names = [NAMES[language].get(name, name if name in GLYPHS else "") for language in LANGUAGES]
+        names = [
+            NAMES[language].get(name, name if name in GLYPHS else "") for language in LANGUAGES
+        ]
         written = [form for word in names if word for form in (word, " " + word)]
         encoded = [packer.ids(form) for form in dict.fromkeys(written)]
         found.append([ids[0] for ids in encoded if len(ids) == 1])

@@ -1,4 +1,6 @@
-"""The training forward: from a packed step to the logits of its answers, on transformers' own Qwen2-VL modules."""
+"""The training forward: from a packed step to the logits of its answers, on transformers' own
+Qwen2-VL modules.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +27,34 @@ def input_embeddings(
     if visual is None:
         return plain, plain
     flat = plain.reshape(-1, plain.shape[-1])
-    return flat.index_copy(0, packed.image_slots, visual[packed.image_index].to(flat.dtype)).view_as(plain), plain
+    return flat.index_copy(
+        0, packed.image_slots, visual[packed.image_index].to(flat.dtype)
+    ).view_as(plain), plain
 
 
 def answer_logits(
-    model: Qwen2VLForConditionalGeneration, packed: Packed, visual: Tensor | None, routing: Routing | None
+    model: Qwen2VLForConditionalGeneration,
+    packed: Packed,
+    visual: Tensor | None,
+    routing: Routing | None,
 ) -> Tensor:
     """Logits [T, vocabulary] of the answers' tokens.
 
-    With `routing`, every mixture layer of the model routes by it; rows must then hold one question each.
+    With `routing`, every mixture layer of the model routes by it; rows must then hold one question
+    each.
     """
     return logits_and_nouns(model, packed, visual, routing)[0]
 
 
 def logits_and_nouns(
-    model: Qwen2VLForConditionalGeneration, packed: Packed, visual: Tensor | None, routing: Routing | None
+    model: Qwen2VLForConditionalGeneration,
+    packed: Packed,
+    visual: Tensor | None,
+    routing: Routing | None,
 ) -> tuple[Tensor, Tensor]:
-    """`answer_logits`, and the hidden states [N, hidden] at `packed.nouns` in the middle of the decoder."""
+    """`answer_logits`, and the hidden states [N, hidden] at `packed.nouns` in the middle of the
+    decoder.
+    """
     embeds, plain = input_embeddings(model, packed, visual)
     if routing is not None:
         routing.read(embeds, plain, packed.span, packed.answer_start)
@@ -67,9 +80,12 @@ def answer_loss(logits: Tensor, packed: Packed) -> Tensor:
 def exact_answers(logits: Tensor, packed: Packed) -> Tensor:
     """Which questions greedy decoding answers exactly: bool [Q].
 
-    With the right answer fed in, greedy decoding reproduces it if and only if every one of its tokens, the end of the turn
-    included, is the most probable at its place: so no generation is needed to measure exact match.
+    With the right answer fed in, greedy decoding reproduces it if and only if every one of its
+    tokens, the end of the turn included, is the most probable at its place: so no generation is
+    needed to measure exact match.
     """
     right = logits.argmax(-1) == packed.targets
-    wrong = torch.zeros(len(packed.questions), device=logits.device).index_add_(0, packed.question, (~right).float())
+    wrong = torch.zeros(len(packed.questions), device=logits.device).index_add_(
+        0, packed.question, (~right).float()
+    )
     return wrong == 0

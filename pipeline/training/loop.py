@@ -1,4 +1,6 @@
-"""The loop every stage shares: optimizers, schedule, checkpoints that resume exactly, progress, and a log of losses."""
+"""The loop every stage shares: optimizers, schedule, checkpoints that resume exactly, progress, and
+a log of losses.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Stage:
 def run_stage(stage: Stage, folder: Path, save_every: int, report_every: int) -> None:
     """Train to the end of the stage, from its last checkpoint if there is one.
 
-    Writes `<folder>/<stage>.pt` (trained tensors, optimizers, step) and appends to `<folder>/<stage>.jsonl`.
+    Writes `<folder>/<stage>.pt` (trained tensors, optimizers, step) and appends to
+    `<folder>/<stage>.jsonl`.
     """
     settings = stage.settings
     trained = {n: p for n, p in stage.model.named_parameters() if p.requires_grad}
@@ -89,14 +92,21 @@ def run_stage(stage: Stage, folder: Path, save_every: int, report_every: int) ->
                 lines.flush()
 
 
-def make_optimizers(trained: dict[str, nn.Parameter], settings: StageSettings) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    trained: dict[str, nn.Parameter], settings: StageSettings
+) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for embeddings, gates and all that is no matrix; or AdamW alone."""
     muon: dict[float, list[nn.Parameter]] = {}
     adamw: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        share = settings.vision_rate if isinstance(settings, SmallStageSettings) and _sees(name) else 1.0
+        share = (
+            settings.vision_rate
+            if isinstance(settings, SmallStageSettings) and _sees(name)
+            else 1.0
+        )
         if "patch_embed" in name:
-            # AdamW's equal steps on 1,176 inputs add up: at the full rate patches outgrow all that the blocks add to them.
+            # AdamW's equal steps on 1,176 inputs add up: at the full rate patches outgrow all that
+            # the blocks add to them.
             adamw.setdefault(0.1 * share * settings.adamw_learning_rate, []).append(parameter)
         elif parameter.ndim != 2 or "embed_tokens" in name or "w_gate" in name:
             adamw.setdefault(share * settings.adamw_learning_rate, []).append(parameter)
@@ -105,7 +115,9 @@ def make_optimizers(trained: dict[str, nn.Parameter], settings: StageSettings) -
             kind.setdefault(share * settings.learning_rate, []).append(parameter)
     found: list[torch.optim.Optimizer] = []
     if muon:
-        found.append(Muon([{"params": p, "lr": rate} for rate, p in muon.items()], weight_decay=0.01))
+        found.append(
+            Muon([{"params": p, "lr": rate} for rate, p in muon.items()], weight_decay=0.01)
+        )
     if adamw:
         groups = [{"params": parameters, "lr": rate} for rate, parameters in adamw.items()]
         found.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0))
@@ -113,7 +125,9 @@ def make_optimizers(trained: dict[str, nn.Parameter], settings: StageSettings) -
 
 
 def _sees(name: str) -> bool:
-    """Whether a parameter of the small base belongs to its vision tower, or to the heads that read objects off it."""
+    """Whether a parameter of the small base belongs to its vision tower, or to the heads that read
+    objects off it.
+    """
     return "visual" in name or name.startswith("heads.")
 
 
@@ -125,9 +139,13 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def load_tensors(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Copy saved tensors into parameters of the same names; a missing or an extra name is an error."""
+    """Copy saved tensors into parameters of the same names; a missing or an extra name is an
+    error.
+    """
     if parameters.keys() != tensors.keys():
-        raise ValueError(f"checkpoint of other parameters: {sorted(parameters.keys() ^ tensors.keys())[:4]}")
+        raise ValueError(
+            f"checkpoint of other parameters: {sorted(parameters.keys() ^ tensors.keys())[:4]}"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -140,7 +158,9 @@ def load_stage(model: nn.Module, file: Path) -> None:
     load_tensors({name: parameters[name] for name in tensors}, tensors)
 
 
-def save(file: Path, step: int, trained: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> None:
+def save(
+    file: Path, step: int, trained: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
+) -> None:
     """Write a checkpoint in one move, so that an interrupted save leaves the one before."""
     content = {
         "step": step,

@@ -1,4 +1,6 @@
-"""Exact-match accuracy by task and language, measured with the training modules (teacher-forced, see `exact_answers`)."""
+"""Exact-match accuracy by task and language, measured with the training modules (teacher-forced,
+see `exact_answers`).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def answered_exactly(
     With `routing`, one question a row; the model must be in eval mode.
     """
     packed = packer.pack(examples, one_question_per_row=routing is not None).to(device)
-    exact = exact_answers(answer_logits(model, packed, encode_images(model, packed), routing), packed)
+    exact = exact_answers(
+        answer_logits(model, packed, encode_images(model, packed), routing), packed
+    )
     return list(zip(packed.questions, exact.tolist(), strict=True))
 
 
@@ -38,7 +42,9 @@ def measure_accuracy(
     routing: Routing | None,
     device: torch.device,
 ) -> dict[str, float]:
-    """Accuracy between 0 and 1 over batches of examples (see `answered_exactly`), under "task/language"."""
+    """Accuracy between 0 and 1 over batches of examples (see `answered_exactly`), under
+    "task/language".
+    """
     found = Accuracy()
     for examples in batches:
         for question, right in answered_exactly(model, packer, examples, routing, device):

@@ -1,7 +1,7 @@
 """Muon in a dtype that the machine is fast in, equal shapes orthogonalised together.
 
-torch.optim.Muon iterates in bfloat16 one matrix at a time. On a CPU without bfloat16 products that takes seconds a step,
-many times the step itself; this is the same update in float32 there.
+torch.optim.Muon iterates in bfloat16 one matrix at a time. On a CPU without bfloat16 products that
+takes seconds a step, many times the step itself; this is the same update in float32 there.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from torch import Tensor
 
 from pipeline.training.precision import products_dtype
 
-# The quintic Newton-Schulz iteration of Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+# The quintic Newton-Schulz iteration of Jordan et al. 2024, "Muon: an optimizer for hidden layers
+# in neural networks".
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _MOMENTUM = 0.95
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Nearly the orthogonal factor U·Vᵀ of each matrix [N, rows, columns]: its singular values come out about 1."""
+    """Nearly the orthogonal factor U·Vᵀ of each matrix [N, rows, columns]: its singular values come
+    out about 1.
+    """
     a, b, c = _COEFFICIENTS
     x = matrices.to(products_dtype(matrices.device))
     tall = x.shape[1] > x.shape[2]
@@ -35,13 +38,18 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, at the root mean square of an AdamW step (Liu et al. 2025, "Muon is scalable").
+    """Momentum, orthogonalised, at the root mean square of an AdamW step (Liu et al. 2025, "Muon is
+    scalable").
 
-    W <- W (1 - lr·decay) - 0.2·sqrt(max(rows, columns))·lr·orthogonalise(nesterov momentum of the gradient)
+    W <- W (1 - lr·decay) - 0.2·sqrt(max(rows, columns))·lr·orthogonalise(nesterov momentum of the
+    gradient)
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float = 1e-3, weight_decay: float = 0.0
+        self,
+        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
     ):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
@@ -57,7 +65,9 @@ class Muon(torch.optim.Optimizer):
                 directions = orthogonalise(torch.stack([self._momentum(p) for p in parameters]))
                 rate = 0.2 * max(shape) ** 0.5 * group["lr"]
                 for parameter, direction in zip(parameters, directions, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+                        direction, alpha=rate
+                    )
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         assert parameter.grad is not None

@@ -1,4 +1,6 @@
-"""Draws the losses of a run as one SVG file, from the logs its stages leave; no plotting library is needed for that."""
+"""Draws the losses of a run as one SVG file, from the logs its stages leave; no plotting library is
+needed for that.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,19 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 900, 420, 60, 30, 40
 
 
 def plot_losses(folder: Path) -> Path:
-    """Write `<folder>/losses.svg`: every loss of every stage on a logarithmic scale, the stages one after another."""
+    """Write `<folder>/losses.svg`: every loss of every stage on a logarithmic scale, the stages one
+    after another.
+    """
     logs = {stage: read_log(folder / f"{stage}.jsonl") for stage in STAGES}
     logs = {stage: entries for stage, entries in logs.items() if entries}
     total = sum(entries[-1]["step"] for entries in logs.values()) or 1
-    values = [e[k] for entries in logs.values() for e in entries for k in _COLOURS if e.get(k, 0) > 0]
-    low, high = math.floor(math.log10(min(values, default=1))), math.ceil(math.log10(max(values, default=10)))
+    values = [
+        e[k] for entries in logs.values() for e in entries for k in _COLOURS if e.get(k, 0) > 0
+    ]
+    low, high = (
+        math.floor(math.log10(min(values, default=1))),
+        math.ceil(math.log10(max(values, default=10))),
+    )
     low = max(low, high - 5)  # a vanishing loss need not flatten all others
 
     def x(step: float) -> float:
@@ -32,26 +41,42 @@ def plot_losses(folder: Path) -> Path:
     start = 0.0
     for stage, entries in logs.items():
         parts.append(_line(x(start), _TOP, x(start), _HEIGHT - _BOTTOM, "#cccccc"))
-        parts.append(_text(x(start) + 4, _HEIGHT - _BOTTOM + 16, f"{stage}, {entries[-1]['step']} steps"))
+        parts.append(
+            _text(x(start) + 4, _HEIGHT - _BOTTOM + 16, f"{stage}, {entries[-1]['step']} steps")
+        )
         for name, colour in _COLOURS.items():
-            points = " ".join(f"{x(start + e['step']):.1f},{y(e[name]):.1f}" for e in entries if name in e)
+            points = " ".join(
+                f"{x(start + e['step']):.1f},{y(e[name]):.1f}" for e in entries if name in e
+            )
             if points:
-                parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+                parts.append(
+                    f'<polyline points="{points}" fill="none" stroke="{colour}" '
+                    'stroke-width="1.5"/>'
+                )
         start += entries[-1]["step"]
-    parts += [_text(_LEFT + 90 * i, 18, name, colour) for i, (name, colour) in enumerate(_COLOURS.items())]
+    parts += [
+        _text(_LEFT + 90 * i, 18, name, colour) for i, (name, colour) in enumerate(_COLOURS.items())
+    ]
     size = f'width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif" font-size="12"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     file = folder / "losses.svg"
-    file.write_text("\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>"]) + "\n")
+    file.write_text(
+        "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>"])
+        + "\n"
+    )
     return file
 
 
 def read_log(file: Path) -> list[dict[str, float]]:
-    """The entries of a stage's log. Steps that were done twice, after an interruption, count once: as done last."""
+    """The entries of a stage's log. Steps that were done twice, after an interruption, count once:
+    as done last.
+    """
     if not file.exists():
         return []
     entries = [json.loads(line) for line in file.read_text().split("\n") if line]
-    return sorted({entry["step"]: entry for entry in entries}.values(), key=lambda entry: entry["step"])
+    return sorted(
+        {entry["step"]: entry for entry in entries}.values(), key=lambda entry: entry["step"]
+    )
 
 
 def _grid(low: int, high: int, y: Callable[[float], float]) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """Measures a finished checkpoint on unseen scenes and writes `accuracy.json` and `accuracy.md`.
 
-Exact match of greedy answers in float32 (see `exact_answers`), for the released decode route, the prefill route, the base
-without its adapter, and with every request sent to other experts than its own; and which expert serves which task.
-The rows are those of `jobs/make_scenes.py --set seed=<REPORT_SEED>`, so the pipeline can be measured on the same.
+Exact match of greedy answers in float32 (see `exact_answers`), for the released decode route, the
+prefill route, the base without its adapter, and with every request sent to other experts than its
+own; and which expert serves which task. The rows are those of `jobs/make_scenes.py --set
+seed=<REPORT_SEED>`, so the pipeline can be measured on the same.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ TARGETS = {
 
 @dataclass
 class Outcome:
-    """Accuracy of one variant by (group, language), and how often each gate decision fell on each expert by task."""
+    """Accuracy of one variant by (group, language), and how often each gate decision fell on each
+    expert by task.
+    """
 
     right: Counter[tuple[str, str]] = field(default_factory=Counter)
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -84,8 +87,12 @@ def measure(
 
 
 def _batches(rows: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
-    """Rows of similar length together, so that little is padded; with and without pictures apart."""
-    ordered = sorted(rows, key=lambda row: (row["task"], row["language"], row["width"] or 0, row["height"] or 0))
+    """Rows of similar length together, so that little is padded; with and without pictures
+    apart.
+    """
+    ordered = sorted(
+        rows, key=lambda row: (row["task"], row["language"], row["width"] or 0, row["height"] or 0)
+    )
     for task in TASKS:
         own = [row for row in ordered if row["task"] == task]
         yield from (own[i : i + BATCH] for i in range(0, len(own), BATCH))
@@ -100,20 +107,24 @@ def _groups(row: dict[str, Any]) -> tuple[str, ...]:
 def report(settings: TrainSettings) -> dict[str, Any]:
     """Measure `<output>/base` and `<output>/adapter` and write the report beside them.
 
-    The released route is measured on all of `report_scenes` questions of each task and language, the comparisons on the
-    first quarter of them.
+    The released route is measured on all of `report_scenes` questions of each task and language,
+    the comparisons on the first quarter of them.
     """
     torch.set_num_threads(settings.threads)
     output = Path(settings.output)
     base, adapter = Path(settings.base or output / "base"), output / "adapter"
     began = time.perf_counter()
     count = settings.report_scenes * len(TASKS) * len(LANGUAGES)
-    rows = scene_table(ScenesSettings(output="unused", rows=count, seed=REPORT_SEED), 0, count).to_pylist()
+    rows = scene_table(
+        ScenesSettings(output="unused", rows=count, seed=REPORT_SEED), 0, count
+    ).to_pylist()
     few = rows[: len(rows) // 4]
     packer = Packer(load_tokenizer(base))
 
     def with_experts(routing: Routing, own: Sequence[dict[str, Any]], description: str) -> Outcome:
-        model = load_released(base, adapter, routing, settings.adapter.top_k, settings.adapter.alpha)
+        model = load_released(
+            base, adapter, routing, settings.adapter.top_k, settings.adapter.alpha
+        )
         return measure(model, packer, own, routing, description)
 
     outcomes = {
@@ -141,14 +152,20 @@ def summarise(outcomes: dict[str, Outcome], learned: Sequence[str], experts: int
     released = outcomes["released"]
     groups = sorted(released.asked)
     table = {
-        f"{group}/{language}": {name: round(o.percent(group, language), 2) for name, o in outcomes.items()}
+        f"{group}/{language}": {
+            name: round(o.percent(group, language), 2) for name, o in outcomes.items()
+        }
         for group, language in groups
     }
     questions = [task for task in TASKS if task != "caption"]
     every = sum(released.experts.values())
     usage = {
         task: [
-            round(released.experts[task, e] / max(1, sum(released.experts[task, f] for f in range(experts))), 4)
+            round(
+                released.experts[task, e]
+                / max(1, sum(released.experts[task, f] for f in range(experts))),
+                4,
+            )
             for e in range(experts)
         ]
         for task in TASKS
@@ -162,14 +179,24 @@ def summarise(outcomes: dict[str, Outcome], learned: Sequence[str], experts: int
             if released.percent(g, lang) < target
         },
         "learned_by_adapters": list(learned),
-        "mean_of_tasks": {n: {lang: round(o.mean(TASKS, lang), 2) for lang in LANGUAGES} for n, o in outcomes.items()},
-        "mean_of_questions": {
-            n: {lang: round(o.mean(questions, lang), 2) for lang in LANGUAGES} for n, o in outcomes.items()
+        "mean_of_tasks": {
+            n: {lang: round(o.mean(TASKS, lang), 2) for lang in LANGUAGES}
+            for n, o in outcomes.items()
         },
-        "mean_of_learned": {n: {lang: round(o.mean(learned, lang), 2) for lang in LANGUAGES} for n, o in outcomes.items()}
+        "mean_of_questions": {
+            n: {lang: round(o.mean(questions, lang), 2) for lang in LANGUAGES}
+            for n, o in outcomes.items()
+        },
+        "mean_of_learned": {
+            n: {lang: round(o.mean(learned, lang), 2) for lang in LANGUAGES}
+            for n, o in outcomes.items()
+        }
         if learned
         else {},
-        "expert_share": [round(sum(released.experts[t, e] for t in TASKS) / max(1, every), 4) for e in range(experts)],
+        "expert_share": [
+            round(sum(released.experts[t, e] for t in TASKS) / max(1, every), 4)
+            for e in range(experts)
+        ],
         "expert_share_by_task": usage,
     }
 
@@ -179,21 +206,32 @@ def as_markdown(summary: dict[str, Any]) -> str:
     lines = ["# Accuracy on unseen scenes", ""]
     asked = summary["questions"]
     lines += [
-        f"Exact match of greedy answers, float32: {asked['released']} questions for `released`, {asked['comparisons']} for "
-        f"the other columns. Written by the `report` stage of `jobs/train.py`, in {summary['seconds']} s.",
+        f"Exact match of greedy answers, float32: {asked['released']} questions for `released`, "
+        f"{asked['comparisons']} for "
+        "the other columns. Written by the `report` stage of `jobs/train.py`, in "
+        f"{summary['seconds']} s.",
         "",
-        "| task / language | released | target | prefill | base without adapter | experts swapped |",
+        "| task / language | released | target | prefill | base without adapter | experts swapped "
+        "|",
         "|---|---|---|---|---|---|",
     ]
     for name, row in summary["accuracy"].items():
         target = summary["targets"].get(name)
-        goal = "" if target is None else f"{target:.0f}{'' if name not in summary['missed'] else ' (missed)'}"
+        goal = (
+            ""
+            if target is None
+            else f"{target:.0f}{'' if name not in summary['missed'] else ' (missed)'}"
+        )
         lines.append(
-            f"| {name} | {row['released']:.2f} | {goal} | {row['prefill']:.2f} | {row['base']:.2f} | {row['swapped']:.2f} |"
+            f"| {name} | {row['released']:.2f} | {goal} | {row['prefill']:.2f} | {row['base']:.2f} "
+            f"| {row['swapped']:.2f} |"
         )
     for key, title in (
         ("mean_of_tasks", "Mean of all tasks"),
-        ("mean_of_learned", f"Mean of {', '.join(summary['learned_by_adapters'])} (learned by the adapters alone)"),
+        (
+            "mean_of_learned",
+            f"Mean of {', '.join(summary['learned_by_adapters'])} (learned by the adapters alone)",
+        ),
     ):
         for language in LANGUAGES:
             values = [
@@ -201,12 +239,22 @@ def as_markdown(summary: dict[str, Any]) -> str:
                 for name in ("released", "prefill", "base", "swapped")
             ]
             lines.append(
-                f"| **{title}, {language}** | {values[0]:.2f} | | {values[1]:.2f} | {values[2]:.2f} | {values[3]:.2f} |"
+                f"| **{title}, {language}** | {values[0]:.2f} | | {values[1]:.2f} | "
+                f"{values[2]:.2f} | {values[3]:.2f} |"
             )
     experts = range(len(summary["expert_share"]))
-    lines += ["", "Which expert serves which task: share of the gates' decisions, both routes, all layers.", ""]
-    lines += ["| task | " + " | ".join(f"expert {e}" for e in experts) + " |", "|---" * (len(experts) + 1) + "|"]
+    lines += [
+        "",
+        "Which expert serves which task: share of the gates' decisions, both routes, all layers.",
+        "",
+    ]
+    lines += [
+        "| task | " + " | ".join(f"expert {e}" for e in experts) + " |",
+        "|---" * (len(experts) + 1) + "|",
+    ]
     for task, shares in summary["expert_share_by_task"].items():
         lines.append(f"| {task} | " + " | ".join(f"{100 * s:.1f}%" for s in shares) + " |")
-    lines.append("| **all** | " + " | ".join(f"{100 * s:.1f}%" for s in summary["expert_share"]) + " |")
+    lines.append(
+        "| **all** | " + " | ".join(f"{100 * s:.1f}%" for s in summary["expert_share"]) + " |"
+    )
     return "\n".join(lines) + "\n"

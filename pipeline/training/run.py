@@ -41,13 +41,17 @@ def adapter_source(settings: TrainSettings, stage: StageSettings) -> Source:
     """What adapters learn from: the user's Parquet rows, or scenes."""
     if settings.data.path is None:
         return SceneSource(settings.seed, stage.images_per_step, stage.pages, stage.questions)
-    return ParquetSource(settings.data.path, settings.seed, stage.images_per_step, settings.data.max_pixels)
+    return ParquetSource(
+        settings.data.path, settings.seed, stage.images_per_step, settings.data.max_pixels
+    )
 
 
 def unseen(settings: TrainSettings, stage: StageSettings) -> list[list[Example]]:
-    """What accuracy is measured on while adapters train: unseen scenes, or the first rows of Parquet data.
+    """What accuracy is measured on while adapters train: unseen scenes, or the first rows of
+    Parquet data.
 
-    Nothing is held out of what may be a small dataset, so there the figure says how well its rows are learned.
+    Nothing is held out of what may be a small dataset, so there the figure says how well its rows
+    are learned.
     """
     if settings.data.path is None:
         return unseen_scenes(settings.seed)

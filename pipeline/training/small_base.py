@@ -1,4 +1,6 @@
-"""The small Qwen2-VL which is trained from nothing: its shape, its Hub folder and its first weights."""
+"""The small Qwen2-VL which is trained from nothing: its shape, its Hub folder and its first
+weights.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,16 @@ class Shape(Settings):
     heads: PositiveInt = 6
     key_value_heads: PositiveInt = 2
     rope_theta: float = 100.0
-    # Qwen2-VL gives time the fastest rotations, then height, then width. At its shares of 2 to 3 to 3 a column would turn
-    # by 0.06 here, and the decoder stay blind to left and right.
+    # Qwen2-VL gives time the fastest rotations, then height, then width. At its shares of 2 to 3 to
+    # 3 a column would turn by 0.06 here, and the decoder stay blind to left and right.
     rope_sections: list[int] = Field([1, 3, 12], min_length=3, max_length=3)
     vision_layers: PositiveInt = 4
     vision_width: PositiveInt = 128
     vision_heads: PositiveInt = 4
 
 
-#: Greedy, and no repetition penalty: captions name "a big red" thing after another, and that is right.
+#: Greedy, and no repetition penalty: captions name "a big red" thing after another, and that is
+#: right.
 SAMPLING = {"do_sample": False, "repetition_penalty": 1.0}
 
 
@@ -66,7 +69,7 @@ def new_base(folder: Path, seed: int) -> Qwen2VLForConditionalGeneration:
     torch.manual_seed(seed)
     config = Qwen2VLConfig.from_pretrained(folder)
     model = Qwen2VLForConditionalGeneration(config).float()
-    # Tied embeddings start at the scale they keep (norms of 1 to 2): at the usual 0.02 the picture, whose embeddings are
-    # held to the words' scale, begins as noise among near-zeros.
+    # Tied embeddings start at the scale they keep (norms of 1 to 2): at the usual 0.02 the picture,
+    # whose embeddings are held to the words' scale, begins as noise among near-zeros.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
     return model

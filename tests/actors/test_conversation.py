@@ -83,7 +83,11 @@ def test_a_turn_may_be_plain_text() -> None:
 )
 def test_an_image_may_stand_in_the_chat_as_a_data_uri(part: dict[str, Any]) -> None:
     messages, _ = from_messages(
-        json.dumps([user(part, {"type": "image"}, text("Which is larger?"))]), [RED], FIELD, DECODE, no_fetch
+        json.dumps([user(part, {"type": "image"}, text("Which is larger?"))]),
+        [RED],
+        FIELD,
+        DECODE,
+        no_fetch,
     )
     first, second, _ = messages[0]["content"]
     assert first["image"].size == (30, 20)
@@ -95,34 +99,98 @@ def test_an_image_may_stand_in_the_chat_as_a_data_uri(part: dict[str, Any]) -> N
     [
         ("{not json", "messages_invalid", "column 'chat' is no JSON"),
         ("[" * 100_000, "messages_invalid", "column 'chat' is no JSON"),
-        ('{"role": "user"}', "messages_invalid", "column 'chat' is no list of turns {role, content}"),
+        (
+            '{"role": "user"}',
+            "messages_invalid",
+            "column 'chat' is no list of turns {role, content}",
+        ),
         ('["Hi"]', "messages_invalid", "column 'chat' is no list of turns"),
         ([], "messages_invalid", "has the turns (none); expected an optional system turn"),
-        ([{"role": "system", "content": "a"}], "messages_invalid", "has the turns system; expected"),
-        ([{"role": "assistant", "content": "a"}], "messages_invalid", "has the turns assistant; expected"),
+        (
+            [{"role": "system", "content": "a"}],
+            "messages_invalid",
+            "has the turns system; expected",
+        ),
+        (
+            [{"role": "assistant", "content": "a"}],
+            "messages_invalid",
+            "has the turns assistant; expected",
+        ),
         ([user(), user()], "messages_invalid", "has the turns user, user; expected"),
-        ([user(), {"role": "assistant", "content": "a"}], "messages_invalid", "ending with the user"),
-        ([user(), {"role": "system", "content": "a"}, user()], "messages_invalid", "has the turns user, system, user"),
-        ([{"role": "user"}], "messages_invalid", "content of a turn in messages is NoneType, expected text or parts"),
+        (
+            [user(), {"role": "assistant", "content": "a"}],
+            "messages_invalid",
+            "ending with the user",
+        ),
+        (
+            [user(), {"role": "system", "content": "a"}, user()],
+            "messages_invalid",
+            "has the turns user, system, user",
+        ),
+        (
+            [{"role": "user"}],
+            "messages_invalid",
+            "content of a turn in messages is NoneType, expected text or parts",
+        ),
         ([user("words")], "messages_invalid", "type None, expected text, image or image_url"),
         ([user({"type": "video", "video": "a.mp4"})], "messages_invalid", "type 'video', expected"),
         ([user({"type": "text", "text": 3})], "messages_invalid", "type 'text'"),
-        ([user(text("?"))], "messages_invalid", "column 'chat' has no place for 1 of the row's 1 images"),
-        ([user({"type": "image"}, {"type": "image"})], "image_missing", "more image parts than the row has images"),
-        ([user({"type": "image", "image": "file:///etc/passwd"})], "image_forbidden", "no fetching here"),
-        ([user({"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}})], "image_forbidden", "no fetching here"),
+        (
+            [user(text("?"))],
+            "messages_invalid",
+            "column 'chat' has no place for 1 of the row's 1 images",
+        ),
+        (
+            [user({"type": "image"}, {"type": "image"})],
+            "image_missing",
+            "more image parts than the row has images",
+        ),
+        (
+            [user({"type": "image", "image": "file:///etc/passwd"})],
+            "image_forbidden",
+            "no fetching here",
+        ),
+        (
+            [user({"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}})],
+            "image_forbidden",
+            "no fetching here",
+        ),
         ([user({"type": "image_url"})], "image_missing", "has no data: URI, path or URL"),
-        ([user({"type": "image", "image": {"bytes": "aGk="}})], "image_missing", "has no data: URI, path or URL"),
-        ([user({"type": "image", "image": "data:image/png,abc"})], "image_decode", "no readable image"),
-        ([user({"type": "image", "image": "data:image/png;base64,a"})], "image_decode", "no valid base64"),
-        ([user({"type": "image", "image": "data:image/png;base64,aGk="})], "image_decode", "no readable image"),
+        (
+            [user({"type": "image", "image": {"bytes": "aGk="}})],
+            "image_missing",
+            "has no data: URI, path or URL",
+        ),
+        (
+            [user({"type": "image", "image": "data:image/png,abc"})],
+            "image_decode",
+            "no readable image",
+        ),
+        (
+            [user({"type": "image", "image": "data:image/png;base64,a"})],
+            "image_decode",
+            "no valid base64",
+        ),
+        (
+            [user({"type": "image", "image": "data:image/png;base64,aGk="})],
+            "image_decode",
+            "no readable image",
+        ),
         ('[{"role": "user", "content": "\\ud83d"}]', "prompt_invalid", "no valid Unicode"),
-        ('[{"role": "user", "content": [{"type": "text", "text": "\\udc00"}]}]', "prompt_invalid", "no valid Unicode"),
+        (
+            '[{"role": "user", "content": [{"type": "text", "text": "\\udc00"}]}]',
+            "prompt_invalid",
+            "no valid Unicode",
+        ),
     ],
 )
-def test_a_chat_that_cannot_be_followed_is_an_error_of_its_row(turns: Any, code: str, cause: str) -> None:
+def test_a_chat_that_cannot_be_followed_is_an_error_of_its_row(
+    turns: Any, code: str, cause: str
+) -> None:
     with pytest.raises(RowError) as caught:
-        from_messages(turns if isinstance(turns, str) else json.dumps(turns), [RED], FIELD, DECODE, no_fetch)
+        from_messages(
+            turns if isinstance(turns, str) else json.dumps(turns), [RED], FIELD, DECODE, no_fetch
+        )
     assert caught.value.code == code
     assert cause in caught.value.cause
     assert "\n" not in str(caught.value)
@@ -131,11 +199,27 @@ def test_a_chat_that_cannot_be_followed_is_an_error_of_its_row(turns: Any, code:
 def test_images_that_a_chat_names_are_known_before_it_is_followed() -> None:
     turns = [
         {"role": "system", "content": "Be brief."},
-        user({"type": "image", "image": "a.jpg"}, {"type": "image"}, {"type": "image", "image": URI}, text("?")),
-        user({"type": "image_url", "image_url": {"url": "s3://b/c.png"}}, {"type": "image_url", "image_url": "d.png"}),
+        user(
+            {"type": "image", "image": "a.jpg"},
+            {"type": "image"},
+            {"type": "image", "image": URI},
+            text("?"),
+        ),
+        user(
+            {"type": "image_url", "image_url": {"url": "s3://b/c.png"}},
+            {"type": "image_url", "image_url": "d.png"},
+        ),
     ]
     assert named_images(json.dumps(turns)) == ["a.jpg", "s3://b/c.png", "d.png"]
-    for broken in (None, "", "{", "3", "[3]", '[{"content": [3, {"type": "image", "image": 3}]}]', "[" * 100_000):
+    for broken in (
+        None,
+        "",
+        "{",
+        "3",
+        "[3]",
+        '[{"content": [3, {"type": "image", "image": 3}]}]',
+        "[" * 100_000,
+    ):
         assert named_images(broken) == []
 
 
@@ -144,7 +228,9 @@ def test_an_image_that_a_chat_names_is_fetched() -> None:
     turns = [user({"type": "image_url", "image_url": {"url": "a.png"}}, text("?"))]
     messages, _ = from_messages(json.dumps(turns), [], FIELD, DECODE, pictures.__getitem__)
     assert messages[0]["content"][0]["image"].size == (30, 20)
-    with pytest.raises(RowError, match="image_decode: an image that messages names, 'a.png' .* no readable image"):
+    with pytest.raises(
+        RowError, match="image_decode: an image that messages names, 'a.png' .* no readable image"
+    ):
         from_messages(json.dumps(turns), [], FIELD, DECODE, lambda reference: b"hi")
 
 
@@ -169,19 +255,38 @@ URLSAFE = base64.urlsafe_b64encode(picture(30, 20)).decode()
         {"image_url": {"url": "a.png"}},
         {"type": None, "image": "a.png", "text": None, "video": None},
         # As a table of list<struct> gives it: every part has the keys of all.
-        {"type": "image", "text": None, "image": None, "url": None, "path": "a.png", "max_pixels": None},
+        {
+            "type": "image",
+            "text": None,
+            "image": None,
+            "url": None,
+            "path": "a.png",
+            "max_pixels": None,
+        },
     ],
     ids=str,
 )
 def test_an_image_is_found_wherever_people_name_it(part: dict[str, Any]) -> None:
     """And not taken for a place of the row's own next picture."""
     chat = json.dumps(
-        [user(part, {"type": "image", "image": None, "text": None}, {"text": "?", "type": None, "image": None})]
+        [
+            user(
+                part,
+                {"type": "image", "image": None, "text": None},
+                {"text": "?", "type": None, "image": None},
+            )
+        ]
     )
     assert named_images(chat) == ["a.png"]
-    messages, asked = from_messages(chat, [RED], FIELD, DECODE, {"a.png": picture(30, 20)}.__getitem__)
+    messages, asked = from_messages(
+        chat, [RED], FIELD, DECODE, {"a.png": picture(30, 20)}.__getitem__
+    )
     first, second, third = messages[0]["content"]
-    assert (first["type"], first["image"].size, first.keys()) == ("image", (30, 20), {"type", "image"})
+    assert (first["type"], first["image"].size, first.keys()) == (
+        "image",
+        (30, 20),
+        {"type", "image"},
+    )
     assert (second["image"], third, asked) == (RED, text("?"), "?")
 
 
@@ -197,7 +302,10 @@ def test_an_image_is_found_wherever_people_name_it(part: dict[str, Any]) -> None
         {"type": "image", "image": "data:image/png;base64,\r\n" + LINES.replace("\n", "\r\n\t ")},
         {"type": "image", "url": f"data:image/png;base64,{URLSAFE}"},
         {"type": "image", "image": f"data:image/png;base64,{BASE64.rstrip('=')}"},
-        {"type": "image", "image": f"data:image/png;base64,{BASE64.replace('=', '%3D').replace('+', '%2B')}"},
+        {
+            "type": "image",
+            "image": f"data:image/png;base64,{BASE64.replace('=', '%3D').replace('+', '%2B')}",
+        },
         {"type": "image", "image": f"\n DATA:image/png;charset=utf-8;BASE64,{BASE64}"},
         {"type": "image", "image": f"data:;base64,{BASE64}"},
     ],
@@ -213,8 +321,18 @@ def test_base64_is_read_however_it_is_written(part: dict[str, Any]) -> None:
 def test_a_developer_turn_is_a_system_turn_and_parts_of_responses_are_parts() -> None:
     turns = [
         {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "input_text", "text": "Hi"}], "name": None, "tool_calls": []},
-        {"role": "assistant", "content": [{"type": "output_text", "text": "Yes?"}], "refusal": None, "tool_calls": None},
+        {
+            "role": "user",
+            "content": [{"type": "input_text", "text": "Hi"}],
+            "name": None,
+            "tool_calls": [],
+        },
+        {
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "Yes?"}],
+            "refusal": None,
+            "tool_calls": None,
+        },
         {"role": "user", "content": "What?"},
     ]
     messages, asked = from_messages(json.dumps(turns), [], FIELD, DECODE, no_fetch)
@@ -243,14 +361,26 @@ LONG = "x" * 100_000
             "messages_invalid",
             "has the key 'file_id', which is not followed; expected",
         ),
-        ([user({"type": "image", "image": "a.png", "text": "?"})], "messages_invalid", "has the key 'text'"),
+        (
+            [user({"type": "image", "image": "a.png", "text": "?"})],
+            "messages_invalid",
+            "has the key 'text'",
+        ),
         (
             [user({"type": "text", "text": "?", "image": "a.png"})],
             "messages_invalid",
             "a text part of messages has the key 'image'",
         ),
-        ([user({"text": "?", "image": "a.png"})], "messages_invalid", "an image part of messages has the key 'text'"),
-        ([user({"image_url": {"url": "a.png", "x": 1}})], "messages_invalid", "an image_url of messages has the key 'x'"),
+        (
+            [user({"text": "?", "image": "a.png"})],
+            "messages_invalid",
+            "an image part of messages has the key 'text'",
+        ),
+        (
+            [user({"image_url": {"url": "a.png", "x": 1}})],
+            "messages_invalid",
+            "an image_url of messages has the key 'x'",
+        ),
         ([user({"type": "text", "text": "?", LONG: 1})], "messages_invalid", "has the key 'xxx"),
         (
             [user({"type": "image", "url": "a.png", "path": "b.png"})],
@@ -258,8 +388,16 @@ LONG = "x" * 100_000
             "has both 'url' and 'path', expected one",
         ),
         ([user({"type": "image", "url": ""})], "image_missing", "has no data: URI, path or URL"),
-        ([user({"type": "image", "image_url": {"url": None}})], "image_missing", "has no data: URI, path or URL"),
-        ([user({"type": "video", "video": "a.mp4"})], "messages_invalid", "type 'video', expected text, image"),
+        (
+            [user({"type": "image", "image_url": {"url": None}})],
+            "image_missing",
+            "has no data: URI, path or URL",
+        ),
+        (
+            [user({"type": "video", "video": "a.mp4"})],
+            "messages_invalid",
+            "type 'video', expected text, image",
+        ),
         ([user({"video": "a.mp4"})], "messages_invalid", "type None, expected text, image"),
         ([user({"type": LONG})], "messages_invalid", "type 'xxx"),
         ([user({"type": {"a": [LONG]}})], "messages_invalid", "type {'a': ['xxx"),
@@ -269,8 +407,16 @@ LONG = "x" * 100_000
             "messages_invalid",
             "a user turn of messages has the key 'images', which",
         ),
-        ([{**user(text("?")), "tool_calls": [{}]}], "messages_invalid", "has the key 'tool_calls', which is not followed"),
-        ([{"role": "tool", "content": "?"}], "messages_invalid", "has the turns tool; expected an optional system turn"),
+        (
+            [{**user(text("?")), "tool_calls": [{}]}],
+            "messages_invalid",
+            "has the key 'tool_calls', which is not followed",
+        ),
+        (
+            [{"role": "tool", "content": "?"}],
+            "messages_invalid",
+            "has the turns tool; expected an optional system turn",
+        ),
         ([{"from": "human", "value": "?"}], "messages_invalid", "has the turns None; expected"),
         (
             [{"role": "developer", "content": "a"}, {"role": "system", "content": "b"}, user()],
@@ -279,15 +425,35 @@ LONG = "x" * 100_000
         ),
         ([{"role": LONG}], "messages_invalid", "has the turns 'xxx"),
         ([{"role": [LONG]}], "messages_invalid", "has the turns ['xxx"),
-        ([{"role": "\x1b[31m", "content": "?"}], "messages_invalid", r"has the turns '\x1b[31m'; expected"),
+        (
+            [{"role": "\x1b[31m", "content": "?"}],
+            "messages_invalid",
+            r"has the turns '\x1b[31m'; expected",
+        ),
         ([user()] * 500, "messages_invalid", "user, user and 492 more; expected"),
         ([{"role": "\ud800", "content": "?"}], "prompt_invalid", "half a surrogate pair"),
         ([{**user(text("?")), "\udfff": 1}], "prompt_invalid", "half a surrogate pair"),
         ([user({"type": "\ud83d"})], "prompt_invalid", "half a surrogate pair"),
-        ([user({"type": "image", "image": "\ud83d.png"})], "prompt_invalid", "half a surrogate pair"),
-        ([user({"type": "image", "image_url": {"url": "a.png", "\ud83d": 1}})], "prompt_invalid", "half a surrogate pair"),
-        ('[{"role": "\\uD800' + LONG + '", "content": "?"}]', "prompt_invalid", "half a surrogate pair"),
-        ("[" + "{}," * 200_000 + "{}]", "messages_invalid", "has 400,002 brackets and commas, expected at most 262,144"),
+        (
+            [user({"type": "image", "image": "\ud83d.png"})],
+            "prompt_invalid",
+            "half a surrogate pair",
+        ),
+        (
+            [user({"type": "image", "image_url": {"url": "a.png", "\ud83d": 1}})],
+            "prompt_invalid",
+            "half a surrogate pair",
+        ),
+        (
+            '[{"role": "\\uD800' + LONG + '", "content": "?"}]',
+            "prompt_invalid",
+            "half a surrogate pair",
+        ),
+        (
+            "[" + "{}," * 200_000 + "{}]",
+            "messages_invalid",
+            "has 400,002 brackets and commas, expected at most 262,144",
+        ),
         (
             [user({"type": "image", "max_pixels": 0})],
             "messages_invalid",
@@ -318,7 +484,11 @@ LONG = "x" * 100_000
             "messages_invalid",
             "max_pixels of an image part is nan",
         ),
-        ([user({"type": "image", "max_pixels": 784})], "messages_invalid", "max_pixels 784, below its min_pixels 3,136"),
+        (
+            [user({"type": "image", "max_pixels": 784})],
+            "messages_invalid",
+            "max_pixels 784, below its min_pixels 3,136",
+        ),
         (
             [user({"type": "image", "resized_width": 56})],
             "messages_invalid",
@@ -327,7 +497,9 @@ LONG = "x" * 100_000
     ],
     ids=range(39),
 )
-def test_what_a_chat_says_beside_what_is_followed_is_refused_by_name_and_shortly(turns: Any, code: str, cause: str) -> None:
+def test_what_a_chat_says_beside_what_is_followed_is_refused_by_name_and_shortly(
+    turns: Any, code: str, cause: str
+) -> None:
     chat = turns if isinstance(turns, str) else json.dumps(turns)
 
     def fetch(reference: str) -> bytes:
@@ -335,7 +507,9 @@ def test_what_a_chat_says_beside_what_is_followed_is_refused_by_name_and_shortly
 
     with pytest.raises(RowError) as caught:
         from_messages(chat, [RED], FIELD, DECODE, fetch)
-    assert (caught.value.code, cause in caught.value.cause) == (code, True), caught.value.cause[:300]
+    assert (caught.value.code, cause in caught.value.cause) == (code, True), caught.value.cause[
+        :300
+    ]
     assert len(str(caught.value)) < 400
     assert str(caught.value).isascii()
     assert str(caught.value).isprintable()
@@ -347,7 +521,19 @@ def test_whole_surrogate_pairs_are_text() -> None:
 
 def test_how_large_an_image_is_wanted_goes_with_it() -> None:
     sizes = {"min_pixels": 3136, "max_pixels": 50_176.0}
-    chat = json.dumps([user({"type": "image", **sizes}, {"image": URI, "resized_height": 56, "resized_width": 84})])
+    chat = json.dumps(
+        [
+            user(
+                {"type": "image", **sizes},
+                {"image": URI, "resized_height": 56, "resized_width": 84},
+            )
+        ]
+    )
     first, second = from_messages(chat, [RED], FIELD, DECODE, no_fetch)[0][0]["content"]
     assert first == {"type": "image", "image": RED, "min_pixels": 3136, "max_pixels": 50_176}
-    assert {**second, "image": None} == {"type": "image", "image": None, "resized_height": 56, "resized_width": 84}
+    assert {**second, "image": None} == {
+        "type": "image",
+        "image": None,
+        "resized_height": 56,
+        "resized_width": 84,
+    }

@@ -33,7 +33,9 @@ def slow_jpeg(side: int, scans: int) -> bytes:
     runs = -(-blocks // 32767)
     bits = ("0" + "1" * 14) * runs
     bits += "1" * (-len(bits) % 8)
-    run = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)).replace(b"\xff", b"\xff\0")
+    run = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)).replace(
+        b"\xff", b"\xff\0"
+    )
     frame = struct.pack(">HBHHBBBB", 11, 8, side, side, 1, 1, 0x11, 0)
     tables = [bytes([0x00, 1, *[0] * 15, 0]), bytes([0x10, 1, *[0] * 15, 0xE0])]
     head = b"\xff\xd8\xff\xdb\0\x43\0" + bytes([1] * 64) + b"\xff\xc2" + frame
@@ -58,7 +60,13 @@ def refused(decoder: Decoder, data: bytes) -> RowError:
     return caught.value
 
 
-FORMS = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})]
+FORMS = [
+    ("JPEG", {}),
+    ("JPEG", {"progressive": True}),
+    ("PNG", {}),
+    ("WEBP", {}),
+    ("WEBP", {"lossless": True}),
+]
 
 
 @pytest.mark.parametrize(("form", "options"), FORMS)
@@ -86,7 +94,8 @@ def test_a_file_that_takes_too_long_is_refused_and_the_next_is_decoded(decoder: 
     assert len(data) < 250_000
     error = refused(decoder, data)
     assert str(error) == (
-        f"image_too_large: column 'image' ({len(data):,} bytes) takes more than 0.5 s to decode (images.decode_seconds)"
+        f"image_too_large: column 'image' ({len(data):,} bytes) takes more than 0.5 s to decode "
+        "(images.decode_seconds)"
     )
     assert decoder.decode(encoded("BMP"), "image").size == (64, 48)
 
@@ -95,13 +104,17 @@ def test_headers_without_end_are_not_read_here() -> None:
     jpeg, png = encoded("JPEG"), picture()
     assert not soon_decoded(jpeg[:2] + b"\xff\xfe\0\2" * 3000 + jpeg[2:])
     at = png.index(b"IDAT") - 4
-    assert not soon_decoded(png[:at] + (bytes(4) + b"ABCD" + struct.pack(">I", 0xDB1720A5)) * 9000 + png[at:])
+    assert not soon_decoded(
+        png[:at] + (bytes(4) + b"ABCD" + struct.pack(">I", 0xDB1720A5)) * 9000 + png[at:]
+    )
 
 
 def test_a_png_that_tells_two_sizes_has_the_one_that_is_decoded(decoder: Decoder) -> None:
     png = picture(64, 48)
     second = b"IHDR" + struct.pack(">II", 7000, 6000) + png[24:29]
-    data = png[:33] + struct.pack(">I", 13) + second + struct.pack(">I", zlib.crc32(second)) + png[33:]
+    data = (
+        png[:33] + struct.pack(">I", 13) + second + struct.pack(">I", zlib.crc32(second)) + png[33:]
+    )
     assert soon_decoded(data) is None
     assert decoder.size(data, "image") == image_size(data, "image", ImageSettings()) == (7000, 6000)
 

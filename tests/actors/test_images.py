@@ -54,13 +54,22 @@ def png_of_declared_size(width: int, height: int) -> bytes:
     """A small file that declares a large image."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "ICO", "JPEG2000"])
+@pytest.mark.parametrize(
+    "form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "ICO", "JPEG2000"]
+)
 def test_formats_are_decoded(form: str) -> None:
     image = decode(encoded(Image.new("RGB", (32, 24), "red"), form))
     assert image.mode == "RGB"
@@ -80,12 +89,24 @@ def test_png_pixels_are_exact() -> None:
         (picture(200, 200)[:3000], "image_decode"),
         (b"<html>404</html>", "image_decode"),
         (b"", "image_decode"),
-        (png_of_declared_size(12_000, 12_000), "image_decode"),  # within the limit, but its data end early
+        (
+            png_of_declared_size(12_000, 12_000),
+            "image_decode",
+        ),  # within the limit, but its data end early
         (png_of_declared_size(14_000, 14_000), "image_too_large"),
         (png_of_declared_size(20_000, 20_000), "image_too_large"),
         (png_of_declared_size(2**31 - 1, 2**31 - 1), "image_too_large"),
     ],
-    ids=["truncated JPEG", "truncated PNG", "a web page", "nothing", "144 megapixels", "196", "400", "4e12"],
+    ids=[
+        "truncated JPEG",
+        "truncated PNG",
+        "a web page",
+        "nothing",
+        "144 megapixels",
+        "196",
+        "400",
+        "4e12",
+    ],
 )
 def test_bytes_that_are_no_sound_image_are_errors_of_their_field(data: bytes, code: str) -> None:
     error = refused(data)
@@ -116,12 +137,16 @@ def test_every_truncation_is_sound_or_an_error(form: str) -> None:
 def small_files() -> list[bytes]:
     image = Image.new("RGB", (16, 12), "teal")
     return [
-        encoded(image, form) for form in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "PCX", "SGI")
+        encoded(image, form)
+        for form in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "PCX", "SGI")
     ]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.integers(0, 10), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), min_size=1, max_size=6))
+@given(
+    st.integers(0, 10),
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), min_size=1, max_size=6),
+)
 def test_headers_that_lie_are_sound_or_an_error(which: int, changes: list[tuple[int, int]]) -> None:
     data = bytearray(small_files()[which])
     for at, value in changes:
@@ -146,7 +171,9 @@ def test_photographs_are_turned_upright(orientation: int) -> None:
 
 
 def test_a_damaged_exif_block_costs_nothing_but_the_orientation() -> None:
-    data = encoded(Image.new("RGB", (40, 20)), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\xff\x01")
+    data = encoded(
+        Image.new("RGB", (40, 20)), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\xff\x01"
+    )
     assert refused(data) is None
 
 
@@ -197,7 +224,13 @@ def test_deep_images_are_scaled_not_cut_off(values: np.ndarray, grey: list[int])
 
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "LAB"])
 def test_other_modes_become_rgb(mode: str) -> None:
-    colour = {"1": 1, "L": 255, "CMYK": (0, 0, 0, 0), "YCbCr": (255, 128, 128), "LAB": (255, 128, 128)}[mode]
+    colour = {
+        "1": 1,
+        "L": 255,
+        "CMYK": (0, 0, 0, 0),
+        "YCbCr": (255, 128, 128),
+        "LAB": (255, 128, 128),
+    }[mode]
     image = decode(encoded(Image.new(mode, (6, 4), colour), "TIFF"))
     assert (image.mode, image.size) == ("RGB", (6, 4))
     assert min(image.getpixel((3, 2))) >= 250  # white in every one of them
@@ -271,7 +304,9 @@ def test_chunks_that_are_seen_are_kept() -> None:
     exif[0x0112] = 6
     assert decode(png_with(chunk(b"eXIf", exif.tobytes()[6:]), image=image)).size == (20, 40)
     xmp = b'<x tiff:Orientation="6"/>'
-    assert decode(png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp), image=image)).size == (20, 40)
+    assert decode(
+        png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp), image=image)
+    ).size == (20, 40)
     packed = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp))
     assert decode(png_with(packed, image=image)).size == (20, 40)
     raw = b"Raw profile type exif\0\nexif\n10\n" + exif.tobytes().hex().encode()
@@ -303,7 +338,13 @@ def test_a_jpeg_without_its_end_may_be_taken_as_far_as_it_goes(progressive: bool
         top = (0, 0, 160, 32)
         assert shown.crop(top).tobytes() == decode(whole).crop(top).tobytes()
     start = whole.index(b"\xff\xda")
-    for nothing in (whole[:100], whole[:start], whole[: start + 14], b"\xff\xd8" + whole[start:], picture()[:500]):
+    for nothing in (
+        whole[:100],
+        whole[:start],
+        whole[: start + 14],
+        b"\xff\xd8" + whole[start:],
+        picture()[:500],
+    ):
         assert refused(nothing, truncated="accept") is not None
     assert decode(whole, truncated="accept").tobytes() == decode(whole).tobytes()
 
@@ -316,10 +357,17 @@ def test_a_jpeg_may_be_cut_anywhere_behind_its_headers() -> None:
     start = whole.index(b"\xff\xda", whole.index(small) + len(small))
     tables = [at for at in range(start, len(whole)) if whole.startswith(b"\xff\xc4", at)]
     assert len(tables) > 4
-    ends = [*range(start + 65, len(whole), 41), *(at + more for at in tables for more in (1, 3, 5, 24))]
+    ends = [
+        *range(start + 65, len(whole), 41),
+        *(at + more for at in tables for more in (1, 3, 5, 24)),
+    ]
     assert [end for end in ends if refused(whole[:end], truncated="accept") is not None] == []
     # Nothing of the picture itself is there.
-    assert [end for end in range(start, start + 64, 3) if refused(whole[:end], truncated="accept") is None] == []
+    assert [
+        end
+        for end in range(start, start + 64, 3)
+        if refused(whole[:end], truncated="accept") is None
+    ] == []
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

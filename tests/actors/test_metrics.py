@@ -51,7 +51,9 @@ def test_ray_exports_what_the_monitor_counts(ray_cluster: RayCluster) -> None:
         time.sleep(1)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             page = answer.read().decode()
-        wanted = {pattern: bool(re.search(f"^{pattern}$", page, re.MULTILINE)) for pattern in wanted}
+        wanted = {
+            pattern: bool(re.search(f"^{pattern}$", page, re.MULTILINE)) for pattern in wanted
+        }
     ray.kill(monitor)
     assert all(wanted.values()), wanted
 
@@ -60,7 +62,11 @@ def test_every_metric_is_told_documented_and_drawn() -> None:
     look = Look(Counter(rows=1), Counter(prefill_pairs=1, decode_pairs=1), {"r": REPLICA}, [], 0)
     told = {name for name, _ in (*counters(look), *gauges(look))}
     assert told == {*COUNTERS, *GAUGES}
-    listed = re.findall(r"^\| `(awaker_\w+)` \| (counter|gauge) \|", (DOCS / "monitoring.md").read_text(), re.MULTILINE)
+    listed = re.findall(
+        r"^\| `(awaker_\w+)` \| (counter|gauge) \|",
+        (DOCS / "monitoring.md").read_text(),
+        re.MULTILINE,
+    )
     assert dict(listed) == {**dict.fromkeys(COUNTERS, "counter"), **dict.fromkeys(GAUGES, "gauge")}
     dashboard = json.loads((DOCS / "grafana.json").read_text())
     drawn = {

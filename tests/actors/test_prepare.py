@@ -1,4 +1,6 @@
-"""The CPU actor prepares rows as the released README's snippet does: process_vision_info, chat template, processor."""
+"""The CPU actor prepares rows as the released README's snippet does: process_vision_info, chat
+template, processor.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ from pipeline.rows import (
 from pipeline.settings.job import JobSettings
 from tests.io.shards import picture
 
-#: Width and height of pictures: as they are, below min_pixels, above max_pixels, above qwen-vl-utils' own bound.
+#: Width and height of pictures: as they are, below min_pixels, above max_pixels, above
+#: qwen-vl-utils' own bound.
 SIZES = [(56, 84), (101, 67), (20, 31), (3, 500), (1500, 1100), (4200, 3200)]
 BOUNDS: list[dict[str, int]] = [
     {},
@@ -51,7 +54,9 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.open(io.BytesIO(picture(width, height, seed=width, form="BMP")))
 
 
-def released_inputs(base: Path, messages: list[dict[str, Any]], bounds: dict[str, int]) -> dict[str, torch.Tensor]:
+def released_inputs(
+    base: Path, messages: list[dict[str, Any]], bounds: dict[str, int]
+) -> dict[str, torch.Tensor]:
     processor = AutoProcessor.from_pretrained(base, **bounds)
     # As in transformers 4.45: PIL resizes, numpy normalises.
     processor.image_processor = AutoImageProcessor.from_pretrained(base, backend="pil", **bounds)
@@ -74,7 +79,11 @@ def test_a_picture_above_both_bounds_is_resized_twice_as_released(golden: Path) 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
 def test_pictures_of_every_mode_equal_the_released_processor(golden: Path, mode: str) -> None:
-    image = noise(90, 70).convert("I").convert("I;16") if mode == "I;16" else noise(90, 70).convert(mode)
+    image = (
+        noise(90, 70).convert("I").convert("I;16")
+        if mode == "I;16"
+        else noise(90, 70).convert(mode)
+    )
     check_against_released(golden / "released" / "base", [image], {})
 
 
@@ -107,7 +116,13 @@ def test_an_image_of_a_chat_is_resized_as_it_asks_to_the_last_bit(
     chat = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
     messages, _ = from_messages(json.dumps(chat), [noise(301, 167)], "chat", unused, unused)
     by_hand = [
-        {"role": "user", "content": [{"type": "image", "image": noise(301, 167), **asked}, *messages[0]["content"][1:]]}
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": noise(301, 167), **asked},
+                *messages[0]["content"][1:],
+            ],
+        }
     ]
     prompt = compare_with_released(golden / "released" / "base", messages, by_hand, bounds)
     assert prompt.images[0].shape[1::-1] == size
@@ -122,9 +137,13 @@ def check_against_released(base: Path, images: list[Image.Image], bounds: dict[s
     compare_with_released(base, messages, messages, bounds)
 
 
-def compare_with_released(base: Path, messages: list[Any], theirs: list[Any], bounds: dict[str, int]) -> Prompt:
+def compare_with_released(
+    base: Path, messages: list[Any], theirs: list[Any], bounds: dict[str, int]
+) -> Prompt:
     expected = released_inputs(base, theirs, bounds)
-    processor = PromptProcessor.from_settings(str(base), bounds.get("min_pixels"), bounds.get("max_pixels"))
+    processor = PromptProcessor.from_settings(
+        str(base), bounds.get("min_pixels"), bounds.get("max_pixels")
+    )
     prompt = processor.prepare(messages)
     assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
     if "pixel_values" not in expected:
@@ -136,12 +155,17 @@ def compare_with_released(base: Path, messages: list[Any], theirs: list[Any], bo
     cut = (vision.patch_size, vision.merge_size, vision.temporal_patch_size)
     patches, _ = cut_images(prompt.images, table, *cut)
     assert torch.equal(patches, expected["pixel_values"])
-    grids = [(1, image.shape[0] // vision.patch_size, image.shape[1] // vision.patch_size) for image in prompt.images]
+    grids = [
+        (1, image.shape[0] // vision.patch_size, image.shape[1] // vision.patch_size)
+        for image in prompt.images
+    ]
     assert grids == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]
     return prompt
 
 
-def settings_of(golden: Path, missing_image: str = "error", image_root: Path | None = None) -> JobSettings:
+def settings_of(
+    golden: Path, missing_image: str = "error", image_root: Path | None = None
+) -> JobSettings:
     root = None if image_root is None else str(image_root)
     model = {"base": str(golden / "released" / "base")}
     paths = {"path": "in", "missing_image": missing_image, "image_root": root}
@@ -158,12 +182,27 @@ def prepare(
     **columns: str | None,
 ) -> list[PreparedRow]:
     settings = settings_of(golden, missing_image, image_root)
-    chosen = Columns(**{"id": None, "image": None, "images": None, "prompt": "prompt", "messages": None, **columns})
-    own = [{name: row.get(name.removeprefix(OWN_PREFIX)) for name in READ_SCHEMA.names} for row in rows]
+    chosen = Columns(
+        **{
+            "id": None,
+            "image": None,
+            "images": None,
+            "prompt": "prompt",
+            "messages": None,
+            **columns,
+        }
+    )
+    own = [
+        {name: row.get(name.removeprefix(OWN_PREFIX)) for name in READ_SCHEMA.names} for row in rows
+    ]
     for row in own:
         row[REFERENCES] = row[REFERENCES] or (row[IMAGES] and [None] * len(row[IMAGES]))
-    table = pa.Table.from_pylist(own, schema=READ_SCHEMA).append_column("row", pa.array(range(len(rows))))
-    tables = list(Preparer(settings, chosen, require_images, image_root=settings.input.image_root)(table))
+    table = pa.Table.from_pylist(own, schema=READ_SCHEMA).append_column(
+        "row", pa.array(range(len(rows)))
+    )
+    tables = list(
+        Preparer(settings, chosen, require_images, image_root=settings.input.image_root)(table)
+    )
     whole = pa.concat_tables(tables)
     assert whole["row"].to_pylist() == list(range(len(rows)))
     return prepared_rows(whole)
@@ -188,18 +227,27 @@ def test_each_row_has_its_own_fate(golden: Path) -> None:
     )
     assert [row.id for row in rows if row.error is None] == ["good", "pad", "text"]
     errors = {row.id: row.error for row in rows if row.error}
-    assert errors["broken"].startswith("image_decode: image 1 of column 'pictures' (500 bytes) is no readable image")
+    assert errors["broken"].startswith(
+        "image_decode: image 1 of column 'pictures' (500 bytes) is no readable image"
+    )
     assert errors["null"] == "image_missing: column 'pictures' is null or has no bytes"
-    assert errors["null inside"] == "image_missing: image 0 of column 'pictures' is null or has no bytes"
+    assert (
+        errors["null inside"]
+        == "image_missing: image 0 of column 'pictures' is null or has no bytes"
+    )
     assert errors["mute"] == "prompt_missing: column 'prompt' is empty"
     assert errors["long"].startswith("prompt_too_long: ")
     assert "the model's context is 4096" in errors["long"]
-    assert errors["thin"].startswith("image_decode: cannot resize an image (ValueError: absolute aspect ratio")
+    assert errors["thin"].startswith(
+        "image_decode: cannot resize an image (ValueError: absolute aspect ratio"
+    )
     assert [row.prompt for row in rows][:3] == ["What?"] * 3
     assert [len(row.images) for row in rows] == [1, 0, 0, 0, 0, 0, 0, 1, 0]
 
 
-def test_images_named_by_path_are_fetched_and_an_error_names_them(golden: Path, tmp_path: Path) -> None:
+def test_images_named_by_path_are_fetched_and_an_error_names_them(
+    golden: Path, tmp_path: Path
+) -> None:
     (tmp_path / "good.png").write_bytes(picture(56, 84))
     (tmp_path / "broken.png").write_bytes(picture()[:500])
     names = ["good.png", "broken.png", "none.png", "../good.png", "good.png"]
@@ -217,7 +265,9 @@ def test_images_named_by_path_are_fetched_and_an_error_names_them(golden: Path, 
         None,
     ]
     assert rows[0].images[0].shape == (84, 56, 3)
-    assert rows[1].error.startswith("image_decode: column 'file', 'broken.png', (500 bytes) is no readable image")
+    assert rows[1].error.startswith(
+        "image_decode: column 'file', 'broken.png', (500 bytes) is no readable image"
+    )
     assert rows[2].error == "image_missing: 'none.png' does not exist"
     assert [row.prompt for row in rows] == ["What?"] * 5
 
@@ -225,7 +275,10 @@ def test_images_named_by_path_are_fetched_and_an_error_names_them(golden: Path, 
 def test_images_named_in_a_chat_are_fetched(golden: Path, tmp_path: Path) -> None:
     (tmp_path / "good.png").write_bytes(picture(56, 84))
     part = '{"type": "image_url", "image_url": {"url": "%s"}}'
-    chats = ['[{"role": "user", "content": [' + part % name + "]}]" for name in ("good.png", "/etc/hostname")]
+    chats = [
+        '[{"role": "user", "content": [' + part % name + "]}]"
+        for name in ("good.png", "/etc/hostname")
+    ]
     rows = prepare(
         golden,
         [{"id": str(i), "messages": chat, "images": []} for i, chat in enumerate(chats)],
@@ -238,19 +291,31 @@ def test_images_named_in_a_chat_are_fetched(golden: Path, tmp_path: Path) -> Non
 
 
 def test_a_missing_image_may_leave_the_text_to_answer(golden: Path) -> None:
-    rows = [{"id": "a", "prompt": "What?", "images": None}, {"id": "b", "prompt": "What?", "images": [None]}]
+    rows = [
+        {"id": "a", "prompt": "What?", "images": None},
+        {"id": "b", "prompt": "What?", "images": [None]},
+    ]
     null, null_inside = prepare(golden, rows, missing_image="text_only", images="pictures")
     assert (null.error, null.images) == (None, ())
-    assert null_inside.error == "image_missing: image 0 of column 'pictures' is null or has no bytes"
+    assert (
+        null_inside.error == "image_missing: image 0 of column 'pictures' is null or has no bytes"
+    )
 
 
 def test_a_caption_needs_an_image(golden: Path) -> None:
-    rows = prepare(golden, [{"id": "a", "prompt": "Describe.", "images": []}], require_images=True, images="pictures")
+    rows = prepare(
+        golden,
+        [{"id": "a", "prompt": "Describe.", "images": []}],
+        require_images=True,
+        images="pictures",
+    )
     assert rows[0].error == "image_missing: column 'pictures' holds no image to caption"
 
 
 def test_a_prompt_that_is_no_utf8_is_an_error_of_its_row(golden: Path) -> None:
-    not_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    not_utf8 = pa.StringArray.from_buffers(
+        1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")
+    )
     settings = settings_of(golden)
     none = {name: pa.array([[]], READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)}
     nothing = {name: pa.nulls(1, pa.string()) for name in (MESSAGES, SETTINGS, ERROR)}
@@ -261,14 +326,19 @@ def test_a_prompt_that_is_no_utf8_is_an_error_of_its_row(golden: Path) -> None:
     assert row.error.startswith("prompt_invalid: column 'question' is no valid UTF-8")
 
 
-def test_pixels_of_large_rows_travel_in_tables_of_bounded_size(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_of_large_rows_travel_in_tables_of_bounded_size(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pipeline.actors.prepare as module
 
     monkeypatch.setattr(module, "TABLE_BYTES", 3 * 56 * 56 * 2)
     rows = prepare(
-        golden, [{"id": str(i), "prompt": "What?", "images": [picture(seed=i)]} for i in range(5)], images="images"
+        golden,
+        [{"id": str(i), "prompt": "What?", "images": [picture(seed=i)]} for i in range(5)],
+        images="images",
     )
     assert [row.id for row in rows] == list("01234")
     assert all(
-        np.array_equal(row.images[0], np.asarray(Image.open(io.BytesIO(picture(seed=i))))) for i, row in enumerate(rows)
+        np.array_equal(row.images[0], np.asarray(Image.open(io.BytesIO(picture(seed=i)))))
+        for i, row in enumerate(rows)
     )

@@ -41,7 +41,11 @@ def answers(checkpoint: tuple[Path, Path], count: int = 3, **generation: Any) ->
     rows = []
     for number, asked in enumerate(random_questions(count, seed=7)):
         prompt = processor.prepare(asked.messages)
-        rows.append(PreparedRow(str(number), asked.question, None, prompt.input_ids, prompt.span, prompt.images))
+        rows.append(
+            PreparedRow(
+                str(number), asked.question, None, prompt.input_ids, prompt.span, prompt.images
+            )
+        )
 
     async def run() -> list[Any]:
         replica = Replica(settings, pa.schema([]), count, "cpu", 1, None, None)
@@ -57,9 +61,13 @@ def test_an_answer_without_fault_is_not_tried_again(checkpoint: tuple[Path, Path
     assert {one.tries for one in answers(checkpoint, regex=r"(?s).*")} == {1}
 
 
-def test_invalid_answers_are_sampled_again_and_a_valid_one_is_kept(checkpoint: tuple[Path, Path]) -> None:
+def test_invalid_answers_are_sampled_again_and_a_valid_one_is_kept(
+    checkpoint: tuple[Path, Path],
+) -> None:
     greedy = answers(checkpoint)
-    other_than_greedy = f"(?s)(?!(?:{'|'.join(regex.escape(one.answer.text.strip()) for one in greedy)})$).*"
+    other_than_greedy = (
+        f"(?s)(?!(?:{'|'.join(regex.escape(one.answer.text.strip()) for one in greedy)})$).*"
+    )
     again = answers(checkpoint, regex=other_than_greedy, retry_temperature=2.0)
     assert [one.tries for one in again] == [2] * 3
     assert not any("invalid" in one.flags for one in again)
@@ -67,7 +75,9 @@ def test_invalid_answers_are_sampled_again_and_a_valid_one_is_kept(checkpoint: t
     assert [one.answer.token_ids for one in again] == [one.answer.token_ids for one in repeated]
 
 
-def test_what_never_becomes_valid_keeps_its_first_answer_and_its_flag(checkpoint: tuple[Path, Path]) -> None:
+def test_what_never_becomes_valid_keeps_its_first_answer_and_its_flag(
+    checkpoint: tuple[Path, Path],
+) -> None:
     greedy = answers(checkpoint, 2)
     never = answers(checkpoint, 2, regex="never", retries=3)
     assert [one.tries for one in never] == [4, 4]
@@ -76,15 +86,23 @@ def test_what_never_becomes_valid_keeps_its_first_answer_and_its_flag(checkpoint
 
 
 def test_only_flags_that_are_named_are_worth_another_try(checkpoint: tuple[Path, Path]) -> None:
-    assert {one.tries for one in answers(checkpoint, regex="never", retry_flags=["repetition"])} == {1}
+    assert {
+        one.tries for one in answers(checkpoint, regex="never", retry_flags=["repetition"])
+    } == {1}
 
 
-def test_a_gpu_that_does_not_say_how_busy_it_is_is_told_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_does_not_say_how_busy_it_is_is_told_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 93)
     told = process_gauges(gpu)
-    assert (told["gpu_use"], told["gpu_memory"], told["gpu_memory_total"]) == (0.93, 5 << 30, 8 << 30)
+    assert (told["gpu_use"], told["gpu_memory"], told["gpu_memory_total"]) == (
+        0.93,
+        5 << 30,
+        8 << 30,
+    )
 
     def unknown(device: torch.device) -> int:
         raise RuntimeError("not supported")

@@ -1,4 +1,6 @@
-"""One row never costs more than itself: what it may ask for is bounded, and said before it is spent."""
+"""One row never costs more than itself: what it may ask for is bounded, and said before it is
+spent.
+"""
 
 from __future__ import annotations
 
@@ -33,24 +35,41 @@ def job(golden: Path, **images: Any) -> JobSettings:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    own = [{name: row.get(name.removeprefix("awaker:")) for name in READ_SCHEMA.names} for row in rows]
+    own = [
+        {name: row.get(name.removeprefix("awaker:")) for name in READ_SCHEMA.names} for row in rows
+    ]
     made = pa.Table.from_pylist(own, schema=READ_SCHEMA)
     count = len(rows)
-    for name, values in {SHARD: ["s"] * count, ROW: list(range(count)), QUESTION: [""] * count}.items():
+    for name, values in {
+        SHARD: ["s"] * count,
+        ROW: list(range(count)),
+        QUESTION: [""] * count,
+    }.items():
         made = made.append_column(name, pa.array(values))
     return made
 
 
 def prepare(
-    golden: Path, rows: Sequence[dict[str, Any]], root: Path | None = None, chat: bool = False, **images: Any
+    golden: Path,
+    rows: Sequence[dict[str, Any]],
+    root: Path | None = None,
+    chat: bool = False,
+    **images: Any,
 ) -> list[PreparedRow]:
     columns = Columns("id", None, "pictures", None if chat else "prompt", "chat" if chat else None)
-    preparer = Preparer(job(golden, **images), columns, False, None, None if root is None else str(root))
+    preparer = Preparer(
+        job(golden, **images), columns, False, None, None if root is None else str(root)
+    )
     return [row for part in preparer(table(rows)) for row in prepared_rows(part)]
 
 
 def with_images(*images: bytes) -> dict[str, Any]:
-    return {"id": "a", "prompt": "What?", "images": list(images), "references": [None] * len(images)}
+    return {
+        "id": "a",
+        "prompt": "What?",
+        "images": list(images),
+        "references": [None] * len(images),
+    }
 
 
 def naming(*names: str) -> dict[str, Any]:
@@ -61,17 +80,29 @@ def test_a_row_that_asks_for_too_much_is_an_error_that_names_the_setting(golden:
     three = [picture(seed=seed) for seed in range(3)]
     size = sum(map(len, three))
     assert (
-        prepare(golden, [with_images(*three)], max_images=3, max_row_bytes=size, max_row_pixels=3 * 56 * 56)[0].error
+        prepare(
+            golden,
+            [with_images(*three)],
+            max_images=3,
+            max_row_bytes=size,
+            max_row_pixels=3 * 56 * 56,
+        )[0].error
         is None
     )
     errors = [
         prepare(golden, [with_images(*three), with_images(three[0])], **{key: most})
-        for key, most in (("max_images", 2), ("max_row_bytes", size - 1), ("max_row_pixels", 3 * 56 * 56 - 1))
+        for key, most in (
+            ("max_images", 2),
+            ("max_row_bytes", size - 1),
+            ("max_row_pixels", 3 * 56 * 56 - 1),
+        )
     ]
     assert [row[0].error for row in errors] == [
         "image_too_large: the row has 3 images, above images.max_images 2",
-        f"image_too_large: the row's images have {size:,} bytes or more, above images.max_row_bytes {size - 1:,}",
-        "image_too_large: the row's images have 9,408 pixels or more, above images.max_row_pixels 9,407",
+        f"image_too_large: the row's images have {size:,} bytes or more, above "
+        f"images.max_row_bytes {size - 1:,}",
+        "image_too_large: the row's images have 9,408 pixels or more, above images.max_row_pixels "
+        "9,407",
     ]
     assert [row[1].error for row in errors] == [None] * 3  # each row has a budget of its own
 
@@ -90,7 +121,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
     return found
 
 
-def test_images_that_do_not_fit_are_told_before_any_is_decoded(golden: Path, decoded: list[Image.Image]) -> None:
+def test_images_that_do_not_fit_are_told_before_any_is_decoded(
+    golden: Path, decoded: list[Image.Image]
+) -> None:
     vast = io.BytesIO()
     Image.new("L", (1400, 1400)).save(vast, "PNG")
     (row,) = prepare(golden, [with_images(*[vast.getvalue()] * 12)])
@@ -100,7 +133,9 @@ def test_images_that_do_not_fit_are_told_before_any_is_decoded(golden: Path, dec
     assert decoded == []
 
 
-def test_equal_references_are_fetched_and_decoded_once(golden: Path, tmp_path: Path, decoded: list[Image.Image]) -> None:
+def test_equal_references_are_fetched_and_decoded_once(
+    golden: Path, tmp_path: Path, decoded: list[Image.Image]
+) -> None:
     (tmp_path / "a.png").write_bytes(picture())
     rows = prepare(golden, [naming("a.png", "a.png", "a.png")], tmp_path)
     assert [len(row.images) for row in rows] == [3]
@@ -142,11 +177,16 @@ def test_what_is_fetched_ahead_is_bounded_and_dropped_with_its_row(noted: type[N
     assert noted.asked == []
     for row in range(19):
         ahead.hand(row)
-        assert len(noted.asked) == min(row + 5, 20)  # the row's own and four of later rows: 100 bytes
+        assert len(noted.asked) == min(
+            row + 5, 20
+        )  # the row's own and four of later rows: 100 bytes
         assert len(ahead.get(str(row))) == 20
     ahead.hand(19)
     assert len(ahead.get("large")) == len(ahead.get("large")) == 500
-    assert noted.asked[-2:] == [("large", 20), ("large", 1000)]  # a large file alone, once its row is in hand
+    assert noted.asked[-2:] == [
+        ("large", 20),
+        ("large", 1000),
+    ]  # a large file alone, once its row is in hand
 
 
 def test_what_is_under_way_counts_as_much_as_it_may_become(noted: type[Noted]) -> None:
@@ -187,7 +227,16 @@ def test_after_a_death_only_the_row_in_hand_is_fetched_for(
     rows = table([naming(str(n)) for n in range(4)])
     monitor.begin("prepare", ("s", 0, ""))  # whoever began it is dead
     list(Preparer(job(golden), columns, False, Asked(monitor, told))(rows))
-    assert [entry if isinstance(entry, int) else entry[0] for entry in told] == [0, "0", 1, "1", 2, "2", 3, "3"]
+    assert [entry if isinstance(entry, int) else entry[0] for entry in told] == [
+        0,
+        "0",
+        1,
+        "1",
+        2,
+        "2",
+        3,
+        "3",
+    ]
 
 
 def test_texts_that_cannot_be_written_cost_no_more_than_their_row(golden: Path) -> None:
@@ -199,7 +248,12 @@ def test_texts_that_cannot_be_written_cost_no_more_than_their_row(golden: Path) 
         [{"role": "user", "content": "Hi"}],
     ]
     rows = prepare(
-        golden, [{"id": "a", "images": [], "references": [], "messages": json.dumps(chat)} for chat in chats], chat=True
+        golden,
+        [
+            {"id": "a", "images": [], "references": [], "messages": json.dumps(chat)}
+            for chat in chats
+        ],
+        chat=True,
     )
     assert [row.error is None for row in rows] == [False] * 4 + [True]
     assert all(len(row.error) < 1100 for row in rows[:4])

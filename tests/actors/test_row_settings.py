@@ -41,22 +41,51 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"temperature": 1.0, "top_k": 3, "repetition_penalty": 1.3},
     ),
     ({"temperature": 0}, {"temperature": 0.0}),
-    ({"n": 1, "frequency_penalty": 0, "response_format": {"type": "text"}, "logprobs": False, "user": "me"}, {}),
-    ({"stream": True, "metadata": {"a": "b"}, "tools": [], "logit_bias": {}, "stop": None, "top_p": None}, {}),
+    (
+        {
+            "n": 1,
+            "frequency_penalty": 0,
+            "response_format": {"type": "text"},
+            "logprobs": False,
+            "user": "me",
+        },
+        {},
+    ),
+    (
+        {
+            "stream": True,
+            "metadata": {"a": "b"},
+            "tools": [],
+            "logit_bias": {},
+            "stop": None,
+            "top_p": None,
+        },
+        {},
+    ),
 ]
 
 
 def write_batch(folder: Path, bodies: list[dict[str, Any]]) -> None:
     folder.mkdir()
-    lines = [{"custom_id": f"r{n}", "body": {"model": "m", "messages": CHAT, **body}} for n, body in enumerate(bodies)]
+    lines = [
+        {"custom_id": f"r{n}", "body": {"model": "m", "messages": CHAT, **body}}
+        for n, body in enumerate(bodies)
+    ]
     (folder / "batch.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 def prepared(settings: JobSettings) -> list[PreparedRow]:
     plan = plan_input(settings.input, RESERVED_COLUMNS)
     preparer = Preparer(settings, plan.columns, require_images=False)
-    pieces = PlannedShards(plan, {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}, 32).pieces
-    tables = (table for piece in pieces for read in read_piece(piece, plan, 32) for table in preparer(read))
+    pieces = PlannedShards(
+        plan, {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}, 32
+    ).pieces
+    tables = (
+        table
+        for piece in pieces
+        for read in read_piece(piece, plan, 32)
+        for table in preparer(read)
+    )
     return [row for table in tables for row in prepared_rows(table)]
 
 
@@ -66,9 +95,21 @@ def test_a_line_is_answered_as_by_a_job_with_its_settings(tmp_path: Path) -> Non
 
     def job(**generation: Any) -> JobSettings:
         model = {"base": str(base), "adapter": str(adapter), "dtype": "float32", "device": "cpu"}
-        own = {"max_new_tokens": 8, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "stop_repetition": False, "retries": 0}
-        paths: dict[str, Any] = {"input": {"path": str(tmp_path / "in")}, "output": {"path": str(tmp_path / "out")}}
-        return JobSettings.model_validate({"model": model, "generation": {**own, **generation}, **paths})
+        own = {
+            "max_new_tokens": 8,
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "stop_repetition": False,
+            "retries": 0,
+        }
+        paths: dict[str, Any] = {
+            "input": {"path": str(tmp_path / "in")},
+            "output": {"path": str(tmp_path / "out")},
+        }
+        return JobSettings.model_validate(
+            {"model": model, "generation": {**own, **generation}, **paths}
+        )
 
     rows = prepared(job())
     assert [row.error for row in rows] == [None] * len(SAME)
@@ -83,8 +124,14 @@ def test_a_line_is_answered_as_by_a_job_with_its_settings(tmp_path: Path) -> Non
             jobs = [job_sampling(job(**settings).generation, base) for _, settings in SAME]
             alone = [engine.generate([Request(ids, span, (), sampling)])[0] for sampling in jobs]
             middle = together[0].answer.text[2:4]
-            stops = [row_settings(json.dumps({"stop": stop}), 8) for stop in (middle, ["never", middle])]
-            return together, alone, await replica._answer([replace(rows[0], sampling=own) for own in stops])
+            stops = [
+                row_settings(json.dumps({"stop": stop}), 8) for stop in (middle, ["never", middle])
+            ]
+            return (
+                together,
+                alone,
+                await replica._answer([replace(rows[0], sampling=own) for own in stops]),
+            )
 
     together, alone, stopped = asyncio.run(run())
     assert [one.answer.token_ids for one in together] == [one.token_ids for one in alone]
@@ -106,12 +153,18 @@ LONG = "x" * 10_000
         ({"max_tokens": True}, "body.max_tokens is true: input should be a valid integer"),
         ({"max_tokens": "16"}, 'body.max_tokens is "16": input should be a valid integer'),
         ({"max_tokens": 10**30}, "body.max_tokens is 1000000000000000000000000000000: "),
-        ({"max_tokens": 3, "max_completion_tokens": 4}, "body.max_tokens and body.max_completion_tokens differ"),
+        (
+            {"max_tokens": 3, "max_completion_tokens": 4},
+            "body.max_tokens and body.max_completion_tokens differ",
+        ),
         ({"temperature": "hot"}, 'body.temperature is "hot": input should be a valid number'),
         ({"temperature": -1}, "body.temperature is -1: input should be greater than or equal to 0"),
         ({"temperature": float("inf")}, "body.temperature is Infinity: "),
         ({"temperature": float("nan")}, "body.temperature is NaN: "),
-        ({"temperature": 1e-30}, "body.temperature is 1e-30: is too small; expected 0 (greedy), or 0.000001 at least"),
+        (
+            {"temperature": 1e-30},
+            "body.temperature is 1e-30: is too small; expected 0 (greedy), or 0.000001 at least",
+        ),
         ({"top_p": 0}, "body.top_p is 0: input should be greater than 0"),
         ({"top_p": 1.1}, "body.top_p is 1.1: input should be less than or equal to 1"),
         ({"repetition_penalty": 1e-300}, "body.repetition_penalty is 1e-300: "),
@@ -124,7 +177,10 @@ LONG = "x" * 10_000
         ({"stop": "\ud800"}, r'body.stop is ["\ud800"]: '),
         ({"n": 3}, "body.n is 3, which is not followed; expected 1"),
         ({"n": True}, "body.n is true, which is not followed; expected 1"),
-        ({"frequency_penalty": 0.5}, "body.frequency_penalty is 0.5, which is not followed; expected 0"),
+        (
+            {"frequency_penalty": 0.5},
+            "body.frequency_penalty is 0.5, which is not followed; expected 0",
+        ),
         (
             {"response_format": {"type": "json_object"}},
             'body.response_format is {"type": "json_object"}, which is not followed',
@@ -135,7 +191,9 @@ LONG = "x" * 10_000
     ],
     ids=range(27),
 )
-def test_a_setting_that_cannot_be_followed_is_an_error_of_its_row(body: dict[str, Any], says: str) -> None:
+def test_a_setting_that_cannot_be_followed_is_an_error_of_its_row(
+    body: dict[str, Any], says: str
+) -> None:
     with pytest.raises(RowError) as caught:
         row_settings(json.dumps(body), 8)
     assert caught.value.code == "row_malformed"
@@ -144,7 +202,9 @@ def test_a_setting_that_cannot_be_followed_is_an_error_of_its_row(body: dict[str
     assert caught.value.cause.isascii()
 
 
-def test_a_line_whose_settings_cannot_be_followed_is_lost_alone(golden: Path, tmp_path: Path) -> None:
+def test_a_line_whose_settings_cannot_be_followed_is_lost_alone(
+    golden: Path, tmp_path: Path
+) -> None:
     write_batch(tmp_path / "in", [{"max_tokens": 5}, {"temperature": "hot"}, {"n": 2}, {}])
     with (tmp_path / "in/batch.jsonl").open("a") as file:
         for line in (
@@ -157,7 +217,9 @@ def test_a_line_whose_settings_cannot_be_followed_is_lost_alone(golden: Path, tm
         {"base": str(golden / "released" / "base")},
         {"output": {"path": "out"}, "input": {"path": str(tmp_path / "in")}},
     )
-    rows = prepared(JobSettings.model_validate({"model": model, **paths, "generation": {"max_new_tokens": 3}}))
+    rows = prepared(
+        JobSettings.model_validate({"model": model, **paths, "generation": {"max_new_tokens": 3}})
+    )
     assert [(row.id, row.error and row.error.partition(";")[0], row.sampling) for row in rows] == [
         ("r0", None, {"max_new_tokens": 3}),  # the job's own is the most
         ("r1", 'row_malformed: body.temperature is "hot": input should be a valid number', {}),
@@ -174,18 +236,29 @@ def test_settings_are_a_batchs_alone(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "batch")
     assert list(plan.extras) == ["model"]
     write_shard(tmp_path / "in/a.parquet", {"prompt": ["?"], "awaker:settings": ["{}"]}, [1])
-    with pytest.raises(InputError, match="column 'awaker:settings' begins with 'awaker:', which is ours"):
+    with pytest.raises(
+        InputError, match="column 'awaker:settings' begins with 'awaker:', which is ours"
+    ):
         plan_of(tmp_path / "in")
 
 
 def test_a_plan_says_what_holds_for_lines(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text('{"top_k": 1, "temperature": 0.01, "top_p": 0.001, "do_sample": true}')
+    (tmp_path / "generation_config.json").write_text(
+        '{"top_k": 1, "temperature": 0.01, "top_p": 0.001, "do_sample": true}'
+    )
     told = rules_for_rows(GenerationSettings(max_new_tokens=64), tmp_path)
-    assert told.startswith("of their own where lines have them (max_tokens, max_completion_tokens, temperature, top_p,")
+    assert told.startswith(
+        "of their own where lines have them (max_tokens, max_completion_tokens, temperature, top_p,"
+    )
     assert "at most 64 new tokens (generation.max_new_tokens)" in told
-    assert "the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 (and top_p=1) draws" in told
+    assert (
+        "the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 (and top_p=1) draws"
+        in told
+    )
     assert "greedy" not in rules_for_rows(GenerationSettings(top_k=0), tmp_path)
-    assert job_sampling(GenerationSettings(), tmp_path).with_own({"stop": ["a"], "top_k": 0}).stop == ("a",)
+    assert job_sampling(GenerationSettings(), tmp_path).with_own(
+        {"stop": ["a"], "top_k": 0}
+    ).stop == ("a",)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +279,11 @@ def test_a_plan_says_what_holds_for_lines(tmp_path: Path) -> None:
         '{"do_sample": true, "temperature": -1}',
     ],
 )
-def test_a_checkpoints_sampling_that_cannot_be_read_is_an_error_in_one_line(content: str, tmp_path: Path) -> None:
+def test_a_checkpoints_sampling_that_cannot_be_read_is_an_error_in_one_line(
+    content: str, tmp_path: Path
+) -> None:
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"^model.base: cannot read .*/generation_config.json \([^\n]*$"):
+    with pytest.raises(
+        CheckpointError, match=r"^model.base: cannot read .*/generation_config.json \([^\n]*$"
+    ):
         job_sampling(GenerationSettings(), tmp_path)

@@ -134,7 +134,9 @@ class MortalReplica(Replica):
     st.integers(1, 4),
 )
 @settings(max_examples=100, deadline=None)
-def test_replicas_lose_the_rows_that_kill_them_and_no_other(sizes: list[int], deadly: set[int], at_once: int) -> None:
+def test_replicas_lose_the_rows_that_kill_them_and_no_other(
+    sizes: list[int], deadly: set[int], at_once: int
+) -> None:
     ends = np.cumsum(sizes)
     rows = [PreparedRow(str(number), "?") for number in range(ends[-1])]
     blocks = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
@@ -144,7 +146,9 @@ def test_replicas_lose_the_rows_that_kill_them_and_no_other(sizes: list[int], de
     async def block(replica: MortalReplica, own: range) -> None:
         places = [("a", number) for number in own]
         results = await replica._answer_watched([rows[number] for number in own], places)
-        answers.update((rows[number].id, result) for number, result in zip(own, results, strict=True))
+        answers.update(
+            (rows[number].id, result) for number, result in zip(own, results, strict=True)
+        )
         monitor.end("answer", places[0])
 
     async def life() -> None:
@@ -161,7 +165,10 @@ def test_replicas_lose_the_rows_that_kill_them_and_no_other(sizes: list[int], de
         assert deaths <= 4 * len(deadly)  # in its block, among some, and twice alone
     lost = {id_ for id_, answer in answers.items() if answer != id_}
     assert lost == {row.id for row in rows if int(row.id) in deadly}
-    assert all(answers[id_].startswith("worker_died: the replica that answered this row died, 2 times") for id_ in lost)
+    assert all(
+        answers[id_].startswith("worker_died: the replica that answered this row died, 2 times")
+        for id_ in lost
+    )
 
 
 def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answered(
@@ -181,14 +188,27 @@ def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answere
             return list(self(table))
 
     images = [[b"deadly" if row == 3 else picture(seed=row)] for row in range(6)]
-    columns = {ID: [str(row) for row in range(6)], IMAGES: images, REFERENCES: [[None]] * 6, PROMPT: ["What?"] * 6}
+    columns = {
+        ID: [str(row) for row in range(6)],
+        IMAGES: images,
+        REFERENCES: [[None]] * 6,
+        PROMPT: ["What?"] * 6,
+    }
     nothing = {name: pa.nulls(6, pa.string()) for name in (MESSAGES, SETTINGS, ERROR)}
     table = pa.table({**columns, **nothing}, READ_SCHEMA)
-    places = {SHARD: pa.array(["a"] * 6), ROW: pa.array(range(6), pa.int64()), QUESTION: pa.array([""] * 6)}
+    places = {
+        SHARD: pa.array(["a"] * 6),
+        ROW: pa.array(range(6), pa.int64()),
+        QUESTION: pa.array([""] * 6),
+    }
     for name, values in places.items():
         table = table.append_column(name, values)
     job = JobSettings.model_validate(
-        {"model": {"base": str(golden / "released/base")}, "input": {"path": "in"}, "output": {"path": "out"}}
+        {
+            "model": {"base": str(golden / "released/base")},
+            "input": {"path": "in"},
+            "output": {"path": "out"},
+        }
     )
     monitor = ray.remote(num_cpus=0)(Monitor).remote()
     mortal = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mortal).remote(

@@ -1,6 +1,8 @@
-"""Drivers, workers and nodes die or are cut off at random; afterwards every row is answered once, as if nothing had been.
+"""Drivers, workers and nodes die or are cut off at random; afterwards every row is answered once,
+as if nothing had been.
 
-`CHAOS_ROUNDS` deaths (5 in `make test`, 50 in `make chaos`), drawn from `CHAOS_SEED`, which a failure names.
+`CHAOS_ROUNDS` deaths (5 in `make test`, 50 in `make chaos`), drawn from `CHAOS_SEED`, which a
+failure names.
 """
 
 from __future__ import annotations
@@ -34,8 +36,13 @@ SEED = int(os.environ.get("CHAOS_SEED", "20261122"))
 ROWS = (60 if ROUNDS <= 10 else 90) * ROUNDS
 #: What is killed, and how often.
 VICTIMS = {"driver": 0.3, "worker": 0.4, "node": 0.15, "cut off": 0.15}
-#: When Ray counts a node as dead that does not answer; and seconds that one is cut off, which are more.
-HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
+#: When Ray counts a node as dead that does not answer; and seconds that one is cut off, which are
+#: more.
+HEALTH = {
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}
 CUT_OFF_SECONDS = 20.0
 
 
@@ -57,7 +64,9 @@ def job(tmp_path: Path) -> dict[str, Any]:
         "generation.max_new_tokens": 12,
         "generation.temperature": 0,
         "preparation.rows_per_block": 5,
-        "preparation.actors": 2 if ROUNDS > 10 else 1,  # each costs a start of seconds after each death
+        "preparation.actors": 2
+        if ROUNDS > 10
+        else 1,  # each costs a start of seconds after each death
         "engine.batch_size": 4,
     }
 
@@ -78,10 +87,19 @@ class Nodes:
         self.mortal.append(self.cluster.add_node(num_cpus=2))
 
     def cut_off(self, draw: random.Random) -> None:
-        """One node stands still for longer than Ray waits for it, then goes on as if nothing had been; another joins."""
+        """One node stands still for longer than Ray waits for it, then goes on as if nothing had
+        been; another joins.
+        """
         node = self.mortal.pop(draw.randrange(len(self.mortal)))
-        processes = [psutil.Process(part.process.pid) for parts in node.all_processes.values() for part in parts]
-        for process in [*processes, *(child for one in processes for child in one.children(recursive=True))]:
+        processes = [
+            psutil.Process(part.process.pid)
+            for parts in node.all_processes.values()
+            for part in parts
+        ]
+        for process in [
+            *processes,
+            *(child for one in processes for child in one.children(recursive=True)),
+        ]:
             with suppress(psutil.NoSuchProcess):
                 process.suspend()
                 self._cut_off.append((time.monotonic() + CUT_OFF_SECONDS, [process]))
@@ -104,9 +122,14 @@ class Nodes:
             for part in node.all_processes.get("raylet", []):
                 with suppress(psutil.NoSuchProcess):
                     children = psutil.Process(part.process.pid).children(recursive=True)
-                    # A node's agents are no workers: a node whose agent dies goes with it, the head's and its drivers too.
+                    # A node's agents are no workers: a node whose agent dies goes with it, the
+                    # head's and its drivers too.
                     titles = {process: _title(process) for process in children}
-                    found += [one for one, title in titles.items() if title.startswith("ray::") and "Agent" not in title]
+                    found += [
+                        one
+                        for one, title in titles.items()
+                        if title.startswith("ray::") and "Agent" not in title
+                    ]
         return found
 
 
@@ -158,7 +181,9 @@ def committed(out: Path) -> int:
 
 
 @pytest.mark.timeout(3600)
-def test_whatever_dies_every_row_is_answered_exactly_once(job: dict[str, Any], tmp_path: Path, nodes: Nodes) -> None:
+def test_whatever_dies_every_row_is_answered_exactly_once(
+    job: dict[str, Any], tmp_path: Path, nodes: Nodes
+) -> None:
     draw = random.Random(SEED)
     expected = answered_here("vqa", job)
     assert len(expected) == ROWS
@@ -178,7 +203,11 @@ def test_whatever_dies_every_row_is_answered_exactly_once(job: dict[str, Any], t
             if driver.poll() is None:
                 what = kill_one(nodes, driver, draw)
                 killed[what.split("(")[0].split(".")[0]] += 1
-                print(f"round {round_} (seed {SEED}): killed {what} at {committed(out)} rows", file=sys.stderr, flush=True)
+                print(
+                    f"round {round_} (seed {SEED}): killed {what} at {committed(out)} rows",
+                    file=sys.stderr,
+                    flush=True,
+                )
             if driver.poll() is not None and round_ < ROUNDS - 1:
                 assert driver.returncode in (0, -signal.SIGKILL), log.read_text()[-3000:]
                 driver = drive(job, nodes, log)
@@ -199,4 +228,6 @@ def test_whatever_dies_every_row_is_answered_exactly_once(job: dict[str, Any], t
     assert killed.total() >= ROUNDS // 2, f"the job was over too soon: {killed}"
     answered = results(out)  # each once
     assert answered.keys() == expected.keys()
-    assert {id_: {name: answered[id_][name] for name in row} for id_, row in expected.items()} == expected, f"seed {SEED}"
+    assert {
+        id_: {name: answered[id_][name] for name in row} for id_, row in expected.items()
+    } == expected, f"seed {SEED}"

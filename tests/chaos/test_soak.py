@@ -1,6 +1,8 @@
-"""A long job over dirty data: every row is accounted for, no process grows, and the time left is told rightly.
+"""A long job over dirty data: every row is accounted for, no process grows, and the time left is
+told rightly.
 
-`SOAK_ROWS` rows (20,000 in `make soak`; none in `make test`), one in a hundred of them bad, on the small checkpoint.
+`SOAK_ROWS` rows (20,000 in `make soak`; none in `make test`), one in a hundred of them bad, on the
+small checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ ROWS = int(os.environ.get("SOAK_ROWS", "0"))
 SMALL = ROOT / "pipeline/demo/awaker-small"
 #: How often memory is looked at, in seconds.
 INTERVAL = 5.0
-#: How much the highest memory of a process may lie, in the job's last quarter, above that of its second.
+#: How much the highest memory of a process may lie, in the job's last quarter, above that of its
+#: second.
 GROWTH_SHARE, GROWTH_BYTES = 0.1, 64 << 20
 
 
@@ -65,7 +68,8 @@ def spoil(folder: Path, draw: random.Random) -> dict[str, str]:
 
 
 class MemoryWatch(threading.Thread):
-    """Notes now and then how much memory of their own (what they share, the object store, aside) Ray's processes have.
+    """Notes now and then how much memory of their own (what they share, the object store, aside)
+    Ray's processes have.
 
     Of each kind it is the largest process.
     """
@@ -103,7 +107,9 @@ def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
 
     monkeypatch.setattr(LogDisplay, "update", update)
     # One scene in ten has a question that needs no picture and is left out.
-    write_scenes(ScenesSettings(output=str(tmp_path / "in"), rows=ROWS * 9 // 8, rows_per_shard=2000, seed=5))
+    write_scenes(
+        ScenesSettings(output=str(tmp_path / "in"), rows=ROWS * 9 // 8, rows_per_shard=2000, seed=5)
+    )
     spoiled = spoil(tmp_path / "in", random.Random(5))
     total = sum(pq.read_metadata(shard).num_rows for shard in (tmp_path / "in").glob("*.parquet"))
     assert total >= ROWS
@@ -136,8 +142,14 @@ def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
     for kind, samples in watch.seen.items():
         first, behind = samples[0][0], samples[-1][0] + INTERVAL
         quarter = [int(4 * (at - first) / (behind - first)) for at, _ in samples]
-        second, last = (max((s for (_, s), q in zip(samples, quarter, strict=True) if q == n), default=0) for n in (1, 3))
-        print(f"{kind}: {second / 2**20:.0f} MiB in the second quarter, {last / 2**20:.0f} MiB in the last")
+        second, last = (
+            max((s for (_, s), q in zip(samples, quarter, strict=True) if q == n), default=0)
+            for n in (1, 3)
+        )
+        print(
+            f"{kind}: {second / 2**20:.0f} MiB in the second quarter, {last / 2**20:.0f} MiB in "
+            "the last"
+        )
         print("   ", *(round(size / 2**20) for _, size in samples[:: max(1, len(samples) // 40)]))
         if last > second * (1 + GROWTH_SHARE) + GROWTH_BYTES:
             grown[kind] = (second, last)

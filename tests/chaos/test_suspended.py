@@ -1,8 +1,9 @@
 """Machines sleep, drivers stand still, storage is far: whoever wakes up late doubles nothing.
 
-`SUSPENDED_ROUNDS` rounds (2 in `make test`, 20 in `make chaos`), drawn from `CHAOS_SEED`, which a failure names; in turn
-on a local disk and on an object store. In each, a job is stopped (SIGSTOP) at a random moment, all of it or its driver
-alone; a second run of the same command takes the output over and finishes it; then the first wakes up.
+`SUSPENDED_ROUNDS` rounds (2 in `make test`, 20 in `make chaos`), drawn from `CHAOS_SEED`, which a
+failure names; in turn on a local disk and on an object store. In each, a job is stopped (SIGSTOP)
+at a random moment, all of it or its driver alone; a second run of the same command takes the output
+over and finishes it; then the first wakes up.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def send(processes: list[psutil.Process], number: signal.Signals) -> None:
             process.send_signal(number)
 
 
-def wait_for(what: Callable[[], object], driver: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_for(
+    what: Callable[[], object], driver: subprocess.Popen[bytes], seconds: float = 120
+) -> None:
     until = time.monotonic() + seconds
     while not what() and driver.poll() is None and time.monotonic() < until:
         time.sleep(0.005)
@@ -97,13 +100,21 @@ def wait_for(what: Callable[[], object], driver: subprocess.Popen[bytes], second
 
 def answers(folder: OutputFolder) -> list[dict[str, Any]]:
     """What a plain reader of the folder sees."""
-    return [row for name in folder.sizes() for row in pq.read_table(io.BytesIO(folder.read(name))).to_pylist()]
+    return [
+        row
+        for name in folder.sizes()
+        for row in pq.read_table(io.BytesIO(folder.read(name))).to_pylist()
+    ]
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def test_whoever_wakes_up_late_doubles_nothing(
-    round_: int, job: dict[str, Any], expected: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+    round_: int,
+    job: dict[str, Any],
+    expected: dict[str, Any],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     draw = random.Random(SEED * 1000 + round_)
     on_disk = round_ % 2 == 0
@@ -135,7 +146,8 @@ def test_whoever_wakes_up_late_doubles_nothing(
     send(processes_of(first), signal.SIGKILL)
     first.wait()
     print(
-        f"round {round_} (seed {SEED}): stopped {what} on {'disk' if on_disk else 's3'} at {before} rows; the second "
+        f"round {round_} (seed {SEED}): stopped {what} on {'disk' if on_disk else 's3'} at "
+        f"{before} rows; the second "
         f"finished with {done}, the first ended with {first.returncode}",
         file=sys.stderr,
         flush=True,
@@ -145,6 +157,11 @@ def test_whoever_wakes_up_late_doubles_nothing(
     for row in found:
         assert {name: row[name] for name in expected[row["id"]]} == expected[row["id"]]
     verdict = verify(folder)
-    assert (verdict.rows, verdict.missing, verdict.problems, verdict.superseded) == (ROWS, {}, (), ())
+    assert (verdict.rows, verdict.missing, verdict.problems, verdict.superseded) == (
+        ROWS,
+        {},
+        (),
+        (),
+    )
     if before < ROWS:  # it was not over when it fell asleep
         assert first.returncode in (2, -signal.SIGKILL), told[-3000:]

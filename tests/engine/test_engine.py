@@ -33,7 +33,11 @@ def test_several_callers_share_one_engine(running: tuple[Engine, PromptProcessor
         expected = [answer.token_ids for answer in engine.generate(requests)]
         with ThreadPoolExecutor(6) as callers:
             groups = callers.map(engine.generate, [requests[i::6] for i in range(6)])
-            answers = {i + 6 * k: a.token_ids for i, group in enumerate(groups) for k, a in enumerate(group)}
+            answers = {
+                i + 6 * k: a.token_ids
+                for i, group in enumerate(groups)
+                for k, a in enumerate(group)
+            }
     assert [answers[i] for i in range(24)] == expected
 
 
@@ -43,10 +47,15 @@ def test_grouping_serves_more_pairs_by_the_majority_than_order_of_arrival(tmp_pa
     with engine:
         engine.generate([as_request(a, processor, greedy(1)) for a in random_questions(96, seed=8)])
         counts = engine.counts()
-    assert counts["prefill"] + counts["decode"] > counts["prefill_in_order"] + counts["decode_in_order"]
+    assert (
+        counts["prefill"] + counts["decode"]
+        > counts["prefill_in_order"] + counts["decode_in_order"]
+    )
 
 
-def test_a_request_that_cannot_be_encoded_fails_alone(running: tuple[Engine, PromptProcessor]) -> None:
+def test_a_request_that_cannot_be_encoded_fails_alone(
+    running: tuple[Engine, PromptProcessor],
+) -> None:
     engine, processor = running
     good = [as_request(a, processor, greedy(5)) for a in random_questions(6, seed=1)]
     # One image fewer than its visual tokens ask for.
@@ -63,13 +72,22 @@ def test_logits_that_are_not_finite_fail_their_request_alone(
     running: tuple[Engine, PromptProcessor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, processor = running
-    requests = [as_request(a, processor, greedy(5)) for a in random_questions(4, seed=2, images=(0,))]
-    requests = [replace(r, input_ids=np.append(r.input_ids, i).astype(np.int32)) for i, r in enumerate(requests)]
+    requests = [
+        as_request(a, processor, greedy(5)) for a in random_questions(4, seed=2, images=(0,))
+    ]
+    requests = [
+        replace(r, input_ids=np.append(r.input_ids, i).astype(np.int32))
+        for i, r in enumerate(requests)
+    ]
     marker = engine._model.embeddings[2].clone()  # the last token of request 2
     step = Decoder.step
 
     def poisoned(self: Decoder, embeddings: torch.Tensor, *rest: object) -> torch.Tensor:
-        return step(self, torch.where((embeddings == marker).all(-1, keepdim=True), torch.nan, embeddings), *rest)
+        return step(
+            self,
+            torch.where((embeddings == marker).all(-1, keepdim=True), torch.nan, embeddings),
+            *rest,
+        )
 
     with engine:
         expected = [a.token_ids for a in engine.generate(requests)]
@@ -80,7 +98,9 @@ def test_logits_that_are_not_finite_fail_their_request_alone(
         assert [f.result().token_ids for f in futures] == expected[:2] + expected[3:]
 
 
-def test_out_of_memory_runs_the_step_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_runs_the_step_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
     engine, processor = engine_for(*checkpoint, batch_size=4, waiting=8)
     requests = [as_request(a, processor, greedy(5)) for a in random_questions(8, seed=3)]
@@ -121,7 +141,9 @@ def test_a_failed_engine_tells_everyone_who_waits(
         engine.submit(requests[0])
 
 
-def test_a_closed_engine_answers_what_it_has_and_takes_no_more(running: tuple[Engine, PromptProcessor]) -> None:
+def test_a_closed_engine_answers_what_it_has_and_takes_no_more(
+    running: tuple[Engine, PromptProcessor],
+) -> None:
     engine, processor = running
     request = as_request(random_questions(1, seed=5)[0], processor, greedy(3))
     future = engine.submit(request)
@@ -134,7 +156,9 @@ def test_a_closed_engine_answers_what_it_has_and_takes_no_more(running: tuple[En
 def test_a_prompt_near_the_context_gets_what_room_is_left(tmp_path: Path) -> None:
     from pipeline.synthetic.hub_folder import FolderShape
 
-    base, adapter = write_random_checkpoint(tmp_path, RandomShape(base=FolderShape(max_positions=64)), seed=3)
+    base, adapter = write_random_checkpoint(
+        tmp_path, RandomShape(base=FolderShape(max_positions=64)), seed=3
+    )
     engine, processor = engine_for(base, adapter)
     asked = random_questions(1, seed=1, images=(0,))[0]
     asked = replace(asked, question=asked.question + " a" * 20)
@@ -149,7 +173,9 @@ def test_equal_images_are_encoded_once_and_equal_rows_answered_once(tmp_path: Pa
     base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
     first, second = random_questions(2, seed=6, images=(1, 2))
     asked = [first, second, first, replace(second, question="What is this?"), first]
-    plain, processor = engine_for(base, adapter, vision_cache_bytes=0, answer_cache=0, batch_size=1, waiting=1)
+    plain, processor = engine_for(
+        base, adapter, vision_cache_bytes=0, answer_cache=0, batch_size=1, waiting=1
+    )
     requests = [as_request(a, processor, greedy(4)) for a in asked]
     with plain:
         expected = [plain.generate([request])[0].token_ids for request in requests]
@@ -162,14 +188,23 @@ def test_equal_images_are_encoded_once_and_equal_rows_answered_once(tmp_path: Pa
         assert engine.counts()["images_reused"] == 2
         # Answers and visual tokens are kept for rows that come later.
         assert engine.generate(requests[:1])[0].token_ids == expected[0]
-        assert engine.generate([replace(requests[1], sampling=greedy(3))])[0].token_ids == expected[1][:3]
+        assert (
+            engine.generate([replace(requests[1], sampling=greedy(3))])[0].token_ids
+            == expected[1][:3]
+        )
     counts = engine.counts()
-    assert (counts["answers_reused"], counts["images_encoded"], counts["images_reused"]) == (3, 3, 4)
+    assert (counts["answers_reused"], counts["images_encoded"], counts["images_reused"]) == (
+        3,
+        3,
+        4,
+    )
 
 
 def test_sampled_answers_are_not_shared(running: tuple[Engine, PromptProcessor]) -> None:
     engine, processor = running
-    request = as_request(random_questions(1, seed=5)[0], processor, replace(greedy(3), temperature=1.0))
+    request = as_request(
+        random_questions(1, seed=5)[0], processor, replace(greedy(3), temperature=1.0)
+    )
     with engine:
         engine.generate([request, request])
     assert engine.counts()["answers_reused"] == 0
@@ -179,7 +214,10 @@ def test_a_request_longer_than_the_cache_is_told_what_to_raise(tmp_path: Path) -
     base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
     engine, processor = engine_for(base, adapter, batch_tokens=100)
     asked = random_questions(2, seed=1, images=(0,))
-    long, short = as_request(asked[0], processor, greedy(90)), as_request(asked[1], processor, greedy(2))
+    long, short = (
+        as_request(asked[0], processor, greedy(90)),
+        as_request(asked[1], processor, greedy(2)),
+    )
     with engine:
         futures = [engine.submit(long), engine.submit(short)]
         with pytest.raises(GenerationError, match=r"above engine.batch_tokens 100; raise it"):
@@ -187,9 +225,13 @@ def test_a_request_longer_than_the_cache_is_told_what_to_raise(tmp_path: Path) -
         assert len(futures[1].result().token_ids) == 2
 
 
-def test_an_answer_in_a_loop_is_cut_off_where_the_loop_is_plain_whatever_runs_beside_it(tmp_path: Path) -> None:
+def test_an_answer_in_a_loop_is_cut_off_where_the_loop_is_plain_whatever_runs_beside_it(
+    tmp_path: Path,
+) -> None:
     base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
-    engine, processor = engine_for(base, adapter, batch_size=8)  # random models fall into loops soon
+    engine, processor = engine_for(
+        base, adapter, batch_size=8
+    )  # random models fall into loops soon
     sampling = replace(greedy(160), eos_token_ids=())
     requests = [as_request(a, processor, sampling) for a in random_questions(8, seed=4)]
     cutting = [replace(r, sampling=replace(sampling, stop_repetition=True)) for r in requests]
@@ -200,7 +242,9 @@ def test_an_answer_in_a_loop_is_cut_off_where_the_loop_is_plain_whatever_runs_be
     assert {answer.finish_reason for answer in whole} == {"length"}
     ends = []
     for answer, full in zip(cut, whole, strict=True):
-        looping = [n for n in range(CHECK_EVERY, 160, CHECK_EVERY) if ends_in_loop(full.token_ids[:n])]
+        looping = [
+            n for n in range(CHECK_EVERY, 160, CHECK_EVERY) if ends_in_loop(full.token_ids[:n])
+        ]
         ends.append(len(answer.token_ids))
         assert answer.token_ids == full.token_ids[: looping[0] if looping else 160]
         assert answer.finish_reason == ("repetition" if looping else "length")

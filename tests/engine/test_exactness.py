@@ -1,4 +1,6 @@
-"""At float32 the tokens equal the released model's, whatever the batch, its composition, the order or the checkpoint."""
+"""At float32 the tokens equal the released model's, whatever the batch, its composition, the order
+or the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.convert import convert
 from pipeline.synthetic.hub_folder import FolderShape
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
-from tests.prompts import Asked, as_request, as_transformers_inputs, engine_for, greedy, random_questions
+from tests.prompts import (
+    Asked,
+    as_request,
+    as_transformers_inputs,
+    engine_for,
+    greedy,
+    random_questions,
+)
 from tests.reference import Reference
 
 NEW_TOKENS = 6
@@ -30,14 +39,21 @@ NEW_TOKENS = 6
 def golden_questions(released: Path) -> tuple[list[Asked], list[dict[str, Any]]]:
     """The golden rows as questions, and what the released code made of them."""
     rows = pq.read_table(released / "expected.parquet").to_pylist()
-    return [Asked(r["prompt"], tuple(Image.open(io.BytesIO(data)) for data in r["images"])) for r in rows], rows
+    return [
+        Asked(r["prompt"], tuple(Image.open(io.BytesIO(data)) for data in r["images"]))
+        for r in rows
+    ], rows
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 @pytest.mark.parametrize("group_by_expert", [True, False])
 @pytest.mark.parametrize("prepack", [True, False])
 def test_golden_rows_in_any_batch(
-    golden: Path, batch_size: int, group_by_expert: bool, prepack: bool, monkeypatch: pytest.MonkeyPatch
+    golden: Path,
+    batch_size: int,
+    group_by_expert: bool,
+    prepack: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pipeline.model.ops.PACK_FROM", 1)
     released = golden / "released"
@@ -61,7 +77,9 @@ def test_golden_rows_in_any_batch(
         assert list(answer.token_ids) == row["token_ids"]
         assert answer.text == row["text"]
         assert answer.visual_tokens == row["n_visual_tokens"]
-        assert answer.prefill_gates.ravel().tolist() == pytest.approx(row["prefill_gates"], abs=1e-3)
+        assert answer.prefill_gates.ravel().tolist() == pytest.approx(
+            row["prefill_gates"], abs=1e-3
+        )
         assert answer.decode_gates.ravel().tolist() == pytest.approx(row["decode_gates"], abs=1e-3)
 
 
@@ -70,7 +88,9 @@ def checkpoints(draw: st.DrawFn) -> tuple[RandomShape, int]:
     """Random checkpoints with the settings that change what is computed, and a top-k for them."""
     experts = draw(st.integers(1, 6))
     shape = RandomShape(
-        base=FolderShape(layers=draw(st.integers(1, 4)), tied_embeddings=draw(st.booleans())), experts=experts, rank=4
+        base=FolderShape(layers=draw(st.integers(1, 4)), tied_embeddings=draw(st.booleans())),
+        experts=experts,
+        rank=4,
     )
     return shape, draw(st.integers(1, experts))
 
@@ -108,7 +128,11 @@ def test_any_checkpoint_batch_and_order_equals_the_reference(
         sampling = greedy(NEW_TOKENS, repetition_penalty=penalty)
         spans, expected = [], []
         for released, (a, b) in ((True, (base, adapter)), (False, (converted, None))):
-            options = {"batch_size": batch_size, "decode_route": decode_route, "step_tokens": step_tokens}
+            options = {
+                "batch_size": batch_size,
+                "decode_route": decode_route,
+                "step_tokens": step_tokens,
+            }
             engine, processor = engine_for(a, b, top_k=top_k, **options)
             with engine:
                 requests = [as_request(asked[index], processor, sampling) for index in order]
@@ -140,7 +164,12 @@ def test_plain_qwen2_vl_equals_transformers(tmp_path: Path) -> None:
     for question, answer in zip(asked, answers, strict=True):
         inputs = as_transformers_inputs(question, base)
         expected = reference.generate(
-            inputs, (0, 1), max_new_tokens=12, do_sample=False, eos_token_id=None, repetition_penalty=1.0
+            inputs,
+            (0, 1),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            repetition_penalty=1.0,
         )
         assert list(answer.token_ids) == expected
         assert answer.prefill_gates is None
@@ -153,8 +182,13 @@ def test_requests_of_different_lengths_leave_and_the_others_go_on(tmp_path: Path
     # A cache for a few of them at a time, and no answers kept: what runs alone runs again.
     engine, processor = engine_for(base, adapter, batch_size=8, batch_tokens=150, answer_cache=0)
     with engine:
-        together = engine.generate([as_request(a, processor, greedy(n)) for a, n in zip(asked, lengths, strict=True)])
-        alone = [engine.generate([as_request(a, processor, greedy(n))])[0] for a, n in zip(asked, lengths, strict=True)]
+        together = engine.generate(
+            [as_request(a, processor, greedy(n)) for a, n in zip(asked, lengths, strict=True)]
+        )
+        alone = [
+            engine.generate([as_request(a, processor, greedy(n))])[0]
+            for a, n in zip(asked, lengths, strict=True)
+        ]
     assert [len(answer.token_ids) for answer in together] == lengths
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
 
@@ -167,7 +201,10 @@ def test_half_precision_routes_as_float32_does(golden: Path, dtype: torch.dtype)
     with engine:
         answers = engine.generate([as_request(a, processor, greedy(4)) for a in asked])
     same = [
-        (answer.decode_gates.argmax(-1) == np.reshape(row["decode_gates"], answer.decode_gates.shape).argmax(-1)).mean()
+        (
+            answer.decode_gates.argmax(-1)
+            == np.reshape(row["decode_gates"], answer.decode_gates.shape).argmax(-1)
+        ).mean()
         for row, answer in zip(rows, answers, strict=True)
     ]
     assert np.mean(same) > 0.95

@@ -11,7 +11,9 @@ from pipeline.engine.extents import Extents
 
 
 @given(st.integers(1, 40), st.lists(st.tuples(st.booleans(), st.integers(1, 20)), max_size=60))
-def test_extents_never_overlap_and_come_back_whole(rows: int, moves: list[tuple[bool, int]]) -> None:
+def test_extents_never_overlap_and_come_back_whole(
+    rows: int, moves: list[tuple[bool, int]]
+) -> None:
     extents = Extents(rows)
     held: list[tuple[int, int]] = []
     for take, size in moves:

@@ -1,4 +1,6 @@
-"""Requests whose routes agree start together, no one waits for ever, and the report counts what ran."""
+"""Requests whose routes agree start together, no one waits for ever, and the report counts what
+ran.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ NOBODY = np.zeros((0, 4), np.int8)
 
 def routes_of(count: int, decisions: int, experts: int) -> st.SearchStrategy[np.ndarray]:
     row = st.lists(st.integers(0, experts - 1), min_size=decisions, max_size=decisions)
-    return st.lists(row, min_size=count, max_size=count).map(lambda rows: np.array(rows, np.int8).reshape(count, decisions))
+    return st.lists(row, min_size=count, max_size=count).map(
+        lambda rows: np.array(rows, np.int8).reshape(count, decisions)
+    )
 
 
 @given(st.data(), st.integers(1, 12), st.integers(1, 5), st.integers(1, 6), st.integers(0, 3))
@@ -31,14 +35,23 @@ def test_starters_fit_and_the_overdue_come_first(
 ) -> None:
     routes = data.draw(routes_of(count, 4, experts))
     rounds = np.array(data.draw(st.lists(st.integers(0, 6), min_size=count, max_size=count)))
-    chosen = choose(routes, rounds, data.draw(routes_of(running, 4, experts)), experts=experts, size=size, max_rounds=4)
+    chosen = choose(
+        routes,
+        rounds,
+        data.draw(routes_of(running, 4, experts)),
+        experts=experts,
+        size=size,
+        max_rounds=4,
+    )
     assert len(chosen) == len(set(chosen)) == min(size, count)
     overdue = [i for i, waited in enumerate(rounds) if waited >= 4][:size]
     assert chosen[: len(overdue)] == overdue
 
 
 @given(st.data(), st.integers(1, 9), st.sampled_from([1, 2, 3, 4, 5, 16, 17]), st.integers(1, 70))
-def test_packed_differences_are_those_of_the_routes(data: st.DataObject, count: int, experts: int, decisions: int) -> None:
+def test_packed_differences_are_those_of_the_routes(
+    data: st.DataObject, count: int, experts: int, decisions: int
+) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     routes = rng.integers(0, experts, (count, decisions)).astype(np.int8)
     other = rng.integers(0, experts, decisions).astype(np.int8)
@@ -64,11 +77,17 @@ def test_requests_that_agree_start_together() -> None:
 
 def test_without_routes_the_oldest_come_first() -> None:
     nothing = np.zeros((5, 0), np.int8)
-    assert choose(nothing, np.zeros(5, int), nothing[:0], experts=1, size=3, max_rounds=9) == [0, 1, 2]
+    assert choose(nothing, np.zeros(5, int), nothing[:0], experts=1, size=3, max_rounds=9) == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_ten_thousand_waiting_requests_cost_a_few_milliseconds_at_most() -> None:
-    """Not a benchmark (see benchmarks/grouping.py): a cost that grew with the square would take seconds."""
+    """Not a benchmark (see benchmarks/grouping.py): a cost that grew with the square would take
+    seconds.
+    """
     rng = np.random.default_rng(0)
     routes = rng.integers(0, 4, (10_000, 112)).astype(np.int8)
     started = time.perf_counter()
@@ -76,7 +95,13 @@ def test_ten_thousand_waiting_requests_cost_a_few_milliseconds_at_most() -> None
     assert time.perf_counter() - started < 1
 
 
-@given(st.data(), st.integers(1, 5), st.integers(1, 4), st.sampled_from([0, 20]), st.sampled_from([0.0, 0.6, 1.1]))
+@given(
+    st.data(),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.sampled_from([0, 20]),
+    st.sampled_from([0.0, 0.6, 1.1]),
+)
 def test_every_token_has_its_expert_computed(
     data: st.DataObject, requests: int, experts: int, masked_below: int, share: float
 ) -> None:

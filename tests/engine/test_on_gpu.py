@@ -30,22 +30,36 @@ def waiting_is_an_error() -> Iterator[None]:
 @pytest.mark.parametrize("fold", [False, True])
 def test_answers_are_those_of_the_cpu(fold: bool) -> None:
     model = random_model(SMALL, torch.float32, torch.device("cpu"))
-    requests = random_requests(SMALL, 6, (84, 112), 20, 24) + random_requests(SMALL, 4, None, 9, 40, seed=1)
+    requests = random_requests(SMALL, 6, (84, 112), 20, 24) + random_requests(
+        SMALL, 4, None, 9, 40, seed=1
+    )
     answers = []
     for device in ("cpu", "cuda"):
-        options = EngineOptions(batch_size=5, batch_tokens=2000, step_tokens=37, answer_cache=0, fold_experts=fold)
+        options = EngineOptions(
+            batch_size=5, batch_tokens=2000, step_tokens=37, answer_cache=0, fold_experts=fold
+        )
         with Engine(moved(model, torch.device(device)), NoText(), IMAGE_PAD, options) as engine:
             answers.append([a.token_ids for a in engine.generate(requests)])
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.1}]
+)
 @torch.inference_mode()
 def test_no_step_waits_for_the_device(settings: dict[str, float]) -> None:
-    """Encoding, prompts, prompts beside new tokens, and new tokens alone (captured in a graph) are launched and no more."""
+    """Encoding, prompts, prompts beside new tokens, and new tokens alone (captured in a graph) are
+    launched and no more.
+    """
     model = moved(random_model(SMALL, torch.float32, torch.device("cpu")), torch.device("cuda"))
-    runner, encoder = Runner(model, slots=4, cache_rows=1000), Encoder(model, IMAGE_PAD, "released", 1 << 20)
-    requests = [replace(r, sampling=replace(r.sampling, **settings)) for r in random_requests(SMALL, 8, (84, 112), 20, 50)]
+    runner, encoder = (
+        Runner(model, slots=4, cache_rows=1000),
+        Encoder(model, IMAGE_PAD, "released", 1 << 20),
+    )
+    requests = [
+        replace(r, sampling=replace(r.sampling, **settings))
+        for r in random_requests(SMALL, 8, (84, 112), 20, 50)
+    ]
     for first in (0, 4):  # the first round compiles and captures
         encoding = encoder.encode(requests[first : first + 4]) if first == 0 else None
         if encoding is None:
@@ -57,7 +71,9 @@ def test_no_step_waits_for_the_device(settings: dict[str, float]) -> None:
             for one in running:
                 runner.admit(one)
             runner.launch([Part(one, one.prompt_left) for one in running[:3]])
-            runner.launch([Part(running[3], running[3].prompt_left), *(Part(one, 0) for one in running[:3])])
+            runner.launch(
+                [Part(running[3], running[3].prompt_left), *(Part(one, 0) for one in running[:3])]
+            )
             for _ in range(3):
                 runner.launch([Part(one, 0) for one in running])
 

@@ -18,7 +18,9 @@ NEW_TOKENS = 10
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    base, adapter = write_random_checkpoint(tmp_path_factory.mktemp("sampling"), RandomShape(), seed=7)
+    base, adapter = write_random_checkpoint(
+        tmp_path_factory.mktemp("sampling"), RandomShape(), seed=7
+    )
     assert adapter is not None
     return base, adapter
 
@@ -93,7 +95,9 @@ def test_an_end_token_ends_the_answer_and_belongs_to_it(checkpoint: tuple[Path, 
     assert ended.token_ids == free.token_ids[: first + 1]
 
 
-def test_a_stop_string_ends_the_answer_and_is_cut_off(checkpoint: tuple[Path, Path], reference: Reference) -> None:
+def test_a_stop_string_ends_the_answer_and_is_cut_off(
+    checkpoint: tuple[Path, Path], reference: Reference
+) -> None:
     base, adapter = checkpoint
     engine, processor = engine_for(base, adapter)
     asked = random_questions(1, seed=6)[0]
@@ -120,13 +124,22 @@ def test_a_stop_string_ends_the_answer_and_is_cut_off(checkpoint: tuple[Path, Pa
 
 def test_the_checkpoints_settings_hold_where_none_are_given() -> None:
     qwen = GenerationConfig(
-        do_sample=True, temperature=0.01, top_k=1, top_p=0.001, repetition_penalty=1.05, eos_token_id=[7, 8]
+        do_sample=True,
+        temperature=0.01,
+        top_k=1,
+        top_p=0.001,
+        repetition_penalty=1.05,
+        eos_token_id=[7, 8],
     )
     assert Sampling.from_generation_config(qwen) == Sampling(20, (7, 8), 0.01, 1, 0.001, 1.05)
     assert Sampling.from_generation_config(qwen).greedy
-    given = Sampling.from_generation_config(qwen, max_new_tokens=5, temperature=0.5, top_k=40, stop=["\n"], seed=3)
+    given = Sampling.from_generation_config(
+        qwen, max_new_tokens=5, temperature=0.5, top_k=40, stop=["\n"], seed=3
+    )
     assert given == Sampling(5, (7, 8), 0.5, 40, 0.001, 1.05, ("\n",), 3)
     assert not given.greedy
     assert Sampling.from_generation_config(qwen, temperature=0, top_k=40).greedy
     # transformers' defaults where the checkpoint says nothing: greedy, 20 new tokens, no penalty.
-    assert Sampling.from_generation_config(GenerationConfig()) == Sampling(20, (), 0.0, 50, 1.0, 1.0)
+    assert Sampling.from_generation_config(GenerationConfig()) == Sampling(
+        20, (), 0.0, 50, 1.0, 1.0
+    )

@@ -1,4 +1,6 @@
-"""Decode steps of fixed sizes, filled up with nobody's slot, and folded experts: the twins of what a GPU runs."""
+"""Decode steps of fixed sizes, filled up with nobody's slot, and folded experts: the twins of what
+a GPU runs.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,15 @@ def answers(
 ) -> list[tuple[int, ...]]:
     engine, processor = engine_for(*checkpoint, batch_size=6)
     with engine:
-        requests = [as_request(a, processor, greedy(n)) for a, n in zip(asked, lengths, strict=True)]
+        requests = [
+            as_request(a, processor, greedy(n)) for a, n in zip(asked, lengths, strict=True)
+        ]
         return [answer.token_ids for answer in engine.generate(requests)]
 
 
-def test_batches_of_fixed_sizes_answer_the_same(checkpoint: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_fixed_sizes_answer_the_same(
+    checkpoint: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked, lengths = random_questions(12, seed=1), [1, 9, 4, 7, 2, 9, 5, 3, 8, 6, 2, 4]
     expected = answers(checkpoint, asked, lengths)
     monkeypatch.setattr(runner_module, "static_sizes", lambda device, most: (4, most))
@@ -76,7 +82,9 @@ def test_a_batch_is_filled_up_and_cut_back() -> None:
 def test_folded_experts_answer_the_same_and_leave_other_routes_alone(
     checkpoint: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, static: bool, packed: bool
 ) -> None:
-    """In float32 folding changes the last bits alone. Rows of another prompt come before, between and after."""
+    """In float32 folding changes the last bits alone. Rows of another prompt come before, between
+    and after.
+    """
     if packed:
         monkeypatch.setattr("pipeline.model.ops.PACK_FROM", 1)
     if static:
@@ -94,7 +102,8 @@ def test_folded_experts_answer_the_same_and_leave_other_routes_alone(
         before = engine.counts()["folded_tokens"]
         assert [a.token_ids for a in engine.generate([requests[6]])] == [expected[6]]
         folded = engine.counts()["folded_tokens"] - before
-    # Another route was folded last, or this very one: then no steps are lost before it is folded again.
+    # Another route was folded last, or this very one: then no steps are lost before it is folded
+    # again.
     assert 42 - FOLD_AFTER < folded <= 42
 
 

@@ -13,7 +13,10 @@ ROWS = st.sets(st.integers(0, 30))
 
 @given(ROWS, ROWS)
 def test_rows_are_those_of_a_set(a: set[int], b: set[int]) -> None:
-    left, right = RowSet.of_rows(sorted(a)), RowSet.of_rows(np.array(sorted(b, reverse=True), np.int64))
+    left, right = (
+        RowSet.of_rows(sorted(a)),
+        RowSet.of_rows(np.array(sorted(b, reverse=True), np.int64)),
+    )
     assert list(left) == sorted(a)
     assert len(left) == len(a)
     assert bool(left) == bool(a)
@@ -28,7 +31,9 @@ def test_rows_are_those_of_a_set(a: set[int], b: set[int]) -> None:
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=6))
 def test_intervals_may_touch_and_overlap(intervals: list[tuple[int, int]]) -> None:
     found = RowSet.of_intervals(intervals)
-    assert list(found) == sorted({row for first, behind in intervals for row in range(first, behind)})
+    assert list(found) == sorted(
+        {row for first, behind in intervals for row in range(first, behind)}
+    )
     assert all(b < c for (_, b), (c, _) in zip(found.intervals, found.intervals[1:], strict=False))
 
 

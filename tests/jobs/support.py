@@ -1,4 +1,6 @@
-"""Runs jobs for tests: the scripts as processes of their own, or the same job on the session's cluster."""
+"""Runs jobs for tests: the scripts as processes of their own, or the same job on the session's
+cluster.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Finished:
 
 
 def run_script(name: str, *arguments: str, **environment: str) -> Finished:
-    """`python jobs/<name>.py <arguments>` as a person types it, its output going to files; an empty variable is unset."""
+    """`python jobs/<name>.py <arguments>` as a person types it, its output going to files; an empty
+    variable is unset.
+    """
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, f"jobs/{name}.py", *arguments],
@@ -62,9 +66,13 @@ def run_script(name: str, *arguments: str, **environment: str) -> Finished:
 def run_script_here(
     name: str, arguments: list[str], capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
 ) -> Finished:
-    """The same script in this process, which has imported everything already; it must not come as far as Ray."""
+    """The same script in this process, which has imported everything already; it must not come as
+    far as Ray.
+    """
     patch.setattr(sys, "argv", [f"jobs/{name}.py", *arguments])
-    patch.setattr("pipeline.run.run._connect", lambda address: pytest.fail("the job went on to Ray"))
+    patch.setattr(
+        "pipeline.run.run._connect", lambda address: pytest.fail("the job went on to Ray")
+    )
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
@@ -74,25 +82,41 @@ def run_script_here(
 
 def sets(assignments: dict[str, Any]) -> list[str]:
     """Settings as `--set` arguments."""
-    return [argument for key, value in assignments.items() for argument in ("--set", f"{key}={value}")]
+    return [
+        argument for key, value in assignments.items() for argument in ("--set", f"{key}={value}")
+    ]
 
 
 def run_on_cluster(task: Task, assignments: dict[str, Any]) -> Summary:
     """Check and run a job on the Ray connection of this process."""
-    return run_job(check_job(task, load_settings(JobSettings, None, [f"{k}={v}" for k, v in assignments.items()])))
+    return run_job(
+        check_job(
+            task, load_settings(JobSettings, None, [f"{k}={v}" for k, v in assignments.items()])
+        )
+    )
 
 
 def answered_here(task: Task, assignments: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a job's rows are answered, by id, without Ray and without an output: a job's start takes long."""
+    """What a job's rows are answered, by id, without Ray and without an output: a job's start takes
+    long.
+    """
     settings = load_settings(JobSettings, None, [f"{k}={v}" for k, v in assignments.items()])
     plan = plan_input(settings.input, RESERVED_COLUMNS)
     preparer = Preparer(settings, plan.columns, task == "caption", image_root=plan.image_root)
-    source = PlannedShards(plan, {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}, 32)
+    source = PlannedShards(
+        plan, {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}, 32
+    )
     read = (table for piece in source.pieces for table in read_piece(piece, plan, 32))
-    rows = [row for table in read for prepared in preparer(table) for row in prepared_rows(prepared)]
+    rows = [
+        row for table in read for prepared in preparer(table) for row in prepared_rows(prepared)
+    ]
     engine, sampling = load_engine(settings, torch.device("cpu"))
     with contextlib.closing(engine):
-        requests = [Request(row.input_ids, row.span, row.images, sampling) for row in rows if row.error is None]
+        requests = [
+            Request(row.input_ids, row.span, row.images, sampling)
+            for row in rows
+            if row.error is None
+        ]
         answers = iter(engine.generate(requests))
     found: dict[str, dict[str, Any]] = {}
     for row in rows:

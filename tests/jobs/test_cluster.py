@@ -1,4 +1,6 @@
-"""Jobs on a running cluster: submitted to its head node, interrupted, and sent to one that is not there."""
+"""Jobs on a running cluster: submitted to its head node, interrupted, and sent to one that is not
+there.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,16 @@ def copy_of_the_repository(folder: Path) -> Path:
     """The repository's code in a folder of its own, beside things that must not be uploaded."""
     for name in UPLOADED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             shutil.copy(ROOT / name, folder / name)
-    for heavy in (".venv/lib/torch.so", "demo/checkpoint/pytorch_model.bin", "pipeline/__pycache__/job.pyc"):
+    for heavy in (
+        ".venv/lib/torch.so",
+        "demo/checkpoint/pytorch_model.bin",
+        "pipeline/__pycache__/job.pyc",
+    ):
         (folder / heavy).parent.mkdir(parents=True, exist_ok=True)
         (folder / heavy).write_bytes(os.urandom(1 << 20))
     return folder
@@ -50,7 +58,9 @@ def wait_until_jobs_are_taken(dashboard: str) -> None:
             time.sleep(1)
 
 
-def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(tmp_path: Path, ray_cluster: RayCluster) -> None:
+def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(
+    tmp_path: Path, ray_cluster: RayCluster
+) -> None:
     import ray
 
     wait_until_jobs_are_taken(ray_cluster.dashboard)
@@ -61,7 +71,13 @@ def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(tmp_path: P
         "generation.max_new_tokens": 8,
     }
     command = ["job", "submit", "--address", ray_cluster.dashboard, "--working-dir", "."]
-    script = [sys.executable, "jobs/caption.py", "--config", "configs/demo-photographs.yaml", *sets(settings)]
+    script = [
+        sys.executable,
+        "jobs/caption.py",
+        "--config",
+        "configs/demo-photographs.yaml",
+        *sets(settings),
+    ]
     done = subprocess.run(
         [str(Path(sys.executable).with_name("ray")), *command, "--", *script],
         cwd=repository,
@@ -75,23 +91,44 @@ def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(tmp_path: P
 
     captions = results(tmp_path / "captions")
     assert {row["status"] for row in captions.values()} == {"ok"}
-    assert all(10 <= row["visual_tokens"] <= 20 and row["prompt"] == "Describe this image." for row in captions.values())
+    assert all(
+        10 <= row["visual_tokens"] <= 20 and row["prompt"] == "Describe this image."
+        for row in captions.values()
+    )
     shards = sorted((ROOT / "pipeline/demo/photographs").glob("*.parquet"))
     expected = [id_ for shard in shards for id_ in pq.read_table(shard)["id"].to_pylist()]
     assert sorted(captions) == sorted(expected)
 
     session = Path(ray._private.worker._global_node.get_session_dir_path())
-    uploads = [p for p in session.glob("runtime_resources/working_dir_files/_ray_pkg_*") if p.is_dir()]
-    files = {str(path.relative_to(upload)) for upload in uploads for path in upload.rglob("*") if path.is_file()}
+    uploads = [
+        p for p in session.glob("runtime_resources/working_dir_files/_ray_pkg_*") if p.is_dir()
+    ]
+    files = {
+        str(path.relative_to(upload))
+        for upload in uploads
+        for path in upload.rglob("*")
+        if path.is_file()
+    }
     assert "jobs/caption.py" in files
     assert not [name for name in files if name.startswith((".venv/", "demo/"))]
 
 
-def test_ctrl_c_ends_a_job_soon_and_in_one_line(golden: Path, tmp_path: Path, ray_cluster: RayCluster) -> None:
+def test_ctrl_c_ends_a_job_soon_and_in_one_line(
+    golden: Path, tmp_path: Path, ray_cluster: RayCluster
+) -> None:
     rows = 3000
-    write_shard(tmp_path / "in" / "a.parquet", {"image": [picture()] * rows, "prompt": ["Describe this image."] * rows})
-    settings = {**released_model(golden), "input.path": tmp_path / "in", "output.path": tmp_path / "out"}
-    settings["generation.max_new_tokens"] = 4000  # minutes of work: the job cannot end before it is interrupted
+    write_shard(
+        tmp_path / "in" / "a.parquet",
+        {"image": [picture()] * rows, "prompt": ["Describe this image."] * rows},
+    )
+    settings = {
+        **released_model(golden),
+        "input.path": tmp_path / "in",
+        "output.path": tmp_path / "out",
+    }
+    settings["generation.max_new_tokens"] = (
+        4000  # minutes of work: the job cannot end before it is interrupted
+    )
     with subprocess.Popen(
         [sys.executable, "jobs/vqa.py", *sets(settings)],
         cwd=ROOT,
@@ -99,7 +136,8 @@ def test_ctrl_c_ends_a_job_soon_and_in_one_line(golden: Path, tmp_path: Path, ra
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that starts this test in the background has it ignore SIGINT, and the job would inherit that.
+        # A shell that starts this test in the background has it ignore SIGINT, and the job would
+        # inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as job:
         assert job.stderr is not None
@@ -119,12 +157,18 @@ def test_ctrl_c_ends_a_job_soon_and_in_one_line(golden: Path, tmp_path: Path, ra
     assert list((tmp_path / "out").glob("*.parquet")) == []
 
 
-def test_a_cluster_that_is_not_there_is_one_line_within_seconds(golden: Path, tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there_is_one_line_within_seconds(
+    golden: Path, tmp_path: Path
+) -> None:
     write_shard(tmp_path / "in" / "a.parquet", {"prompt": ["What?"]})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))  # bound, and nothing listens
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-        settings = {**released_model(golden), "input.path": tmp_path / "in", "output.path": tmp_path / "out"}
+        settings = {
+            **released_model(golden),
+            "input.path": tmp_path / "in",
+            "output.path": tmp_path / "out",
+        }
         done = run_script("vqa", *sets({**settings, "ray.address": address}))
     assert done.code == 2
     assert done.stderr.count("\n") == 1

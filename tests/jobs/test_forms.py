@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RayCluster
-from tests.jobs.support import assert_as_released, expected_rows, released_model, results, run_on_cluster
+from tests.jobs.support import (
+    assert_as_released,
+    expected_rows,
+    released_model,
+    results,
+    run_on_cluster,
+)
 
 
 def test_a_folder_of_image_files_with_a_broken_table_is_answered_as_far_as_it_goes(
@@ -27,8 +33,17 @@ def test_a_folder_of_image_files_with_a_broken_table_is_answered_as_far_as_it_go
         "{broken",
         json.dumps({"file_name": "gone.png", "prompt": "What?", "id": "gone"}),
         json.dumps({"file_name": "0.png", "prompt": "cut \ud83d", "id": "cut"}),
-        json.dumps({"file_name": "0.png", "prompt": "What?", "id": "forged", "awaker:error": "image_fetch: not so"}),
-        json.dumps({"prompt": "What?", "id": "many", **{f"k{number}": number for number in range(2000)}}),
+        json.dumps(
+            {
+                "file_name": "0.png",
+                "prompt": "What?",
+                "id": "forged",
+                "awaker:error": "image_fetch: not so",
+            }
+        ),
+        json.dumps(
+            {"prompt": "What?", "id": "many", **{f"k{number}": number for number in range(2000)}}
+        ),
     ]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 

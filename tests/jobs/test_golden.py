@@ -1,4 +1,6 @@
-"""The golden rows through whole jobs: what the released code said, alone, among bad rows, on several replicas."""
+"""The golden rows through whole jobs: what the released code said, alone, among bad rows, on
+several replicas.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +31,40 @@ def bad_rows(good: bytes) -> dict[str, tuple[dict[str, Any], str]]:
     """Rows that cannot be answered, by id, and the error that each becomes."""
 
     def row(prompt: str | None, *images: bytes | None) -> dict[str, Any]:
-        return {"prompt": prompt, "images": [{"bytes": image, "path": "somewhere.jpg"} for image in images]}
+        return {
+            "prompt": prompt,
+            "images": [{"bytes": image, "path": "somewhere.jpg"} for image in images],
+        }
 
     jpeg = picture(200, 200, form="JPEG")
     return {
-        "broken JPEG": (row("What?", jpeg[: len(jpeg) // 2]), "image_decode: image 0 of column 'images' ("),
+        "broken JPEG": (
+            row("What?", jpeg[: len(jpeg) // 2]),
+            "image_decode: image 0 of column 'images' (",
+        ),
         "second broken": (
             row("What?", good, b"no image"),
             "image_decode: image 1 of column 'images' (8 bytes) is no readable",
         ),
         "empty prompt": (row("", good), "prompt_missing: column 'prompt' is empty"),
         "null prompt": (row(None, good), "prompt_missing: column 'prompt' is null"),
-        "null list": ({"prompt": "What?", "images": None}, "image_missing: column 'images' is null or has no bytes"),
-        "null in list": ({"prompt": "What?", "images": [None]}, "image_missing: image 0 of column 'images' is null"),
-        "only a path": (row("What?", None), "image_forbidden: 'somewhere.jpg' is a path; set input.image_root"),
+        "null list": (
+            {"prompt": "What?", "images": None},
+            "image_missing: column 'images' is null or has no bytes",
+        ),
+        "null in list": (
+            {"prompt": "What?", "images": [None]},
+            "image_missing: image 0 of column 'images' is null",
+        ),
+        "only a path": (
+            row("What?", None),
+            "image_forbidden: 'somewhere.jpg' is a path; set input.image_root",
+        ),
         "too long": (row("circle " * 5000, good), "prompt_too_long: "),
-        "placeholder": (row("What is <|image_pad|>?", good), "prompt_invalid: the prompt's own text holds"),
+        "placeholder": (
+            row("What is <|image_pad|>?", good),
+            "prompt_invalid: the prompt's own text holds",
+        ),
     }
 
 
@@ -65,11 +85,19 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
     rows += [{"id": id_, **row, "length": None} for id_, (row, _) in bad.items()]
     np.random.default_rng(7).shuffle(rows)  # type: ignore[arg-type]
     schema = pa.schema(
-        [("id", pa.string()), ("prompt", pa.string()), ("images", pa.list_(IMAGE_STRUCT)), ("length", pa.int32())]
+        [
+            ("id", pa.string()),
+            ("prompt", pa.string()),
+            ("images", pa.list_(IMAGE_STRUCT)),
+            ("length", pa.int32()),
+        ]
     )
     for number, part in enumerate((rows[:5], rows[5:6], rows[6:])):
         table = pa.Table.from_pylist(part, schema)
-        write_shard(tmp_path / f"in/{number}.parquet", dict(zip(table.column_names, table.columns, strict=True)))
+        write_shard(
+            tmp_path / f"in/{number}.parquet",
+            dict(zip(table.column_names, table.columns, strict=True)),
+        )
 
     summary = run_on_cluster(
         "vqa",
@@ -94,7 +122,15 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
         assert answers[id_]["status"] == "error"
         assert answers[id_]["error"].startswith(error)
         assert answers[id_]["prompt"] == row["prompt"]
-        nothing = ("text", "finish_reason", "prompt_tokens", "visual_tokens", "new_tokens", "token_ids", "prefill_route")
+        nothing = (
+            "text",
+            "finish_reason",
+            "prompt_tokens",
+            "visual_tokens",
+            "new_tokens",
+            "token_ids",
+            "prefill_route",
+        )
         assert [answers[id_][name] for name in nothing] == [None] * len(nothing)
 
     codes = {"image_decode": 2, "prompt_missing": 2, "image_missing": 2, "image_forbidden": 1}
@@ -114,11 +150,16 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
     assert ds.dataset(tmp_path / "out", format="parquet").count_rows() == 19
 
 
-def test_rows_that_go_missing_while_a_job_runs_are_an_error(golden: Path, tmp_path: Path, ray_cluster: RayCluster) -> None:
+def test_rows_that_go_missing_while_a_job_runs_are_an_error(
+    golden: Path, tmp_path: Path, ray_cluster: RayCluster
+) -> None:
     shard = tmp_path / "in" / "a.parquet"
     write_shard(shard, {"prompt": ["What?"] * 5})
     settings = {**released_model(golden), "input.path": shard, "output.path": tmp_path / "out"}
-    job = check_job("vqa", load_settings(JobSettings, None, [f"{key}={value}" for key, value in settings.items()]))
+    job = check_job(
+        "vqa",
+        load_settings(JobSettings, None, [f"{key}={value}" for key, value in settings.items()]),
+    )
     write_shard(shard, {"prompt": ["What?"] * 3})
     with pytest.raises(InputError, match="5 rows were counted at the start, but 3 were answered"):
         run_job(job)
@@ -131,9 +172,13 @@ def test_a_shard_that_is_replaced_while_a_job_runs_is_noticed_however_many_rows_
     shard = tmp_path / "in" / "a.parquet"
     write_shard(shard, {"prompt": ["What?"] * 3})
     settings = {**released_model(golden), "input.path": shard, "output.path": tmp_path / "out"}
-    job = check_job("vqa", load_settings(JobSettings, None, [f"{key}={value}" for key, value in settings.items()]))
+    job = check_job(
+        "vqa",
+        load_settings(JobSettings, None, [f"{key}={value}" for key, value in settings.items()]),
+    )
     write_shard(shard, {"prompt": ["Who?"] * 7})
     with pytest.raises(
-        InputError, match=r"a shard changed while the job ran \(file://.*/in/a.parquet\): which of its answers"
+        InputError,
+        match=r"a shard changed while the job ran \(file://.*/in/a.parquet\): which of its answers",
     ):
         run_job(job)

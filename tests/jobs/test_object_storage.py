@@ -19,7 +19,9 @@ from tests.jobs.support import assert_as_released, expected_rows, released_model
 
 
 def chat(row: dict[str, Any], form: int) -> tuple[str, list[bytes]]:
-    """A golden row as a chat in one of several forms that mean the same, and the images that stay in the column."""
+    """A golden row as a chat in one of several forms that mean the same, and the images that stay
+    in the column.
+    """
     text = {"type": "text", "text": row["prompt"]}
     images = row["images"]
     if form == 0:
@@ -36,11 +38,18 @@ def chat(row: dict[str, Any], form: int) -> tuple[str, list[bytes]]:
     return json.dumps([*system, {"role": "user", "content": content}]), left
 
 
-def test_chats_on_s3_are_answered_as_released_into_s3(golden: Path, s3_folder: Path, ray_cluster: RayCluster) -> None:
+def test_chats_on_s3_are_answered_as_released_into_s3(
+    golden: Path, s3_folder: Path, ray_cluster: RayCluster
+) -> None:
     rows = expected_rows(golden)
     chats = [chat(row, number % 3) for number, row in enumerate(rows)]
     key = [number + 100 for number in range(len(rows))]
-    columns = {"key": key, "chat": [text for text, _ in chats], "images": [left for _, left in chats], "tag": ["t"] * 10}
+    columns = {
+        "key": key,
+        "chat": [text for text, _ in chats],
+        "images": [left for _, left in chats],
+        "tag": ["t"] * 10,
+    }
     for name, start, end in (("a", 0, 7), ("deeper/b", 7, 10)):
         part = {column: values[start:end] for column, values in columns.items()}
         if name == "deeper/b":  # and one that nobody may answer
@@ -61,7 +70,9 @@ def test_chats_on_s3_are_answered_as_released_into_s3(golden: Path, s3_folder: P
 
     assert summary.output == "s3://bucket/answers"
     storage = s3fs.S3FileSystem()
-    answers = ds.dataset("bucket/answers", filesystem=storage, format="parquet").to_table().to_pylist()
+    answers = (
+        ds.dataset("bucket/answers", filesystem=storage, format="parquet").to_table().to_pylist()
+    )
     by_id = {row["id"]: row for row in answers}
     assert len(answers) == 11
     for number, expected in enumerate(rows):
@@ -70,17 +81,23 @@ def test_chats_on_s3_are_answered_as_released_into_s3(golden: Path, s3_folder: P
         assert answer["prompt"] == expected["prompt"]
         assert answer["tag"] == ("t" if number < 7 else None)
         assert not {"key", "chat", "images"} & set(answer)
-    assert by_id["99"]["error"].startswith("messages_invalid: the content of a turn in messages is NoneType")
+    assert by_id["99"]["error"].startswith(
+        "messages_invalid: the content of a turn in messages is NoneType"
+    )
 
     assert len(pd.read_parquet("bucket/answers", filesystem=storage)) == 11
     told = json.loads(storage.cat_file("bucket/answers/_run/summary.json"))
     assert (told["rows"], told["ok"], told["files"]) == (11, 10, 1)
 
     files = storage.glob("bucket/answers/*.parquet")
-    assert run_on_cluster("vqa", settings).written.rows == 11  # it is done: nothing is answered or written again
+    assert (
+        run_on_cluster("vqa", settings).written.rows == 11
+    )  # it is done: nothing is answered or written again
     storage.invalidate_cache()
     assert storage.glob("bucket/answers/*.parquet") == files
-    with pytest.raises(OutputError, match=r"cannot write to s3://no-such-bucket/out \(FileNotFoundError"):
+    with pytest.raises(
+        OutputError, match=r"cannot write to s3://no-such-bucket/out \(FileNotFoundError"
+    ):
         run_on_cluster("vqa", {**settings, "output.path": "s3://no-such-bucket/out"})
     with pytest.raises(InputError, match="'s3://bucket/nowhere/' does not exist"):
         run_on_cluster("vqa", {**settings, "input.path": "s3://bucket/nowhere/"})

@@ -1,4 +1,6 @@
-"""The output goes away, becomes read-only or fills up while a job runs: one line for a person, and nothing lost."""
+"""The output goes away, becomes read-only or fills up while a job runs: one line for a person, and
+nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def deleted(disk: Path) -> None:
-    # As often as a person would: a file that the job writes into a folder that is being emptied keeps it there.
+    # As often as a person would: a file that the job writes into a folder that is being emptied
+    # keeps it there.
     while (disk / "out").exists():
         shutil.rmtree(disk / "out", ignore_errors=True)
 

@@ -1,4 +1,6 @@
-"""A job that would be pointless ends with exit code 2 and one line, before Ray starts; a dry run says what would run."""
+"""A job that would be pointless ends with exit code 2 and one line, before Ray starts; a dry run
+says what would run.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ Job = Callable[..., Finished]
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    columns = {"image": [picture(), picture(seed=1)], "prompt": ["What?", "Where?"], "score": [0.5, 1.0]}
+    columns = {
+        "image": [picture(), picture(seed=1)],
+        "prompt": ["What?", "Where?"],
+        "score": [0.5, 1.0],
+    }
     write_shard(tmp_path / "in" / "a.parquet", columns)
     write_shard(tmp_path / "in" / "deeper" / "b.parquet", columns)
     return tmp_path / "in"
@@ -27,7 +33,11 @@ def shards(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def job(
-    golden: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    golden: Path,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Job:
     """Runs a script on good settings with some changed."""
 
@@ -54,7 +64,9 @@ def assert_one_line(done: Finished, *says: str) -> None:
         assert words in done.stderr
 
 
-def test_a_process_of_its_own_ends_within_seconds(golden: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_process_of_its_own_ends_within_seconds(
+    golden: Path, shards: Path, tmp_path: Path
+) -> None:
     done = run_script("vqa", "--set", "model.bas=x")
     assert_one_line(done, "model.bas: unknown key; did you mean model.base?")
     assert done.seconds < 10
@@ -71,7 +83,10 @@ def test_a_process_of_its_own_ends_within_seconds(golden: Path, shards: Path, tm
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"model__base": ""}, "model.base: missing; set it in the file or with --set model.base=..."),
+        (
+            {"model__base": ""},
+            "model.base: missing; set it in the file or with --set model.base=...",
+        ),
         ({"model__base": "/nowhere"}, "model.base: '/nowhere' is no existing folder or file"),
         ({"model__adapter": "/nowhere"}, "model.adapter: '/nowhere' is no existing folder or file"),
         ({"input__path": "/nowhere/*.parquet"}, "input.path: no data at '/nowhere/*.parquet'"),
@@ -80,15 +95,23 @@ def test_a_process_of_its_own_ends_within_seconds(golden: Path, shards: Path, tm
             {"input__columns__prompt": "promt"},
             "input.columns.prompt: the input has no column 'promt'; did you mean 'prompt'?",
         ),
-        ({"input__columns__image": "score"}, "input.columns.image: column 'score' is double, expected bytes"),
-        ({"input__prompt": "Describe.", "input__columns__prompt": "prompt"}, "only one of them can say what to ask"),
+        (
+            {"input__columns__image": "score"},
+            "input.columns.image: column 'score' is double, expected bytes",
+        ),
+        (
+            {"input__prompt": "Describe.", "input__columns__prompt": "prompt"},
+            "only one of them can say what to ask",
+        ),
         ({"input__columns__id": "prompt"}, "input.columns.id: id 'What?' stands twice"),
         ({"output__path": "s4://bucket/out"}, "output.path: cannot open 's4://bucket/out'"),
         ({"model__top_k_experts": 9}, "model.top_k_experts"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_settings_and_input_that_cannot_work(job: Job, tmp_path: Path, changed: dict[str, Any], says: str) -> None:
+def test_settings_and_input_that_cannot_work(
+    job: Job, tmp_path: Path, changed: dict[str, Any], says: str
+) -> None:
     assert_one_line(job("vqa", **changed), says)
     assert not (tmp_path / "out").exists()
 
@@ -96,7 +119,9 @@ def test_settings_and_input_that_cannot_work(job: Job, tmp_path: Path, changed: 
 def test_an_output_that_holds_results(job: Job, tmp_path: Path) -> None:
     write_shard(tmp_path / "out" / "part-00000.parquet", {"id": ["a"]})
     for flags in ((), ("--dry-run",)):
-        assert_one_line(job("vqa", *flags), "already holds 1 Parquet files", "--fresh to replace them")
+        assert_one_line(
+            job("vqa", *flags), "already holds 1 Parquet files", "--fresh to replace them"
+        )
 
 
 def test_an_output_that_is_the_input(job: Job, shards: Path) -> None:
@@ -119,16 +144,23 @@ def test_a_base_without_a_tokenizer(job: Job, golden: Path, tmp_path: Path) -> N
     base = tmp_path / "base"
     base.mkdir()
     shutil.copy(golden / "released" / "base" / "config.json", base)
-    assert_one_line(job("vqa", model__base=base), "model.base: cannot load tokenizer and processor from")
+    assert_one_line(
+        job("vqa", model__base=base), "model.base: cannot load tokenizer and processor from"
+    )
 
 
 def test_captions_of_an_input_without_images(job: Job, tmp_path: Path) -> None:
     write_shard(tmp_path / "text" / "a.parquet", {"prompt": ["What?"]})
-    assert_one_line(job("caption", input__path=tmp_path / "text"), "input.columns.image: the input has no column 'image'")
+    assert_one_line(
+        job("caption", input__path=tmp_path / "text"),
+        "input.columns.image: the input has no column 'image'",
+    )
 
 
 @pytest.mark.parametrize("name", ["caption", "vqa"])
-def test_a_dry_run_says_what_would_run_and_writes_nothing(job: Job, shards: Path, tmp_path: Path, name: str) -> None:
+def test_a_dry_run_says_what_would_run_and_writes_nothing(
+    job: Job, shards: Path, tmp_path: Path, name: str
+) -> None:
     done = job(name, "--dry-run", input__limit=3, output__routes="true")
     assert (done.code, done.stderr) == (0, "")
     configuration, _, rest = done.stdout.partition("\n\n")
@@ -146,13 +178,22 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(job: Job, shards: Path
     ):
         assert line in rest
     counts = "prompt_tokens, visual_tokens, new_tokens"
-    assert f"output: id, prompt, text, status, error, finish_reason, {counts}, flags, prefill_r" in rest
-    assert f"{name}: 3 rows on 1 replica(s), model of 4 layers, 4 experts of rank 8 and a global one, bfloat16" in rest
+    assert (
+        f"output: id, prompt, text, status, error, finish_reason, {counts}, flags, prefill_r"
+        in rest
+    )
+    assert (
+        f"{name}: 3 rows on 1 replica(s), model of 4 layers, 4 experts of rank 8 and a global one, "
+        "bfloat16" in rest
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_of_convert(
-    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    golden: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     paths = {
         "model.base": golden / "released" / "base",

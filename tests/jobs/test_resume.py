@@ -17,7 +17,15 @@ import pytest
 from pipeline.errors import OutputError
 from tests.conftest import RayCluster
 from tests.io.shards import write_shard
-from tests.jobs.support import ROOT, assert_as_released, expected_rows, released_model, results, run_on_cluster, sets
+from tests.jobs.support import (
+    ROOT,
+    assert_as_released,
+    expected_rows,
+    released_model,
+    results,
+    run_on_cluster,
+    sets,
+)
 
 #: How often each of the golden rows is asked.
 TIMES = 6
@@ -56,9 +64,15 @@ def rows_in(folder: Path) -> int:
 def test_a_killed_job_goes_on_where_it_stopped(
     job: dict[str, Any], golden: Path, tmp_path: Path, ray_cluster: RayCluster
 ) -> None:
-    expected = {f"{turn}/{row['id']}": row for turn in range(TIMES) for row in expected_rows(golden)}
+    expected = {
+        f"{turn}/{row['id']}": row for turn in range(TIMES) for row in expected_rows(golden)
+    }
     slowly = {"output.rows_per_file": 2, "engine.batch_size": 2, "preparation.rows_per_block": 2}
-    command = [sys.executable, "jobs/vqa.py", *sets({**job, **slowly, "ray.address": ray_cluster.address})]
+    command = [
+        sys.executable,
+        "jobs/vqa.py",
+        *sets({**job, **slowly, "ray.address": ray_cluster.address}),
+    ]
     quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     kept: dict[Path, int] = {}
     for sent, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
@@ -72,7 +86,8 @@ def test_a_killed_job_goes_on_where_it_stopped(
         assert written(tmp_path / "out").items() >= kept.items()
         kept = written(tmp_path / "out")
         assert 0 < rows_in(tmp_path / "out") < len(expected)
-        # Asked to stop, it gives the output back and tells what it wrote; killed, it leaves both to the next run.
+        # Asked to stop, it gives the output back and tells what it wrote; killed, it leaves both to
+        # the next run.
         (beat,) = (tmp_path / "out/_run/lease").glob("*.beat")
         assert json.loads(beat.read_text())["released"] == (sent == signal.SIGTERM)
 
@@ -96,7 +111,10 @@ def test_a_killed_job_goes_on_where_it_stopped(
     changed = {**job, "generation.max_new_tokens": 25, "model.dtype": "bfloat16"}
     with pytest.raises(OutputError) as caught:
         run_on_cluster("vqa", changed)
-    changes = ("generation.max_new_tokens was 24, is 25", "model.dtype was 'float32', is 'bfloat16'")
+    changes = (
+        "generation.max_new_tokens was 24, is 25",
+        "model.dtype was 'float32', is 'bfloat16'",
+    )
     for part in (*changes, "--fresh deletes them"):
         assert part in str(caught.value)
     assert written(tmp_path / "out") == after

@@ -18,10 +18,21 @@ def test_what_the_network_denied_is_answered_by_a_second_run_in_the_same_place(
 ) -> None:
     base, adapter = write_random_checkpoint(tmp_path / "model", RandomShape(), seed=1)
     with Web() as web:
-        web.files = {"a.png": picture(seed=1), "b.png": picture(seed=2), "broken.png": picture()[:400]}
+        web.files = {
+            "a.png": picture(seed=1),
+            "b.png": picture(seed=2),
+            "broken.png": picture()[:400],
+        }
         (tmp_path / "here").mkdir()
         (tmp_path / "here/c.png").write_bytes(picture(seed=3))
-        names = [web.url("a.png"), web.url("b.png"), web.url("broken.png"), "c.png", "http://10.0.0.1/d.png", "none.png"]
+        names = [
+            web.url("a.png"),
+            web.url("b.png"),
+            web.url("broken.png"),
+            "c.png",
+            "http://10.0.0.1/d.png",
+            "none.png",
+        ]
         write_shard(tmp_path / "in/0.parquet", {"image": names})
         job = {
             "model.base": base,
@@ -53,7 +64,11 @@ def test_what_the_network_denied_is_answered_by_a_second_run_in_the_same_place(
         assert codes() == ["ok", "ok", "image_decode", *lasting]
         assert web.asked.total() == asked + 3
         assert summary.written.rows == 6
-        assert summary.written.errors == {"image_decode": 1, "image_forbidden": 1, "image_missing": 1}
+        assert summary.written.errors == {
+            "image_decode": 1,
+            "image_forbidden": 1,
+            "image_missing": 1,
+        }
         assert list((tmp_path / "out/_run/retries").glob("*.parquet")) == []
         (file,) = (tmp_path / "out").glob("*.parquet")
         assert pq.read_metadata(file).num_rows == 6

@@ -1,4 +1,6 @@
-"""Columns as only some writers leave them, and rows whose values do not fit, through a whole job with several prompts."""
+"""Columns as only some writers leave them, and rows whose values do not fit, through a whole job
+with several prompts.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,15 @@ def test_columns_of_every_form_reach_output_and_export_and_bad_values_cost_their
     write_arrow(tmp_path / "in" / "lang=de" / "a.arrow", columns)
 
     asks = json.dumps({"what": "What is it in {lang}?", "where": "Where?"})
-    job = {**released_model(golden), "input.path": tmp_path / "in", "output.path": tmp_path / "out", "input.prompts": asks}
+    job = {
+        **released_model(golden),
+        "input.path": tmp_path / "in",
+        "output.path": tmp_path / "out",
+        "input.prompts": asks,
+    }
     summary = run_on_cluster(
-        "vqa", {**job, "generation.max_new_tokens": 2, "output.token_ids": False, "output.routes": False}
+        "vqa",
+        {**job, "generation.max_new_tokens": 2, "output.token_ids": False, "output.routes": False},
     )
 
     assert dict(summary.written.errors) == {"row_malformed": 6}
@@ -46,5 +54,7 @@ def test_columns_of_every_form_reach_output_and_export_and_bad_values_cost_their
         assert [rows[f"{id_}/where"][name] for id_ in names] == expected, name
     assert rows["c/what"]["error"].endswith("expected valid UTF-8")
     assert rows["d/what"]["error"].endswith("expected years from 1 to 9999 in timestamp[us]")
-    (lines,) = export(OutputFolder(str(tmp_path / "out")), OutputFolder(str(tmp_path / "lines")), "jsonl")
+    (lines,) = export(
+        OutputFolder(str(tmp_path / "out")), OutputFolder(str(tmp_path / "lines")), "jsonl"
+    )
     assert len(Path(lines.removeprefix("file://")).read_text().splitlines()) == 8

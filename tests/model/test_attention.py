@@ -1,4 +1,6 @@
-"""Attention over the cache equals causal attention over each request's own tokens, however its prompt is cut."""
+"""Attention over the cache equals causal attention over each request's own tokens, however its
+prompt is cut.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,26 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 99))
+@given(
+    st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.integers(0, 99),
+)
 def test_chunks_and_single_tokens_equal_whole_attention(cuts: list[list[int]], seed: int) -> None:
-    """Each request's tokens come in the given chunks, side by side with the others'; chunks of one are decode steps."""
+    """Each request's tokens come in the given chunks, side by side with the others'; chunks of one
+    are decode steps.
+    """
     draw = torch.Generator().manual_seed(seed)
     lengths = [sum(own) for own in cuts]
-    tensors = [[torch.randn(n, heads, DIM, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS)] for n in lengths]
-    starts = np.cumsum([3, *(n + 2 for n in lengths)])[:-1].tolist()  # extents with gaps, whose rows hold garbage
-    cache = KVCache(small_shape(), sum(lengths) + 2 * len(lengths) + 3, torch.float32, torch.device("cpu"))
+    tensors = [
+        [torch.randn(n, heads, DIM, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        for n in lengths
+    ]
+    starts = np.cumsum([3, *(n + 2 for n in lengths)])[
+        :-1
+    ].tolist()  # extents with gaps, whose rows hold garbage
+    cache = KVCache(
+        small_shape(), sum(lengths) + 2 * len(lengths) + 3, torch.float32, torch.device("cpu")
+    )
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
     found: list[list[torch.Tensor]] = [[] for _ in cuts]
@@ -59,12 +73,17 @@ def test_chunks_and_single_tokens_equal_whole_attention(cuts: list[list[int]], s
         single = [i for i in here if i not in chunked]
         order = chunked + single
         parts = {i: slice(done[i], done[i] + cuts[i][turn]) for i in order}
-        write = np.concatenate([np.arange(starts[i] + done[i], starts[i] + parts[i].stop) for i in order])
+        write = np.concatenate(
+            [np.arange(starts[i] + done[i], starts[i] + parts[i].stop) for i in order]
+        )
         layout = StepLayout(
             cache,
             torch.from_numpy(write),
             Sequences.pack(
-                [cuts[i][turn] for i in chunked], [starts[i] for i in chunked], [parts[i].stop for i in chunked], None
+                [cuts[i][turn] for i in chunked],
+                [starts[i] for i in chunked],
+                [parts[i].stop for i in chunked],
+                None,
             )
             if chunked
             else None,

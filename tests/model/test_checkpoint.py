@@ -39,15 +39,25 @@ def damaged(file: Path, change: object) -> None:
 
 def test_experts_and_rank_are_read_from_the_tensors(tmp_path: Path) -> None:
     for experts, rank in ((1, 4), (6, 3)):
-        base, adapter = write_random_checkpoint(tmp_path / str(experts), RandomShape(experts=experts, rank=rank), seed=0)
+        base, adapter = write_random_checkpoint(
+            tmp_path / str(experts), RandomShape(experts=experts, rank=rank), seed=0
+        )
         found = open_checkpoint(str(base), str(adapter), top_k=experts).shape.adapter
-        assert (found.experts, found.rank, found.top_k, found.scale) == (experts, rank, experts, 2.0)
+        assert (found.experts, found.rank, found.top_k, found.scale) == (
+            experts,
+            rank,
+            experts,
+            2.0,
+        )
         assert open_checkpoint(str(base), str(adapter), lora_alpha=rank).shape.adapter.scale == 1.0
 
 
 def test_an_adapter_may_be_named_by_folder_or_file(released: tuple[Path, Path]) -> None:
     base, file = released
-    by_folder, by_file = open_checkpoint(str(base), str(file.parent)), open_checkpoint(str(base), str(file))
+    by_folder, by_file = (
+        open_checkpoint(str(base), str(file.parent)),
+        open_checkpoint(str(base), str(file)),
+    )
     assert by_folder.files.tensors == by_file.files.tensors
 
 
@@ -61,11 +71,13 @@ def test_an_adapter_may_be_named_by_folder_or_file(released: tuple[Path, Path]) 
         (lambda s: s.update(stray=torch.zeros(3)), r"1 extra \(stray\)"),
         (
             lambda s: s.update({f"{O_PROJ}.w_gate.weight": torch.zeros(4, 65)}),
-            r"1 misshapen \(model.layers.0.self_attn.o_proj.w_gate.weight \[4, 65\], expected \[4, 64\]\)",
+            r"1 misshapen \(model.layers.0.self_attn.o_proj.w_gate.weight \[4, 65\], expected \[4, "
+            r"64\]\)",
         ),
         (
             lambda s: s.update({f"{O_PROJ}.weight": torch.zeros(64, 64, dtype=torch.int64)}),
-            r"1 of a dtype other than float32, bfloat16 or float16 \(model.layers.0.self_attn.o_proj.weight torch.int64\)",
+            r"1 of a dtype other than float32, bfloat16 or float16 "
+            r"\(model.layers.0.self_attn.o_proj.weight torch.int64\)",
         ),
         (
             lambda s: [s.pop(name) for name in list(s) if ".layers.3." in name],
@@ -74,7 +86,9 @@ def test_an_adapter_may_be_named_by_folder_or_file(released: tuple[Path, Path]) 
     ],
     ids=["missing", "extra", "misshapen", "dtype", "a whole layer"],
 )
-def test_tensors_that_do_not_fit_are_one_clear_error(released: tuple[Path, Path], change: object, expected: str) -> None:
+def test_tensors_that_do_not_fit_are_one_clear_error(
+    released: tuple[Path, Path], change: object, expected: str
+) -> None:
     base, file = released
     damaged(file, change)
     with pytest.raises(CheckpointError, match=expected) as error:
@@ -86,26 +100,34 @@ def test_tensors_that_do_not_fit_are_one_clear_error(released: tuple[Path, Path]
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_top_k_beyond_the_experts_is_refused(golden: Path, top_k: int) -> None:
     with pytest.raises(ConfigError, match="model.top_k_experts: .*, expected 1 to 4"):
-        open_checkpoint(str(golden / "released" / "base"), str(golden / "released" / "adapter"), top_k=top_k)
+        open_checkpoint(
+            str(golden / "released" / "base"), str(golden / "released" / "adapter"), top_k=top_k
+        )
 
 
 def test_places_without_a_checkpoint_are_named(golden: Path, tmp_path: Path) -> None:
     base = str(golden / "released" / "base")
     with pytest.raises(CheckpointError, match="model.base: 'nowhere' is no existing folder"):
         open_checkpoint("nowhere", None)
-    with pytest.raises(CheckpointError, match="model.base: 'some/model' is no local folder, and the Hub did not serve it"):
+    with pytest.raises(
+        CheckpointError,
+        match="model.base: 'some/model' is no local folder, and the Hub did not serve it",
+    ):
         open_checkpoint("some/model", None)
     with pytest.raises(CheckpointError, match=r"model.base: .* holds no config.json"):
         open_checkpoint(str(tmp_path), None)
     with pytest.raises(CheckpointError, match="model.base: .* holds no weights"):
         open_checkpoint(base, None)
     with pytest.raises(
-        CheckpointError, match="model.adapter: cannot list 'memory://none'|nothing found at 'memory://none'"
+        CheckpointError,
+        match="model.adapter: cannot list 'memory://none'|nothing found at 'memory://none'",
     ):
         open_checkpoint(base, "memory://none")
     broken = tmp_path / "pytorch_model.bin"
     broken.write_bytes(b"no checkpoint")
-    with pytest.raises(CheckpointError, match="model.adapter: cannot read .*pytorch_model.bin as a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="model.adapter: cannot read .*pytorch_model.bin as a checkpoint"
+    ):
         open_checkpoint(base, str(broken))
 
 
@@ -117,18 +139,27 @@ def test_another_models_config_is_refused(released: tuple[Path, Path]) -> None:
         open_checkpoint(str(base), str(file))
 
 
-def test_a_url_is_copied_once_and_used_again(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_is_copied_once_and_used_again(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fsspec
 
     monkeypatch.setenv("AWAKER_CACHE", str(tmp_path / "cache"))
     memory = fsspec.filesystem("memory")
     memory.put(str(golden / "released"), "/bucket/released", recursive=True)
-    checkpoint = open_checkpoint("memory://bucket/released/base", "memory://bucket/released/adapter/pytorch_model.bin")
+    checkpoint = open_checkpoint(
+        "memory://bucket/released/base", "memory://bucket/released/adapter/pytorch_model.bin"
+    )
     assert checkpoint.shape.adapter.experts == 4
     copied = localise("memory://bucket/released/adapter/pytorch_model.bin", "model.adapter")
     assert sha256_of(copied) == sha256_of(golden / "released" / "adapter" / "pytorch_model.bin")
     before = copied.stat().st_mtime_ns
-    assert localise("memory://bucket/released/adapter/pytorch_model.bin", "model.adapter").stat().st_mtime_ns == before
+    assert (
+        localise("memory://bucket/released/adapter/pytorch_model.bin", "model.adapter")
+        .stat()
+        .st_mtime_ns
+        == before
+    )
 
 
 def test_names_of_transformers_5_and_sharded_files_are_read(tmp_path: Path) -> None:
@@ -145,7 +176,9 @@ def test_names_of_transformers_5_and_sharded_files_are_read(tmp_path: Path) -> N
     for file, part in files.items():
         save_file({name: renamed[name] for name in part}, base / file)
     index = base / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}}))
+    index.write_text(
+        json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}})
+    )
     found = open_checkpoint(str(base), None).files.tensors
     assert {n: i.shape for n, i in found.items()} == {n: i.shape for n, i in expected.items()}
     (base / "model-1.safetensors").unlink()
@@ -154,7 +187,9 @@ def test_names_of_transformers_5_and_sharded_files_are_read(tmp_path: Path) -> N
 
 
 def test_conversion_writes_serving_tensors_and_a_manifest(golden: Path, tmp_path: Path) -> None:
-    source = open_checkpoint(str(golden / "released" / "base"), str(golden / "released" / "adapter"))
+    source = open_checkpoint(
+        str(golden / "released" / "base"), str(golden / "released" / "adapter")
+    )
     done = convert(source, tmp_path / "out", None, 200_000)
     assert done.files > 3
     served = open_checkpoint(str(tmp_path / "out"), None)
@@ -172,17 +207,32 @@ def test_conversion_writes_serving_tensors_and_a_manifest(golden: Path, tmp_path
     manifest = json.loads((tmp_path / "out" / SERVING_MANIFEST).read_text())
     adapter = golden / "released" / "adapter" / "pytorch_model.bin"
     assert manifest["adapter"] == {"experts": 4, "rank": 8, "lora_alpha": 16.0}
-    assert {"file": str(adapter), "bytes": adapter.stat().st_size, "sha256": sha256_of(adapter)} in manifest["sources"]
-    for name in ("tokenizer.json", "preprocessor_config.json", "generation_config.json", "chat_template.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (golden / "released" / "base" / name).read_bytes()
+    assert {
+        "file": str(adapter),
+        "bytes": adapter.stat().st_size,
+        "sha256": sha256_of(adapter),
+    } in manifest["sources"]
+    for name in (
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "generation_config.json",
+        "chat_template.json",
+    ):
+        assert (tmp_path / "out" / name).read_bytes() == (
+            golden / "released" / "base" / name
+        ).read_bytes()
 
 
 def test_a_converted_checkpoint_guards_its_settings(golden: Path, tmp_path: Path) -> None:
-    source = open_checkpoint(str(golden / "released" / "base"), str(golden / "released" / "adapter"))
+    source = open_checkpoint(
+        str(golden / "released" / "base"), str(golden / "released" / "adapter")
+    )
     out = tmp_path / "out"
     convert(source, out, None, 1 << 30)
     assert open_checkpoint(str(out), None, top_k=2, lora_alpha=16).shape.adapter.top_k == 2
-    with pytest.raises(ConfigError, match="model.lora_alpha: 8, but model.base was converted with 16"):
+    with pytest.raises(
+        ConfigError, match="model.lora_alpha: 8, but model.base was converted with 16"
+    ):
         open_checkpoint(str(out), None, lora_alpha=8)
     with pytest.raises(ConfigError, match="model.adapter: model.base is a converted checkpoint"):
         open_checkpoint(str(out), str(golden / "released" / "adapter"))
@@ -214,16 +264,31 @@ print("anonymous", anonymous() - before)
 """
 
 
-def test_conversion_needs_no_more_memory_for_a_larger_file_and_replicas_map_the_result(tmp_path: Path) -> None:
+def test_conversion_needs_no_more_memory_for_a_larger_file_and_replicas_map_the_result(
+    tmp_path: Path,
+) -> None:
     base, adapter = write_random_checkpoint(tmp_path, LARGE, seed=0)
     size = (adapter / "pytorch_model.bin").stat().st_size
     assert size > 500 << 20
-    sets = [f"model.base={base}", f"model.adapter={adapter}", "model.dtype=bfloat16", f"output.path={tmp_path / 'out'}"]
-    arguments = ["jobs/convert.py", *(part for assignment in sets for part in ("--set", assignment))]
+    sets = [
+        f"model.base={base}",
+        f"model.adapter={adapter}",
+        "model.dtype=bfloat16",
+        f"output.path={tmp_path / 'out'}",
+    ]
+    arguments = [
+        "jobs/convert.py",
+        *(part for assignment in sets for part in ("--set", assignment)),
+    ]
     importing = peak_memory([*arguments, "--dry-run"])
-    # A bound that does not grow with the file; most of it are pages of the file itself, which the kernel may take back.
+    # A bound that does not grow with the file; most of it are pages of the file itself, which the
+    # kernel may take back.
     assert peak_memory(arguments) - importing < 320 << 20
     done = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_TOUCH, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOAD_AND_TOUCH, str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert int(done.stdout.split("anonymous ")[1]) < size / 10

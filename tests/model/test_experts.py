@@ -16,7 +16,11 @@ OUT, IN, RANK = 7, 5, 3
 
 
 def formula(
-    x: torch.Tensor, w: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], factors: torch.Tensor
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
+    factors: torch.Tensor,
 ) -> torch.Tensor:
     """y = W x + sum of factor * B A x, one token and one expert at a time."""
     out = []
@@ -30,7 +34,10 @@ def formula(
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 4), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 100), st.sampled_from([0, 99])
+    st.integers(1, 4),
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.integers(0, 100),
+    st.sampled_from([0, 99]),
 )
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.1], ids=["majority", "either", "segments"])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
@@ -43,7 +50,11 @@ def test_every_strategy_is_exact(
     def random(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=draw, dtype=torch.float64).to(dtype)
 
-    w, a, b = random(OUT, IN), list(random(experts + 1, RANK, IN)), list(random(experts + 1, OUT, RANK))
+    w, a, b = (
+        random(OUT, IN),
+        list(random(experts + 1, RANK, IN)),
+        list(random(experts + 1, OUT, RANK)),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.model.ops.PACK_FROM", 1)
         mixture = Mixture.of(torch.cat([*a, w]), torch.cat(b, dim=1), RANK, prepack=packed)
@@ -51,16 +62,35 @@ def test_every_strategy_is_exact(
     assert torch.equal(mixture.weight, w)
     assert all(torch.equal(mixture.a(expert), own) for expert, own in enumerate(a))
     tops = torch.randint(experts, (len(tokens), 1), generator=draw)
-    gates = torch.zeros(len(tokens), experts).scatter_(1, tops, torch.rand(len(tokens), 1, generator=draw)).half()
+    gates = (
+        torch.zeros(len(tokens), experts)
+        .scatter_(1, tops, torch.rand(len(tokens), 1, generator=draw))
+        .half()
+    )
     factors = expert_factors(gates, scale=2.0).to(dtype).repeat_interleave(torch.tensor(tokens), 0)
     x = random(sum(tokens), IN)
-    plan = dense_and_sparse(tops.numpy().astype(np.int8), tokens, experts, masked_below=masked_below, majority_share=share)
+    plan = dense_and_sparse(
+        tops.numpy().astype(np.int8),
+        tokens,
+        experts,
+        masked_below=masked_below,
+        majority_share=share,
+    )
     dense, sparse = plan[0]
     gate = GateFactors(factors, dense, tuple((e, torch.from_numpy(i)) for e, i in sparse.items()))
-    exact = formula(*(t.double() for t in (x, w)), [t.double() for t in a], [t.double() for t in b], factors.double())
-    torch.testing.assert_close(mixture_linear(x, mixture, gate).double(), exact, atol=1e-4 if packed else 1e-7, rtol=1e-5)
+    exact = formula(
+        *(t.double() for t in (x, w)),
+        [t.double() for t in a],
+        [t.double() for t in b],
+        factors.double(),
+    )
+    torch.testing.assert_close(
+        mixture_linear(x, mixture, gate).double(), exact, atol=1e-4 if packed else 1e-7, rtol=1e-5
+    )
 
 
 def test_without_an_adapter_it_is_the_linear_layer() -> None:
     w, x = torch.randn(OUT, IN), torch.randn(4, IN)
-    torch.testing.assert_close(mixture_linear(x, Mixture.of(w, None, 0, prepack=True), None), x @ w.T)
+    torch.testing.assert_close(
+        mixture_linear(x, Mixture.of(w, None, 0, prepack=True), None), x @ w.T
+    )

@@ -1,4 +1,6 @@
-"""A checkpoint is somebody else's: it writes and names nothing outside its folder, and runs nothing."""
+"""A checkpoint is somebody else's: it writes and names nothing outside its folder, and runs
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,18 @@ class Bucket(MemoryFileSystem):
     copied: ClassVar[list[str]] = []
     fails_at: ClassVar[set[str]] = set()
 
-    def find(self, path: str, maxdepth: Any = None, withdirs: bool = False, detail: bool = False, **_: Any) -> Any:
-        return {f"{path}/{key}": {"name": key, "size": len(data), "type": "file"} for key, data in self.keys.items()}
+    def find(
+        self,
+        path: str,
+        maxdepth: Any = None,
+        withdirs: bool = False,
+        detail: bool = False,
+        **_: Any,
+    ) -> Any:
+        return {
+            f"{path}/{key}": {"name": key, "size": len(data), "type": "file"}
+            for key, data in self.keys.items()
+        }
 
     def ukey(self, path: str) -> str:
         return str(hash(self.keys[path.partition("ckpt/")[2]]))
@@ -76,14 +88,23 @@ def test_a_key_that_leads_out_of_the_cache_is_refused_and_nothing_is_written(
     key: str, bucket: type[Bucket], tmp_path: Path
 ) -> None:
     bucket.keys.update({"config.json": b"{}", key: b"evil"})
-    with pytest.raises(CheckpointError, match=r"model.base: 'bucket://b/ckpt' holds a file called .* outside its folder"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model.base: 'bucket://b/ckpt' holds a file called .* outside its folder",
+    ):
         localise("bucket://b/ckpt", "model.base")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_only_what_a_model_consists_of_is_copied(bucket: type[Bucket]) -> None:
     bucket.keys.update(
-        {"config.json": b"{}", "model.safetensors": b"w", "evil.py": b"x", "tf_model.h5": b"x", ".bashrc": b"x"}
+        {
+            "config.json": b"{}",
+            "model.safetensors": b"w",
+            "evil.py": b"x",
+            "tf_model.h5": b"x",
+            ".bashrc": b"x",
+        }
     )
     folder = localise("bucket://b/ckpt", "model.base")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -110,13 +131,18 @@ def test_a_copy_that_broke_off_is_never_taken_for_whole(bucket: type[Bucket]) ->
     with pytest.raises(CheckpointError, match="model.base: cannot copy .*ConnectionResetError"):
         localise("bucket://b/ckpt", "model.base")
     bucket.fails_at.clear()
-    assert (localise("bucket://b/ckpt", "model.base") / "model.safetensors").read_bytes() == b"weights"
+    assert (
+        localise("bucket://b/ckpt", "model.base") / "model.safetensors"
+    ).read_bytes() == b"weights"
 
 
 def test_replicas_that_ask_at_once_copy_once(bucket: type[Bucket]) -> None:
     bucket.keys.update({"config.json": b"{}", "model.safetensors": b"weights"})
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(localise("bucket://b/ckpt", "model.base"))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(localise("bucket://b/ckpt", "model.base")))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -126,13 +152,20 @@ def test_replicas_that_ask_at_once_copy_once(bucket: type[Bucket]) -> None:
     assert len(bucket.copied) == 2
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../x.safetensors", "", "..\\x.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["../other.safetensors", "/etc/passwd", "a/../../x.safetensors", "", "..\\x.safetensors"],
+)
 def test_an_index_names_no_file_outside_its_folder(name: str, golden: Path, tmp_path: Path) -> None:
     shutil.copytree(golden / "released/base", tmp_path / "ckpt")
     (tmp_path / "ckpt/model.safetensors").write_bytes(b"x")
     (tmp_path / "other.safetensors").write_bytes(b"x")
-    (tmp_path / "ckpt/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match=r"model.base: .*index.json names a file called .* outside its folder"):
+    (tmp_path / "ckpt/model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": name}})
+    )
+    with pytest.raises(
+        CheckpointError, match=r"model.base: .*index.json names a file called .* outside its folder"
+    ):
         TensorFiles.open(tmp_path / "ckpt", "model.base")
 
 
@@ -147,10 +180,15 @@ def test_a_checkpoint_that_changes_while_it_is_copied_is_no_mixture(
         bucket.keys.update({"a.json": b"two", "b.json": b"two"})
 
     monkeypatch.setattr(Bucket, "get_file", copy_and_replace)
-    with pytest.raises(CheckpointError, match=r"^model.base: 'bucket://ckpt' changed while it was copied; run"):
+    with pytest.raises(
+        CheckpointError, match=r"^model.base: 'bucket://ckpt' changed while it was copied; run"
+    ):
         localise("bucket://ckpt", "model.base")
     found = localise("bucket://ckpt", "model.base")
-    assert {file.name: file.read_bytes() for file in found.iterdir()} == {"a.json": b"two", "b.json": b"two"}
+    assert {file.name: file.read_bytes() for file in found.iterdir()} == {
+        "a.json": b"two",
+        "b.json": b"two",
+    }
     assert [path for path in found.parent.iterdir() if path.is_dir()] == [found]
 
 
@@ -160,15 +198,22 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AWAKER_CACHE", str(tmp_path / "file"))
     bucket.keys["config.json"] = b"{}"
-    with pytest.raises(CheckpointError, match=r"^model.base: cannot copy 'bucket://ckpt' to .*/file \(NotADirectoryError"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"^model.base: cannot copy 'bucket://ckpt' to .*/file \(NotADirectoryError",
+    ):
         localise("bucket://ckpt", "model.base")
     monkeypatch.setenv("AWAKER_CACHE", str(tmp_path / "cache"))
     bucket.keys["config.json/a.json"] = b"{}"  # a store has room for both, a disk has not
-    with pytest.raises(CheckpointError, match=r"^model.base: cannot copy 'bucket://ckpt' to .*/cache \("):
+    with pytest.raises(
+        CheckpointError, match=r"^model.base: cannot copy 'bucket://ckpt' to .*/cache \("
+    ):
         localise("bucket://ckpt", "model.base")
 
 
-def test_a_copy_elsewhere_on_a_shared_disk_is_not_torn(bucket: type[Bucket], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_elsewhere_on_a_shared_disk_is_not_torn(
+    bucket: type[Bucket], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket.keys["a.json"] = b"one"
     copy, inner = Bucket.get_file, []
 
@@ -218,16 +263,27 @@ def test_weights_behind_http_that_changed_are_copied_anew_though_their_size_did_
 def test_a_tokenizer_names_no_file_outside_its_folder(golden: Path, tmp_path: Path) -> None:
     shutil.copytree(golden / "released/base", tmp_path / "ckpt")
     file = tmp_path / "ckpt/tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "fast_tokenizer_files": ["../tokenizer.5.0.json"]}))
-    with pytest.raises(CheckpointError, match=r"model.base: .*tokenizer_config.json names a file called '../tokenizer"):
+    file.write_text(
+        json.dumps(
+            {**json.loads(file.read_text()), "fast_tokenizer_files": ["../tokenizer.5.0.json"]}
+        )
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"model.base: .*tokenizer_config.json names a file called '../tokenizer",
+    ):
         PromptProcessor(tmp_path / "ckpt", 100)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"adapter": null}'])
-def test_a_damaged_manifest_of_a_converted_checkpoint_is_named(content: str, golden: Path, tmp_path: Path) -> None:
+def test_a_damaged_manifest_of_a_converted_checkpoint_is_named(
+    content: str, golden: Path, tmp_path: Path
+) -> None:
     shutil.copytree(golden / "released/base", tmp_path / "ckpt")
     (tmp_path / "ckpt/awaker_serving.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"^model.base: .*(awaker_serving.json|has format None)"):
+    with pytest.raises(
+        CheckpointError, match=r"^model.base: .*(awaker_serving.json|has format None)"
+    ):
         open_checkpoint(str(tmp_path / "ckpt"), None)
 
 
@@ -251,8 +307,14 @@ class P: pass
 CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}),
     ("config.json", {"model_type": "evil"}),
-    ("preprocessor_config.json", {"processor_class": "EvilP", "auto_map": {"AutoProcessor": "evil.P"}}),
-    ("tokenizer_config.json", {"tokenizer_class": "EvilT", "auto_map": {"AutoTokenizer": ["evil.P", None]}}),
+    (
+        "preprocessor_config.json",
+        {"processor_class": "EvilP", "auto_map": {"AutoProcessor": "evil.P"}},
+    ),
+    (
+        "tokenizer_config.json",
+        {"tokenizer_class": "EvilT", "auto_map": {"AutoTokenizer": ["evil.P", None]}},
+    ),
 ]
 LOADING = """
 import sys
@@ -267,7 +329,9 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_a_checkpoints_own_code_is_neither_run_nor_asked_about(golden: Path, tmp_path: Path) -> None:
+def test_a_checkpoints_own_code_is_neither_run_nor_asked_about(
+    golden: Path, tmp_path: Path
+) -> None:
     mark = tmp_path / "ran"
     folders = []
     for number, (file, changes) in enumerate(CHANGES):
@@ -294,10 +358,15 @@ def test_a_checkpoints_own_code_is_neither_run_nor_asked_about(golden: Path, tmp
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"model_type": 3}', '{"model_type": "llama"}'])
-def test_a_config_that_cannot_be_read_is_an_error_in_one_line(content: str, golden: Path, tmp_path: Path) -> None:
+def test_a_config_that_cannot_be_read_is_an_error_in_one_line(
+    content: str, golden: Path, tmp_path: Path
+) -> None:
     base = shutil.copytree(golden / "released/base", tmp_path / "ckpt")
     (base / "config.json").write_text(content)
-    for load in (lambda: open_checkpoint(str(base), None), lambda: PromptProcessor.from_settings(str(base), None, None)):
+    for load in (
+        lambda: open_checkpoint(str(base), None),
+        lambda: PromptProcessor.from_settings(str(base), None, None),
+    ):
         with pytest.raises(CheckpointError) as caught:
             load()
         assert "\n" not in str(caught.value)

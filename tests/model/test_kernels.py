@@ -1,4 +1,6 @@
-"""The Triton kernels equal their plain twins. Without a GPU they run under Triton's interpreter, on the CPU."""
+"""The Triton kernels equal their plain twins. Without a GPU they run under Triton's interpreter, on
+the CPU.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def kernels() -> Iterator[ModuleType]:
 
             def prepare_for_numpy(tensor: type, scope: object) -> None:
                 prepare(tensor, scope)
-                # Triton 3.6 turns arrays of one element into loop bounds with int(), which numpy 2.4 refuses.
+                # Triton 3.6 turns arrays of one element into loop bounds with int(), which numpy
+                # 2.4 refuses.
                 scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))  # type: ignore[attr-defined]
 
             patch.setattr(interpreter, "_patch_lang_tensor", prepare_for_numpy)
@@ -52,7 +55,9 @@ def plain(function: object, *arguments: object) -> object:
 @pytest.mark.parametrize("with_delta", [True, False])
 def test_add_rms_norm(kernels: ModuleType, dtype: torch.dtype, with_delta: bool) -> None:
     x, weight = random(5, 48, dtype=dtype), random(48, dtype=dtype, seed=1)
-    delta = random(5, 60, dtype=dtype, seed=2)[:, 12:] if with_delta else None  # strided, as experts leave it
+    delta = (
+        random(5, 60, dtype=dtype, seed=2)[:, 12:] if with_delta else None
+    )  # strided, as experts leave it
     expected = plain(ops.add_rms_norm, x, delta, weight, 1e-6)
     for found, right in zip(kernels.add_rms_norm(x, delta, weight, 1e-6), expected, strict=True):
         torch.testing.assert_close(found.cpu(), right)
@@ -61,7 +66,9 @@ def test_add_rms_norm(kernels: ModuleType, dtype: torch.dtype, with_delta: bool)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_multiply(kernels: ModuleType, dtype: torch.dtype) -> None:
     gate, up = random(3, 100, dtype=dtype)[:, 30:], random(3, 90, dtype=dtype, seed=1)[:, 20:]
-    torch.testing.assert_close(kernels.silu_multiply(gate, up).cpu(), plain(ops.silu_multiply, gate, up))
+    torch.testing.assert_close(
+        kernels.silu_multiply(gate, up).cpu(), plain(ops.silu_multiply, gate, up)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,7 +76,10 @@ def test_quick_gelu(kernels: ModuleType, dtype: torch.dtype) -> None:
     x = random(3, 1500, dtype=dtype)
     expected = plain(ops.quick_gelu_, x.clone())
     torch.testing.assert_close(
-        kernels.quick_gelu_(x).cpu(), expected, atol=1e-3 if dtype != torch.float32 else 1e-5, rtol=1e-3
+        kernels.quick_gelu_(x).cpu(),
+        expected,
+        atol=1e-3 if dtype != torch.float32 else 1e-5,
+        rtol=1e-3,
     )
 
 
@@ -84,13 +94,24 @@ def test_rotate(kernels: ModuleType, dtype: torch.dtype, dim: int) -> None:
 
 
 @settings(max_examples=3, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 150), min_size=1, max_size=3), st.sampled_from([(14, 2), (6, 2), (4, 4)]), st.integers(0, 9))
+@given(
+    st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    st.sampled_from([(14, 2), (6, 2), (4, 4)]),
+    st.integers(0, 9),
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("programs", [1, 24])
 def test_decode_attention(
-    kernels: ModuleType, programs: int, dtype: torch.dtype, lengths: list[int], heads: tuple[int, int], seed: int
+    kernels: ModuleType,
+    programs: int,
+    dtype: torch.dtype,
+    lengths: list[int],
+    heads: tuple[int, int],
+    seed: int,
 ) -> None:
-    """Ragged lengths, groups of 7, 3 and 1 queries to a key/value head, one part to many; rows of nobody hold garbage."""
+    """Ragged lengths, groups of 7, 3 and 1 queries to a key/value head, one part to many; rows of
+    nobody hold garbage.
+    """
     dim, count = 8, len(lengths)
     starts = np.cumsum([3, *(n + 2 for n in lengths)])[:-1]
     rows = sum(lengths) + 2 * count + 4
@@ -99,7 +120,12 @@ def test_decode_attention(
         keys[start + length], values[start + length] = torch.nan, torch.nan
     q = random(count, heads[0], dim, dtype=dtype, seed=seed)
     places = torch.from_numpy(starts).to(DEVICE), torch.tensor(lengths, device=DEVICE)
-    layout = StepLayout(KVCache(small_shape(), 1, dtype, torch.device("cpu")), places[0], None, *(p.cpu() for p in places))
+    layout = StepLayout(
+        KVCache(small_shape(), 1, dtype, torch.device("cpu")),
+        places[0],
+        None,
+        *(p.cpu() for p in places),
+    )
     expected = attend_decode(q.cpu().float(), keys.cpu().float(), values.cpu().float(), layout)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_ENOUGH_PROGRAMS", programs)
@@ -120,9 +146,15 @@ def test_flash_attention_reads_extents(causal: bool) -> None:
     def upload(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).cuda()
 
-    found = attend_sequences(q, keys, values, Sequences.pack(queries, starts, rows, upload), causal=causal)
+    found = attend_sequences(
+        q, keys, values, Sequences.pack(queries, starts, rows, upload), causal=causal
+    )
     plain_q, plain_keys, plain_values = q.cpu().float(), keys.cpu().float(), values.cpu().float()
     expected = attend_sequences(
-        plain_q, plain_keys, plain_values, Sequences.pack(queries, starts, rows, None), causal=causal
+        plain_q,
+        plain_keys,
+        plain_values,
+        Sequences.pack(queries, starts, rows, None),
+        causal=causal,
     )
     torch.testing.assert_close(found.cpu().float(), expected, atol=2e-2, rtol=2e-2)

@@ -43,17 +43,23 @@ def cases(golden: Path, name: str) -> list[dict[str, np.ndarray]]:
         padding = int((data["attention_mask"][row] == 0).sum())
         ids = data["input_ids"][row][padding:]
         images = int((ids == config["vision_start_token_id"]).sum())
-        grids = data["image_grid_thw"][image : image + images, 1:] if images else np.zeros((0, 2), int)
+        grids = (
+            data["image_grid_thw"][image : image + images, 1:] if images else np.zeros((0, 2), int)
+        )
         patches = int(grids.prod(1).sum())
         found.append(
             {
                 "ids": ids,
                 "span": data["prompt_pos"][row] - padding,
                 "grids": grids,
-                "patches": data["pixel_values"][patch : patch + patches] if images else np.zeros((0, 1176), np.float32),
+                "patches": data["pixel_values"][patch : patch + patches]
+                if images
+                else np.zeros((0, 1176), np.float32),
                 "new": data["sequences"][row][data["input_ids"].shape[1] :],
                 "logits": data["logits"][:, row],
-                "gates": data["gates"][:, :, :, row].reshape(len(data["gates"]), -1, data["gates"].shape[-1]),
+                "gates": data["gates"][:, :, :, row].reshape(
+                    len(data["gates"]), -1, data["gates"].shape[-1]
+                ),
             }
         )
         image, patch = image + images, patch + patches
@@ -79,7 +85,9 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
         merged.append(embeddings)
         prefill_h.append(embeddings[span].mean(0))
         decode_h.append(words[span].mean(0))
-        rope, following = rope_positions(request["ids"], request["grids"] // 2, config["image_token_id"])
+        rope, following = rope_positions(
+            request["ids"], request["grids"] // 2, config["image_token_id"]
+        )
         positions.append(rope)
         next_positions.append(following)
 
@@ -91,7 +99,9 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
     lengths = [len(tokens) for tokens in ids]
     steps = len(requests[0]["logits"])
     starts = [int(start) for start in np.cumsum([0, *lengths[:-1]]) + steps * np.arange(len(ids))]
-    cache = KVCache(model.shape, sum(lengths) + steps * len(ids), torch.float32, torch.device("cpu"))
+    cache = KVCache(
+        model.shape, sum(lengths) + steps * len(ids), torch.float32, torch.device("cpu")
+    )
     everyone = tuple(range(model.shape.adapter.experts))
 
     def factors(gates: torch.Tensor, tokens: list[int]) -> list[GateFactors]:
@@ -120,7 +130,9 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
         filled = [length + step for length in lengths]
         write = torch.tensor(starts) + torch.tensor(filled)
         layout = StepLayout(cache, write, None, torch.tensor(starts), torch.tensor(filled) + 1)
-        logits = model.decoder.step(model.embeddings[tokens], rope, layout, gates, torch.arange(len(ids)))
+        logits = model.decoder.step(
+            model.embeddings[tokens], rope, layout, gates, torch.arange(len(ids))
+        )
 
 
 @torch.inference_mode()
@@ -129,16 +141,24 @@ def test_vision_tower_equals_transformers(model: Model, golden: Path) -> None:
     reference = Qwen2VLForConditionalGeneration(config).float().model.visual.eval()
     state = torch.load(golden / "layers" / "pytorch_model.bin", weights_only=True)
     prefix = "base_model.model.visual."
-    reference.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+    reference.load_state_dict(
+        {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    )
     grids = [(2, 2), (4, 6), (10, 2)]
-    patches = torch.randn(sum(h * w for h, w in grids), 1176, generator=torch.Generator().manual_seed(0))
+    patches = torch.randn(
+        sum(h * w for h, w in grids), 1176, generator=torch.Generator().manual_seed(0)
+    )
     expected = reference(patches, torch.tensor([(1, *grid) for grid in grids])).pooler_output
     visual = model.vision.encode_patches(patches, PatchPlaces.of(grids, 2, torch.device("cpu")))
     torch.testing.assert_close(torch.cat(visual), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_pixels_become_the_processors_floats_to_the_last_bit(model: Model) -> None:
-    mean, std, factor = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 1 / 255
+    mean, std, factor = (
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+        1 / 255,
+    )
     table = pixel_table(mean, std, factor)
     values = np.arange(256, dtype=np.uint8)
     for channel in range(3):
@@ -146,15 +166,29 @@ def test_pixels_become_the_processors_floats_to_the_last_bit(model: Model) -> No
         expected = (scaled - np.float32(mean[channel])) / np.float32(std[channel])
         assert table[channel].numpy().tobytes() == expected.tobytes()
     rng = np.random.default_rng(0)
-    image, other = (rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((28, 56), (56, 28)))
+    image, other = (
+        rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((28, 56), (56, 28))
+    )
     patches, places = cut_images([image, other], table, patch=14, merge=2, frames=2)
     assert patches.shape == (2 * 4 + 4 * 2, 1176)
     assert places.grids == ((2, 4), (4, 2))
-    assert places.places[:8].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    assert places.places[:8].tolist() == [
+        [0, 0],
+        [0, 1],
+        [1, 0],
+        [1, 1],
+        [0, 2],
+        [0, 3],
+        [1, 2],
+        [1, 3],
+    ]
     assert torch.equal(patches[8:], cut_images([other], table, patch=14, merge=2, frames=2)[0])
-    # The second patch of the merger's order is the first row's right neighbour; the still image fills both frames.
+    # The second patch of the merger's order is the first row's right neighbour; the still image
+    # fills both frames.
     second = patches[1].view(3, 2, 14, 14)
-    expected = torch.stack([table[c][torch.from_numpy(image[:14, 14:28, c]).long()] for c in range(3)])
+    expected = torch.stack(
+        [table[c][torch.from_numpy(image[:14, 14:28, c]).long()] for c in range(3)]
+    )
     assert torch.equal(second[:, 0], expected)
     assert torch.equal(second[:, 1], expected)
 

@@ -25,7 +25,9 @@ RESULTS = pa.table(
 
 def test_an_answer_is_right_if_it_equals_the_truth_but_for_blanks_around() -> None:
     found = Truth("answer", ("task",)).count(RESULTS)
-    assert found.asked == Counter({("colour",): 2, ("counting",): 1, ("yes/no",): 1})  # a row without truth is not asked
+    assert found.asked == Counter(
+        {("colour",): 2, ("counting",): 1, ("yes/no",): 1}
+    )  # a row without truth is not asked
     assert found.right == Counter({("colour",): 1, ("counting",): 1})  # an error row is not right
     assert found.share(("colour",)) == 0.5
     assert found.share(("yes/no",)) == 0
@@ -34,7 +36,11 @@ def test_an_answer_is_right_if_it_equals_the_truth_but_for_blanks_around() -> No
 def test_counts_add_up_over_files_and_without_groups() -> None:
     truth = Truth("answer", ())
     parts = [truth.count(RESULTS.slice(0, 2)), truth.count(RESULTS.slice(2))]
-    assert sum(parts, Accuracy()) == truth.count(RESULTS) == Accuracy(Counter({(): 4}), Counter({(): 2}))
+    assert (
+        sum(parts, Accuracy())
+        == truth.count(RESULTS)
+        == Accuracy(Counter({(): 4}), Counter({(): 2}))
+    )
 
 
 def test_numbers_are_compared_as_text() -> None:
@@ -43,9 +49,16 @@ def test_numbers_are_compared_as_text() -> None:
 
 
 def test_columns_are_named_as_in_the_input() -> None:
-    assert Truth.from_settings(EvaluateSettings(truth="text", by=["task"]), EXTRAS) == Truth("input_text", ("task",))
+    assert Truth.from_settings(EvaluateSettings(truth="text", by=["task"]), EXTRAS) == Truth(
+        "input_text", ("task",)
+    )
     assert Truth.from_settings(EvaluateSettings(), EXTRAS) is None
-    with pytest.raises(InputError, match="evaluate.truth: the input has no extra column 'anser'; did you mean 'answer'?"):
+    with pytest.raises(
+        InputError,
+        match="evaluate.truth: the input has no extra column 'anser'; did you mean 'answer'?",
+    ):
         Truth.from_settings(EvaluateSettings(truth="anser"), EXTRAS)
-    with pytest.raises(InputError, match="evaluate.by: the input has no extra column 'tsk'; did you mean 'task'?"):
+    with pytest.raises(
+        InputError, match="evaluate.by: the input has no extra column 'tsk'; did you mean 'task'?"
+    ):
         Truth.from_settings(EvaluateSettings(truth="answer", by=["tsk"]), EXTRAS)

@@ -12,7 +12,9 @@ from pipeline.quality.flags import GRAVEST_FIRST, Flag, Flagger, FlagRules, doub
 ASK = "Describe this image in detail."
 
 
-def flags(text: str, prompt: str = ASK, *, truncated: bool = False, looping: bool = False, **rules: Any) -> list[Flag]:
+def flags(
+    text: str, prompt: str = ASK, *, truncated: bool = False, looping: bool = False, **rules: Any
+) -> list[Flag]:
     return Flagger(FlagRules(**rules)).flags(prompt, text, truncated=truncated, looping=looping)
 
 
@@ -123,7 +125,14 @@ def test_an_expression_that_takes_for_ever_is_given_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "valid"), [('{"n": 3}', True), ('{"n": "3"}', False), ("{n: 3}", False), ("[" * 100_000, False), ("", False)]
+    ("text", "valid"),
+    [
+        ('{"n": 3}', True),
+        ('{"n": "3"}', False),
+        ("{n: 3}", False),
+        ("[" * 100_000, False),
+        ("", False),
+    ],
 )
 def test_answers_must_satisfy_the_schema(text: str, valid: bool) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -133,7 +142,13 @@ def test_answers_must_satisfy_the_schema(text: str, valid: bool) -> None:
 def test_flags_come_gravest_first_and_fewer_and_lighter_ones_are_better() -> None:
     grave = flags("I'm sorry.", truncated=True, looping=True, min_words=5)
     assert grave == ["repetition", "refusal", "truncated", "too_short"]
-    assert doubt([]) < doubt(["too_short"]) < doubt(["truncated"]) < doubt(["truncated", "too_short"]) < doubt(["empty"])
+    assert (
+        doubt([])
+        < doubt(["too_short"])
+        < doubt(["truncated"])
+        < doubt(["truncated", "too_short"])
+        < doubt(["empty"])
+    )
     assert sorted(GRAVEST_FIRST) == sorted(get_args(Flag))
 
 
@@ -142,7 +157,9 @@ def test_flags_come_gravest_first_and_fewer_and_lighter_ones_are_better() -> Non
     st.lists(st.integers(0, 9), min_size=1, max_size=LONGEST_PERIOD),
     st.integers(0, 100),
 )
-def test_every_loop_that_is_long_enough_is_found(before: list[int], phrase: list[int], more: int) -> None:
+def test_every_loop_that_is_long_enough_is_found(
+    before: list[int], phrase: list[int], more: int
+) -> None:
     length = max(LOOP_TOKENS, LOOP_ROUNDS * len(phrase)) + more
     around = phrase * (length // len(phrase) + 1)
     assert ends_in_loop(before + around[:length])
@@ -156,6 +173,8 @@ def test_only_loops_are_found(tokens: list[int]) -> None:
     def loops(period: int) -> bool:
         needed = max(LOOP_TOKENS, LOOP_ROUNDS * period)
         own = tokens[-needed:]
-        return len(own) == needed and all(own[at] == own[at - period] for at in range(period, needed))
+        return len(own) == needed and all(
+            own[at] == own[at - period] for at in range(period, needed)
+        )
 
     assert ends_in_loop(tokens) == any(map(loops, range(1, LONGEST_PERIOD + 1)))

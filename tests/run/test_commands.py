@@ -22,7 +22,9 @@ from tests.jobs.support import ROOT, expected_rows, released_model, run_script_h
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_with_an_example_that_it_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_with_an_example_that_it_takes(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         commands.run(name, ["--help"])
     assert ended.value.code == 0
@@ -37,10 +39,14 @@ def test_every_command_has_help_with_an_example_that_it_takes(name: str, capsys:
 def test_every_command_is_a_job_too() -> None:
     scripts = {path.stem for path in (ROOT / "jobs").glob("*.py")}
     assert {"inspect_row" if name == "inspect" else name for name in COMMANDS} <= scripts
-    assert not scripts & set(sys.stdlib_module_names), "a script's folder comes first where modules are looked for"
+    assert not scripts & set(sys.stdlib_module_names), (
+        "a script's folder comes first where modules are looked for"
+    )
 
 
-def test_the_program_lists_its_commands_and_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_lists_its_commands_and_names_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     program = Path(sys.executable).with_name("awaker-batch")
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0
@@ -54,7 +60,10 @@ def test_the_program_lists_its_commands_and_names_the_nearest(capsys: pytest.Cap
 
 
 def test_plan_says_what_would_run(
-    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    golden: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {
         **released_model(golden),
@@ -78,29 +87,50 @@ def test_inspect_shows_tokens_span_and_the_experts_of_the_released_model(
     }
     for number in (0, 7):
         expected = expected_rows(golden)[number]
-        done = run_script_here("inspect_row", sets({**settings, "row": f"expected.parquet#{number}"}), capsys, monkeypatch)
+        done = run_script_here(
+            "inspect_row",
+            sets({**settings, "row": f"expected.parquet#{number}"}),
+            capsys,
+            monkeypatch,
+        )
         assert done.code == 0, done.stderr
         assert f"id      expected.parquet#{number}" in done.stdout
         assert f"tokens  {len(expected['input_ids'])};" in done.stdout
         visual = sum(map(int, re.findall(r"(\d+) visual tokens", done.stdout)))
         assert visual == expected["n_visual_tokens"]
-        shown = [re.findall(r"(\d) \(([\d.]+)\)", line) for line in done.stdout.splitlines() if re.match(r"│ +\d+ │", line)]
+        shown = [
+            re.findall(r"(\d) \(([\d.]+)\)", line)
+            for line in done.stdout.splitlines()
+            if re.match(r"│ +\d+ │", line)
+        ]
         for phase, first in (("prefill", 0), ("decode", 2)):
             gates = np.array(expected[f"{phase}_gates"]).reshape(-1, 2, 4)
-            assert [[int(line[first + gate][0]) for gate in (0, 1)] for line in shown] == gates.argmax(-1).tolist()
+            assert [
+                [int(line[first + gate][0]) for gate in (0, 1)] for line in shown
+            ] == gates.argmax(-1).tolist()
 
 
 def test_inspect_shows_what_is_wrong_with_a_row_and_finds_rows_by_number_or_id(
-    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    golden: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_shard(tmp_path / "a.parquet", {"id": ["x", "y"], "image": [b"no picture", None], "prompt": ["What?\x1b[2J", "?"]})
+    write_shard(
+        tmp_path / "a.parquet",
+        {"id": ["x", "y"], "image": [b"no picture", None], "prompt": ["What?\x1b[2J", "?"]},
+    )
     settings = {**released_model(golden), "input.path": tmp_path / "a.parquet"}
     for row in ("x", "0"):
-        done = run_script_here("inspect_row", [*sets({**settings, "row": row}), "--dry-run"], capsys, monkeypatch)
+        done = run_script_here(
+            "inspect_row", [*sets({**settings, "row": row}), "--dry-run"], capsys, monkeypatch
+        )
         assert done.code == 0, done.stderr
         assert "error   image_decode: column 'image'" in done.stdout
         assert "prompt  What? [2J" in done.stdout
-    done = run_script_here("inspect_row", [*sets({**settings, "row": "z"}), "--dry-run"], capsys, monkeypatch)
+    done = run_script_here(
+        "inspect_row", [*sets({**settings, "row": "z"}), "--dry-run"], capsys, monkeypatch
+    )
     assert done.code == 2
     assert "row: no row 'z'; expected a number below 2, or an id (column 'id')" in done.stderr
 

@@ -24,7 +24,14 @@ from tests.io.output.epochs import hold
 
 GOOD = {"status": "ok", "prompt_tokens": 9}
 ROWS: list[dict[str, Any]] = [
-    {"id": "a", "prompt": "What?", "text": "两只狗 <b>", "finish_reason": "stop", "new_tokens": 4, **GOOD},
+    {
+        "id": "a",
+        "prompt": "What?",
+        "text": "两只狗 <b>",
+        "finish_reason": "stop",
+        "new_tokens": 4,
+        **GOOD,
+    },
     {"id": "b", "prompt": "?", "status": "error", "error": "image_decode: no: picture"},
     {"id": "c", "prompt": "?", "text": "", "finish_reason": "repetition", "new_tokens": 64, **GOOD},
 ]
@@ -47,12 +54,18 @@ def results(tmp_path: Path) -> OutputFolder:
 def lines(results: OutputFolder, folder: Path, form: Form) -> list[dict[str, Any]]:
     files = list(export(results, OutputFolder(str(folder)), form))
     assert len(files) == 2
-    return [json.loads(line) for file in files for line in Path(file.removeprefix("file://")).read_text().splitlines()]
+    return [
+        json.loads(line)
+        for file in files
+        for line in Path(file.removeprefix("file://")).read_text().splitlines()
+    ]
 
 
 def test_lines_say_what_the_parquet_says(results: OutputFolder, tmp_path: Path) -> None:
     told = lines(results, tmp_path / "lines", "jsonl")
-    assert [{name: row[name] for name in given} for row, given in zip(told, ROWS, strict=True)] == ROWS
+    assert [
+        {name: row[name] for name in given} for row, given in zip(told, ROWS, strict=True)
+    ] == ROWS
 
 
 def test_an_openai_batch_gets_an_openai_result(results: OutputFolder, tmp_path: Path) -> None:
@@ -61,11 +74,18 @@ def test_an_openai_batch_gets_an_openai_result(results: OutputFolder, tmp_path: 
     assert first["error"] is None
     body = first["response"]["body"]
     assert body["choices"] == [
-        {"index": 0, "message": {"role": "assistant", "content": "两只狗 <b>"}, "finish_reason": "stop"}
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "两只狗 <b>"},
+            "finish_reason": "stop",
+        }
     ]
     assert body["usage"] == {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
     assert body["model"] == "m"
-    assert (second["response"], second["error"]) == (None, {"code": "image_decode", "message": "no: picture"})
+    assert (second["response"], second["error"]) == (
+        None,
+        {"code": "image_decode", "message": "no: picture"},
+    )
     assert third["response"]["body"]["choices"][0]["finish_reason"] == "length"
 
 
@@ -74,14 +94,21 @@ def test_what_is_no_output_is_refused(tmp_path: Path) -> None:
         list(export(OutputFolder(str(tmp_path)), OutputFolder(str(tmp_path / "x")), "jsonl"))
 
 
-def test_a_webdataset_gets_tars_of_the_same_keys_in_the_same_order(results: OutputFolder, tmp_path: Path) -> None:
-    shards = {"file:///in/train/00.tar": 4, "file:///in/train/01.tar": 2, "file:///in/val/00.tar": 3}
+def test_a_webdataset_gets_tars_of_the_same_keys_in_the_same_order(
+    results: OutputFolder, tmp_path: Path
+) -> None:
+    shards = {
+        "file:///in/train/00.tar": 4,
+        "file:///in/train/01.tar": 2,
+        "file:///in/val/00.tar": 3,
+    }
     first, second, third = shards
     said = json.loads(results.read("_run/manifest.json"))
     for name in results.results():
         results.remove(Path(name).name)
     results.write(
-        "_run/manifest.json", json.dumps({**said, "shards": {u: [9, "v", n] for u, n in shards.items()}}).encode()
+        "_run/manifest.json",
+        json.dumps({**said, "shards": {u: [9, "v", n] for u, n in shards.items()}}).encode(),
     )
     rows = (
         {first: RowSet.of_rows([0, 3]), second: RowSet.range(0, 2)},
@@ -91,7 +118,9 @@ def test_a_webdataset_gets_tars_of_the_same_keys_in_the_same_order(results: Outp
     schema = output_schema(OutputSettings(path="o"), pa.schema([]))
     for number, own in enumerate(rows):
         keys = [f"{url[11:-4]}/{row:03d}" for url in sorted(own) for row in own[url]]
-        told = [{"id": key, "text": None if key == "train/01/001" else f"says {key}"} for key in keys]
+        told = [
+            {"id": key, "text": None if key == "train/01/001" else f"says {key}"} for key in keys
+        ]
         log.commit(pa.Table.from_pylist(told, schema), own, None)
         assert len(told) == (4, 3)[number]
 
@@ -111,7 +140,10 @@ def test_a_webdataset_gets_tars_of_the_same_keys_in_the_same_order(results: Outp
 
 def test_only_tars_can_have_tars_beside_them(results: OutputFolder, tmp_path: Path) -> None:
     said = json.loads(results.read("_run/manifest.json"))
-    results.write("_run/manifest.json", json.dumps({**said, "shards": {"file:///a.parquet": [1, "", 3]}}).encode())
+    results.write(
+        "_run/manifest.json",
+        json.dumps({**said, "shards": {"file:///a.parquet": [1, "", 3]}}).encode(),
+    )
     with pytest.raises(OutputError, match=r"export.format: file:///a.parquet is no tar"):
         list(export(results, OutputFolder(str(tmp_path / "x")), "webdataset"))
 
@@ -165,7 +197,12 @@ def test_no_two_ids_share_a_members_name(first: str, second: str) -> None:
 
 
 def test_a_line_is_one_line_of_json_to_every_reader() -> None:
-    row = {"text": "a\u2028b\u2029c\x85d 两", "n": float("nan"), "l": [1.5, float("-inf")], "s": {"x": float("inf")}}
+    row = {
+        "text": "a\u2028b\u2029c\x85d 两",
+        "n": float("nan"),
+        "l": [1.5, float("-inf")],
+        "s": {"x": float("inf")},
+    }
     line = as_json(row)
     assert len(line.splitlines()) == 1
     assert "两" in line

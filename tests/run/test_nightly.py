@@ -55,7 +55,9 @@ def test_a_second_run_of_a_day_takes_what_came_late_but_not_what_changed_twice()
 
 
 NIGHT = st.tuples(
-    st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(1, 3), st.sampled_from("xyz")), max_size=6),
+    st.dictionaries(
+        st.sampled_from("abcdef"), st.tuples(st.integers(1, 3), st.sampled_from("xyz")), max_size=6
+    ),
     st.booleans(),  # a new day
     st.integers(0, 3),  # after how much work the run dies
 )
@@ -63,7 +65,9 @@ NIGHT = st.tuples(
 
 @given(st.lists(NIGHT, max_size=8))
 @settings(max_examples=200, deadline=None)
-def test_whatever_happens_each_state_of_a_shard_is_taken_once(nights: list[tuple[dict[str, Any], bool, int]]) -> None:
+def test_whatever_happens_each_state_of_a_shard_is_taken_once(
+    nights: list[tuple[dict[str, Any], bool, int]],
+) -> None:
     partitions: dict[str, Partition] = {}
     day = 1
     for listing, new_day, survives in nights:
@@ -75,7 +79,9 @@ def test_whatever_happens_each_state_of_a_shard_is_taken_once(nights: list[tuple
                 continue
             before = partitions.get(part.partition, Partition(part.partition, {}, finished=False))
             for url in part.shards & before.shards.keys():
-                assert before.shards[url] == listing[url]  # never two states of a shard in one partition
+                assert (
+                    before.shards[url] == listing[url]
+                )  # never two states of a shard in one partition
             shards = {**before.shards, **{url: listing[url] for url in part.shards}}
             partitions[part.partition] = replace(before, shards=shards, finished=number < survives)
             if number >= survives:
@@ -107,9 +113,14 @@ def run(night: dict[str, Any], *, dry_run: bool = False, **more: Any) -> int:
     return len(run_night(load_settings(NightlySettings, None, assignments), dry_run=dry_run))
 
 
-def test_nights_over_a_growing_input(night: dict[str, Any], tmp_path: Path, ray_cluster: RayCluster) -> None:
+def test_nights_over_a_growing_input(
+    night: dict[str, Any], tmp_path: Path, ray_cluster: RayCluster
+) -> None:
     def shard(name: str, *prompts: str) -> None:
-        write_shard(tmp_path / "in" / name, {"id": [f"{name}-{prompt}" for prompt in prompts], "prompt": list(prompts)})
+        write_shard(
+            tmp_path / "in" / name,
+            {"id": [f"{name}-{prompt}" for prompt in prompts], "prompt": list(prompts)},
+        )
 
     def answered() -> dict[tuple[str, str], int]:
         rows = pq.read_table(tmp_path / "out").to_pylist()
@@ -140,7 +151,9 @@ def test_nights_over_a_growing_input(night: dict[str, Any], tmp_path: Path, ray_
 
 def test_what_a_night_refuses(night: dict[str, Any], tmp_path: Path) -> None:
     write_shard(tmp_path / "in/a.parquet", {"prompt": pa.array(["?"])})
-    with pytest.raises(ConfigError, match="nightly.date: is no day; expected YYYY-MM-DD, got '23.11.'"):
+    with pytest.raises(
+        ConfigError, match="nightly.date: is no day; expected YYYY-MM-DD, got '23.11.'"
+    ):
         run(night, **{"nightly.date": "'23.11.'"})
     with pytest.raises(ConfigError, match="a nightly run deletes nothing"):
         run(night, **{"output.overwrite": "true"})
@@ -150,7 +163,9 @@ def test_what_a_night_refuses(night: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_night_that_died_before_its_manifest_is_gone_on_with(tmp_path: Path) -> None:
-    """Killed, or on a full disk: its folder, its lock and what it was about to write may be there, and results are not."""
+    """Killed, or on a full disk: its folder, its lock and what it was about to write may be there,
+    and results are not.
+    """
     root = OutputFolder(str(tmp_path))
     (tmp_path / "date=2026-11-21").mkdir()
     for day in ("date=2026-11-22", "date=2026-11-23"):
@@ -158,13 +173,17 @@ def test_a_night_that_died_before_its_manifest_is_gone_on_with(tmp_path: Path) -
         folder.make()
         Lease(folder, day, LeaseTimes(expire=60)).take()
     folder.write("_run/manifest.json.12-ab.partial", b"{")
-    folder.write("_run/manifest.json", b"")  # a power cut on a filesystem that does not keep its word
+    folder.write(
+        "_run/manifest.json", b""
+    )  # a power cut on a filesystem that does not keep its word
     assert read_partitions(root) == []
     (work,) = plan_night(read_partitions(root), {"a": (1, "x")}, "date=2026-11-23")
     assert (work.partition, work.shards) == ("date=2026-11-23", {"a"})
 
 
-def test_two_nights_on_either_side_of_midnight_do_not_both_run(night: dict[str, Any], tmp_path: Path) -> None:
+def test_two_nights_on_either_side_of_midnight_do_not_both_run(
+    night: dict[str, Any], tmp_path: Path
+) -> None:
     write_shard(tmp_path / "in/a.parquet", {"prompt": pa.array(["?"])})
     root = OutputFolder(str(tmp_path / "out"))
     root.make()

@@ -43,7 +43,14 @@ def show(rows: int, journal: Journal | None = None) -> None:
             ray.get(monitor.event.remote("committed", {"ab"[block // 2]: rows // 4}))
 
 
-GAUGES = {"running": 3, "batch_size": 8, "waiting": 20, "cache_tokens": 250, "cache_size": 1000, "memory": 3 * 2.0**30}
+GAUGES = {
+    "running": 3,
+    "batch_size": 8,
+    "waiting": 20,
+    "cache_tokens": 250,
+    "cache_size": 1000,
+    "memory": 3 * 2.0**30,
+}
 
 
 def test_a_log_gets_lines(
@@ -51,20 +58,27 @@ def test_a_log_gets_lines(
 ) -> None:
     monkeypatch.setattr(pipeline.run.progress, "LOG_INTERVAL", 0.5)
     show(400)
-    lines = [dict(pair.split("=") for pair in line.split(" ")[1:]) for line in capsys.readouterr().err.splitlines()]
+    lines = [
+        dict(pair.split("=") for pair in line.split(" ")[1:])
+        for line in capsys.readouterr().err.splitlines()
+    ]
     assert lines[0].items() >= {"rows": "0", "of": "400", "errors": "0"}.items()
     assert "left" not in lines[0]
     middle = [line for line in lines if line["rows"] in ("200", "300") and "left" in line]
     assert middle
     for line in middle:
         assert 100 < float(line["rows_per_second"]) < 200
-        assert float(line["new_tokens_per_second"]) == pytest.approx(4 * float(line["rows_per_second"]), abs=1)
+        assert float(line["new_tokens_per_second"]) == pytest.approx(
+            4 * float(line["rows_per_second"]), abs=1
+        )
         assert line["left"] in ("0:00:01", "0:00:02")
         assert (line["running"], line["waiting"]) == ("3", "20")
     assert lines[-1].items() >= {"rows": "400", "errors": "1", "left": "0:00:00"}.items()
 
 
-def test_a_terminal_gets_a_panel_that_moves(ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_panel_that_moves(
+    ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = os.openpty()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
@@ -83,7 +97,9 @@ def test_a_terminal_gets_a_panel_that_moves(ray_cluster: RayCluster, monkeypatch
     assert "all answered  1 errors" in shown
 
 
-def test_the_journal_keeps_events_and_samples_behind_those_of_earlier_runs(ray_cluster: RayCluster, tmp_path: Path) -> None:
+def test_the_journal_keeps_events_and_samples_behind_those_of_earlier_runs(
+    ray_cluster: RayCluster, tmp_path: Path
+) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.make()
     for run in ("first", "second"):
@@ -91,11 +107,18 @@ def test_the_journal_keeps_events_and_samples_behind_those_of_earlier_runs(ray_c
         with Journal(folder, run) as journal:
             show(400, journal)
     events = [(one["run"], one["event"], one.get("shard")) for one in read_entries(folder, EVENTS)]
-    assert events == [(run, "shard_committed", shard) for run in ("first", "second") for shard in "ab"]
+    assert events == [
+        (run, "shard_committed", shard) for run in ("first", "second") for shard in "ab"
+    ]
     samples = read_entries(folder, TIMELINE)
     assert {one["run"] for one in samples} == {"first", "second"}
     last = samples[-1]
-    assert (last["rows"], last["new_tokens"], last["step_ms"], last["running"]) == (400, 1600, 2400, 3)
+    assert (last["rows"], last["new_tokens"], last["step_ms"], last["running"]) == (
+        400,
+        1600,
+        2400,
+        3,
+    )
 
 
 def test_samples_are_thinned_and_a_run_that_lost_the_output_writes_none(
@@ -126,7 +149,9 @@ def test_samples_are_thinned_and_a_run_that_lost_the_output_writes_none(
 
 
 @given(st.lists(st.floats(0.8, 1.25), min_size=50, max_size=200))
-def test_the_time_left_is_right_within_a_fifth_after_a_tenth_of_the_job(factors: list[float]) -> None:
+def test_the_time_left_is_right_within_a_fifth_after_a_tenth_of_the_job(
+    factors: list[float],
+) -> None:
     """Rows take a second each, some more and some less; the model takes a minute to load."""
     pace, now = Pace(len(factors)), 60.0
     ends = now + np.cumsum(factors)
@@ -160,24 +185,53 @@ def _read(terminal: int) -> bytes:
 
 
 def test_durations_are_read_at_a_glance() -> None:
-    assert [duration(s) for s in (0, 59.6, 3600, 360_061)] == ["0:00:00", "0:01:00", "1:00:00", "100:01:01"]
+    assert [duration(s) for s in (0, 59.6, 3600, 360_061)] == [
+        "0:00:00",
+        "0:01:00",
+        "1:00:00",
+        "100:01:01",
+    ]
 
 
 @pytest.fixture
 def summary() -> Summary:
-    written = Written(3, 1200, 90_000, 70_000, 24_000, Counter(image_decode=150, prompt_missing=50), Counter(truncated=7))
+    written = Written(
+        3,
+        1200,
+        90_000,
+        70_000,
+        24_000,
+        Counter(image_decode=150, prompt_missing=50),
+        Counter(truncated=7),
+    )
     engines = Counter(
         prefill_pairs=8000, prefill=6000, prefill_in_order=4000, decode_pairs=4000, decode=3500, decode_in_order=1750,
         images_reused=400, answers_reused=20, folded_tokens=9000,
     )  # fmt: skip
-    return Summary("s3://b/out", written, Counter(images=1000, new_tokens=24_000, retried=12), 120.0, 100.0, engines)
+    return Summary(
+        "s3://b/out",
+        written,
+        Counter(images=1000, new_tokens=24_000, retried=12),
+        120.0,
+        100.0,
+        engines,
+    )
 
 
 def test_the_summary_counts_rows_errors_images_and_tokens(summary: Summary) -> None:
     told = summary.as_dict()
-    assert (told["rows"], told["ok"], told["errors"]) == (1200, 1000, {"image_decode": 150, "prompt_missing": 50})
+    assert (told["rows"], told["ok"], told["errors"]) == (
+        1200,
+        1000,
+        {"image_decode": 150, "prompt_missing": 50},
+    )
     assert (told["images_per_second"], told["new_tokens_per_second"]) == (10, 240)
-    assert told["agreement"] == {"prefill": 0.75, "prefill_in_order": 0.5, "decode": 0.875, "decode_in_order": 0.4375}
+    assert told["agreement"] == {
+        "prefill": 0.75,
+        "prefill_in_order": 0.5,
+        "decode": 0.875,
+        "decode_in_order": 0.4375,
+    }
 
 
 def test_the_summary_reads_the_same_in_a_log(summary: Summary) -> None:
@@ -192,8 +246,10 @@ def test_the_summary_reads_the_same_in_a_log(summary: Summary) -> None:
         "doubtful answers  truncated 7; 12 further tries",
         "computed once     400 images that came again, 20 answers to equal rows",
         "folded experts    9,000 new tokens",
-        "prefill experts   75.0% of (request, gate) pairs ran on their group's commonest expert; 50.0% in order of arrival",
-        "decode experts    87.5% of (request, gate) pairs ran on their group's commonest expert; 43.8% in order of arrival",
+        "prefill experts   75.0% of (request, gate) pairs ran on their group's commonest expert; "
+        "50.0% in order of arrival",
+        "decode experts    87.5% of (request, gate) pairs ran on their group's commonest expert; "
+        "43.8% in order of arrival",
         "time              0:02:00 in all, 0:01:40 of it in the stages",
         "results           3 Parquet files in s3://b/out",
         "to look at        s3://b/out/_run/report.html",

@@ -1,4 +1,6 @@
-"""Sharing a cluster's processors: no stage may ask for what the others leave no room for, or the job starves."""
+"""Sharing a cluster's processors: no stage may ask for what the others leave no room for, or the
+job starves.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def settings(replicas: int = 1, device: str = "auto", actors: int | None = None)
     replicas=st.integers(1, 64),
     actors=st.none() | st.integers(1, 500),
 )
-def test_every_stage_can_always_run(cpus: int, gpus: int, replicas: int, actors: int | None) -> None:
+def test_every_stage_can_always_run(
+    cpus: int, gpus: int, replicas: int, actors: int | None
+) -> None:
     device = "cuda" if gpus >= replicas else "cpu"
     shared = share_cluster(settings(replicas, device, actors), cpus, gpus)
     assert shared.replica_cpus > 0
@@ -49,12 +53,20 @@ def test_a_gpu_machine_gives_each_replica_a_gpu_and_preparing_the_cpus() -> None
 
 def test_replicas_on_the_cpu_share_half_of_the_machine() -> None:
     shared = share_cluster(settings(replicas=2), 16, 0)
-    assert (shared.device, shared.replica_gpus, shared.replica_cpus, shared.replica_threads) == ("cpu", 0, 4.0, 8)
+    assert (shared.device, shared.replica_gpus, shared.replica_cpus, shared.replica_threads) == (
+        "cpu",
+        0,
+        4.0,
+        8,
+    )
 
 
 @pytest.mark.parametrize(("device", "gpus", "replicas"), [("cuda", 0, 1), ("auto", 2, 3)])
 def test_more_replicas_than_gpus_is_an_error(device: str, gpus: int, replicas: int) -> None:
-    with pytest.raises(ConfigError, match=f"^replicas: {replicas} on CUDA need {replicas} GPUs, the cluster has {gpus};"):
+    with pytest.raises(
+        ConfigError,
+        match=f"^replicas: {replicas} on CUDA need {replicas} GPUs, the cluster has {gpus};",
+    ):
         share_cluster(settings(replicas, device), 16, gpus)
 
 

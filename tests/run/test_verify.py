@@ -1,4 +1,6 @@
-"""An output is checked whole: rows that stand twice or are missing, files that are torn, superseded or somebody else's."""
+"""An output is checked whole: rows that stand twice or are missing, files that are torn, superseded
+or somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def answer(folder: OutputFolder, *rows: int) -> str:
     return log.commit(block("a", *rows), {"a": RowSet.of_rows(rows)}, None).file
 
 
-def test_an_output_that_is_finished_has_every_row_once(folder: OutputFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_is_finished_has_every_row_once(
+    folder: OutputFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = verify(folder)
     assert (found.rows, found.planned, found.missing, found.problems) == (6, 7, {"a": 1}, ())
     assert run("verify", ["--set", f"output.path={folder.url}"]) == 2
@@ -63,7 +67,9 @@ def test_what_does_not_count_is_named_and_removed_where_that_is_asked(folder: Ou
     assert name not in folder.sizes()
 
 
-def test_rows_that_stand_twice_were_never_planned_or_are_not_there_are_problems(folder: OutputFolder) -> None:
+def test_rows_that_stand_twice_were_never_planned_or_are_not_there_are_problems(
+    folder: OutputFolder,
+) -> None:
     again = answer(folder, 5, 6, 7)
     told = verify(folder).problems
     assert told == (
@@ -75,7 +81,9 @@ def test_rows_that_stand_twice_were_never_planned_or_are_not_there_are_problems(
     assert f"{again} holds 2 rows, but says that it holds 3 of the input" in verify(folder).problems
 
 
-def test_files_that_are_torn_or_not_ours_are_problems(folder: OutputFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_torn_or_not_ours_are_problems(
+    folder: OutputFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = sorted(folder.sizes())
     data = folder.read(first)
     # The footer is whole, a page before it is not.
@@ -94,8 +102,12 @@ def test_files_that_are_torn_or_not_ours_are_problems(folder: OutputFolder, caps
     assert shown.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"task": "vqa"}', b"\xff\xfe", b'{"shards": 3}'])
-def test_a_damaged_manifest_is_named(content: bytes, folder: OutputFolder, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"task": "vqa"}', b"\xff\xfe", b'{"shards": 3}']
+)
+def test_a_damaged_manifest_is_named(
+    content: bytes, folder: OutputFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder.write(MANIFEST, content)
     assert run("verify", ["--set", f"output.path={folder.url}"]) == 2
     assert "_run/manifest.json is damaged" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""A job against an object store on a bad night: connections dropped, answers late, lost, cut short, or errors."""
+"""A job against an object store on a bad night: connections dropped, answers late, lost, cut short,
+or errors.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tests.jobs.support import assert_as_released, expected_rows, released_model
 SHARE = 0.2
 
 
-def test_a_bad_night_of_the_object_store_loses_and_doubles_nothing(golden: Path, tmp_path: Path, s3_folder: Path) -> None:
+def test_a_bad_night_of_the_object_store_loses_and_doubles_nothing(
+    golden: Path, tmp_path: Path, s3_folder: Path
+) -> None:
     rows = expected_rows(golden)
     for shard in range(4):
         columns = {

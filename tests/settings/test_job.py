@@ -82,11 +82,25 @@ def test_defaults_of_the_fixed_keys() -> None:
     settings = load()
     assert settings.model.top_k_experts == 1
     assert settings.model.decode_route == "released"
-    for key in ("model.adapter", "model.lora_alpha", "model.min_pixels", "model.max_pixels", "input.limit", "ray.address"):
+    for key in (
+        "model.adapter",
+        "model.lora_alpha",
+        "model.min_pixels",
+        "model.max_pixels",
+        "input.limit",
+        "ray.address",
+    ):
         assert value_at(settings, key) is None
     generation = settings.generation
     assert generation.seed == 0
-    left_to_the_checkpoint = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop")
+    left_to_the_checkpoint = (
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "repetition_penalty",
+        "stop",
+    )
     assert {getattr(generation, key) for key in left_to_the_checkpoint} == {None}
 
 
@@ -96,17 +110,29 @@ def test_defaults_of_the_fixed_keys() -> None:
         ("model.dtyp=float32", "model.dtyp: unknown key; did you mean model.dtype?"),
         ("input.column.id=a", "input.column: unknown key; did you mean input.columns?"),
         ("replica=2", "replica: unknown key; did you mean replicas?"),
-        ("generation.max_tokens=5", "generation.max_tokens: unknown key; did you mean generation.max_new_tokens?"),
+        (
+            "generation.max_tokens=5",
+            "generation.max_tokens: unknown key; did you mean generation.max_new_tokens?",
+        ),
         ("replicas=two", "replicas: input should be a valid integer, got 'two'"),
         ("replicas=0", "replicas: input should be greater than or equal to 1, got 0"),
         ("replicas='2'", "replicas: input should be a valid integer, got '2'"),
         ("output.routes=1", "output.routes: input should be a valid boolean, got 1"),
-        ("model.dtype=fp8", "model.dtype: input should be 'float32', 'bfloat16' or 'float16', got 'fp8'"),
+        (
+            "model.dtype=fp8",
+            "model.dtype: input should be 'float32', 'bfloat16' or 'float16', got 'fp8'",
+        ),
         ("model.base=null", "model.base: input should be a valid string, got None"),
         ("model=base", "model: expected a group of keys, got 'base'"),
         ("input.path=[]", "input.path: is empty; expected a path or a list of paths, got []"),
-        ("input.prompt=' '", "input.prompt: is empty; expected a question or an instruction, or null, got ' '"),
-        ("generation.top_p=1.5", "generation.top_p: input should be less than or equal to 1, got 1.5"),
+        (
+            "input.prompt=' '",
+            "input.prompt: is empty; expected a question or an instruction, or null, got ' '",
+        ),
+        (
+            "generation.top_p=1.5",
+            "generation.top_p: input should be less than or equal to 1, got 1.5",
+        ),
         ("generation.stop=['']", "generation.stop: holds an empty string, got ['']"),
         ("generation.stop=end", "generation.stop: input should be a valid list, got 'end'"),
         ("replicas", "--set replicas: expected dotted.key=value"),
@@ -135,7 +161,23 @@ LITERAL = [
         "a: 1\na: 2",
         '"Stop" is what?',
     ),
-    *("yes", "on", "1e3", "2026-11-25", "2026-13-45", "012", "12:30:00", "~x", "@a", "%a", "`a`", "*a", "&a", "!x", "- a"),
+    *(
+        "yes",
+        "on",
+        "1e3",
+        "2026-11-25",
+        "2026-13-45",
+        "012",
+        "12:30:00",
+        "~x",
+        "@a",
+        "%a",
+        "`a`",
+        "*a",
+        "&a",
+        "!x",
+        "- a",
+    ),
     *(
         "a: b",
         "[x",
@@ -162,7 +204,13 @@ def test_text_that_is_set_is_taken_as_it_stands_and_what_yaml_makes_of_it_is_sai
     said = capsys.readouterr().err.split("\n")
     as_in_yaml = text in ("~x", "null and void")
     assert [line[:40] for line in said] == (
-        [""] if as_in_yaml else ["--set input.prompts.a: taken as the text", "--set input.image_root: taken as the tex", ""]
+        [""]
+        if as_in_yaml
+        else [
+            "--set input.prompts.a: taken as the text",
+            "--set input.image_root: taken as the tex",
+            "",
+        ]
     )
 
 
@@ -191,7 +239,11 @@ def test_columns_in_braces_are_a_prompt_and_no_group_of_keys() -> None:
 
 
 def test_text_within_lists_and_groups_that_are_set_is_taken_as_it_stands() -> None:
-    settings = load("generation.stop=[on, 012, 'a b']", "input.prompts={a: yes, b: 12:30}", "input.path=[2026-11-25, no]")
+    settings = load(
+        "generation.stop=[on, 012, 'a b']",
+        "input.prompts={a: yes, b: 12:30}",
+        "input.path=[2026-11-25, no]",
+    )
     assert settings.generation.stop == ["on", "012", "a b"]
     assert settings.input.prompts == {"a": "yes", "b": "12:30"}
     assert settings.input.path == ["2026-11-25", "no"]
@@ -208,34 +260,62 @@ BOMB = "generation:\n  json_schema:\n    a0: &a0 [x]\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("input:\n  prompt: yes\n", ", line 2: input.prompt: yes is read as true or false, not as text; quote it: 'yes'"),
+        (
+            "input:\n  prompt: yes\n",
+            ", line 2: input.prompt: yes is read as true or false, not as text; quote it: 'yes'",
+        ),
         (
             "input: {prompt: 2026-13-45}",
-            ", line 1: input.prompt: 2026-13-45 is read as a date, not as text; quote it: '2026-13-45'",
+            ", line 1: input.prompt: 2026-13-45 is read as a date, not as text; quote it: "
+            "'2026-13-45'",
         ),
-        ("input:\r\n  prompt: 012", ", line 2: input.prompt: 012 is read as a number, not as text; quote it: '012'"),
+        (
+            "input:\r\n  prompt: 012",
+            ", line 2: input.prompt: 012 is read as a number, not as text; quote it: '012'",
+        ),
         (
             "input:\n  prompts:\n    a: 12:30:00",
-            ", line 3: input.prompts.a: 12:30:00 is read as a number, not as text; quote it: '12:30:00'",
+            ", line 3: input.prompts.a: 12:30:00 is read as a number, not as text; quote it: "
+            "'12:30:00'",
         ),
         (
             "input:\n  prompts:\n    no: a",
             ", line 3: input.prompts.no: no is read as true or false, not as text; quote it: 'no'",
         ),
-        ("input: {path: [a, 2026]}", ", line 1: input.path: 2026 is read as a number, not as text; quote it: '2026'"),
-        ("model: {dtype: off}", ", line 1: model.dtype: off is read as true or false, not as text; quote it: 'off'"),
-        ("generation: {seed: 012}", ", line 1: generation.seed: YAML reads 012 as a number of its own kind" + ODD),
+        (
+            "input: {path: [a, 2026]}",
+            ", line 1: input.path: 2026 is read as a number, not as text; quote it: '2026'",
+        ),
+        (
+            "model: {dtype: off}",
+            ", line 1: model.dtype: off is read as true or false, not as text; quote it: 'off'",
+        ),
+        (
+            "generation: {seed: 012}",
+            ", line 1: generation.seed: YAML reads 012 as a number of its own kind" + ODD,
+        ),
         (
             "generation:\n json_schema:\n  enum: [yes]",
-            ", line 3: generation.json_schema.enum: YAML reads yes as true or false of its own kind" + ODD,
+            ", line 3: generation.json_schema.enum: YAML reads yes as true or false of its own kind"
+            + ODD,
         ),
-        ("replicas: 2\nray:\nreplicas: 3", ", line 3: replicas: stands here a second time; keep one of the two"),
+        (
+            "replicas: 2\nray:\nreplicas: 3",
+            ", line 3: replicas: stands here a second time; keep one of the two",
+        ),
         (
             "engine: &e {}\npreparation:\n  <<: *e",
             ", line 3: preparation: merge keys (<<) are not read; write the keys out",
         ),
-        (BOMB, ", line 3: generation.json_schema.a5: more than 100,000 values or 100 levels, aliases followed"),
-        ("flags: &a [*a]", ", line 1: flags: more than 100,000 values or 100 levels, aliases followed"),
+        (
+            BOMB,
+            ", line 3: generation.json_schema.a5: more than 100,000 values or 100 levels, aliases "
+            "followed",
+        ),
+        (
+            "flags: &a [*a]",
+            ", line 1: flags: more than 100,000 values or 100 levels, aliases followed",
+        ),
         ("[" * 3000, ": no valid YAML (nested too deep)"),
         (
             "replicas: !!python/object:os.x 1",
@@ -245,22 +325,28 @@ BOMB = "generation:\n  json_schema:\n    a0: &a0 [x]\n" + "".join(
         ("", ": expected keys and values, found nothing: the file is empty"),
         (
             "input:\n  prompt: Count the # of cats",
-            ", line 2: input.prompt: ends before '# of cats', which is a comment; quote the text, or put two blanks "
+            ", line 2: input.prompt: ends before '# of cats', which is a comment; quote the text, "
+            "or put two blanks "
             "before the comment",
         ),
         (
             "input:\n  prompts:\n    tag: #hashtag\n",
             ", line 3: input.prompts.tag: is empty: '#hashtag' is a comment; quote it to mean text",
         ),
-        ("input: {prompt: {question}}", ", line 1: input.prompt: is read as a group of keys; quote the text"),
+        (
+            "input: {prompt: {question}}",
+            ", line 1: input.prompt: is read as a group of keys; quote the text",
+        ),
         ("input:\n  prompt: [sic]", ", line 2: input.prompt: is read as a list; quote the text"),
         (
             "input:\n  prompt: &you are here",
-            ", line 2: input.prompt: &you is read as a mark of YAML, not as text; quote what is text",
+            ", line 2: input.prompt: &you is read as a mark of YAML, not as text; quote what is "
+            "text",
         ),
         (
             "a: @you",
-            ": no valid YAML (while scanning for the next token found character '@' that cannot start any token in "
+            ": no valid YAML (while scanning for the next token found character '@' that cannot "
+            "start any token in "
             '"<unicode string>", line 1, column 4: a: @you ^)' + MARKS,
         ),
         (
@@ -283,12 +369,17 @@ def test_what_yaml_reads_unlike_people_is_one_line_that_names_file_line_and_key(
 def test_comments_stand_where_no_text_could_be_meant(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(
-        "input:\n  path: in  # ours\n  prompt: 'Count the # of cats'  # quoted\n  image_root: # none\n  prompts: {}  # no\n"
-        "generation: {stop: [a b]}  # one\nflags:\n  refusals:\n  - &a 'I am'\n  - *a\n  - I cannot  # so\n"
+        "input:\n  path: in  # ours\n  prompt: 'Count the # of cats'  # quoted\n  image_root: # "
+        "none\n  prompts: {}  # no\n"
+        "generation: {stop: [a b]}  # one\nflags:\n  refusals:\n  - &a 'I am'\n  - *a\n  - I "
+        "cannot  # so\n"
     )
     settings = load(file=file)
     assert (settings.input.prompt, settings.input.image_root) == ("Count the # of cats", None)
-    assert (settings.generation.stop, settings.flags.refusals) == (["a b"], ["I am", "I am", "I cannot"])
+    assert (settings.generation.stop, settings.flags.refusals) == (
+        ["a b"],
+        ["I am", "I am", "I cannot"],
+    )
 
 
 def test_the_value_that_an_error_shows_is_cut() -> None:
@@ -314,18 +405,25 @@ def test_a_missing_required_key_is_named(missing: str) -> None:
     others = [assignment for assignment in REQUIRED if not assignment.startswith(missing)]
     with pytest.raises(ConfigError) as caught:
         load_settings(JobSettings, None, others)
-    assert str(caught.value) == f"{missing}: missing; set it in the file or with --set {missing}=..."
+    assert (
+        str(caught.value) == f"{missing}: missing; set it in the file or with --set {missing}=..."
+    )
 
 
 def test_a_mistyped_required_key_is_named_before_the_missing_one() -> None:
-    with pytest.raises(ConfigError, match=r"^input.pth: unknown key; did you mean input.path\?; input.path: missing"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^input.pth: unknown key; did you mean input.path\?; input.path: missing",
+    ):
         load_settings(JobSettings, None, ["model.base=base", "input.pth=in", "output.path=out"])
 
 
 def test_set_goes_over_the_file_and_later_over_earlier(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("replicas: 2\ngeneration:\n  seed: 3\n  top_k: 5\ninput:\n  columns:\n")
-    settings = load("generation.seed=4", "input.columns.id=key", "replicas=3", "replicas=4", file=file)
+    settings = load(
+        "generation.seed=4", "input.columns.id=key", "replicas=3", "replicas=4", file=file
+    )
     assert (settings.replicas, settings.generation.seed, settings.generation.top_k) == (4, 4, 5)
     assert settings.input.columns.id == "key"
 
@@ -385,15 +483,23 @@ def test_settings_written_as_yaml_load_as_themselves(tmp_path: Path) -> None:
 
 
 def test_convert_takes_base_adapter_and_output() -> None:
-    settings = load_settings(ConvertSettings, None, ["model.base=b", "model.adapter=a", "output.path=o"])
+    settings = load_settings(
+        ConvertSettings, None, ["model.base=b", "model.adapter=a", "output.path=o"]
+    )
     assert (settings.model.base, settings.model.adapter, settings.output.path) == ("b", "a", "o")
     with pytest.raises(ConfigError, match=r"input: unknown key"):
         load_settings(ConvertSettings, None, ["model.base=b", "output.path=o", "input.path=i"])
 
 
 @pytest.mark.parametrize(
-    "prompt", ['Answer in JSON: {"a": 1}', "What is {}?", "{a!r}", "{a:>3}", "an open { brace", "} closed"]
+    "prompt",
+    ['Answer in JSON: {"a": 1}', "What is {}?", "{a!r}", "{a:>3}", "an open { brace", "} closed"],
 )
-def test_a_prompt_whose_braces_are_no_columns_is_an_error_that_says_how_to_write_them(prompt: str) -> None:
-    with pytest.raises(ConfigError, match=r"input\.prompt: is no template .* braces themselves are written \{\{ and \}\}"):
+def test_a_prompt_whose_braces_are_no_columns_is_an_error_that_says_how_to_write_them(
+    prompt: str,
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"input\.prompt: is no template .* braces themselves are written \{\{ and \}\}",
+    ):
         load(f"input.prompt={json.dumps(prompt)}")

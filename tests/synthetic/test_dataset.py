@@ -45,7 +45,9 @@ def test_shards_hold_images_prompts_and_truth(tmp_path: Path) -> None:
 def test_tasks_and_languages_take_turns() -> None:
     table = scene_table(scenes(), 0, 200)
     pairs = list(zip(table["task"].to_pylist(), table["language"].to_pylist(), strict=True))
-    assert {pair: pairs.count(pair) for pair in pairs} == {(t, lang): 10 for t in TASKS for lang in ("en", "zh")}
+    assert {pair: pairs.count(pair) for pair in pairs} == {
+        (t, lang): 10 for t in TASKS for lang in ("en", "zh")
+    }
 
 
 def test_equal_settings_give_equal_shards_and_shards_differ() -> None:

@@ -30,14 +30,22 @@ def test_captions_name_everything_in_reading_order() -> None:
 
 
 def test_counting_says_how_many() -> None:
-    there = {"circles": 1, "squares": 1, "red objects": 1, "blue objects": 1, "green objects": 1, "characters": 1}
+    there = {
+        "circles": 1,
+        "squares": 1,
+        "red objects": 1,
+        "blue objects": 1,
+        "green objects": 1,
+        "characters": 1,
+    }
     for question in questions("counting", "en", THINGS):
         named = [what for what in there if f" {what}" in question.prompt]
         if named:
             assert question.answer == str(there[named[0]])
         else:
             everything = (
-                not any(f" {colour} objects" in question.prompt for colour in COLOURS) and "objects" in question.prompt
+                not any(f" {colour} objects" in question.prompt for colour in COLOURS)
+                and "objects" in question.prompt
             )
             assert question.answer == ("3" if everything else "0")
 
@@ -77,7 +85,9 @@ def test_positions_compare_centres() -> None:
     # 10 pixels apart in height: not clear enough to ask about.
     flat = [RED_CIRCLE, BLUE_SQUARE]
     between = [
-        q for q in questions("position", "en", flat) if "of the image" not in q.prompt and "the image?" not in q.prompt
+        q
+        for q in questions("position", "en", flat)
+        if "of the image" not in q.prompt and "the image?" not in q.prompt
     ]
     assert between
     assert all("left" in q.prompt for q in between)
@@ -125,7 +135,9 @@ def test_text_questions_have_sums_of_one_digit() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(TASKS + LESSONS), st.sampled_from(("en", "zh")))
 @settings(max_examples=150, deadline=None)
-def test_every_question_has_words_and_no_leftover_marks(seed: int, task: str, language: str) -> None:
+def test_every_question_has_words_and_no_leftover_marks(
+    seed: int, task: str, language: str
+) -> None:
     things = sample_scenes(np.random.default_rng(seed), 1, (112, 112)).things(0)
     question = ask(task, language, things, (112, 112), random.Random(seed))
     if question is not None:
@@ -142,6 +154,9 @@ def test_every_prompt_has_several_phrasings(language: str) -> None:
     for task in TASKS:
         if task != "choice":
             scene = sample_scenes(np.random.default_rng(5), 200, (112, 112))
-            found = [ask(task, language, scene.things(i), (112, 112), random.Random(i)) for i in range(200)]
+            found = [
+                ask(task, language, scene.things(i), (112, 112), random.Random(i))
+                for i in range(200)
+            ]
             openings = {q.prompt.split("\n")[0] for q in found if q is not None}
             assert len(openings) >= 3

@@ -1,4 +1,6 @@
-"""The truth of a scene is what is drawn, and every scene obeys the rules that make its questions unambiguous."""
+"""The truth of a scene is what is drawn, and every scene obeys the rules that make its questions
+unambiguous.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.synthetic.scenes.draw import decode, draw_scenes, encode
-from pipeline.synthetic.scenes.world import CELL, COLOURS, IMAGE_SIZES, PAGE_GLYPHS, Scenes, sample_pages, sample_scenes
+from pipeline.synthetic.scenes.world import (
+    CELL,
+    COLOURS,
+    IMAGE_SIZES,
+    PAGE_GLYPHS,
+    Scenes,
+    sample_pages,
+    sample_scenes,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.sampled_from(IMAGE_SIZES)
@@ -18,7 +28,9 @@ def scenes_of(seed: int, size: tuple[int, int], count: int = 8) -> Scenes:
 
 @given(SEEDS, SIZES)
 @settings(max_examples=60, deadline=None)
-def test_one_to_four_things_no_two_alike_in_reading_order_inside_the_image(seed: int, size: tuple[int, int]) -> None:
+def test_one_to_four_things_no_two_alike_in_reading_order_inside_the_image(
+    seed: int, size: tuple[int, int]
+) -> None:
     scenes = scenes_of(seed, size)
     for i in range(len(scenes)):
         things = scenes.things(i)
@@ -27,12 +39,18 @@ def test_one_to_four_things_no_two_alike_in_reading_order_inside_the_image(seed:
         cells = [(t.y // CELL, t.x // CELL) for t in things]
         assert cells == sorted(set(cells))
         # All of an object lies in its cell.
-        assert all(t.diameter / 2 <= place % CELL <= CELL - t.diameter / 2 for t in things for place in (t.x, t.y))
+        assert all(
+            t.diameter / 2 <= place % CELL <= CELL - t.diameter / 2
+            for t in things
+            for place in (t.x, t.y)
+        )
 
 
 @given(SEEDS, SIZES)
 @settings(max_examples=40, deadline=None)
-def test_every_thing_is_drawn_in_its_colour_where_the_truth_says(seed: int, size: tuple[int, int]) -> None:
+def test_every_thing_is_drawn_in_its_colour_where_the_truth_says(
+    seed: int, size: tuple[int, int]
+) -> None:
     scenes = scenes_of(seed, size, count=4)
     pixels = draw_scenes(scenes, np.random.default_rng(seed)).astype(int)
     for i in range(len(scenes)):
@@ -40,20 +58,25 @@ def test_every_thing_is_drawn_in_its_colour_where_the_truth_says(seed: int, size
             r = thing.diameter // 2
             around = pixels[i, thing.y - r : thing.y + r + 1, thing.x - r : thing.x + r + 1]
             near = np.abs(around - np.array(COLOURS[thing.colour])).max(-1) <= 20
-            # A star covers a third of its square, the thinnest characters about a tenth; edges are blended.
+            # A star covers a third of its square, the thinnest characters about a tenth; edges are
+            # blended.
             assert near.mean() > (0.03 if thing.kind == "glyph" else 0.15)
 
 
 @given(SEEDS, SIZES)
 @settings(max_examples=40, deadline=None)
-def test_nothing_coloured_is_drawn_where_the_truth_names_nothing(seed: int, size: tuple[int, int]) -> None:
+def test_nothing_coloured_is_drawn_where_the_truth_names_nothing(
+    seed: int, size: tuple[int, int]
+) -> None:
     scenes = scenes_of(seed, size, count=4)
     pixels = draw_scenes(scenes, np.random.default_rng(seed)).astype(int)
     for i in range(len(scenes)):
         colourful = np.ptp(pixels[i], axis=-1) > 60
         for thing in scenes.things(i):
             r = thing.diameter // 2 + (10 if thing.kind == "glyph" else 4)  # a W is wider than high
-            colourful[max(0, thing.y - r) : thing.y + r + 1, max(0, thing.x - r) : thing.x + r + 1] = False
+            colourful[
+                max(0, thing.y - r) : thing.y + r + 1, max(0, thing.x - r) : thing.x + r + 1
+            ] = False
         assert not colourful.any()
 
 

@@ -1,4 +1,6 @@
-"""Packed rows compute what separate requests compute, and are written exactly as the released processing writes them."""
+"""Packed rows compute what separate requests compute, and are written exactly as the released
+processing writes them.
+"""
 
 import random
 from pathlib import Path
@@ -19,7 +21,15 @@ from pipeline.training.forward import answer_logits, encode_images, exact_answer
 from pipeline.training.mixture import Routing
 from pipeline.training.small_base import Shape, load_tokenizer, new_base, write_base_folder
 
-SHAPE = Shape(layers=2, width=64, heads=4, rope_sections=[2, 3, 3], vision_layers=1, vision_width=32, vision_heads=2)
+SHAPE = Shape(
+    layers=2,
+    width=64,
+    heads=4,
+    rope_sections=[2, 3, 3],
+    vision_layers=1,
+    vision_width=32,
+    vision_heads=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,40 +44,54 @@ def model(folder: Path) -> Qwen2VLForConditionalGeneration:
     return new_base(folder, seed=0).eval()
 
 
-def example(seed: int, size: tuple[int, int] = (112, 84), tasks: str = "caption counting text choice echo") -> Example:
+def example(
+    seed: int, size: tuple[int, int] = (112, 84), tasks: str = "caption counting text choice echo"
+) -> Example:
     rng = np.random.default_rng(seed)
     scenes = sample_scenes(rng, 1, size)
     things = scenes.things(0)
     asked = [ask(task, "en", things, size, random.Random(seed)) for task in tasks.split()]
     found = [q for q in asked if q is not None]
-    return Example(draw_scenes(scenes, rng)[0], found, [q.task not in ("text", "echo") for q in found], things)
+    return Example(
+        draw_scenes(scenes, rng)[0], found, [q.task not in ("text", "echo") for q in found], things
+    )
 
 
 @torch.inference_mode()
-def test_questions_behind_one_prefix_answer_as_on_their_own(folder: Path, model: Qwen2VLForConditionalGeneration) -> None:
+def test_questions_behind_one_prefix_answer_as_on_their_own(
+    folder: Path, model: Qwen2VLForConditionalGeneration
+) -> None:
     packer = Packer(load_tokenizer(folder))
     examples = [example(1), example(2, (140, 112)), example(3, (84, 140), "caption")]
     packed, apart = (packer.pack(examples, one_question_per_row=split) for split in (False, True))
     assert packed.questions == apart.questions
     assert len(packed.input_ids) == 3
     assert len(apart.input_ids) == 11
-    together, alone = (answer_logits(model, p, encode_images(model, p), None) for p in (packed, apart))
+    together, alone = (
+        answer_logits(model, p, encode_images(model, p), None) for p in (packed, apart)
+    )
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
     assert torch.equal(packed.targets, apart.targets)
 
 
-def released_inputs(folder: Path, question: Question, pixels: np.ndarray | None) -> dict[str, torch.Tensor]:
+def released_inputs(
+    folder: Path, question: Question, pixels: np.ndarray | None
+) -> dict[str, torch.Tensor]:
     processor = AutoProcessor.from_pretrained(folder)
     content = [{"type": "text", "text": question.prompt}]
     if pixels is not None:
         content.insert(0, {"type": "image"})
-    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     images = None if pixels is None else [Image.fromarray(pixels)]
     return processor(text=[text], images=images, return_tensors="pt")
 
 
 def row_of(packer: Packer, question: Question, pixels: np.ndarray | None) -> Packed:
-    return packer.pack([Example(pixels, [question], [pixels is not None])], one_question_per_row=True)
+    return packer.pack(
+        [Example(pixels, [question], [pixels is not None])], one_question_per_row=True
+    )
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -132,17 +156,28 @@ def test_patches_keep_two_by_two_neighbours_together() -> None:
 
 def test_every_word_of_the_world_is_one_token(folder: Path) -> None:
     tokenizer: Tokenizer = load_tokenizer(folder)
-    for text, count in (("A big red circle.", 5), ("一个大的红色圆形。", 6), ("yes", 1), ("7", 1), ("K", 1)):
+    for text, count in (
+        ("A big red circle.", 5),
+        ("一个大的红色圆形。", 6),
+        ("yes", 1),
+        ("7", 1),
+        ("K", 1),
+    ):
         assert len(tokenizer.encode(text).ids) == count
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     # The same token reads a character wherever it stands.
     k = tokenizer.token_to_id("K")
-    assert all(k in tokenizer.encode(text).ids for text in ("K", "a green letter K.", "绿色的字母K。", "A. K"))
+    assert all(
+        k in tokenizer.encode(text).ids
+        for text in ("K", "a green letter K.", "绿色的字母K。", "A. K")
+    )
     assert tokenizer.decode(tokenizer.encode("Größe 東京 🙂").ids) == "Größe 東京 🙂"
 
 
 @torch.inference_mode()
-def test_exact_answers_wants_every_token(folder: Path, model: Qwen2VLForConditionalGeneration) -> None:
+def test_exact_answers_wants_every_token(
+    folder: Path, model: Qwen2VLForConditionalGeneration
+) -> None:
     packed = Packer(load_tokenizer(folder)).pack([example(1)], one_question_per_row=False)
     logits = torch.nn.functional.one_hot(packed.targets, 900).float()
     assert exact_answers(logits, packed).all()
@@ -150,7 +185,9 @@ def test_exact_answers_wants_every_token(folder: Path, model: Qwen2VLForConditio
     assert exact_answers(logits, packed).tolist() == [False, *[True] * (len(packed.questions) - 1)]
 
 
-def test_routing_reads_the_span_with_and_without_the_picture(folder: Path, model: Qwen2VLForConditionalGeneration) -> None:
+def test_routing_reads_the_span_with_and_without_the_picture(
+    folder: Path, model: Qwen2VLForConditionalGeneration
+) -> None:
     packed = row_of(Packer(load_tokenizer(folder)), example(1).questions[0], example(1).pixels)
     routing, plain = Routing(), model.get_input_embeddings()(packed.input_ids)
     routing.read(plain + 1, plain, packed.span, packed.answer_start)
@@ -162,7 +199,9 @@ def test_routing_reads_the_span_with_and_without_the_picture(folder: Path, model
 
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("task", ["colour", "shape", "size", "position", "tell"])
-def test_words_that_name_an_object_end_where_the_packer_says(folder: Path, task: str, language: str) -> None:
+def test_words_that_name_an_object_end_where_the_packer_says(
+    folder: Path, task: str, language: str
+) -> None:
     tokenizer = load_tokenizer(folder)
     packer = Packer(tokenizer)
     found = 0
@@ -174,7 +213,9 @@ def test_words_that_name_an_object_end_where_the_packer_says(folder: Path, task:
         packed = row_of(packer, question, shown.pixels)
         ids = packed.input_ids.flatten().tolist()
         assert len(packed.nouns) == len(question.about) > 0
-        for place, sight, (words, thing) in zip(packed.nouns, packed.noun_sights, question.about, strict=True):
+        for place, sight, (words, thing) in zip(
+            packed.nouns, packed.noun_sights, question.about, strict=True
+        ):
             assert tokenizer.decode(ids[: int(place) + 1]).endswith(words)
             assert sight.tolist() == sights_of(shown)[thing.y // 28 * 4 + thing.x // 28].tolist()
             found += 1

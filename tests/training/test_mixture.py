@@ -10,18 +10,32 @@ from pipeline.training.mixture import Gate, MixtureLinear, Routing, balance_loss
 HIDDEN, RANK, EXPERTS = 8, 3, 4
 
 
-def routed(rows: int, length: int, answer_start: int, seed: int = 0, **how: float | str | int) -> Routing:
+def routed(
+    rows: int, length: int, answer_start: int, seed: int = 0, **how: float | str | int
+) -> Routing:
     draw = torch.Generator().manual_seed(seed)
     routing = Routing(**how)
     plain = torch.randn(rows, length, HIDDEN, generator=draw)
     span = torch.tensor([[0, answer_start]]).expand(rows, 2)
-    routing.read(plain + torch.randn(rows, 1, HIDDEN, generator=draw), plain, span, torch.full((rows,), answer_start))
+    routing.read(
+        plain + torch.randn(rows, 1, HIDDEN, generator=draw),
+        plain,
+        span,
+        torch.full((rows,), answer_start),
+    )
     return routing
 
 
 def mixture(routing: Routing, top_k: int = 1) -> MixtureLinear:
     torch.manual_seed(1)
-    layer = MixtureLinear(nn.Linear(HIDDEN, 6, bias=False), RANK, 2 * RANK, EXPERTS, routing, Gate(HIDDEN, EXPERTS, top_k))
+    layer = MixtureLinear(
+        nn.Linear(HIDDEN, 6, bias=False),
+        RANK,
+        2 * RANK,
+        EXPERTS,
+        routing,
+        Gate(HIDDEN, EXPERTS, top_k),
+    )
     for b in layer.lora_moe_B:
         nn.init.normal_(b)
     return layer.eval()
@@ -37,13 +51,19 @@ def test_forward_is_the_released_formula_position_by_position(top_k: int) -> Non
         for place in range(5):
             h = routing.h[row, 0 if place < 3 else 1]
             z = h / (h.pow(2).mean() + 1e-6).sqrt() * layer.gate.ln
-            p = (layer.gate.w_gate.weight @ z + layer.gate.w_gate.bias).softmax(-1, dtype=torch.float16)
+            p = (layer.gate.w_gate.weight @ z + layer.gate.w_gate.bias).softmax(
+                -1, dtype=torch.float16
+            )
             kept = p.topk(top_k)
             m = kept.values.max()
             y = layer.base.weight @ x[row, place]
             for g, e in zip(kept.values, kept.indices, strict=True):
-                y = y + m.float() * g.float() * 2 * layer.lora_moe_B[e] @ (layer.lora_moe_A[e] @ x[row, place])
-            y = y + (1 - m).float() * 2 * layer.lora_moe_B[EXPERTS] @ (layer.lora_moe_A[EXPERTS] @ x[row, place])
+                y = y + m.float() * g.float() * 2 * layer.lora_moe_B[e] @ (
+                    layer.lora_moe_A[e] @ x[row, place]
+                )
+            y = y + (1 - m).float() * 2 * layer.lora_moe_B[EXPERTS] @ (
+                layer.lora_moe_A[EXPERTS] @ x[row, place]
+            )
             torch.testing.assert_close(found[row, place], y, atol=1e-5, rtol=1e-5)
 
 
@@ -72,7 +92,8 @@ def test_balance_is_zero_when_even_and_grows_with_the_favourite() -> None:
     assert balance_loss(even, even, 1, 0.25) == pytest.approx(0, abs=1e-4)
     favourite = torch.full((64, 2, EXPERTS), -20.0)
     favourite[:, :, 0] = 20.0
-    # One expert takes all: importance and load have a squared coefficient of variation of E - 1 each.
+    # One expert takes all: importance and load have a squared coefficient of variation of E - 1
+    # each.
     assert balance_loss(favourite, favourite, 1, 0.25) == pytest.approx(2 * (EXPERTS - 1), rel=1e-3)
 
 

@@ -35,7 +35,11 @@ def base(tmp_path: Path) -> Path:
 def test_first_steps_run_and_leave_the_base_as_it_was(base: Path, tmp_path: Path) -> None:
     rows = scene_table(ScenesSettings(output="unused", sizes=[[100, 90], [112, 140]]), 0, 12)
     pq.write_table(rows.select(["image", "prompt", "answer"]), tmp_path / "rows.parquet")
-    few = [f"stages.{stage}.{key}" for stage in ("lora", "mixture", "instruct") for key in ("steps=2", "images_per_step=4")]
+    few = [
+        f"stages.{stage}.{key}"
+        for stage in ("lora", "mixture", "instruct")
+        for key in ("steps=2", "images_per_step=4")
+    ]
     settings = load_settings(
         TrainSettings,
         CONFIG,
@@ -49,17 +53,27 @@ def test_first_steps_run_and_leave_the_base_as_it_was(base: Path, tmp_path: Path
         ],
     )
     train(settings)
-    assert [len(read_log(tmp_path / f"out/{stage}.jsonl")) for stage in ("lora", "mixture", "instruct")] == [1, 1, 1]
+    assert [
+        len(read_log(tmp_path / f"out/{stage}.jsonl")) for stage in ("lora", "mixture", "instruct")
+    ] == [1, 1, 1]
     trained = load_released(base, tmp_path / "out/adapter", Routing())
     before = load_base(base)
-    for layer, old in zip(trained.model.language_model.layers, before.model.language_model.layers, strict=True):
+    for layer, old in zip(
+        trained.model.language_model.layers, before.model.language_model.layers, strict=True
+    ):
         assert torch.equal(layer.mlp.gate_proj.base.weight, old.mlp.gate_proj.weight)
         assert torch.equal(layer.self_attn.q_proj.base_layer.weight, old.self_attn.q_proj.weight)
         assert any(b.abs().sum() > 0 for b in layer.mlp.gate_proj.lora_moe_B)
 
 
 def test_every_pass_over_the_rows_has_its_own_order_and_leaves_none_out(tmp_path: Path) -> None:
-    table = pa.table({"image": pa.nulls(6, pa.binary()), "prompt": [str(i) for i in range(6)], "answer": ["yes"] * 6})
+    table = pa.table(
+        {
+            "image": pa.nulls(6, pa.binary()),
+            "prompt": [str(i) for i in range(6)],
+            "answer": ["yes"] * 6,
+        }
+    )
     pq.write_table(table, tmp_path / "rows.parquet")
     source = ParquetSource(str(tmp_path / "rows.parquet"), seed=0, rows=3, max_pixels=10**6)
     seen = [[example.questions[0].prompt for example in source.examples(step)] for step in range(4)]
@@ -70,6 +84,8 @@ def test_every_pass_over_the_rows_has_its_own_order_and_leaves_none_out(tmp_path
 
 
 def test_data_without_a_truth_column_is_named(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": pa.nulls(1, pa.binary()), "prompt": ["?"]}), tmp_path / "rows.parquet")
+    pq.write_table(
+        pa.table({"image": pa.nulls(1, pa.binary()), "prompt": ["?"]}), tmp_path / "rows.parquet"
+    )
     with pytest.raises(InputError, match="no column answer"):
         ParquetSource(str(tmp_path / "rows.parquet"), seed=0, rows=1, max_pixels=10**6)

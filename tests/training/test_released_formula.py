@@ -1,4 +1,6 @@
-"""The training layer equals the released code's outputs: gates to the last bit, logits step by step (golden data)."""
+"""The training layer equals the released code's outputs: gates to the last bit, logits step by step
+(golden data).
+"""
 
 from pathlib import Path
 
@@ -22,10 +24,18 @@ def packed_case(name: str, model: torch.nn.Module) -> tuple[Packed, dict[str, np
     ids = torch.from_numpy(case["sequences"])[:, :-1]
     prompt = case["input_ids"].shape[1]
     rows, length = ids.shape
-    mask = torch.cat([torch.from_numpy(case["attention_mask"]), torch.ones(rows, length - prompt, dtype=torch.int64)], 1)
+    mask = torch.cat(
+        [
+            torch.from_numpy(case["attention_mask"]),
+            torch.ones(rows, length - prompt, dtype=torch.int64),
+        ],
+        1,
+    )
     grid = torch.from_numpy(case["image_grid_thw"]) if "image_grid_thw" in case else None
     image = ids == model.config.image_token_id
-    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=image.int(), image_grid_thw=grid, attention_mask=mask)
+    positions, _ = model.model.get_rope_index(
+        ids, mm_token_type_ids=image.int(), image_grid_thw=grid, attention_mask=mask
+    )
     scored = (torch.arange(rows)[:, None] * length + torch.arange(prompt - 1, length)).flatten()
     packed = Packed(
         input_ids=ids,

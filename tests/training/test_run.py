@@ -1,4 +1,6 @@
-"""A whole run, with a model and steps so few that it takes seconds: resumable, and in the released format at the end."""
+"""A whole run, with a model and steps so few that it takes seconds: resumable, and in the released
+format at the end.
+"""
 
 import json
 from pathlib import Path
@@ -21,11 +23,18 @@ TINY = [
     "report_every=1",
     "report_scenes=2",
     "adapter.rank=4",
-    "shape={layers: 2, width: 32, feed_forward: 48, heads: 2, key_value_heads: 1, rope_sections: [2, 3, 3],"
+    "shape={layers: 2, width: 32, feed_forward: 48, heads: 2, key_value_heads: 1, rope_sections: "
+    "[2, 3, 3],"
     " vision_layers: 1, vision_width: 32, vision_heads: 2}",
     *(f"stages.{stage}.steps=4" for stage in ("vision", "base", "lora", "mixture", "instruct")),
-    *(f"stages.{stage}.images_per_step=3" for stage in ("vision", "base", "lora", "mixture", "instruct")),
-    *(f"stages.{stage}.warmup_steps=1" for stage in ("vision", "base", "lora", "mixture", "instruct")),
+    *(
+        f"stages.{stage}.images_per_step=3"
+        for stage in ("vision", "base", "lora", "mixture", "instruct")
+    ),
+    *(
+        f"stages.{stage}.warmup_steps=1"
+        for stage in ("vision", "base", "lora", "mixture", "instruct")
+    ),
 ]
 
 
@@ -60,7 +69,9 @@ def test_stages_leave_logs_a_plot_and_a_report(finished: Path) -> None:
     assert sum(summary["expert_share"]) == pytest.approx(1, abs=1e-3)
 
 
-def test_only_the_mixture_stage_moves_gates_and_no_adapter_stage_moves_the_base(finished: Path) -> None:
+def test_only_the_mixture_stage_moves_gates_and_no_adapter_stage_moves_the_base(
+    finished: Path,
+) -> None:
     mixture = torch.load(finished / "mixture.pt", weights_only=True)["tensors"]
     instruct = torch.load(finished / "instruct.pt", weights_only=True)["tensors"]
     assert any("w_gate" in name for name in mixture)

@@ -1,4 +1,6 @@
-"""Which internet addresses rows may make this program connect to: public ones, asked of the name and of the socket."""
+"""Which internet addresses rows may make this program connect to: public ones, asked of the name
+and of the socket.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from pipeline.errors import RowError
 
 _IPv4, _IPv6 = ipaddress.IPv4Network, ipaddress.IPv6Network
-#: Public by number, and yet what only a cloud's own machines reach, or what leads into other networks.
+#: Public by number, and yet what only a cloud's own machines reach, or what leads into other
+#: networks.
 _SPECIAL_V4 = (
     _IPv4("168.63.129.16/32"),  # Azure's host
     _IPv4("192.0.0.0/24"),  # IETF protocols; Oracle's metadata is 192.0.0.192
@@ -35,13 +38,19 @@ _ISATAP = frozenset({0x00005EFE, 0x02005EFE})
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, as must any IPv4 address that is wrapped in it.
+    """Whether an IP address belongs to the public internet, as must any IPv4 address that is
+    wrapped in it.
 
-    Of IPv6 only what is known to be public counts, whatever else there may be: a list of what is not has holes.
+    Of IPv6 only what is known to be public counts, whatever else there may be: a list of what is
+    not has holes.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
-        return ip.is_global and not ip.is_multicast and not any(ip in special for special in _SPECIAL_V4)
+        return (
+            ip.is_global
+            and not ip.is_multicast
+            and not any(ip in special for special in _SPECIAL_V4)
+        )
     last = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if any(ip in prefix for prefix in _MAPPED):
         return is_public(str(last))
@@ -51,7 +60,9 @@ def is_public(address: str) -> bool:
 
 
 def as_address(host: str) -> str | None:
-    """The address that a host is in itself, in any form that connecting would take (2130706433, 0x7f.1); None of a name."""
+    """The address that a host is in itself, in any form that connecting would take (2130706433,
+    0x7f.1); None of a name.
+    """
     host = host.rstrip(".")
     try:
         return str(ipaddress.ip_address(host.partition("%")[0]))
@@ -65,7 +76,10 @@ def as_address(host: str) -> str | None:
 
 def not_public(host: str) -> RowError:
     """What a row hears that names a host which is not public."""
-    return RowError("image_forbidden", f"{host} is no public address; name it in fetch.allow_hosts if rows may point there")
+    return RowError(
+        "image_forbidden",
+        f"{host} is no public address; name it in fetch.allow_hosts if rows may point there",
+    )
 
 
 class PublicResolver(AbstractResolver):
@@ -103,13 +117,15 @@ class PublicResolver(AbstractResolver):
 
 
 def public_socket(peer: tuple[Any, ...]) -> socket.socket:
-    """Make the socket of a connection, for aiohttp; the last door, whichever way an address came here.
+    """Make the socket of a connection, for aiohttp; the last door, whichever way an address came
+    here.
 
     Args:
         peer: family, type, protocol, name and address, as `getaddrinfo` gives them.
 
     Raises:
-        RowError: `image_forbidden`, the address is not public, or none that is written as addresses are.
+        RowError: `image_forbidden`, the address is not public, or none that is written as addresses
+            are.
     """
     family, kind, protocol, _, address = peer
     host = str(address[0])

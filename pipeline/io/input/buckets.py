@@ -1,4 +1,6 @@
-"""Buckets of object storage: rows may name objects of those that the job's owner named, not all that its keys open."""
+"""Buckets of object storage: rows may name objects of those that the job's owner named, not all
+that its keys open.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,20 @@ from urllib.parse import parse_qsl
 from pipeline.redact import is_secret_name
 
 #: fsspec's names of the storages that have buckets, and what all names of one are called here.
-_STORAGES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs", "az": "abfs", "hf": "hf"}
+_STORAGES = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gs",
+    "gcs": "gs",
+    "abfs": "abfs",
+    "abfss": "abfs",
+    "az": "abfs",
+    "hf": "hf",
+}
 #: fsspec's names of what writes `owner:repository@revision`.
 _REVISIONS = frozenset({"github", "git"})
-#: Kinds of repositories that stand before a repository's name on the Hugging Face hub; models have none.
+#: Kinds of repositories that stand before a repository's name on the Hugging Face hub; models have
+#: none.
 _HUB_KINDS = frozenset({"datasets", "spaces", "buckets", "models", "kernels"})
 
 
@@ -21,7 +33,8 @@ def has_buckets(scheme: str) -> bool:
 
 
 def bucket_of(url: str) -> str | None:
-    """The bucket that a URL leads into, written in one way: `s3://bucket`, `abfs://container@account`, `hf://datasets/a/b`.
+    """The bucket that a URL leads into, written in one way: `s3://bucket`,
+    `abfs://container@account`, `hf://datasets/a/b`.
 
     None of URLs of other kinds, of local paths, and where there is no bucket.
     """
@@ -46,7 +59,9 @@ def buckets_of(paths: Iterable[str | None]) -> frozenset[str]:
 
 
 def holds_password(url: str) -> bool:
-    """Whether a URL carries a secret: a password, on the web any user (a token, often), or a signature in its query."""
+    """Whether a URL carries a secret: a password, on the web any user (a token, often), or a
+    signature in its query.
+    """
     scheme, found, rest = url.partition("://")
     scheme = scheme.lower()
     if not found or scheme in _REVISIONS:
@@ -59,9 +74,11 @@ def holds_password(url: str) -> bool:
 
 
 def holds_credentials(url: str) -> bool:
-    """Whether a URL has a user or password before its host or bucket; of Azure, `container@account` is none.
+    """Whether a URL has a user or password before its host or bucket; of Azure, `container@account`
+    is none.
 
-    A colon there, unless before a port, is taken for one too: a password may hold a slash, and then the `@` comes later.
+    A colon there, unless before a port, is taken for one too: a password may hold a slash, and then
+    the `@` comes later.
     """
     scheme, _, rest = url.partition("://")
     authority = rest.split("/", 1)[0]

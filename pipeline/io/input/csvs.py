@@ -24,8 +24,9 @@ _SKIPPED = 1 << 20
 class Csv:
     """Values under a line of names, all of them text; what is empty is null.
 
-    Empty values behind the last name are none: many programs end each line with a separator. A line whose values do not fit
-    the names, or whose quotes do not, is an error row, and reading goes on with the next one.
+    Empty values behind the last name are none: many programs end each line with a separator. A line
+    whose values do not fit the names, or whose quotes do not, is an error row, and reading goes on
+    with the next one.
     """
 
     def __init__(self, source: BinaryIO, untyped: Untyped, separator: str = ",") -> None:
@@ -45,7 +46,9 @@ class Csv:
         kept = [name for at, name in enumerate(names) if name != UNNAMED.format(at) or name in used]
         return groups, pa.schema([(name, pa.string()) for name in kept])
 
-    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """See `ShardFile`."""
         records = self._records()
         return batches_of(self._rows(self._names(records), records), rows, columns)
@@ -59,14 +62,18 @@ class Csv:
             own = name or UNNAMED.format(at)
             # As pandas does: a, a.1, a.2.
             again = (f"{own}.{count}" for count in range(1, len(told) + 1))
-            names[own if own not in names else next(one for one in again if one not in names)] = None
+            names[own if own not in names else next(one for one in again if one not in names)] = (
+                None
+            )
         try:
             check_names(names, "the line of names", self._untyped)
         except RowError as error:
             raise ValueError(error.cause) from error
         return list(names)
 
-    def _rows(self, names: list[str], records: Iterator[tuple[int, list[str] | RowError]]) -> Iterator[Row]:
+    def _rows(
+        self, names: list[str], records: Iterator[tuple[int, list[str] | RowError]]
+    ) -> Iterator[Row]:
         for number, told in records:
             if isinstance(told, RowError):
                 yield {ERROR: str(told)}
@@ -78,7 +85,9 @@ class Csv:
                 yield {name: value or None for name, value in zip(names, values, strict=True)}
 
     def _records(self) -> Iterator[tuple[int, list[str] | RowError]]:
-        """The values of each record, or what is wrong with its first line; with that line's number."""
+        """The values of each record, or what is wrong with its first line; with that line's
+        number.
+        """
         csv.field_size_limit(2**31 - 1)  # lines have a bound of their own
         lines = _Lines(self._source, self._untyped.line_bytes)
         reader = csv.reader(lines, delimiter=self._separator, strict=True)
@@ -93,14 +102,19 @@ class Csv:
                 yield lines.begun, error
             except csv.Error as error:
                 lines.take_back()
-                yield lines.begun, RowError("row_malformed", f"line {lines.begun} is no CSV ({error})")
+                yield (
+                    lines.begun,
+                    RowError("row_malformed", f"line {lines.begun} is no CSV ({error})"),
+                )
             else:
                 if record:
                     yield lines.begun, record
 
 
 class _Lines:
-    """Lines of text of which those of a record can be taken back; None stands for one that is too long."""
+    """Lines of text of which those of a record can be taken back; None stands for one that is too
+    long.
+    """
 
     def __init__(self, source: BinaryIO, most: int) -> None:
         # Whatever is no UTF-8 shows when columns are built.
@@ -118,7 +132,9 @@ class _Lines:
         self._taken, self._size = [], 0
 
     def take_back(self) -> None:
-        """Take all but the first line back: a quote that is never closed would swallow all that follow."""
+        """Take all but the first line back: a quote that is never closed would swallow all that
+        follow.
+        """
         self._ahead += self._taken[:0:-1]
         del self._taken[1:]
 

@@ -1,4 +1,6 @@
-"""Images written into a reference itself: `data:` URIs, as browsers, chat clients and qwen-vl-utils take them."""
+"""Images written into a reference itself: `data:` URIs, as browsers, chat clients and qwen-vl-utils
+take them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from pipeline.errors import RowError
 
 #: Characters in which a header (media type and parameters) is looked for.
 _HEADER = 1000
-#: A file may be called `data:x.png` or `data:a,b.png`; a URI names a media type with a slash, or base64, or nothing.
+#: A file may be called `data:x.png` or `data:a,b.png`; a URI names a media type with a slash, or
+#: base64, or nothing.
 _TYPE = r"[\w!#$&^.+\-]{1,127}/[\w!#$&^.+\-]{1,127}\s*"
 _BEGIN = re.compile(rf"data:(?:{_TYPE})?[;,]|data:[^,]{{0,500}};\s*base64\s*,", re.IGNORECASE)
 _URLSAFE = str.maketrans("-_", "+/")
@@ -26,9 +29,13 @@ def is_data_uri(reference: str) -> bool:
 
 
 def is_bare_base64(reference: str) -> bool:
-    """Whether a reference can only be an image file in base64 that lacks the header of a `data:` URI."""
+    """Whether a reference can only be an image file in base64 that lacks the header of a `data:`
+    URI.
+    """
     begins = reference.startswith(_IMAGES_BEGIN) and len(reference) > 40
-    return (begins or len(reference) > _HEADER) and _BASE64.fullmatch(reference[:_HEADER]) is not None
+    return (begins or len(reference) > _HEADER) and _BASE64.fullmatch(
+        reference[:_HEADER]
+    ) is not None
 
 
 def header_of(uri: str) -> str:
@@ -40,8 +47,8 @@ def header_of(uri: str) -> str:
 def data_of(uri: str, most: int) -> bytes:
     """The bytes that a `data:` URI holds, however it is written.
 
-    Parameters, upper case, no media type, line breaks, the URL-safe alphabet, missing padding, percent-encoding and data
-    that is not base64 are all taken.
+    Parameters, upper case, no media type, line breaks, the URL-safe alphabet, missing padding,
+    percent-encoding and data that is not base64 are all taken.
 
     Args:
         uri: the URI.
@@ -52,7 +59,9 @@ def data_of(uri: str, most: int) -> bytes:
     """
     comma = uri.find(",", 0, _HEADER)
     if comma < 0:
-        raise RowError("image_decode", "a data: URI holds no data; expected data:image/png;base64,...")
+        raise RowError(
+            "image_decode", "a data: URI holds no data; expected data:image/png;base64,..."
+        )
     parameters = [one.strip().lower() for one in uri[len("data:") : comma].split(";")]
     body = uri[comma + 1 :]
     if "base64" not in parameters:

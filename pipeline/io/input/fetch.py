@@ -1,10 +1,12 @@
-"""Images that rows name by path or URL, fetched under guards: whoever wrote the rows is not trusted.
+"""Images that rows name by path or URL, fetched under guards: whoever wrote the rows is not
+trusted.
 
-A path may only lead below `input.image_root`, an object's URL only into a bucket that the job's owner named, a web address
-only to public addresses (or hosts that `fetch.allow_hosts` names). A web address is parsed once: the object that was
-checked is the one that is asked for, and the socket checks the address once more, so neither a spelling that is read in two
-ways nor a name that answers differently the second time gains anything. Redirects are followed one by one, each checked
-like the first URL. All references and bodies end at a cap, all tries in time.
+A path may only lead below `input.image_root`, an object's URL only into a bucket that the job's
+owner named, a web address only to public addresses (or hosts that `fetch.allow_hosts` names). A web
+address is parsed once: the object that was checked is the one that is asked for, and the socket
+checks the address once more, so neither a spelling that is read in two ways nor a name that answers
+differently the second time gains anything. Redirects are followed one by one, each checked like the
+first URL. All references and bodies end at a cap, all tries in time.
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ import aiohttp
 from yarl import URL
 
 from pipeline.errors import RowError
-from pipeline.io.input.addresses import PublicResolver, as_address, is_public, not_public, public_socket
+from pipeline.io.input.addresses import (
+    PublicResolver,
+    as_address,
+    is_public,
+    not_public,
+    public_socket,
+)
 from pipeline.io.input.buckets import bucket_of, buckets_of, has_buckets, holds_credentials
 from pipeline.io.input.data_uri import data_of, header_of, is_bare_base64, is_data_uri
 from pipeline.io.output.storage import WRAPPERS, open_filesystem
@@ -43,13 +51,17 @@ PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 #: Seconds before the second try, doubled for each further one, of which a random share is waited.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
 #: What the system says of names that can lead nowhere.
-_NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP})
+_NO_SUCH_FILE = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+)
 _CHUNK = 1 << 16
 _HAS_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]{0,31}(?=:)")
 _HOST = re.compile(r"[a-z0-9._\-]+|[0-9a-f:.]*:[0-9a-f:.]*")
-#: Characters of the longest name that can be resolved, and a port; how long mapping a name takes is not bounded otherwise.
+#: Characters of the longest name that can be resolved, and a port; how long mapping a name takes is
+#: not bounded otherwise.
 _LONGEST_HOST = 260
-#: All of ASCII that is seen: what a URL keeps as it is. Whether it should have been quoted is up to its author.
+#: All of ASCII that is seen: what a URL keeps as it is. Whether it should have been quoted is up to
+#: its author.
 _SEEN = "".join(map(chr, range(0x21, 0x7F)))
 
 
@@ -75,7 +87,11 @@ class Fetcher:
     """
 
     def __init__(
-        self, image_root: str | None, settings: FetchSettings, max_bytes: int, inputs: str | Sequence[str] = ()
+        self,
+        image_root: str | None,
+        settings: FetchSettings,
+        max_bytes: int,
+        inputs: str | Sequence[str] = (),
     ) -> None:
         self._root, self._settings, self._max_bytes = image_root, settings, max_bytes
         self._allowed = frozenset(host.lower().strip("[]") for host in settings.allow_hosts)
@@ -98,8 +114,9 @@ class Fetcher:
             reference: a path, a URL or a `data:` URI.
 
         Returns:
-            Its bytes to come, or a `RowError`: `image_forbidden`, `image_missing`, `image_too_large`, `image_fetch`, or
-            `image_decode` of what should have been a `data:` URI.
+            Its bytes to come, or a `RowError`: `image_forbidden`, `image_missing`,
+            `image_too_large`, `image_fetch`, or `image_decode` of what should have been a `data:`
+            URI.
         """
         return asyncio.run_coroutine_threadsafe(self._fetch(reference), self._loop)
 
@@ -119,16 +136,22 @@ class Fetcher:
         async with self._slots:
             for number in range(1, self._settings.tries + 1):
                 try:
-                    return await asyncio.wait_for(self._try(reference), self._settings.timeout_seconds)
+                    return await asyncio.wait_for(
+                        self._try(reference), self._settings.timeout_seconds
+                    )
                 except _PassingError as error:
                     failure, pause = str(error), error.pause
                 except TimeoutError:
                     failure, pause = f"nothing within {self._settings.timeout_seconds:g} s", None
                 if number < self._settings.tries:
                     self.retries += 1
-                    backoff = random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (number - 1))
+                    backoff = random.uniform(0.5, 1.0) * min(
+                        LONGEST_PAUSE, FIRST_PAUSE * 2 ** (number - 1)
+                    )
                     await asyncio.sleep(backoff if pause is None else min(pause, LONGEST_PAUSE))
-            raise RowError("image_fetch", f"{shown(reference)}: {failure}, tried {self._settings.tries} times")
+            raise RowError(
+                "image_fetch", f"{shown(reference)}: {failure}, tried {self._settings.tries} times"
+            )
 
     def _try(self, reference: str) -> Coroutine[Any, Any, bytes]:
         url = reference.strip()
@@ -138,20 +161,25 @@ class Fetcher:
         if is_bare_base64(url):
             raise RowError(
                 "image_decode",
-                f"{shown(reference)} looks like base64 without the header of a data: URI; put data:image/jpeg;base64, "
+                f"{shown(reference)} looks like base64 without the header of a data: URI; put "
+                "data:image/jpeg;base64, "
                 "before it, or decode it to bytes",
             )
         if len(reference) > MAX_REFERENCE:
             raise RowError(
                 "image_forbidden",
-                f"{shown(reference)} has {len(reference):,} characters; a path or URL may have {MAX_REFERENCE:,}",
+                f"{shown(reference)} has {len(reference):,} characters; a path or URL may have "
+                f"{MAX_REFERENCE:,}",
             )
         scheme = scheme_of(url)
         if scheme is None or scheme == "file":
             return self._from_root(reference)
         if scheme not in self._schemes or scheme in WRAPPERS:
             known = ", ".join(sorted(self._schemes))
-            raise RowError("image_forbidden", f"{shown(reference)}: expected a scheme of fetch.schemes ({known})")
+            raise RowError(
+                "image_forbidden",
+                f"{shown(reference)}: expected a scheme of fetch.schemes ({known})",
+            )
         if scheme in ("http", "https"):
             return self._from_web(url)
         url = scheme + url[len(scheme) :]
@@ -167,7 +195,9 @@ class Fetcher:
         except PermissionError as error:
             raise RowError("image_forbidden", f"{shown(reference)}: access denied") from error
         except ImportError as error:
-            raise RowError("image_fetch", f"{shown(reference)}: no client for this storage is installed") from error
+            raise RowError(
+                "image_fetch", f"{shown(reference)}: no client for this storage is installed"
+            ) from error
         except UnicodeError as error:
             raise RowError("image_missing", f"{shown(reference)} is no valid Unicode") from error
         except Exception as error:  # every fsspec backend has error types of its own
@@ -175,7 +205,11 @@ class Fetcher:
             if isinstance(error, FileNotFoundError) or code in _NO_SUCH_FILE:
                 raise RowError("image_missing", f"{shown(reference)} does not exist") from error
             # Their texts repeat what they were asked with, credentials and all.
-            says = f" ({os.strerror(code)})" if isinstance(error, OSError) and isinstance(code, int) else ""
+            says = (
+                f" ({os.strerror(code)})"
+                if isinstance(error, OSError) and isinstance(code, int)
+                else ""
+            )
             raise _PassingError(f"{type(error).__name__}{says}") from error
         if len(content) > self._max_bytes:
             raise _too_large(reference, self._max_bytes)
@@ -198,14 +232,21 @@ class Fetcher:
         root = self._root
         if root is None:
             raise RowError(
-                "image_forbidden", f"{shown(reference)} is a path; set input.image_root to the folder of the images"
+                "image_forbidden",
+                f"{shown(reference)} is a path; set input.image_root to the folder of the images",
             )
         if scheme_of(root) in (None, "file"):
             return self._in_pool(reference, partial(_from_disk, root, path, self._max_bytes))
         if path.startswith(("/", "\\")) or "://" in path or _climbs(path):
-            raise RowError("image_forbidden", f"{shown(reference)} does not lie below input.image_root")
+            raise RowError(
+                "image_forbidden", f"{shown(reference)} does not lie below input.image_root"
+            )
         url = f"{root.rstrip('/')}/{path.removeprefix('./')}"
-        return self._from_web(url) if self._web_root else self._in_pool(url, partial(self._from_storage, url))
+        return (
+            self._from_web(url)
+            if self._web_root
+            else self._in_pool(url, partial(self._from_storage, url))
+        )
 
     # Object storage
 
@@ -218,7 +259,8 @@ class Fetcher:
         if bucket is None or not any(f"{bucket}/".startswith(f"{own}/") for own in self._buckets):
             raise RowError(
                 "image_forbidden",
-                f"{shown(url)}: rows may name objects of the buckets that input.path and input.image_root name; put "
+                f"{shown(url)}: rows may name objects of the buckets that input.path and "
+                "input.image_root name; put "
                 f"{one_line(str(bucket), 100)} into fetch.buckets if they may name this one's",
             )
         if _climbs(url):
@@ -234,7 +276,11 @@ class Fetcher:
     async def _from_web(self, reference: str) -> bytes:
         url = reference
         for _ in range(MAX_REDIRECTS + 1):
-            target = parsed_url(url, own=self._web_root is not None and url.startswith(f"{self._root}".rstrip("/") + "/"))
+            target = parsed_url(
+                url,
+                own=self._web_root is not None
+                and url.startswith(f"{self._root}".rstrip("/") + "/"),
+            )
             session = self._session_for(target)
             try:
                 async with session.get(target, allow_redirects=False) as response:
@@ -242,7 +288,9 @@ class Fetcher:
                         url = _redirected(target, response.headers.get("Location", "").strip())
                         continue
                     return await self._body(url, response)
-            except ValueError as error:  # aiohttp's InvalidURL, or a host that the system's codec does not take
+            except (
+                ValueError
+            ) as error:  # aiohttp's InvalidURL, or a host that the system's codec does not take
                 raise RowError("image_missing", f"{shown(url)} is no URL") from error
             except (aiohttp.ClientError, OSError) as error:
                 raise _PassingError(cause_of(error)) from error
@@ -264,8 +312,11 @@ class Fetcher:
         if not trusted and address is not None and not is_public(address):
             raise not_public(host)
         if trusted not in self._sessions:
-            guards: dict[str, Any] = {} if trusted else {"resolver": PublicResolver(), "socket_factory": public_socket}
-            # `identity`, and no unpacking of what comes packed all the same: the cap counts the bytes that there are.
+            guards: dict[str, Any] = (
+                {} if trusted else {"resolver": PublicResolver(), "socket_factory": public_socket}
+            )
+            # `identity`, and no unpacking of what comes packed all the same: the cap counts the
+            # bytes that there are.
             self._sessions[trusted] = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._settings.concurrency, **guards),
                 auto_decompress=False,
@@ -277,14 +328,20 @@ class Fetcher:
 
     def _below_web_root(self, url: URL) -> bool:
         root = self._web_root
-        if root is None or (url.scheme, url.raw_host, url.port) != (root.scheme, root.raw_host, root.port):
+        if root is None or (url.scheme, url.raw_host, url.port) != (
+            root.scheme,
+            root.raw_host,
+            root.port,
+        ):
             return False
         return url.raw_path.startswith(root.raw_path) and not _climbs(url.raw_path)
 
     async def _body(self, url: str, response: aiohttp.ClientResponse) -> bytes:
         if response.status in PASSING_STATUS:
             after = response.headers.get("Retry-After", "")
-            raise _PassingError(f"HTTP {response.status}", float(after) if after.isdecimal() else None)
+            raise _PassingError(
+                f"HTTP {response.status}", float(after) if after.isdecimal() else None
+            )
         if response.status in (401, 403):
             raise RowError("image_forbidden", f"{shown(url)}: HTTP {response.status}")
         if response.status != 200:
@@ -300,7 +357,9 @@ class Fetcher:
 
 
 def scheme_of(reference: str) -> str | None:
-    """The scheme of a URL in lower case, None of a path. `a:b.jpg` is a path, `file:b.jpg` is not."""
+    """The scheme of a URL in lower case, None of a path. `a:b.jpg` is a path, `file:b.jpg` is
+    not.
+    """
     found = _HAS_SCHEME.match(reference)
     if found and (reference.startswith("://", found.end()) or found[0].lower() == "file"):
         return found[0].lower()
@@ -317,17 +376,19 @@ def shown(reference: str) -> str:
 
 
 def parsed_url(text: str, *, own: bool = False) -> URL:
-    """A web address with the spelling that it has, of which only blanks and what is not ASCII is quoted.
+    """A web address with the spelling that it has, of which only blanks and what is not ASCII is
+    quoted.
 
-    Signatures cover the spelling: `%2F` and `/` are two things to those who check them. The host alone is written anew, as
-    it will be resolved.
+    Signatures cover the spelling: `%2F` and `/` are two things to those who check them. The host
+    alone is written anew, as it will be resolved.
 
     Args:
         text: the address.
         own: it is the job's own, which may hold credentials.
 
     Raises:
-        RowError: `image_missing` where it is none, `image_forbidden` where it holds credentials or an odd host.
+        RowError: `image_missing` where it is none, `image_forbidden` where it holds credentials or
+            an odd host.
     """
     scheme, _, rest = text.strip().partition("://")
     if scheme.lower() not in ("http", "https"):
@@ -341,7 +402,9 @@ def parsed_url(text: str, *, own: bool = False) -> URL:
         if tail.startswith("\\") or (len(authority) > _LONGEST_HOST and not own):
             raise ValueError("no host")
         base = URL(f"{scheme.lower()}://{authority}")
-        tail = quote(tail if tail.startswith("/") else f"/{tail}", safe=_SEEN, errors="surrogateescape")
+        tail = quote(
+            tail if tail.startswith("/") else f"/{tail}", safe=_SEEN, errors="surrogateescape"
+        )
         url = URL(f"{base.scheme}://{base.raw_authority}{tail}", encoded=True)
         host = url.raw_host
         if not host or host != base.raw_host:
@@ -350,7 +413,9 @@ def parsed_url(text: str, *, own: bool = False) -> URL:
     except ValueError as error:  # a host that no codec takes, a port that is no number
         raise RowError("image_missing", f"{shown(text)} is no URL") from error
     if not _HOST.fullmatch(host):
-        raise RowError("image_forbidden", f"{shown(text)}: expected a host of letters, digits, '-' and '.'")
+        raise RowError(
+            "image_forbidden", f"{shown(text)}: expected a host of letters, digits, '-' and '.'"
+        )
     return url
 
 
@@ -358,7 +423,9 @@ def _redirected(url: URL, location: str) -> str:
     if not location:
         raise RowError("image_missing", f"{shown(str(url))}: a redirect that leads nowhere")
     if len(location) > MAX_REFERENCE:
-        raise RowError("image_forbidden", f"{shown(location)}: a redirect of {len(location):,} characters")
+        raise RowError(
+            "image_forbidden", f"{shown(location)}: a redirect of {len(location):,} characters"
+        )
     if scheme_of(location):
         return location
     if location.startswith("//"):
@@ -372,10 +439,11 @@ def _redirected(url: URL, location: str) -> str:
 
 
 def _paths_of(reference: str) -> list[str]:
-    """The paths that a reference may mean, the likeliest first; where one is missing, the next is tried.
+    """The paths that a reference may mean, the likeliest first; where one is missing, the next is
+    tried.
 
-    A name is what it is, also with blanks around it or if it begins with `file:`. `file://0.png` is a path as qwen-vl-utils
-    reads it, `file://localhost/a.png` one as URLs are.
+    A name is what it is, also with blanks around it or if it begins with `file:`. `file://0.png` is
+    a path as qwen-vl-utils reads it, `file://localhost/a.png` one as URLs are.
     """
     plain = reference.strip()
     found = [reference, plain]
@@ -385,12 +453,18 @@ def _paths_of(reference: str) -> list[str]:
         path = unquote(re.split(r"[?#]", rest, maxsplit=1)[0], errors="surrogateescape")
         local = [path.removeprefix("localhost")] if path.startswith("localhost/") else []
         # Where no name has a colon, the whole is none.
-        found = [*local, path, rest, *found] if plain.startswith("/", len("file:")) else [*found, *local, path, rest]
+        found = (
+            [*local, path, rest, *found]
+            if plain.startswith("/", len("file:"))
+            else [*found, *local, path, rest]
+        )
     return [path for path in dict.fromkeys(found) if path]
 
 
 def _climbs(path: str) -> bool:
-    """Whether a server might read a path as one that leads upwards: however encoded, with whichever slash or dot."""
+    """Whether a server might read a path as one that leads upwards: however encoded, with whichever
+    slash or dot.
+    """
     for _ in range(5):
         for part in re.split(r"[/\\]", unicodedata.normalize("NFKC", path)):
             name = part.partition(";")[0].strip("\0\t\r\n\v\f ")
@@ -416,12 +490,15 @@ def _from_disk(root: str, path: str, most: int) -> bytes:
         raise RowError("image_forbidden", f"{shown(path)} is no path")
     target = os.path.realpath(os.path.join(folder, path))  # links lead where they lead
     if not _lies_in(target, folder):
-        if not any(_lies_in(os.path.normpath(os.path.join(own, path)), own) for own in (named, folder)):
+        if not any(
+            _lies_in(os.path.normpath(os.path.join(own, path)), own) for own in (named, folder)
+        ):
             raise RowError("image_forbidden", f"{shown(path)} does not lie below input.image_root")
         if os.path.dirname(target) not in _blobs_of(folder):
             raise RowError(
                 "image_forbidden",
-                f"{shown(path)} is a link to what does not lie below input.image_root; copy the file there instead (cp "
+                f"{shown(path)} is a link to what does not lie below input.image_root; copy the "
+                "file there instead (cp "
                 "-L), or set input.image_root to a folder that both lie below",
             )
     # Not blocking: a pipe without a writer would hold this thread for good.
@@ -440,9 +517,11 @@ def _lies_in(path: str, folder: str) -> bool:
 
 
 def _blobs_of(folder: str) -> list[str]:
-    """Where links of a folder of the Hugging Face hub's cache may lead; nowhere for any other folder.
+    """Where links of a folder of the Hugging Face hub's cache may lead; nowhere for any other
+    folder.
 
-    There `<repository>/snapshots/<revision>/...` consists of links to files of `<repository>/blobs`.
+    There `<repository>/snapshots/<revision>/...` consists of links to files of
+    `<repository>/blobs`.
     """
     parts = Path(folder).parts
     found = [at for at, name in enumerate(parts) if name == "snapshots" and at < len(parts) - 1]
@@ -450,4 +529,6 @@ def _blobs_of(folder: str) -> list[str]:
 
 
 def _too_large(reference: str, most: int) -> RowError:
-    return RowError("image_too_large", f"{shown(reference)} has more than {most:,} bytes (images.max_bytes)")
+    return RowError(
+        "image_too_large", f"{shown(reference)} has more than {most:,} bytes (images.max_bytes)"
+    )

@@ -27,8 +27,8 @@ READ_BUFFER = 8 << 20
 BATCH_BYTES = 256 << 20
 #: Images of a folder that one read task takes at most.
 IMAGES_PER_GROUP = 256
-#: The Hugging Face hub's names, in a table about image files, for the file of a row and for its files; a column
-#: `mask_file_name` makes a column `mask`.
+#: The Hugging Face hub's names, in a table about image files, for the file of a row and for its
+#: files; a column `mask_file_name` makes a column `mask`.
 FILE_NAMES = {"file_name": "image", "file_names": "images"}
 
 
@@ -42,11 +42,15 @@ class ShardFile(Protocol):
             ValueError: the content is not what the file's name says.
         """
 
-    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
-        """Batches of at most `rows` rows of some row groups (None: all), with those of the columns that there are.
+    def batches(
+        self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Batches of at most `rows` rows of some row groups (None: all), with those of the columns
+        that there are.
 
-        `columns` are the wanted ones, with their planned types. Forms whose values have no types of their own build these;
-        the others give what they hold. Rows that cannot be read have their error in the column `ERROR`.
+        `columns` are the wanted ones, with their planned types. Forms whose values have no types of
+        their own build these; the others give what they hold. Rows that cannot be read have their
+        error in the column `ERROR`.
         """
 
 
@@ -101,7 +105,9 @@ class _Parquet:
         groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         return groups, self._parquet.schema_arrow
 
-    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
         own = set(self._parquet.schema_arrow.names)
         present = [name for name in columns.names if name in own]
         chosen = list(range(self._parquet.num_row_groups) if row_groups is None else row_groups)
@@ -114,7 +120,8 @@ class _Parquet:
         except pa.ArrowMemoryError:
             raise
         except (pa.ArrowException, OSError):
-            # A batch may hold rows of several groups; which of them is at fault shows when each is read alone.
+            # A batch may hold rows of several groups; which of them is at fault shows when each is
+            # read alone.
             for group in chosen:
                 count = self._parquet.metadata.row_group(group).num_rows
                 skip = min(given, count)
@@ -123,15 +130,23 @@ class _Parquet:
                     yield from self._group(group, rows, present, skip)
 
     def _rows_at_once(self, group: int, present: Sequence[str]) -> int:
-        """How many rows of a group are decoded into `BATCH_BYTES`, by what the footer says of them."""
+        """How many rows of a group are decoded into `BATCH_BYTES`, by what the footer says of
+        them.
+        """
         metadata, wanted = self._parquet.metadata.row_group(group), set(present)
         if metadata.total_byte_size <= BATCH_BYTES:
             return max(1, metadata.num_rows)
         chunks = map(metadata.column, range(metadata.num_columns))
-        size = sum(c.total_uncompressed_size for c in chunks if {(at := c.path_in_schema), at.split(".")[0]} & wanted)
+        size = sum(
+            c.total_uncompressed_size
+            for c in chunks
+            if {(at := c.path_in_schema), at.split(".")[0]} & wanted
+        )
         return max(1, metadata.num_rows * BATCH_BYTES // max(size, BATCH_BYTES))
 
-    def _group(self, group: int, rows: int, present: list[str], skip: int) -> Iterator[pa.RecordBatch]:
+    def _group(
+        self, group: int, rows: int, present: list[str], skip: int
+    ) -> Iterator[pa.RecordBatch]:
         """Batches of one row group, without its first rows."""
         at = 0
         try:
@@ -144,15 +159,23 @@ class _Parquet:
             raise
         except (pa.ArrowException, OSError) as error:
             self._fetch(group)
-            says = str(RowError("row_malformed", f"row group {group} is damaged ({cause_of(error)})"))
+            says = str(
+                RowError("row_malformed", f"row group {group} is damaged ({cause_of(error)})")
+            )
             whole = pa.table({name: self._column(group, name) for name in present})
             whole = whole.append_column(ERROR, pa.array([says] * len(whole)))
             yield from whole.slice(max(at, skip)).combine_chunks().to_batches(rows)
 
     def _column(self, group: int, name: str) -> pa.Array:
-        """A column of a damaged row group, nulls where it is not to be had: ids help to find the rows."""
+        """A column of a damaged row group, nulls where it is not to be had: ids help to find the
+        rows.
+        """
         kind = self._parquet.schema_arrow.field(name).type
-        if not pa.types.is_nested(kind) and not pa.types.is_large_binary(kind) and not pa.types.is_binary(kind):
+        if (
+            not pa.types.is_nested(kind)
+            and not pa.types.is_large_binary(kind)
+            and not pa.types.is_binary(kind)
+        ):
             with contextlib.suppress(pa.ArrowException, OSError):
                 return self._parquet.read_row_group(group, columns=[name])[name].combine_chunks()
         return pa.nulls(self._parquet.metadata.row_group(group).num_rows, kind)
@@ -161,7 +184,8 @@ class _Parquet:
         """Read a row group's bytes, as they are.
 
         Raises:
-            Exception: whatever the storage raises: then it is that which is at fault, and the task is tried again.
+            Exception: whatever the storage raises: then it is that which is at fault, and the task
+                is tried again.
         """
         filesystem, path = open_filesystem(self._url)
         own = self._parquet.metadata.row_group(group)
@@ -188,7 +212,9 @@ class _Arrow:
         rows = sum(batch.num_rows for batch in self._stream)
         return (rows,) if rows else (), self._stream.schema
 
-    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
         for batch in self._record_batches(row_groups):
             own = set(batch.schema.names)
             present = batch.select([name for name in columns.names if name in own])
@@ -215,17 +241,28 @@ class _Images:
         groups = tuple(len(self._members[start : start + IMAGES_PER_GROUP]) for start in starts)
         return groups, pa.schema([("id", pa.string()), ("image", pa.string())])
 
-    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
-        groups = range(-(-len(self._members) // IMAGES_PER_GROUP)) if row_groups is None else row_groups
+    def batches(
+        self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        groups = (
+            range(-(-len(self._members) // IMAGES_PER_GROUP)) if row_groups is None else row_groups
+        )
         for start in (group * IMAGES_PER_GROUP for group in groups):
             group = self._members[start : start + IMAGES_PER_GROUP]
             for at in range(0, len(group), rows):
                 own = group[at : at + rows]
                 ids = pa.array([name if is_encodable(name) else None for name in own], pa.string())
                 paths = pa.array([_as_path(name) for name in ids.to_pylist()], pa.string())
-                arrays = {name: made for name, made in (("id", ids), ("image", paths)) if name in columns.names}
+                arrays = {
+                    name: made
+                    for name, made in (("id", ids), ("image", paths))
+                    if name in columns.names
+                }
                 if ids.null_count:
-                    arrays[ERROR] = pa.array([None if is_encodable(name) else _no_utf8(name) for name in own], pa.string())
+                    arrays[ERROR] = pa.array(
+                        [None if is_encodable(name) else _no_utf8(name) for name in own],
+                        pa.string(),
+                    )
                 yield pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
 
 
@@ -235,13 +272,17 @@ def _as_path(name: str | None) -> str | None:
 
 
 def _no_utf8(name: str) -> str:
-    return str(RowError("row_malformed", f"the file name {shown(name)[1:-1]} is no valid UTF-8; rename it"))
+    return str(
+        RowError("row_malformed", f"the file name {shown(name)[1:-1]} is no valid UTF-8; rename it")
+    )
 
 
 class _BesideImages:
-    """A table whose `file_name` names image files beside it: `image` is then their path below the input.
+    """A table whose `file_name` names image files beside it: `image` is then their path below the
+    input.
 
-    So with every column that has one of `FILE_NAMES` as its name or as the end of it, as the library `datasets` has it.
+    So with every column that has one of `FILE_NAMES` as its name or as the end of it, as the
+    library `datasets` has it.
     """
 
     def __init__(self, table: ShardFile, folder: str) -> None:
@@ -252,18 +293,30 @@ class _BesideImages:
         for field in schema:
             made = _made_of(field)
             # A table that has pictures of its own needs none by its files' names.
-            if made is not None and made.name not in schema.names and not _second_image(made.name, schema.names):
+            if (
+                made is not None
+                and made.name not in schema.names
+                and not _second_image(made.name, schema.names)
+            ):
                 schema = schema.append(made)
         return groups, schema
 
-    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
-        sources = {field.name: _sources(field) if _holds_paths(field.type) else [] for field in columns}
-        extra = [one for found in sources.values() for one in found if one.name not in columns.names]
+    def batches(
+        self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        sources = {
+            field.name: _sources(field) if _holds_paths(field.type) else [] for field in columns
+        }
+        extra = [
+            one for found in sources.values() for one in found if one.name not in columns.names
+        ]
         wanted = pa.schema([*columns, *{field.name: field for field in extra}.values()])
         for batch in self._table.batches(rows, wanted, row_groups):
             own = {name: batch.column(name) for name in batch.schema.names}
             for field in columns:
-                for source in (one.name for one in sources[field.name] if one.name in batch.schema.names):
+                for source in (
+                    one.name for one in sources[field.name] if one.name in batch.schema.names
+                ):
                     own[field.name] = self._paths(own.get(field.name), own[source], field.type)
             kept = [name for name in own if name in columns.names or name == ERROR]
             yield pa.RecordBatch.from_arrays([own[name] for name in kept], names=kept)
@@ -273,7 +326,10 @@ class _BesideImages:
         if not _holds_paths(files.type):
             files = files.cast(kind)
         before = [None] * len(files) if named is None else named.to_pylist()
-        paths = [self._path(file) if path is None else path for path, file in zip(before, files.to_pylist(), strict=True)]
+        paths = [
+            self._path(file) if path is None else path
+            for path, file in zip(before, files.to_pylist(), strict=True)
+        ]
         return pa.array(paths, kind)
 
     def _path(self, file: str | list[str | None] | None) -> Any:
@@ -294,7 +350,11 @@ def _made_of(field: pa.Field) -> pa.Field | None:
 def _sources(field: pa.Field) -> list[pa.Field]:
     """The columns of files' names that a column of paths may be made of."""
     names = [*FILE_NAMES, *(f"{field.name}_{ending}" for ending in FILE_NAMES)]
-    return [one for name in names if (made := _made_of(one := pa.field(name, field.type))) and made.name == field.name]
+    return [
+        one
+        for name in names
+        if (made := _made_of(one := pa.field(name, field.type))) and made.name == field.name
+    ]
 
 
 def _holds_paths(kind: pa.DataType) -> bool:

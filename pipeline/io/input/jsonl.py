@@ -1,4 +1,6 @@
-"""Shards whose rows are objects without a schema: JSON Lines; and what makes columns of such objects."""
+"""Shards whose rows are objects without a schema: JSON Lines; and what makes columns of such
+objects.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class Untyped:
 
         def named(*keys: str) -> frozenset[str]:
             names = ((key, getattr(settings.columns, key)) for key in keys)
-            return frozenset(key if name == "auto" else name for key, name in names if name is not None)
+            return frozenset(
+                key if name == "auto" else name for key, name in names if name is not None
+            )
 
         return cls(
             named("id"),
@@ -75,10 +79,12 @@ class Untyped:
 
 
 class JsonLines:
-    """One JSON object a line. Of an OpenAI batch (`custom_id`, `body`) the id, chat, model and settings are taken.
+    """One JSON object a line. Of an OpenAI batch (`custom_id`, `body`) the id, chat, model and
+    settings are taken.
 
-    Everything is read when it is planned, so that a column has one type. Lists of texts are lists; other nested values
-    become JSON text. A line that is no object is an error row, as is one whose values do not fit the planned types.
+    Everything is read when it is planned, so that a column has one type. Lists of texts are lists;
+    other nested values become JSON text. A line that is no object is an error row, as is one whose
+    values do not fit the planned types.
     """
 
     def __init__(self, source: BinaryIO, untyped: Untyped) -> None:
@@ -92,7 +98,9 @@ class JsonLines:
         """
         return layout_of(self._rows(), self._untyped)
 
-    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """See `ShardFile`."""
         return batches_of(self._rows(), rows, columns)
 
@@ -157,20 +165,31 @@ def check_names(names: Iterable[str], where: str, untyped: Untyped) -> None:
     """
     own = list(names)
     if len(own) > untyped.columns:
-        raise RowError("row_malformed", f"{where} has {len(own):,} keys, above input.max_columns {untyped.columns:,}")
+        raise RowError(
+            "row_malformed",
+            f"{where} has {len(own):,} keys, above input.max_columns {untyped.columns:,}",
+        )
     for name in own:
         if name.startswith(OWN_PREFIX):
-            raise RowError("row_malformed", f"{where} has the key {shown(name)}; {OWN_PREFIX!r} is ours: rename it")
+            raise RowError(
+                "row_malformed",
+                f"{where} has the key {shown(name)}; {OWN_PREFIX!r} is ours: rename it",
+            )
         if len(name) > NAME_LENGTH:
             raise RowError(
-                "row_malformed", f"{where} has a key of {len(name):,} characters, expected at most {NAME_LENGTH:,}"
+                "row_malformed",
+                f"{where} has a key of {len(name):,} characters, expected at most {NAME_LENGTH:,}",
             )
         if not is_encodable(name):
-            raise RowError("row_malformed", f"{where} has the key {shown(name)}, which is no valid text")
+            raise RowError(
+                "row_malformed", f"{where} has the key {shown(name)}, which is no valid text"
+            )
 
 
 def is_encodable(text: str) -> bool:
-    """Whether a text can be written as UTF-8: half a surrogate pair cannot, nor can a file name that was none."""
+    """Whether a text can be written as UTF-8: half a surrogate pair cannot, nor can a file name
+    that was none.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -186,8 +205,15 @@ def _plain(row: Row) -> Row:
         raise RowError("row_malformed", f"{OPENAI_ID} is {type(own_id).__name__}, expected text")
     if not isinstance(body, dict) or body.get("messages") is None:
         # One such line must not take the others' columns from them.
-        return {"id": str(own_id), ERROR: str(RowError("row_malformed", "body is no object with messages"))}
-    settings = {key: value for key, value in body.items() if key not in ("messages", "model") and value is not None}
+        return {
+            "id": str(own_id),
+            ERROR: str(RowError("row_malformed", "body is no object with messages")),
+        }
+    settings = {
+        key: value
+        for key, value in body.items()
+        if key not in ("messages", "model") and value is not None
+    }
     return {
         "id": str(own_id),
         "messages": json.dumps(body["messages"]),
@@ -217,10 +243,12 @@ def as_text(value: Any) -> str:
 
 
 def layout_of(rows: Iterable[Row], untyped: Untyped) -> tuple[tuple[int, ...], pa.Schema]:
-    """Rows, in one group (only from its beginning can such a file be read), and the types of all columns.
+    """Rows, in one group (only from its beginning can such a file be read), and the types of all
+    columns.
 
     Raises:
-        ValueError: all rows are malformed: the file is something else; or rows have too many different keys.
+        ValueError: all rows are malformed: the file is something else; or rows have too many
+            different keys.
     """
     kinds: dict[str, set[str]] = defaultdict(set)
     count = malformed = 0
@@ -234,12 +262,16 @@ def layout_of(rows: Iterable[Row], untyped: Untyped) -> tuple[tuple[int, ...], p
             kinds[name].add(_kind(value))
         if len(kinds) > untyped.columns:
             raise ValueError(
-                f"its {count:,} first rows have more than {untyped.columns:,} different keys (input.max_columns), of "
-                f"which the last one is {shown(list(kinds)[-1])}; expected the same keys in all rows"
+                f"its {count:,} first rows have more than {untyped.columns:,} different keys "
+                "(input.max_columns), of "
+                f"which the last one is {shown(list(kinds)[-1])}; expected the same keys in all "
+                "rows"
             )
     if malformed and malformed == count:
         raise ValueError(first)
-    return (count,) if count else (), pa.schema([_field(name, own - {"none"}, untyped) for name, own in kinds.items()])
+    return (count,) if count else (), pa.schema(
+        [_field(name, own - {"none"}, untyped) for name, own in kinds.items()]
+    )
 
 
 def _kind(value: Any) -> str:
@@ -247,12 +279,20 @@ def _kind(value: Any) -> str:
     if value is None:
         return "none"
     if type(value) is int:
-        return "int" if -_EXACT <= value <= _EXACT else "long" if -(1 << 63) <= value < 1 << 63 else "huge"
+        return (
+            "int"
+            if -_EXACT <= value <= _EXACT
+            else "long"
+            if -(1 << 63) <= value < 1 << 63
+            else "huge"
+        )
     return type(value).__name__
 
 
 def _field(name: str, kinds: set[str], untyped: Untyped) -> pa.Field:
-    return pa.field(name, _type_of(name, kinds, untyped), metadata={_LONG: b""} if "long" in kinds else None)
+    return pa.field(
+        name, _type_of(name, kinds, untyped), metadata={_LONG: b""} if "long" in kinds else None
+    )
 
 
 def _type_of(name: str, kinds: set[str], untyped: Untyped) -> pa.DataType:
@@ -277,7 +317,9 @@ def _type_of(name: str, kinds: set[str], untyped: Untyped) -> pa.DataType:
 
 
 def common_types(schemas: Iterable[pa.Schema], untyped: Untyped) -> dict[str, pa.DataType]:
-    """Types of the columns that shards without types of their own see differently; each can be read as any of them."""
+    """Types of the columns that shards without types of their own see differently; each can be read
+    as any of them.
+    """
     kinds: dict[str, set[pa.DataType]] = defaultdict(set)
     long: set[str] = set()
     last = None
@@ -290,7 +332,9 @@ def common_types(schemas: Iterable[pa.Schema], untyped: Untyped) -> dict[str, pa
                     long.add(field.name)
     told = {name: own - {pa.null()} for name, own in kinds.items()}
     # Bytes are no text.
-    differing = {name: own for name, own in told.items() if len(own) > 1 and pa.large_binary() not in own}
+    differing = {
+        name: own for name, own in told.items() if len(own) > 1 and pa.large_binary() not in own
+    }
     return {name: _common(name, own, untyped, long=name in long) for name, own in differing.items()}
 
 
@@ -302,7 +346,9 @@ def _common(name: str, kinds: set[pa.DataType], untyped: Untyped, *, long: bool)
 
 
 def batches_of(rows: Iterable[Row], size: int, columns: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Batches of at most `size` rows with these columns in their types, and `ERROR` where a row is malformed."""
+    """Batches of at most `size` rows with these columns in their types, and `ERROR` where a row is
+    malformed.
+    """
     held: list[Row] = []
     weight = 0
     for row in rows:
@@ -322,14 +368,18 @@ def _batch(rows: Sequence[Row], columns: pa.Schema) -> pa.RecordBatch:
     for field in columns:
         arrays[field.name], unfit = _column([row.get(field.name) for row in rows], field.type)
         for at, why in unfit.items():
-            errors[at] = errors[at] or str(RowError("row_malformed", f"column {shown(field.name)} {why}"))
+            errors[at] = errors[at] or str(
+                RowError("row_malformed", f"column {shown(field.name)} {why}")
+            )
     if any(errors):
         arrays[ERROR] = pa.array(errors, pa.string())
     return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
 
 
 def _column(values: list[Any], kind: pa.DataType) -> tuple[pa.Array, dict[int, str]]:
-    """Values in a type, null where they do not fit it; and of those what is wrong, by their place."""
+    """Values in a type, null where they do not fit it; and of those what is wrong, by their
+    place.
+    """
     built: list[pa.Array] = []
     unfit: dict[int, str] = {}
     try:
@@ -340,7 +390,10 @@ def _column(values: list[Any], kind: pa.DataType) -> tuple[pa.Array, dict[int, s
         try:
             built.append(pa.array([_fitted(value, kind)], kind))
         except UnicodeEncodeError:
-            unfit[at] = f"holds no valid text (half a surrogate pair, or bytes that are no UTF-8): {shown(value)}"
+            unfit[at] = (
+                "holds no valid text (half a surrogate pair, or bytes that are no UTF-8): "
+                f"{shown(value)}"
+            )
         except (pa.ArrowException, ValueError, TypeError, OverflowError):
             unfit[at] = f"holds {shown(value)}, which does not fit the column's type {kind}"
         if at in unfit:
@@ -349,7 +402,8 @@ def _column(values: list[Any], kind: pa.DataType) -> tuple[pa.Array, dict[int, s
 
 
 def _fitted(value: Any, kind: pa.DataType) -> Any:
-    """A value as pyarrow is to be given it for a type: it would cut fractions off, and make a list of a text's letters.
+    """A value as pyarrow is to be given it for a type: it would cut fractions off, and make a list
+    of a text's letters.
 
     Raises:
         ValueError: it does not fit.

@@ -27,7 +27,22 @@ FORM_NAMES: dict[Form, str] = {
 #: Forms whose rows have no types of their own.
 UNTYPED: frozenset[Form] = frozenset({"webdataset", "jsonl", "csv"})
 IMAGE_SUFFIXES: tuple[str, ...] = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".jif",
+        ".mpo",
+        ".png",
+        ".apng",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+    ),
     *(".avif", ".avifs", ".heic", ".heif", ".heics", ".heifs", ".hif"),
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"),
@@ -56,10 +71,11 @@ class FileInfo:
 
     Attributes:
         url: where to open it, with its protocol.
-        name: its path below the folder (or glob) that was asked for: the file part of a row's default id.
+        name: its path below the folder (or glob) that was asked for: the file part of a row's
+            default id.
         size: bytes.
-        version: what changes when its content does: an object's etag, a local file's time of change; empty if the storage
-            tells neither.
+        version: what changes when its content does: an object's etag, a local file's time of
+            change; empty if the storage tells neither.
         form: how it is to be read.
         base: URL of the folder that `name` counts from.
         members: names of the images of a folder, below `base`, sorted; empty for every other form.
@@ -76,27 +92,39 @@ class FileInfo:
     @property
     def is_metadata(self) -> bool:
         """Whether its rows name image files that lie beside it."""
-        return self.form in ("parquet", "jsonl", "csv") and posixpath.basename(self.name).split(".", 1)[0] == METADATA
+        return (
+            self.form in ("parquet", "jsonl", "csv")
+            and posixpath.basename(self.name).split(".", 1)[0] == METADATA
+        )
 
     @property
     def separator(self) -> str:
         """What stands between the values of a CSV."""
-        return "\t" if self.name.lower().endswith(tuple(_TABS + zipped for zipped in _COMPRESSED)) else ","
+        return (
+            "\t"
+            if self.name.lower().endswith(tuple(_TABS + zipped for zipped in _COMPRESSED))
+            else ","
+        )
 
 
 def find_shards(
-    path: str | list[str], form: Form | Literal["auto"] = "auto", tell: Callable[[str], None] | None = None
+    path: str | list[str],
+    form: Form | Literal["auto"] = "auto",
+    tell: Callable[[str], None] | None = None,
 ) -> list[FileInfo]:
-    """Find the files of a file, a folder (searched below, too), a glob, or a list of them; sorted by URL.
+    """Find the files of a file, a folder (searched below, too), a glob, or a list of them; sorted
+    by URL.
 
-    `auto` takes of each path the first form of `FORM_NAMES` that it holds, with two exceptions: tables that each lie beside
-    a tar of the same name are about it (img2dataset writes them), and of CSV files only a `metadata.csv` counts. Names
-    that begin with `_` or `.` are not data, by the convention of every Parquet reader.
+    `auto` takes of each path the first form of `FORM_NAMES` that it holds, with two exceptions:
+    tables that each lie beside a tar of the same name are about it (img2dataset writes them), and
+    of CSV files only a `metadata.csv` counts. Names that begin with `_` or `.` are not data, by the
+    convention of every Parquet reader.
 
     Args:
         path: where to look.
         form: what to look for.
-        tell: is told which files among images are passed over: people have more kinds of pictures than there are readers.
+        tell: is told which files among images are passed over: people have more kinds of pictures
+            than there are readers.
 
     Raises:
         InputError: a path holds none or cannot be listed, or a file's name is no text.
@@ -109,16 +137,21 @@ def find_shards(
     needing = {file.base for file in files if file.form == "images" or file.is_metadata}
     if len(needing) > 1:
         raise InputError(
-            f"input.path: {' and '.join(sorted(needing)[:2])} are two folders of image files; name the folder they share"
+            f"input.path: {' and '.join(sorted(needing)[:2])} are two folders of image files; name "
+            "the folder they share"
         )
     return files
 
 
-def _find(path: str, form: Form | Literal["auto"], tell: Callable[[str], None] | None) -> list[FileInfo]:
+def _find(
+    path: str, form: Form | Literal["auto"], tell: Callable[[str], None] | None
+) -> list[FileInfo]:
     if any(map(holds_password, path.split("::"))):
         raise InputError(
-            f"input.path: {without_secrets(path)!r} holds credentials, and where a row came from is written beside its "
-            "answer; give them to fsspec, as FSSPEC_FTP_USERNAME and FSSPEC_FTP_PASSWORD or in ~/.config/fsspec"
+            f"input.path: {without_secrets(path)!r} holds credentials, and where a row came from "
+            "is written beside its "
+            "answer; give them to fsspec, as FSSPEC_FTP_USERNAME and FSSPEC_FTP_PASSWORD or in "
+            "~/.config/fsspec"
         )
     try:
         filesystem, root = open_filesystem(path)
@@ -127,15 +160,23 @@ def _find(path: str, form: Form | Literal["auto"], tell: Callable[[str], None] |
         elif filesystem.isdir(root):
             listing, base = filesystem.find(root, detail=True), root
         elif wildcards := [at for at in map(root.find, "*?[") if at >= 0]:
-            listing = {info["name"]: info for info in filesystem.glob(root, detail=True).values() if info["type"] == "file"}
+            listing = {
+                info["name"]: info
+                for info in filesystem.glob(root, detail=True).values()
+                if info["type"] == "file"
+            }
             # Names count from the folder before the first wildcard.
             base = posixpath.dirname(root[: min(wildcards)])
         else:
-            raise InputError(f"input.path: {path!r} does not exist; expected a file, a folder or a glob")
+            raise InputError(
+                f"input.path: {path!r} does not exist; expected a file, a folder or a glob"
+            )
     except InputError:
         raise
     except Exception as error:  # every fsspec backend has error types of its own
-        raise InputError(f"input.path: cannot list {path!r} ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"input.path: cannot list {path!r} ({type(error).__name__}: {error})"
+        ) from error
     base_url = filesystem.unstrip_protocol(base)
     # None: of no form.
     by_form: dict[Form | None, list[FileInfo]] = defaultdict(list)
@@ -146,11 +187,15 @@ def _find(path: str, form: Form | Literal["auto"], tell: Callable[[str], None] |
         lower = name.lower()
         own = next((one for one, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None)
         url = filesystem.unstrip_protocol(name)
-        by_form[own].append(FileInfo(url, relative, info["size"] or 0, _version(info), own or "images", base_url))
+        by_form[own].append(
+            FileInfo(url, relative, info["size"] or 0, _version(info), own or "images", base_url)
+        )
     chosen = _chosen(by_form, single=len(listing) == 1) if form == "auto" else form
     if chosen is None or not by_form[chosen]:
         expected = "data" if form == "auto" else FORM_NAMES[form]
-        forms = ", ".join(FORM_NAMES[one] for one, own in by_form.items() if one is not None and own)
+        forms = ", ".join(
+            FORM_NAMES[one] for one, own in by_form.items() if one is not None and own
+        )
         there = f"; it holds {forms}" if forms else ""
         raise InputError(f"input.path: no {expected} at {path!r} ({len(listing)} files){there}")
     files = by_form[chosen]
@@ -163,7 +208,9 @@ def _find(path: str, form: Form | Literal["auto"], tell: Callable[[str], None] |
         try:
             file.url.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"input.path: the name {file.url!a} is no valid UTF-8; rename it") from error
+            raise InputError(
+                f"input.path: the name {file.url!a} is no valid UTF-8; rename it"
+            ) from error
     return files
 
 
@@ -184,7 +231,9 @@ def _chosen(by_form: dict[Form | None, list[FileInfo]], *, single: bool) -> Form
             continue
         # A cached result of `datasets.map` is no part of the dataset.
         if form == "arrow":
-            by_form[form] = files = [file for file in files if not posixpath.basename(file.name).startswith("cache-")]
+            by_form[form] = files = [
+                file for file in files if not posixpath.basename(file.name).startswith("cache-")
+            ]
         if form == "csv" and not single:
             by_form[form] = files = [file for file in files if file.is_metadata]
         if files:
@@ -207,19 +256,34 @@ def _folders(images: Iterable[FileInfo], base: str) -> list[FileInfo]:
         own.sort(key=lambda image: image.name)
         url = f"{base.rstrip('/')}/{folder}".rstrip("/") + "/"
         members = tuple(image.name for image in own)
-        found.append(FileInfo(url, f"{folder}/", sum(i.size for i in own), _digest(own), "images", base, members))
+        found.append(
+            FileInfo(
+                url, f"{folder}/", sum(i.size for i in own), _digest(own), "images", base, members
+            )
+        )
     return found
 
 
 def _digest(images: Sequence[FileInfo]) -> str:
     digest = hashlib.sha256()
     for image in images:
-        digest.update(repr((image.name, image.size, image.version)).encode("utf-8", "surrogatepass"))
+        digest.update(
+            repr((image.name, image.size, image.version)).encode("utf-8", "surrogatepass")
+        )
     return digest.hexdigest()[:32]
 
 
 def _version(info: dict[str, Any]) -> str:
-    for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created"):
+    for key in (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "mtime",
+        "LastModified",
+        "last_modified",
+        "updated",
+        "created",
+    ):
         if info.get(key) is not None:
             return str(info[key]).strip('"')
     return ""

@@ -1,4 +1,6 @@
-"""What a job will read: the shards, their rows and columns, checked from footers before anything starts."""
+"""What a job will read: the shards, their rows and columns, checked from footers before anything
+starts.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ from pipeline.rows import ERROR, OWN_PREFIX, SETTINGS, row_ids
 from pipeline.settings.job import ColumnSettings, InputSettings
 from pipeline.template import Template
 
-#: Footers and id columns are read by this many threads: object storage answers slowly, but many at once.
+#: Footers and id columns are read by this many threads: object storage answers slowly, but many at
+#: once.
 LISTING_THREADS = 16
 
 #: More columns than this are not a table but keys that vary from row to row.
@@ -64,7 +67,8 @@ class Shard:
 
     Attributes:
         file: where it is.
-        row_groups: rows of each row group (of Parquet; of other forms: of each part that can be read alone).
+        row_groups: rows of each row group (of Parquet; of other forms: of each part that can be
+            read alone).
         rows: rows to take, from its beginning.
     """
 
@@ -79,16 +83,30 @@ class Shard:
         row_groups: Sequence[int] | None = None,
         untyped: Untyped = Untyped(),  # noqa: B008 - it is frozen
     ) -> Iterator[pa.RecordBatch]:
-        """See `ShardFile`; what the names of the shard's folders say are columns, too, unless it has them itself."""
-        told = {key: value for key, value in partition_of(self.file.name).items() if key in columns.names}
+        """See `ShardFile`; what the names of the shard's folders say are columns, too, unless it
+        has them itself.
+        """
+        told = {
+            key: value
+            for key, value in partition_of(self.file.name).items()
+            if key in columns.names
+        }
         with open_shard(self.file, untyped) as opened:
             for batch in opened.batches(rows, columns, row_groups):
                 # Rows without types of their own come with every column, be it of nulls alone.
-                own = {n: c for n, c in zip(batch.schema.names, batch.columns, strict=True) if not self._lacks(n, c, told)}
+                own = {
+                    n: c
+                    for n, c in zip(batch.schema.names, batch.columns, strict=True)
+                    if not self._lacks(n, c, told)
+                }
                 more = {key: value for key, value in told.items() if key not in own}
                 if more:
-                    arrays = [pa.array([value] * len(batch), pa.string()) for value in more.values()]
-                    batch = pa.RecordBatch.from_arrays([*own.values(), *arrays], names=[*own, *more])
+                    arrays = [
+                        pa.array([value] * len(batch), pa.string()) for value in more.values()
+                    ]
+                    batch = pa.RecordBatch.from_arrays(
+                        [*own.values(), *arrays], names=[*own, *more]
+                    )
                 yield batch
 
     def _lacks(self, name: str, column: pa.Array, told: Mapping[str, str | None]) -> bool:
@@ -96,7 +114,9 @@ class Shard:
 
 
 def partition_of(name: str) -> dict[str, str | None]:
-    """What a file's folders say in Hive's form, `key=value/`: text, with percent-encoding undone."""
+    """What a file's folders say in Hive's form, `key=value/`: text, with percent-encoding
+    undone.
+    """
     found: dict[str, str | None] = {}
     for folder in posixpath.dirname(name).split("/") if "=" in name else ():
         key, equals, value = folder.partition("=")
@@ -117,7 +137,9 @@ class Columns:
 
     def named(self) -> list[str]:
         """The columns that are read for their meaning."""
-        return [name for name in (self.id, self.image, self.images, self.prompt, self.messages) if name]
+        return [
+            name for name in (self.id, self.image, self.images, self.prompt, self.messages) if name
+        ]
 
 
 @dataclass(frozen=True)
@@ -125,13 +147,14 @@ class InputPlan:
     """Everything known of the input before it is read.
 
     Attributes:
-        shards: the files, with the rows to take of each; shards of which `input.limit` leaves nothing are not in it.
+        shards: the files, with the rows to take of each; shards of which `input.limit` leaves
+            nothing are not in it.
         columns: the columns in use.
         extras: extra input columns by the name they have in the output.
         extras_schema: fields of the extra columns in the output.
         schema: all columns of the input, under their own names and with their planned types.
-        prompts: what is asked of each row, by name, columns' values filled in; a single prompt has an empty name. None:
-            rows have their own.
+        prompts: what is asked of each row, by name, columns' values filled in; a single prompt has
+            an empty name. None: rows have their own.
         image_root: folder below which rows may name images by path; None: none may.
         max_row_bytes: most bytes of a row, pictures not counted.
         notes: what became of columns whose types differ among shards, for people.
@@ -158,7 +181,9 @@ class InputPlan:
     def summary(self) -> str:
         """The input in a few words."""
         forms = ", ".join(f"{count:,} of {form}" for form, count in self.forms.items())
-        return "; ".join((f"{len(self.shards):,} shards ({forms}), {self.rows:,} rows", *self.notes))
+        return "; ".join(
+            (f"{len(self.shards):,} shards ({forms}), {self.rows:,} rows", *self.notes)
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -176,26 +201,37 @@ class InputPlan:
         return sum(shard.rows for shard in self.shards)
 
 
-def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozenset[str] | None = None) -> InputPlan:
+def plan_input(
+    settings: InputSettings, reserved: frozenset[str], only: frozenset[str] | None = None
+) -> InputPlan:
     """List the shards, read their footers and settle which column is what.
 
     Args:
         settings: the `input` settings.
-        reserved: names of the output's own columns; extra input columns of such a name become `input_<name>`.
+        reserved: names of the output's own columns; extra input columns of such a name become
+            `input_<name>`.
         only: URLs of the shards to take; None: all.
 
     Raises:
         InputError: nothing to read, an unreadable file, or columns that do not fit.
         ConfigError: settings that contradict each other.
     """
-    found = find_shards(settings.path, settings.format, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    found = find_shards(
+        settings.path, settings.format, tell=lambda line: print(line, file=sys.stderr, flush=True)
+    )
     files = [file for file in found if only is None or file.url in only]
     untyped = Untyped.of(settings)
     schemas = _Schemas()
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         footers = list(pool.map(lambda file: _read_footer(file, schemas, untyped), files))
-    loose = common_types((own for file, (_, own) in zip(files, footers, strict=True) if file.form in UNTYPED), untyped)
-    own_schemas = [_retyped(own, loose) if f.form in UNTYPED else own for f, (_, own) in zip(files, footers, strict=True)]
+    loose = common_types(
+        (own for file, (_, own) in zip(files, footers, strict=True) if file.form in UNTYPED),
+        untyped,
+    )
+    own_schemas = [
+        _retyped(own, loose) if f.form in UNTYPED else own
+        for f, (_, own) in zip(files, footers, strict=True)
+    ]
     kinds = _column_kinds(files, own_schemas)
     planned = _planned_types(kinds, files, own_schemas)
     schema = planned.schema
@@ -205,14 +241,20 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
     _check_present(columns, files, own_schemas)
     if columns.id is None:
         _check_names(files)
-    shards = [Shard(file, groups, sum(groups)) for file, (groups, _) in zip(files, footers, strict=True)]
+    shards = [
+        Shard(file, groups, sum(groups)) for file, (groups, _) in zip(files, footers, strict=True)
+    ]
     shards = _limited(shards, settings.limit)
     if not shards:
         raise InputError(f"input.path: the {len(files)} files at {settings.path!r} hold no rows")
-    several = frozenset(f"{name}_{prompt}" for prompt in settings.prompts for name in ANSWER_COLUMNS)
+    several = frozenset(
+        f"{name}_{prompt}" for prompt in settings.prompts for name in ANSWER_COLUMNS
+    )
     unwritten = planned.contradictions.keys() & set(columns.named())
     lines = all(file.form == "jsonl" for file in files)
-    extras, extras_schema = _extra_columns(schema, columns, reserved | several, unwritten, line_settings=lines)
+    extras, extras_schema = _extra_columns(
+        schema, columns, reserved | several, unwritten, line_settings=lines
+    )
     asked = {"": settings.prompt} if settings.prompt is not None else settings.prompts
     prompts = {name: Template.parse(text) for name, text in asked.items()}
     for name, prompt in prompts.items():
@@ -225,7 +267,8 @@ def plan_input(settings: InputSettings, reserved: frozenset[str], only: frozense
         schema=schema,
         prompts=prompts,
         # Images that the input itself consists of need no leave.
-        image_root=settings.image_root or next((f.base for f in files if f.form == "images" or f.is_metadata), None),
+        image_root=settings.image_root
+        or next((f.base for f in files if f.form == "images" or f.is_metadata), None),
         max_row_bytes=settings.max_row_bytes,
         notes=tuple(planned.notes[name] for name in extras.values() if name in planned.notes),
         untyped=untyped,
@@ -244,7 +287,9 @@ def _check_template(key: str, prompt: Template, schema: pa.Schema) -> None:
             )
         kind = schema.field(name).type
         if not is_sayable(kind):
-            raise InputError(f"{key}: column {name!r} holds {shown_type(kind)}; expected text or numbers")
+            raise InputError(
+                f"{key}: column {name!r} holds {shown_type(kind)}; expected text or numbers"
+            )
 
 
 def _check_names(files: list[FileInfo]) -> None:
@@ -253,7 +298,8 @@ def _check_names(files: list[FileInfo]) -> None:
     for file in files:
         if urls.setdefault(file.name, file.url) != file.url:
             raise InputError(
-                f"input.path: {urls[file.name]} and {file.url} share the name {file.name!r}, from which row ids are "
+                f"input.path: {urls[file.name]} and {file.url} share the name {file.name!r}, from "
+                "which row ids are "
                 "made; name their common folder instead, or an id column in input.columns.id"
             )
 
@@ -278,7 +324,9 @@ class _Schemas:
             key = tuple(schema.names), tuple(schema.types)
             if key not in self._known:
                 _check_distinct(schema, url)
-                self._known[key] = pa.schema([(field.name, plain_type(field.type)) for field in schema])
+                self._known[key] = pa.schema(
+                    [(field.name, plain_type(field.type)) for field in schema]
+                )
             self._latest = schema.remove_metadata(), self._known[key]
             return self._known[key]
 
@@ -286,7 +334,9 @@ class _Schemas:
 def _check_distinct(schema: pa.Schema, url: str) -> None:
     twice = [name for name, count in Counter(schema.names).items() if count > 1]
     if twice:
-        raise InputError(f"input.path: {url} has {twice[0]!r} as the name of two columns; rename one of them")
+        raise InputError(
+            f"input.path: {url} has {twice[0]!r} as the name of two columns; rename one of them"
+        )
     if twice := [field.name for field in schema if names_twice(field.type)]:
         raise InputError(
             f"input.path: {url} has a struct with two fields of one name in column {twice[0]!r} "
@@ -294,11 +344,15 @@ def _check_distinct(schema: pa.Schema, url: str) -> None:
         )
 
 
-def _read_footer(file: FileInfo, schemas: _Schemas, untyped: Untyped) -> tuple[tuple[int, ...], pa.Schema]:
+def _read_footer(
+    file: FileInfo, schemas: _Schemas, untyped: Untyped
+) -> tuple[tuple[int, ...], pa.Schema]:
     try:
         with open_shard(file, untyped) as shard:
             groups, schema = shard.layout()
-            if file.form in UNTYPED:  # its types are plain, and say more than a type (see `common_types`)
+            if (
+                file.form in UNTYPED
+            ):  # its types are plain, and say more than a type (see `common_types`)
                 _check_distinct(schema, file.url)
                 return groups, schema
             return groups, schemas.plain(schema, file.url)
@@ -306,7 +360,8 @@ def _read_footer(file: FileInfo, schemas: _Schemas, untyped: Untyped) -> tuple[t
         raise
     except Exception as error:  # pyarrow and every fsspec backend have error types of their own
         raise InputError(
-            f"input.path: cannot read {file.url} as {FORM_NAMES[file.form]} ({type(error).__name__}: {error}); repair or "
+            f"input.path: cannot read {file.url} as {FORM_NAMES[file.form]} "
+            f"({type(error).__name__}: {error}); repair or "
             "remove it"
         ) from error
 
@@ -332,8 +387,10 @@ def _column_kinds(files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> _K
             kinds.setdefault(field.name, {}).setdefault(field.type, file)
     if len(kinds) > MAX_COLUMNS:
         raise InputError(
-            f"input.path: the shards have {len(kinds):,} different columns, such as {_listed(list(kinds)[-3:])}, "
-            f"expected at most {MAX_COLUMNS:,}; keep what varies from row to row in one column, as JSON text or a map"
+            f"input.path: the shards have {len(kinds):,} different columns, such as "
+            f"{_listed(list(kinds)[-3:])}, "
+            f"expected at most {MAX_COLUMNS:,}; keep what varies from row to row in one column, as "
+            "JSON text or a map"
         )
     # A column that shards have themselves is read from them alone: its type is known.
     told = {key: file for file in files for key in partition_of(file.name) if key not in kinds}
@@ -342,14 +399,18 @@ def _column_kinds(files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> _K
 
 @dataclass(frozen=True)
 class _Planned:
-    """Types of all columns; columns whose shards contradict each other, and what people should hear of others."""
+    """Types of all columns; columns whose shards contradict each other, and what people should hear
+    of others.
+    """
 
     schema: pa.Schema
     contradictions: Mapping[str, tuple[pa.DataType, pa.DataType]]
     notes: Mapping[str, str]
 
 
-def _planned_types(kinds: _Kinds, files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> _Planned:
+def _planned_types(
+    kinds: _Kinds, files: Sequence[FileInfo], schemas: Sequence[pa.Schema]
+) -> _Planned:
     """One type for each column, which holds the values of all shards with every digit."""
     fields, contradictions, notes = [], {}, {}
     integers = _Integers(files, schemas)
@@ -369,12 +430,17 @@ def _planned_types(kinds: _Kinds, files: Sequence[FileInfo], schemas: Sequence[p
         told = [kind for kind in own if not pa.types.is_null(kind)]
         if len(told) > 1 and is_new_form(planned, told):
             listed = " and ".join(map(shown_type, told[:3]))
-            notes[name] = f"column {name!r} is {listed} in different shards, and written as {shown_type(planned)}"
+            notes[name] = (
+                f"column {name!r} is {listed} in different shards, and written as "
+                f"{shown_type(planned)}"
+            )
     return _Planned(pa.schema(fields), contradictions, notes)
 
 
 class _Integers:
-    """How large the integers are that shards store, by what their footers say; read once, and only where types differ."""
+    """How large the integers are that shards store, by what their footers say; read once, and only
+    where types differ.
+    """
 
     def __init__(self, files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> None:
         self._schemas = {id(schema): schema for schema in schemas}
@@ -403,7 +469,9 @@ class _Integers:
         return within
 
     def _of(self, key: int) -> dict[str, tuple[float, float]]:
-        """By a value's place in the columns: the largest integer, and the largest as it is stored."""
+        """By a value's place in the columns: the largest integer, and the largest as it is
+        stored.
+        """
         if key not in self._largest:
             largest: dict[str, tuple[float, float]] = {}
             with ThreadPoolExecutor(LISTING_THREADS) as pool:
@@ -419,7 +487,9 @@ def _largest_integers(file: FileInfo) -> dict[str, tuple[float, float]]:
     largest: dict[str, tuple[float, float]] = {}
     with open_parquet(file.url) as parquet:
         groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
-        for chunk in (group.column(index) for group in groups for index in range(group.num_columns)):
+        for chunk in (
+            group.column(index) for group in groups for index in range(group.num_columns)
+        ):
             if chunk.physical_type != "INT64":
                 continue
             told, own = chunk.statistics, (math.inf, math.inf)
@@ -444,7 +514,8 @@ def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
             near = difflib.get_close_matches(name, schema.names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InputError(
-                f"input.columns.{key}: the input has no column {name!r}; {hint}Its columns: {_listed(schema.names)}"
+                f"input.columns.{key}: the input has no column {name!r}; {hint}Its columns: "
+                f"{_listed(schema.names)}"
             )
         else:
             chosen[key] = name
@@ -467,16 +538,21 @@ def _settle_columns(settings: InputSettings, schema: pa.Schema) -> Columns:
         if explicit[0] != "input.columns.messages":
             chosen["messages"] = None
     elif chosen["prompt"] and chosen["messages"]:
-        raise InputError("input.columns: the input has both 'prompt' and 'messages'; set the one not to use to null")
+        raise InputError(
+            "input.columns: the input has both 'prompt' and 'messages'; set the one not to use to "
+            "null"
+        )
     elif not chosen["prompt"] and not chosen["messages"]:
         raise InputError(
-            "input.columns: nothing to ask: the input has no column 'prompt' or 'messages'; set input.prompt, "
+            "input.columns: nothing to ask: the input has no column 'prompt' or 'messages'; set "
+            "input.prompt, "
             f"input.columns.prompt or input.columns.messages. Its columns: {_listed(schema.names)}"
         )
     if chosen["image"] and chosen["images"]:
         if (wanted.image == "auto") == (wanted.images == "auto"):
             raise ConfigError(
-                f"input.columns: {chosen['image']!r} (image) and {chosen['images']!r} (images) both hold images; set the "
+                f"input.columns: {chosen['image']!r} (image) and {chosen['images']!r} (images) "
+                "both hold images; set the "
                 "key of the one not to use to null"
             )
         chosen["image" if wanted.image == "auto" else "images"] = None
@@ -503,7 +579,10 @@ _ROLES: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
         lambda kind: is_image(kind) or _is_image_list(kind),
         "bytes, struct<bytes, path>, or text (a path or URL)",
     ),
-    "images": (_is_image_list, "a list of bytes, of struct<bytes, path>, or of text (paths or URLs)"),
+    "images": (
+        _is_image_list,
+        "a list of bytes, of struct<bytes, path>, or of text (paths or URLs)",
+    ),
     "prompt": (_is_written, "text"),
     "messages": (
         lambda kind: _is_written(kind) or is_chat(kind),
@@ -517,25 +596,37 @@ def _check_types(columns: Columns, schema: pa.Schema, kinds: _Kinds) -> None:
         name = getattr(columns, key)
         for kind in (schema.field(name).type, *kinds[name]) if name is not None else ():
             if not (fits(kind) or pa.types.is_null(kind)):
-                hint = "; a chat is named in input.columns.messages" if key == "prompt" and is_chat(kind) else ""
-                raise InputError(f"input.columns.{key}: column {name!r} is {shown_type(kind)}, expected {expected}{hint}")
+                hint = (
+                    "; a chat is named in input.columns.messages"
+                    if key == "prompt" and is_chat(kind)
+                    else ""
+                )
+                raise InputError(
+                    f"input.columns.{key}: column {name!r} is {shown_type(kind)}, expected "
+                    f"{expected}{hint}"
+                )
 
 
 def _check_contradictions(
     columns: Columns, contradictions: Mapping[str, tuple[pa.DataType, pa.DataType]], kinds: _Kinds
 ) -> None:
-    """Shards may hold ids, images and chats each in a form of its own: they are brought to one when they are read."""
+    """Shards may hold ids, images and chats each in a form of its own: they are brought to one when
+    they are read.
+    """
     for name, (planned, kind) in contradictions.items():
         if name in (columns.id, columns.image, columns.images, columns.messages):
             continue
         first, file = next(iter(kinds[name].values())), kinds[name][kind]
         raise InputError(
-            f"input.path: the columns of {file.url} do not fit those of {first.url} (column {name!r} is "
+            f"input.path: the columns of {file.url} do not fit those of {first.url} (column "
+            f"{name!r} is "
             f"{shown_type(kind)}, not {shown_type(planned)}); bring the shards to one schema"
         )
 
 
-def _check_present(columns: Columns, files: Iterable[FileInfo], schemas: Iterable[pa.Schema]) -> None:
+def _check_present(
+    columns: Columns, files: Iterable[FileInfo], schemas: Iterable[pa.Schema]
+) -> None:
     seen: dict[int, set[str]] = {}
     for file, schema in zip(files, schemas, strict=True):
         missing = seen.get(id(schema))
@@ -543,13 +634,23 @@ def _check_present(columns: Columns, files: Iterable[FileInfo], schemas: Iterabl
             missing = seen[id(schema)] = set(columns.named()) - set(schema.names)
         for name in columns.named() if missing else ():
             if name in missing and name not in partition_of(file.name):
-                raise InputError(f"input.columns: {file.url} has no column {name!r}; its columns: {_listed(schema.names)}")
+                raise InputError(
+                    f"input.columns: {file.url} has no column {name!r}; its columns: "
+                    f"{_listed(schema.names)}"
+                )
 
 
 def _extra_columns(
-    schema: pa.Schema, columns: Columns, reserved: frozenset[str], unwritten: set[str], *, line_settings: bool
+    schema: pa.Schema,
+    columns: Columns,
+    reserved: frozenset[str],
+    unwritten: set[str],
+    *,
+    line_settings: bool,
 ) -> tuple[dict[str, str], pa.Schema]:
-    """Extra columns by their names in the output, and their types; those in use that have no one type are not written."""
+    """Extra columns by their names in the output, and their types; those in use that have no one
+    type are not written.
+    """
     extras: dict[str, str] = {}
     fields = []
     for field in schema:
@@ -557,10 +658,17 @@ def _extra_columns(
             continue
         # Where an image was taken from is as good as an id; what it consists of is not repeated.
         names_image = field.name in (columns.image, columns.images) and _holds_text(field)
-        if (field.name in columns.named() and not names_image) or field.name in unwritten or _holds_images(field):
+        if (
+            (field.name in columns.named() and not names_image)
+            or field.name in unwritten
+            or _holds_images(field)
+        ):
             continue
         if field.name.startswith(OWN_PREFIX):
-            raise InputError(f"input.path: column {field.name!r} begins with {OWN_PREFIX!r}, which is ours; rename it")
+            raise InputError(
+                f"input.path: column {field.name!r} begins with {OWN_PREFIX!r}, which is ours; "
+                "rename it"
+            )
         name = field.name
         while name in reserved or (name != field.name and name in schema.names):
             name = f"input_{name}"
@@ -576,7 +684,9 @@ def _holds_text(field: pa.Field) -> bool:
 
 
 def _holds_images(field: pa.Field) -> bool:
-    """Whether a column that is not in use holds images all the same: by its form, or by its name and bytes."""
+    """Whether a column that is not in use holds images all the same: by its form, or by its name
+    and bytes.
+    """
     kind = field.type.value_type if is_list(field.type) else field.type
     named = field.name in ("image", "images") or f".{field.name}".endswith(IMAGE_SUFFIXES)
     return is_image_struct(kind) or (named and is_binary(kind))
@@ -600,8 +710,8 @@ def _listed(names: list[str]) -> str:
 def check_ids_unique(plan: InputPlan) -> None:
     """Read the id column, if there is one, and make sure that no id is null or stands twice.
 
-    Hashes of the ids go through files on disk, so memory does not grow with the number of rows; ids whose hashes meet
-    are compared themselves.
+    Hashes of the ids go through files on disk, so memory does not grow with the number of rows; ids
+    whose hashes meet are compared themselves.
 
     Raises:
         InputError: names an id that stands twice, or a row without one.
@@ -610,7 +720,10 @@ def check_ids_unique(plan: InputPlan) -> None:
     if column is None:
         return
     buckets = 64
-    with tempfile.TemporaryDirectory(prefix="awaker-ids-") as folder, ThreadPoolExecutor(LISTING_THREADS) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="awaker-ids-") as folder,
+        ThreadPoolExecutor(LISTING_THREADS) as pool,
+    ):
         files = [(Path(folder) / str(bucket)).open("wb") for bucket in range(buckets)]
 
         def hashes(shard: Shard) -> list[np.ndarray]:
@@ -650,14 +763,18 @@ def iter_ids(shard: Shard, column: pa.Field, untyped: Untyped) -> Iterator[np.nd
         try:
             ids.validate(full=True)
         except pa.ArrowInvalid as error:
-            raise InputError(f"input.columns.id: {shard.file.url} has ids that are no valid UTF-8 ({error})") from error
+            raise InputError(
+                f"input.columns.id: {shard.file.url} has ids that are no valid UTF-8 ({error})"
+            ) from error
         # Rows that cannot be read have no ids of their own.
         errors = batch.column(ERROR)[:left] if ERROR in batch.schema.names else None
         numbers = np.arange(first, first + len(ids))
         ids, _ = row_ids(said(ids), errors, shard.file.name, numbers, f"column {column.name!r}")
         if ids.null_count:
             row = first + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
-            raise InputError(f"input.columns.id: {shard.file.url} row {row} has no id in column {column.name!r}")
+            raise InputError(
+                f"input.columns.id: {shard.file.url} row {row} has no id in column {column.name!r}"
+            )
         yield ids.to_numpy(zero_copy_only=False)
         first += len(ids)
         left -= len(ids)
@@ -673,7 +790,9 @@ def _name_duplicate(plan: InputPlan, column: str, suspects: set[int]) -> None:
             for id_ in ids[np.isin(pd.util.hash_array(ids, categorize=False), wanted)]:
                 if id_ in seen:
                     raise InputError(
-                        f"input.columns.id: id {id_!r} stands twice (in {seen[id_]} and {shard.file.url}); ids must be "
-                        "unique. Remove the duplicates, or set input.columns.id=null to use <file name>#<row number>"
+                        f"input.columns.id: id {id_!r} stands twice (in {seen[id_]} and "
+                        f"{shard.file.url}); ids must be "
+                        "unique. Remove the duplicates, or set input.columns.id=null to use <file "
+                        "name>#<row number>"
                     )
                 seen[id_] = os.fspath(shard.file.url)

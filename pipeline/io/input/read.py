@@ -1,4 +1,6 @@
-"""Reads shards as a Ray Data source: one block of rows after another, images taken out of whatever form they have."""
+"""Reads shards as a Ray Data source: one block of rows after another, images taken out of whatever
+form they have.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from pipeline.errors import RowError
 from pipeline.io.input.data_uri import header_of, is_data_uri
 from pipeline.io.input.formats import IMAGES_PER_GROUP
 from pipeline.io.input.plan import InputPlan, Shard
-from pipeline.io.input.types import chats, fitted, is_chat, is_list, is_text, plain_type, said, without
+from pipeline.io.input.types import (
+    chats,
+    fitted,
+    is_chat,
+    is_list,
+    is_text,
+    plain_type,
+    said,
+    without,
+)
 from pipeline.io.rowset import RowSet
 from pipeline.rows import (
     ERROR,
@@ -62,7 +73,9 @@ class Piece:
 
 
 def pieces(shard: Shard, missing: RowSet) -> Iterator[Piece]:
-    """Cut what is missing of a shard into what one read task takes; row groups that hold nothing of it are not read."""
+    """Cut what is missing of a shard into what one read task takes; row groups that hold nothing of
+    it are not read.
+    """
     groups: list[int] = []
     begin = at = 0
     for index, rows in enumerate(shard.row_groups):
@@ -73,13 +86,16 @@ def pieces(shard: Shard, missing: RowSet) -> Iterator[Piece]:
             groups.append(index)
         at += rows
         own = missing.clip(begin, at)
-        if groups and (not wanted or len(own) >= ROWS_PER_TASK or index == len(shard.row_groups) - 1):
+        if groups and (
+            not wanted or len(own) >= ROWS_PER_TASK or index == len(shard.row_groups) - 1
+        ):
             yield Piece(shard, tuple(groups), begin, own)
             groups = []
 
 
 def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[pa.Table]:
-    """Read a piece as tables of `READ_SCHEMA` plus the extra columns, at most `rows_per_block` rows at a time.
+    """Read a piece as tables of `READ_SCHEMA` plus the extra columns, at most `rows_per_block` rows
+    at a time.
 
     Where several prompts are asked of each row, it comes once for each; all of them in one table.
     """
@@ -88,7 +104,10 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
     if SETTINGS in plan.schema.names:
         asked.append(SETTINGS)
     wanted = pa.schema(
-        [plan.schema.field(name) for name in dict.fromkeys((*columns.named(), *plan.extras.values(), *asked))]
+        [
+            plan.schema.field(name)
+            for name in dict.fromkeys((*columns.named(), *plan.extras.values(), *asked))
+        ]
     )
     # A block holds the prompts of so many rows.
     rows_at_once = max(1, rows_per_block // plan.prompts_per_row)
@@ -101,7 +120,11 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
             if chosen.any():
                 table = _as_read(part, plan, piece.shard, numbers)
                 # Only now: of columns as some writers leave them no row can be taken.
-                yield table if chosen.all() else table.filter(pa.array(np.repeat(chosen, plan.prompts_per_row)))
+                yield (
+                    table
+                    if chosen.all()
+                    else table.filter(pa.array(np.repeat(chosen, plan.prompts_per_row)))
+                )
             at += len(part)
             if at >= behind:
                 return
@@ -118,11 +141,13 @@ def _cut(batch: pa.RecordBatch, size: int) -> Iterator[pa.RecordBatch]:
 
 
 class _Columns:
-    """A batch's columns in their planned types, and what is wrong with the rows whose values do not fit.
+    """A batch's columns in their planned types, and what is wrong with the rows whose values do not
+    fit.
 
     Attributes:
         errors: by row.
-        values: extra columns and those that prompts name, under the input's names; null where the shard lacks one.
+        values: extra columns and those that prompts name, under the input's names; null where the
+            shard lacks one.
         texts: prompt, chat and a batch line's settings, under the input's names.
         ids: as text, or None where there are none.
         images: images and references, or None where there are none.
@@ -137,12 +162,22 @@ class _Columns:
                 self.errors[row] = error
         columns = plan.columns
         asked = [name for prompt in plan.prompts.values() for name in prompt.columns]
-        self.values = {name: self._value(name, plan) for name in dict.fromkeys((*plan.extras.values(), *asked))}
+        self.values = {
+            name: self._value(name, plan) for name in dict.fromkeys((*plan.extras.values(), *asked))
+        }
         texts = [name for name in (columns.prompt, columns.messages) if name is not None]
         self.texts = {name: self._text(name) for name in (*texts, *({SETTINGS} & self._own.keys()))}
-        self.ids = None if columns.id is None else said(self._checked(columns.id, *_fitted_plainly(self._own[columns.id])))
+        self.ids = (
+            None
+            if columns.id is None
+            else said(self._checked(columns.id, *_fitted_plainly(self._own[columns.id])))
+        )
         shown = columns.image or columns.images
-        self.images = None if shown is None else _images_of(self._checked(shown, *_fitted_plainly(self._own[shown])))
+        self.images = (
+            None
+            if shown is None
+            else _images_of(self._checked(shown, *_fitted_plainly(self._own[shown])))
+        )
         self._bound(min(plan.max_row_bytes, MOST_TEXT // plan.prompts_per_row))
 
     def _checked(self, name: str, array: pa.Array, wrong: Mapping[int, str]) -> pa.Array:
@@ -152,7 +187,11 @@ class _Columns:
 
     def _value(self, name: str, plan: InputPlan) -> pa.Array:
         kind = plan.schema.field(name).type
-        return self._checked(name, *fitted(self._own[name], kind)) if name in self._own else pa.nulls(self._rows, kind)
+        return (
+            self._checked(name, *fitted(self._own[name], kind))
+            if name in self._own
+            else pa.nulls(self._rows, kind)
+        )
 
     def _text(self, name: str) -> pa.Array:
         array = self._own[name]
@@ -160,15 +199,21 @@ class _Columns:
         return self._checked(name, *chats(array)) if is_chat(array.type) else said(array)
 
     def _bound(self, most: int) -> None:
-        """Rows larger than that lose all but id and place: no stage could put them together with others."""
+        """Rows larger than that lose all but id and place: no stage could put them together with
+        others.
+        """
         groups = [self.values, self.texts]
         arrays = [array for group in groups for array in group.values()]
         if sum(array.nbytes for array in arrays) <= most:
             return
-        sizes = {row: sum(array.slice(row, 1).nbytes for array in arrays) for row in range(self._rows)}
+        sizes = {
+            row: sum(array.slice(row, 1).nbytes for array in arrays) for row in range(self._rows)
+        }
         large = {row: size for row, size in sizes.items() if size > most}
         for row, size in large.items():
-            cause = f"the row has {size:,} bytes besides pictures, above {most:,} (input.max_row_bytes)"
+            cause = (
+                f"the row has {size:,} bytes besides pictures, above {most:,} (input.max_row_bytes)"
+            )
             self.errors[row] = str(RowError("row_malformed", cause))
         for group in groups:
             for name, array in group.items():
@@ -189,7 +234,9 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
     def text(name: str | None) -> pa.Array:
         return pa.nulls(count, pa.string()) if name is None else own.texts[name].cast(pa.string())
 
-    errors = pa.array([own.errors.get(row) for row in range(count)], pa.string()) if own.errors else None
+    errors = (
+        pa.array([own.errors.get(row) for row in range(count)], pa.string()) if own.errors else None
+    )
     if own.ids is None:
         ids = pa.array([f"{shard.file.name}#{number}" for number in numbers], pa.string())
     else:
@@ -197,8 +244,13 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
     images, references = own.images or (
         pa.array([[]] * count, READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)
     )
-    prompts = text(columns.prompt) if "" not in plan.prompts else _filled(plan.prompts[""], own, count)
-    place = {SHARD: pa.array([shard.file.url] * count, pa.string()), ROW: pa.array(numbers, pa.int64())}
+    prompts = (
+        text(columns.prompt) if "" not in plan.prompts else _filled(plan.prompts[""], own, count)
+    )
+    place = {
+        SHARD: pa.array([shard.file.url] * count, pa.string()),
+        ROW: pa.array(numbers, pa.int64()),
+    }
     place[QUESTION] = pa.array([""] * count, pa.string())
     arrays = {
         **place,
@@ -218,7 +270,9 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
 
 
 def _without_data(array: pa.Array) -> pa.Array:
-    """Where images were taken from, without what `data:` URIs hold: that is the image, which is not repeated."""
+    """Where images were taken from, without what `data:` URIs hold: that is the image, which is not
+    repeated.
+    """
 
     def told(value: str | None) -> str | None:
         return f"{header_of(value)}…" if value is not None and is_data_uri(value.strip()) else value
@@ -226,7 +280,10 @@ def _without_data(array: pa.Array) -> pa.Array:
     texts = array.flatten() if is_list(array.type) else array
     if not pc.any(pc.match_substring(texts, "data:", ignore_case=True)).as_py():
         return array
-    values = [[told(one) for one in own] if isinstance(own, list) else told(own) for own in array.to_pylist()]
+    values = [
+        [told(one) for one in own] if isinstance(own, list) else told(own)
+        for own in array.to_pylist()
+    ]
     return pa.array(values, array.type)
 
 
@@ -234,14 +291,24 @@ def _asked_each(table: pa.Table, own: _Columns, plan: InputPlan) -> pa.Table:
     """Every row once for each prompt, next to each other."""
     names = plan.names
     filled = np.stack(
-        [np.array(_filled(plan.prompts[name], own, len(table)).to_pylist(), object) for name in names], axis=1
+        [
+            np.array(_filled(plan.prompts[name], own, len(table)).to_pylist(), object)
+            for name in names
+        ],
+        axis=1,
     )
     repeated = table.take(np.repeat(np.arange(len(table)), len(names)))
-    ids = [f"{id_}/{name}" if id_ is not None else None for id_ in table[ID].to_pylist() for name in names]
+    ids = [
+        f"{id_}/{name}" if id_ is not None else None
+        for id_ in table[ID].to_pylist()
+        for name in names
+    ]
     columns = {ID: ids, PROMPT: filled.reshape(-1).tolist(), QUESTION: list(names) * len(table)}
     for name, values in columns.items():
         at = repeated.schema.get_field_index(name)
-        repeated = repeated.set_column(at, repeated.schema.field(name), pa.array(values, pa.string()))
+        repeated = repeated.set_column(
+            at, repeated.schema.field(name), pa.array(values, pa.string())
+        )
     return repeated
 
 
@@ -251,7 +318,9 @@ def _filled(prompt: Template, own: _Columns, rows: int) -> pa.Array:
 
 
 def _bytes_and_references(array: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Images of an array of bytes, of structs {bytes, path} or of texts: bytes, and paths or URLs where there are none."""
+    """Images of an array of bytes, of structs {bytes, path} or of texts: bytes, and paths or URLs
+    where there are none.
+    """
     if is_text(array.type):
         return pa.nulls(len(array), pa.large_binary()), _none_if_empty(array.cast(pa.string()))
     paths = pa.nulls(len(array), pa.string())
@@ -272,11 +341,15 @@ def _images_of(array: pa.Array) -> tuple[pa.Array, pa.Array]:
 
 
 def _one_image(array: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Lists of one image each, null where there is neither bytes nor a reference; and the references in their places."""
+    """Lists of one image each, null where there is neither bytes nor a reference; and the
+    references in their places.
+    """
     images, references = _bytes_and_references(array)
     missing = pc.invert(pc.or_(images.is_valid(), references.is_valid()))
     offsets = pa.array(np.arange(len(array) + 1, dtype=np.int32))
-    return _lists(offsets, images, IMAGES, missing), _lists(offsets, references, REFERENCES, missing)
+    return _lists(offsets, images, IMAGES, missing), _lists(
+        offsets, references, REFERENCES, missing
+    )
 
 
 def _several_images(array: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -286,11 +359,15 @@ def _several_images(array: pa.Array) -> tuple[pa.Array, pa.Array]:
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     # flatten, not .values: it follows the array's offset and leaves out what null lists cover.
     images, references = _bytes_and_references(array.flatten())
-    return _lists(offsets, images, IMAGES, array.is_null()), _lists(offsets, references, REFERENCES, array.is_null())
+    return _lists(offsets, images, IMAGES, array.is_null()), _lists(
+        offsets, references, REFERENCES, array.is_null()
+    )
 
 
 def _lists(offsets: pa.Array, values: pa.Array, name: str, missing: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(offsets, values, type=READ_SCHEMA.field(name).type, mask=missing)
+    return pa.ListArray.from_arrays(
+        offsets, values, type=READ_SCHEMA.field(name).type, mask=missing
+    )
 
 
 def _own_images(piece: Piece) -> Piece:
@@ -307,8 +384,8 @@ def _own_images(piece: Piece) -> Piece:
 class PlannedShards(Datasource):
     """The planned shards as a Ray Data source.
 
-    Ray's own `read_parquet` tells no row numbers, of which default ids are made, and puts image structs into blocks whose
-    32-bit offsets overflow.
+    Ray's own `read_parquet` tells no row numbers, of which default ids are made, and puts image
+    structs into blocks whose 32-bit offsets overflow.
 
     Args:
         plan: the input.
@@ -323,7 +400,9 @@ class PlannedShards(Datasource):
         super().__init__()
         self._plan = plan
         self._rows_per_block = rows_per_block
-        unread = [(shard, missing[shard.file.url]) for shard in plan.shards if shard.file.url in missing]
+        unread = [
+            (shard, missing[shard.file.url]) for shard in plan.shards if shard.file.url in missing
+        ]
         self.pieces = [piece for shard, rows in unread for piece in pieces(shard, rows)]
 
     def estimate_inmemory_data_size(self) -> int:
@@ -333,13 +412,19 @@ class PlannedShards(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """One task for each piece; `parallelism` is Ray's wish, which pieces of shards need not follow."""
+        """One task for each piece; `parallelism` is Ray's wish, which pieces of shards need not
+        follow.
+        """
         tasks = []
         for piece in self.pieces:
             file = piece.shard.file
             size = round(file.size * len(piece.rows) / sum(piece.shard.row_groups))
-            metadata = BlockMetadata(num_rows=len(piece.rows), size_bytes=size, input_files=[file.url], exec_stats=None)
-            tasks.append(ReadTask(self._reader(piece), metadata, per_task_row_limit=per_task_row_limit))
+            metadata = BlockMetadata(
+                num_rows=len(piece.rows), size_bytes=size, input_files=[file.url], exec_stats=None
+            )
+            tasks.append(
+                ReadTask(self._reader(piece), metadata, per_task_row_limit=per_task_row_limit)
+            )
         return tasks
 
     def _reader(self, piece: Piece) -> Callable[[], Iterable[pa.Table]]:

@@ -19,18 +19,23 @@ DOUBLE_HOLDS = 1 << 53
 _SHOWN = 60
 _SHOWN_TYPE = 200
 
-#: Whether the integers that a column of a type in question stores all lie within a limit, as far as anybody knows.
+#: Whether the integers that a column of a type in question stores all lie within a limit, as far as
+#: anybody knows.
 Within = Callable[[pa.DataType, int], bool]
 
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether a type holds text."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
 
 
 def is_binary(kind: pa.DataType) -> bool:
     """Whether a type holds plain bytes."""
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return (
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    )
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -40,7 +45,9 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def is_image_struct(kind: pa.DataType) -> bool:
-    """Whether a type is the Hugging Face form struct<bytes, path>; in a shard of paths alone the bytes have no type."""
+    """Whether a type is the Hugging Face form struct<bytes, path>; in a shard of paths alone the
+    bytes have no type.
+    """
     if not pa.types.is_struct(kind):
         return False
     at = kind.get_field_index("bytes")
@@ -53,7 +60,9 @@ def is_image(kind: pa.DataType) -> bool:
 
 
 def is_chat(kind: pa.DataType) -> bool:
-    """Whether a type holds turns: a list of structs, or `datasets`' older form of it, a struct of lists."""
+    """Whether a type holds turns: a list of structs, or `datasets`' older form of it, a struct of
+    lists.
+    """
     turn = kind.value_type if is_list(kind) else kind
     if not pa.types.is_struct(turn) or turn.get_field_index("role") < 0:
         return False
@@ -73,10 +82,12 @@ def is_sayable(kind: pa.DataType) -> bool:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """A type for the same values that every stage can carry and Parquet can hold, in which nothing must be there.
+    """A type for the same values that every stage can carry and Parquet can hold, in which nothing
+    must be there.
 
-    pandas' categories, runs and Polars' views become what they mean, at any depth; time zones that this machine does not
-    know become UTC; what cannot be written (unions, intervals, structs of nothing) becomes JSON text.
+    pandas' categories, runs and Polars' views become what they mean, at any depth; time zones that
+    this machine does not know become UTC; what cannot be written (unions, intervals, structs of
+    nothing) becomes JSON text.
     """
     plain = _plain(kind)
     return plain if _can_be_carried(plain) else pa.large_string()
@@ -124,7 +135,11 @@ def _zone_is_known(zone: str) -> bool:
 
 @functools.lru_cache(maxsize=65_536)
 def _can_be_carried(kind: pa.DataType) -> bool:
-    if not pa.types.is_nested(kind) and not pa.types.is_interval(kind) and not pa.types.is_fixed_size_binary(kind):
+    if (
+        not pa.types.is_nested(kind)
+        and not pa.types.is_interval(kind)
+        and not pa.types.is_fixed_size_binary(kind)
+    ):
         return True
     try:
         pa.concat_arrays([pa.nulls(1, kind)] * 2).take([1])
@@ -141,17 +156,25 @@ def _names_twice(kind: pa.DataType) -> bool:
 def _within(kind: pa.DataType) -> Iterable[pa.DataType]:
     """A type and all that it is made of."""
     yield kind
-    inner = [kind.storage_type] if isinstance(kind, pa.BaseExtensionType) else [f.type for f in _fields(kind)]
+    inner = (
+        [kind.storage_type]
+        if isinstance(kind, pa.BaseExtensionType)
+        else [f.type for f in _fields(kind)]
+    )
     for one in inner:
         yield from _within(one)
 
 
 def _fields(kind: pa.DataType) -> list[pa.Field]:
-    return [kind.field(index) for index in range(kind.num_fields)] if pa.types.is_nested(kind) else []
+    return (
+        [kind.field(index) for index in range(kind.num_fields)] if pa.types.is_nested(kind) else []
+    )
 
 
 def names_twice(kind: pa.DataType) -> bool:
-    """Whether a type holds a struct with two fields of one name, whose values nobody could tell apart."""
+    """Whether a type holds a struct with two fields of one name, whose values nobody could tell
+    apart.
+    """
     return any(_names_twice(one) for one in _within(kind))
 
 
@@ -161,13 +184,17 @@ def contains(kind: pa.DataType, part: pa.DataType) -> bool:
 
 
 def widened(one: pa.DataType, other: pa.DataType, within: Within) -> pa.DataType | None:
-    """A type that holds the values of two plain ones with every digit; None: they contradict each other."""
+    """A type that holds the values of two plain ones with every digit; None: they contradict each
+    other.
+    """
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
         return other
     if any(isinstance(kind, pa.BaseExtensionType) for kind in (one, other)):
-        texts = [is_text(kind) or isinstance(kind, (pa.JsonType, pa.UuidType)) for kind in (one, other)]
+        texts = [
+            is_text(kind) or isinstance(kind, (pa.JsonType, pa.UuidType)) for kind in (one, other)
+        ]
         return pa.large_string() if all(texts) else None
     if is_list(one) and is_list(other):
         value = widened(one.value_type, other.value_type, within)
@@ -177,7 +204,10 @@ def widened(one: pa.DataType, other: pa.DataType, within: Within) -> pa.DataType
         field = pa.field(one.value_field.name, value)
         return pa.large_list(field) if large else pa.list_(field)
     if pa.types.is_map(one) and pa.types.is_map(other):
-        key, item = (widened(*pair, within) for pair in ((one.key_type, other.key_type), (one.item_type, other.item_type)))
+        key, item = (
+            widened(*pair, within)
+            for pair in ((one.key_type, other.key_type), (one.item_type, other.item_type))
+        )
         return None if key is None or item is None else pa.map_(key, item)
     if pa.types.is_struct(one) and pa.types.is_struct(other):
         return _widened_struct(one, other, within)
@@ -217,7 +247,9 @@ def _widened_time(one: pa.DataType, other: pa.DataType, within: Within) -> pa.Da
 
 def _widened_number(one: pa.DataType, other: pa.DataType, within: Within) -> pa.DataType | None:
     integers = [kind for kind in (one, other) if pa.types.is_integer(kind)]
-    numbers = [kind for kind in (one, other) if pa.types.is_floating(kind) or pa.types.is_decimal(kind)]
+    numbers = [
+        kind for kind in (one, other) if pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    ]
     if len(integers) == 2 and pa.uint64() in integers:
         signed = next((kind for kind in integers if pa.types.is_signed_integer(kind)), None)
         if signed is not None:
@@ -262,8 +294,8 @@ def fitted(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, dict[int, str]
         kind: the planned type, a plain one.
 
     Returns:
-        The values, null where one does not fit or could not be told in Python or written; and by row what was wrong with
-        those.
+        The values, null where one does not fit or could not be told in Python or written; and by
+        row what was wrong with those.
     """
     try:
         return _cast(array, kind), {}
@@ -280,12 +312,23 @@ def fitted(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, dict[int, str]
                 parts.append(_rebuilt(own, kind))
             except _UNFIT as error:
                 parts.append(pa.nulls(1, kind))
-                wrong[row] = f"holds {_shown(own)} ({shown_type(own.type)}), expected {_expected(error, kind)}"
+                wrong[row] = (
+                    f"holds {_shown(own)} ({shown_type(own.type)}), expected "
+                    f"{_expected(error, kind)}"
+                )
     return (pa.concat_arrays(parts) if parts else pa.nulls(0, kind)), wrong
 
 
-#: What pyarrow raises of values, and Python of those that it has no place for. Memory that does not suffice is not one.
-_UNFIT = (ValueError, TypeError, NotImplementedError, OverflowError, LookupError, pa.lib.ArrowCapacityError)
+#: What pyarrow raises of values, and Python of those that it has no place for. Memory that does not
+#: suffice is not one.
+_UNFIT = (
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    OverflowError,
+    LookupError,
+    pa.lib.ArrowCapacityError,
+)
 
 
 def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -311,9 +354,13 @@ def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
 
 @functools.lru_cache(maxsize=65_536)
 def _casts_wrongly(kind: pa.DataType) -> bool:
-    """Whether pyarrow's cast would do harm: it takes a uuid's bytes for text, and leaves out the last offset of views."""
+    """Whether pyarrow's cast would do harm: it takes a uuid's bytes for text, and leaves out the
+    last offset of views.
+    """
     views = (pa.types.is_list_view, pa.types.is_large_list_view)
-    return any(isinstance(one, pa.UuidType) or any(test(one) for test in views) for one in _within(kind))
+    return any(
+        isinstance(one, pa.UuidType) or any(test(one) for test in views) for one in _within(kind)
+    )
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -348,7 +395,11 @@ def _shown(array: pa.Array) -> str:
     value: Any
     try:
         if is_text(array.type):
-            value = array.cast(pa.large_binary())[0].as_py()[: 4 * _SHOWN].decode("utf-8", "backslashreplace")
+            value = (
+                array.cast(pa.large_binary())[0]
+                .as_py()[: 4 * _SHOWN]
+                .decode("utf-8", "backslashreplace")
+            )
         else:
             value = array[0].as_py()
     except _UNFIT:
@@ -373,17 +424,23 @@ def said(array: pa.Array) -> pa.Array:
     if pa.types.is_run_end_encoded(array.type):
         array = pc.run_end_decode(array)
     if isinstance(array.type, pa.UuidType):
-        return pa.array([None if value is None else str(value) for value in array.to_pylist()], pa.string())
+        return pa.array(
+            [None if value is None else str(value) for value in array.to_pylist()], pa.string()
+        )
     return array.cast(pa.string())
 
 
 def chats(array: pa.Array) -> tuple[pa.Array, dict[int, str]]:
-    """Turns of a type that `is_chat` as JSON text: what a union-like struct leaves null is left out."""
+    """Turns of a type that `is_chat` as JSON text: what a union-like struct leaves null is left
+    out.
+    """
     texts: list[str | None] = []
     wrong: dict[int, str] = {}
     for row, value in enumerate(array):
         try:
-            texts.append(None if not value.is_valid else json.dumps(_turns(value.as_py()), default=str))
+            texts.append(
+                None if not value.is_valid else json.dumps(_turns(value.as_py()), default=str)
+            )
         except _UNFIT as error:
             texts.append(None)
             wrong[row] = f"holds turns that cannot be read ({type(error).__name__})"

@@ -12,7 +12,8 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-#: Bytes that tell a compressed file. Those of zstd's skippable frames, with which some of its writers begin, too.
+#: Bytes that tell a compressed file. Those of zstd's skippable frames, with which some of its
+#: writers begin, too.
 _FORMS: tuple[tuple[re.Pattern[bytes], Callable[[BinaryIO], BinaryIO]], ...] = (
     (re.compile(rb"\x1f\x8b"), lambda source: cast(BinaryIO, gzip.GzipFile(fileobj=source))),
     (re.compile(rb"BZh[1-9]"), lambda source: cast(BinaryIO, bz2.BZ2File(source))),
@@ -33,7 +34,9 @@ def unpacked(source: BinaryIO) -> BinaryIO:
     """
     start = source.read(_START)
     source.seek(0)
-    return next((opened(source) for pattern, opened in _FORMS if pattern.match(start)), None) or _buffered(source)
+    return next(
+        (opened(source) for pattern, opened in _FORMS if pattern.match(start)), None
+    ) or _buffered(source)
 
 
 def _buffered(source: BinaryIO) -> BinaryIO:
@@ -83,7 +86,9 @@ class _Forwards(_Raw):
         target = offset if whence == io.SEEK_SET else self._at + offset
         if whence == io.SEEK_END or target < self._at:
             raise io.UnsupportedOperation("it can only be read forwards")
-        while self._at < target and (skipped := self.read(min(target - self._at, io.DEFAULT_BUFFER_SIZE))):
+        while self._at < target and (
+            skipped := self.read(min(target - self._at, io.DEFAULT_BUFFER_SIZE))
+        ):
             del skipped
         return self._at
 

@@ -46,10 +46,11 @@ _MANY_DIGITS = re.compile(rb"\d{256}")
 class WebDataset:
     """A tar of samples; or several, one behind the other, as `cat` makes them.
 
-    Columns: `id`, the sample's key; `image`, its first picture; its texts and further pictures by their extensions (`txt`,
-    `mask.png`); and the keys of its JSON, nested values as JSON text, unless a file of the sample has that name. Files of
-    other kinds and hidden ones (`._x.jpg`, `.DS_Store`) are passed over. Headers, texts and JSON are read when it is
-    planned, pictures are not.
+    Columns: `id`, the sample's key; `image`, its first picture; its texts and further pictures by
+    their extensions (`txt`, `mask.png`); and the keys of its JSON, nested values as JSON text,
+    unless a file of the sample has that name. Files of other kinds and hidden ones (`._x.jpg`,
+    `.DS_Store`) are passed over. Headers, texts and JSON are read when it is planned, pictures are
+    not.
     """
 
     def __init__(self, source: BinaryIO, untyped: Untyped) -> None:
@@ -60,15 +61,18 @@ class WebDataset:
 
         Raises:
             tarfile.TarError: it is no tar, breaks off, or holds something else behind its end.
-            ValueError: not a single sample can be read, the files of one are not next to each other, or samples have too
-                many different keys.
+            ValueError: not a single sample can be read, the files of one are not next to each
+                other, or samples have too many different keys.
         """
         return layout_of(self._samples(pictures=False), self._untyped)
 
-    def batches(self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """See `ShardFile`."""
         pictures = (
-            any(f".{name}".endswith(IMAGE_SUFFIXES) for name in columns.names if name != "id") or "image" in columns.names
+            any(f".{name}".endswith(IMAGE_SUFFIXES) for name in columns.names if name != "id")
+            or "image" in columns.names
         )
         return batches_of(self._samples(pictures=pictures), rows, columns)
 
@@ -80,7 +84,11 @@ class WebDataset:
         known: dict[frozenset[str], frozenset[str]] = {}
         for member, tar in _members(_Blocks(self._source)):
             name = _key_and_extension(member.name)
-            if name is None or _META.match(member.name) or not (member.isreg() or member.islnk() or member.issym()):
+            if (
+                name is None
+                or _META.match(member.name)
+                or not (member.isreg() or member.islnk() or member.issym())
+            ):
                 continue
             key, extension = name
             if sample is None or key != sample.key:
@@ -92,8 +100,10 @@ class WebDataset:
             sample.add(member, extension, tar, pictures=pictures)
             if not finished.get(hash(key), sample.seen) & sample.seen:
                 raise ValueError(
-                    f"the files of sample {shown(key)} do not lie next to each other ({shown(member.name)} comes behind "
-                    "those of other samples); make the tar anew with its files in order, as tar --sort=name does"
+                    f"the files of sample {shown(key)} do not lie next to each other "
+                    f"({shown(member.name)} comes behind "
+                    "those of other samples); make the tar anew with its files in order, as tar "
+                    "--sort=name does"
                 )
         if sample is not None:
             yield sample.row()
@@ -110,7 +120,9 @@ class _Sample:
         self._bytes = self._count = 0
         self._error: RowError | None = None
 
-    def add(self, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile, *, pictures: bool) -> None:
+    def add(
+        self, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile, *, pictures: bool
+    ) -> None:
         """Take a file in; without `pictures` those are left empty."""
         try:
             self._add(member, extension, tar, pictures=pictures)
@@ -120,11 +132,16 @@ class _Sample:
         if self._count <= self._untyped.sample_files:
             self.seen.add(extension)
 
-    def _add(self, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile, *, pictures: bool) -> None:
+    def _add(
+        self, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile, *, pictures: bool
+    ) -> None:
         whole, name, most = f"sample {shown(self.key)}", shown(member.name)[1:-1], self._untyped
         self._count += 1
         if self._count > most.sample_files:
-            raise RowError("row_malformed", f"{whole} has more than {most.sample_files:,} files (input.max_sample_files)")
+            raise RowError(
+                "row_malformed",
+                f"{whole} has more than {most.sample_files:,} files (input.max_sample_files)",
+            )
         kind = extension.rpartition(".")[2]
         is_image, is_text = kind in _IMAGES, extension in TEXTS or extension == "json"
         if not is_image and not is_text:
@@ -134,12 +151,18 @@ class _Sample:
         if extension in self.seen:
             raise RowError("row_malformed", f"{name} stands twice in {whole}")
         if not member.isreg():
-            raise RowError("row_malformed", f"{name} is a link; make the tar anew with --dereference --hard-dereference")
+            raise RowError(
+                "row_malformed",
+                f"{name} is a link; make the tar anew with --dereference --hard-dereference",
+            )
         if is_text and member.size > most.line_bytes:
             raise too_large(name, most.line_bytes)
         self._bytes += member.size
         if self._bytes > most.sample_bytes:
-            raise RowError("row_malformed", f"{whole} has more than {most.sample_bytes:,} bytes (input.max_sample_bytes)")
+            raise RowError(
+                "row_malformed",
+                f"{whole} has more than {most.sample_bytes:,} bytes (input.max_sample_bytes)",
+            )
         if self._error is None:
             data = tar.extractfile(member) if pictures or is_text else None
             self._files[extension] = b"" if data is None else data.read()
@@ -154,7 +177,12 @@ class _Sample:
             columns = {**row, **self._columns()}
             check_names(columns, f"sample {shown(self.key)}", self._untyped)
         except RecursionError:
-            return {**row, ERROR: str(RowError("row_malformed", f"sample {shown(self.key)} is nested too deeply"))}
+            return {
+                **row,
+                ERROR: str(
+                    RowError("row_malformed", f"sample {shown(self.key)} is nested too deeply")
+                ),
+            }
         except RowError as error:
             return {**row, ERROR: str(error)}
         return columns
@@ -177,10 +205,14 @@ class _Sample:
 
 
 def _key_and_extension(name: str) -> tuple[str, str] | None:
-    """WebDataset's own rule: key and extension meet at the first dot of the file's name. None of what is no sample's."""
+    """WebDataset's own rule: key and extension meet at the first dot of the file's name. None of
+    what is no sample's.
+    """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
-    hidden = not stem or any(part.startswith(".") and part not in (".", "..") for part in folder.split("/"))
+    hidden = not stem or any(
+        part.startswith(".") and part not in (".", "..") for part in folder.split("/")
+    )
     return None if hidden or not dot else (folder + slash + stem, extension.lower())
 
 
@@ -195,13 +227,15 @@ def _members(blocks: _Blocks) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile
     """The members of the tars that lie behind each other, each with its tar.
 
     Raises:
-        tarfile.ReadError: it is no tar, or was not read to its end: tarfile takes a damaged header for one, and says
-            nothing.
+        tarfile.ReadError: it is no tar, or was not read to its end: tarfile takes a damaged header
+            for one, and says nothing.
     """
     at = 0
     while True:
         count = 0
-        with tarfile.open(fileobj=cast(BinaryIO, blocks), mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        with tarfile.open(
+            fileobj=cast(BinaryIO, blocks), mode="r:", encoding="utf-8", errors="surrogateescape"
+        ) as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # it would remember all of them
                 count += 1
@@ -210,7 +244,8 @@ def _members(blocks: _Blocks) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile
         if blocks.latest != _END:
             if at and not count:
                 raise tarfile.ReadError(
-                    f"behind the tar's end, at byte {at:,}, follows something that is no tar; cut it off"
+                    f"behind the tar's end, at byte {at:,}, follows something that is no tar; cut "
+                    "it off"
                 )
             raise tarfile.ReadError(f"it breaks off or is damaged at byte {tar.offset:,}")
         block = _END
@@ -224,10 +259,12 @@ def _members(blocks: _Blocks) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile
 
 
 class _Blocks:
-    """A tar as tarfile reads it: forwards, no member's headers above their bound, and with the latest block to look at.
+    """A tar as tarfile reads it: forwards, no member's headers above their bound, and with the
+    latest block to look at.
 
-    tarfile holds the whole of what a header claims, goes backwards where that is negative, and looks for the parts of
-    extended headers in ways that take quadratic time; later Pythons than 3.11.7 mend some of it.
+    tarfile holds the whole of what a header claims, goes backwards where that is negative, and
+    looks for the parts of extended headers in ways that take quadratic time; later Pythons than
+    3.11.7 mend some of it.
     """
 
     def __init__(self, source: BinaryIO) -> None:
@@ -240,7 +277,9 @@ class _Blocks:
         if self._left is not None:
             self._left -= size
             if self._left < 0:
-                raise tarfile.ReadError(f"headers at byte {self.tell():,} claim more than {HEADER_BYTES:,} bytes")
+                raise tarfile.ReadError(
+                    f"headers at byte {self.tell():,} claim more than {HEADER_BYTES:,} bytes"
+                )
         header, self.latest, self._ahead = self.latest, self._ahead[:size], self._ahead[size:]
         while len(self.latest) < size and (more := self._source.read(size - len(self.latest))):
             self.latest += more

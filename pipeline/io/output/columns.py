@@ -25,8 +25,8 @@ _COLUMNS = [
     pa.field("new_tokens", pa.int32()),
     pa.field("flags", pa.list_(pa.string())),
 ]
-#: Where several prompts are asked of each row: which one a row is (an output row each), or what each prompt has a column
-#: of (one row for all), and what is then added up.
+#: Where several prompts are asked of each row: which one a row is (an output row each), or what
+#: each prompt has a column of (one row for all), and what is then added up.
 PROMPT_NAME = "prompt_name"
 ANSWER_COLUMNS = ("prompt", "text", "finish_reason", "error")
 COUNT_COLUMNS = ("prompt_tokens", "visual_tokens", "new_tokens")
@@ -45,18 +45,24 @@ RESERVED_COLUMNS = frozenset({PROMPT_NAME, *(f.name for f in (*_COLUMNS, *_TOKEN
 
 def output_schema(settings: OutputSettings, extras: pa.Schema) -> pa.Schema:
     """Columns of the output: ours, those asked for, and the input's extra ones."""
-    own = _COLUMNS + (_TOKEN_IDS if settings.token_ids else []) + (_ROUTES if settings.routes else [])
+    own = (
+        _COLUMNS + (_TOKEN_IDS if settings.token_ids else []) + (_ROUTES if settings.routes else [])
+    )
     return pa.schema([*own, *extras])
 
 
 def layout_schema(settings: OutputSettings, extras: pa.Schema, prompts: Sequence[str]) -> pa.Schema:
-    """Columns of the output where these prompts, by name, are asked of each row; `output_schema` where there are none."""
+    """Columns of the output where these prompts, by name, are asked of each row; `output_schema`
+    where there are none.
+    """
     plain = output_schema(settings, extras)
     if not prompts:
         return plain
     if settings.prompts == "rows":
         return plain.insert(plain.get_field_index("prompt"), pa.field(PROMPT_NAME, pa.string()))
-    each = [pa.field(f"{name}_{prompt}", pa.string()) for prompt in prompts for name in ANSWER_COLUMNS]
+    each = [
+        pa.field(f"{name}_{prompt}", pa.string()) for prompt in prompts for name in ANSWER_COLUMNS
+    ]
     shared = [field for field in _COLUMNS if field.name not in set(ANSWER_COLUMNS) - {"error"}]
     return pa.schema([*shared, *each, *extras])
 

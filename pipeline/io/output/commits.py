@@ -1,17 +1,20 @@
 """What is done: every output file says in its own footer which input rows it holds.
 
-A file appears whole or not at all, and with it the proof that its rows are done: there is no second step that a crash
-could come before. The index in `_run/index/` repeats what many footers say, so that a resume does not open every file;
-whatever it lacks is read from the footers, so losing it costs time alone.
+A file appears whole or not at all, and with it the proof that its rows are done: there is no second
+step that a crash could come before. The index in `_run/index/` repeats what many footers say, so
+that a resume does not open every file; whatever it lacks is read from the footers, so losing it
+costs time alone.
 
-A file is written in an epoch (`lease`), which stands in its name and footer. Whoever begins an epoch writes
-down, once, in `_run/accepted/`, which files there are; that list and the files of the epochs that follow count. A process
-that was paused while it wrote may finish a file of an earlier epoch after that: it is in no list, so it is known to be
-superseded, is not read, and is removed by whoever finds it, its writer first of all. Epochs only ever add to what is
-superseded, so removing is safe whoever does it.
+A file is written in an epoch (`lease`), which stands in its name and footer. Whoever begins an
+epoch writes down, once, in `_run/accepted/`, which files there are; that list and the files of the
+epochs that follow count. A process that was paused while it wrote may finish a file of an earlier
+epoch after that: it is in no list, so it is known to be superseded, is not read, and is removed by
+whoever finds it, its writer first of all. Epochs only ever add to what is superseded, so removing
+is safe whoever does it.
 
-Why not names that follow from the rows, created where there is none of that name: rows come in any order, so a file of
-given rows could be written only once all of them are answered, and an hour's answers would wait for the slowest.
+Why not names that follow from the rows, created where there is none of that name: rows come in any
+order, so a file of given rows could be written only once all of them are answered, and an hour's
+answers would wait for the slowest.
 """
 
 from __future__ import annotations
@@ -46,13 +49,16 @@ FOOTER_KEY = b"awaker:commit"
 #: Where outcomes of second tries lie until they are in place (`pipeline.io.output.retries`).
 RETRIES = "_run/retries/"
 #: A result's name; those of versions before epochs were told count as of epoch 0.
-_RESULT = re.compile(r"(?:^|/)part-(?:(\d{8})-[^/]+|\d{8}T\d{6}-[0-9a-f]{6}-[0-9a-f]{4})-\d{5}\.parquet$")
+_RESULT = re.compile(
+    r"(?:^|/)part-(?:(\d{8})-[^/]+|\d{8}T\d{6}-[0-9a-f]{6}-[0-9a-f]{4})-\d{5}\.parquet$"
+)
 _RECORD = re.compile(r"(\d{8})\.json$")
 #: Where rows lie that are kept with their pictures (see `pipeline.actors.samples`).
 SAMPLES = "_run/samples"
 #: Files told in one object of the index.
 FILES_PER_INDEX = 64
-#: Seconds that a writer who lost the output waits to hear whether his last file counts, and how often he asks.
+#: Seconds that a writer who lost the output waits to hear whether his last file counts, and how
+#: often he asks.
 VERDICT_SECONDS, ASK_SECONDS = 10.0, 0.2
 #: How often what there is is read anew because a file went away meanwhile.
 READING_TRIES = 5
@@ -79,16 +85,24 @@ class Commit:
     revision: int = 0
 
     def of_shard(self, table: pa.Table, shard: str) -> pa.Table:
-        """The rows of a shard out of the file's own table; several of each, where a row was asked several things."""
+        """The rows of a shard out of the file's own table; several of each, where a row was asked
+        several things.
+        """
         each = len(table) // max(1, sum(map(len, self.rows.values())))
         before = sum(len(rows) for url, rows in self.rows.items() if url < shard)
         return table.slice(each * before, each * len(self.rows[shard]))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        rows, retry = ({s: own.edges.tolist() for s, own in sets.items()} for sets in (self.rows, self.retry))
+        rows, retry = (
+            {s: own.edges.tolist() for s, own in sets.items()} for sets in (self.rows, self.retry)
+        )
         told = {"file": self.file, "rows": rows, "written": self.written.as_dict()}
-        return told | ({"retry": retry} if retry else {}) | ({"revision": self.revision} if self.revision else {})
+        return (
+            told
+            | ({"retry": retry} if retry else {})
+            | ({"revision": self.revision} if self.revision else {})
+        )
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> Commit:
@@ -97,7 +111,9 @@ class Commit:
             {shard: RowSet(np.array(edges, np.int64)) for shard, edges in sets.items()}
             for sets in (told["rows"], told.get("retry", {}))
         )
-        return cls(told["file"], rows, Written.from_dict(told["written"]), retry, told.get("revision", 0))
+        return cls(
+            told["file"], rows, Written.from_dict(told["written"]), retry, told.get("revision", 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -115,18 +131,27 @@ class Accepted:
     @classmethod
     def load(cls, folder: OutputFolder) -> Accepted:
         """The latest that can be read."""
-        found = sorted(((int(m[1]), name) for name in folder.names(ACCEPTED) if (m := _RECORD.search(name))), reverse=True)
+        found = sorted(
+            ((int(m[1]), name) for name in folder.names(ACCEPTED) if (m := _RECORD.search(name))),
+            reverse=True,
+        )
         for epoch, name in found:
             try:
                 return cls(epoch, frozenset(json.loads(folder.read(name))["files"]))
             except FileNotFoundError:  # a later one has been written meanwhile
                 return cls.load(folder)
-            except (ValueError, TypeError, KeyError):  # damaged: the one before says nearly the same
+            except (
+                ValueError,
+                TypeError,
+                KeyError,
+            ):  # damaged: the one before says nearly the same
                 continue
         return cls()
 
     def counts(self, name: str) -> bool:
-        """Whether a file counts; one that is not ours does not belong to any epoch, and is not for us to pass over."""
+        """Whether a file counts; one that is not ours does not belong to any epoch, and is not for
+        us to pass over.
+        """
         epoch = epoch_of(name)
         return epoch is None or epoch >= self.epoch or name in self.files
 
@@ -152,7 +177,8 @@ class OutputLog:
         self._unindexed: dict[str, tuple[Commit, int]] = {}
 
     def accept(self, *, fresh: bool = False) -> list[str]:
-        """Write down which files count from now on, before anything is written in this epoch; what became of the others.
+        """Write down which files count from now on, before anything is written in this epoch; what
+        became of the others.
 
         Args:
             fresh: none of those there are.
@@ -163,10 +189,15 @@ class OutputLog:
         fence = self._writing()
         before = Accepted.load(self._folder)
         there = self._everything()
-        files = [] if fresh else [name for name in there if epoch_of(name) is not None and before.counts(name)]
+        files = (
+            []
+            if fresh
+            else [name for name in there if epoch_of(name) is not None and before.counts(name)]
+        )
         told = {"epoch": fence.epoch, "run": fence.run, "by": fence.holder.token, "files": files}
         self._folder.create(f"{ACCEPTED}/{fence.epoch:08d}.json", json.dumps(told).encode())
-        # Had a later epoch begun before this was written, its list would be the older: it reads the latest there is.
+        # Had a later epoch begun before this was written, its list would be the older: it reads the
+        # latest there is.
         fence.check()
         superseded = [name for name in there if epoch_of(name) is not None and name not in files]
         for name in superseded:
@@ -181,7 +212,9 @@ class OutputLog:
     def names(self) -> list[str]:
         """Names of the Parquet files there that count, or that are not ours."""
         accepted = Accepted.load(self._folder)
-        return [name for name in self._folder.sizes(self._at) if accepted.counts(f"{self._at}{name}")]
+        return [
+            name for name in self._folder.sizes(self._at) if accepted.counts(f"{self._at}{name}")
+        ]
 
     def superseded(self) -> list[str]:
         """Names of files that do not count."""
@@ -199,10 +232,12 @@ class OutputLog:
             mend: set damaged files aside, so that their rows are missing, in place of an error.
 
         Raises:
-            OutputError: the folder holds Parquet files of somebody else, copies of ours, or damaged ones.
+            OutputError: the folder holds Parquet files of somebody else, copies of ours, or damaged
+                ones.
         """
         for _ in range(READING_TRIES - 1):
-            # Whoever writes may remove a file between its listing and its reading: then it does not count.
+            # Whoever writes may remove a file between its listing and its reading: then it does not
+            # count.
             with contextlib.suppress(FileNotFoundError):
                 return self._commits(mend=mend)
         return self._commits(mend=mend)
@@ -225,24 +260,31 @@ class OutputLog:
             for file, read in zip(unknown, pool.map(self.read_commit, unknown), strict=True):
                 if read is None and epoch_of(file) is None:
                     raise OutputError(
-                        f"output.path: {self._folder.url}/{file} was not written by a run of this program; move it away, "
+                        f"output.path: {self._folder.url}/{file} was not written by a run of this "
+                        "program; move it away, "
                         "or choose another folder"
                     )
                 if read is not None:
                     known[file] = read
                 elif mend:
                     aside = self._folder.set_aside(f"{self._at}{file}")
-                    logger.warning("%s is damaged: moved to %s; its rows are answered again", file, aside)
+                    logger.warning(
+                        "%s is damaged: moved to %s; its rows are answered again", file, aside
+                    )
                 else:
                     raise OutputError(
-                        f"output.path: {self._folder.url}/{self._at}{file} is damaged (no readable Parquet footer of "
+                        f"output.path: {self._folder.url}/{self._at}{file} is damaged (no readable "
+                        "Parquet footer of "
                         "ours); run the job again, which sets it aside and answers its rows anew"
                     )
         return [known[file] for file in sorted(known)]
 
     def _read_index(self, name: str) -> list[tuple[Commit, int | None]]:
         try:
-            return [(Commit.from_dict(entry), entry.get("size")) for entry in json.loads(self._folder.read(name))]
+            return [
+                (Commit.from_dict(entry), entry.get("size"))
+                for entry in json.loads(self._folder.read(name))
+            ]
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
             return []  # gone or damaged: it only repeats what the footers say
 
@@ -267,13 +309,18 @@ class OutputLog:
             raise
         if (own := entry.get("name", file)) != file:
             raise OutputError(
-                f"output.path: {self._folder.url}/{file} is a copy of {own}, or was renamed; remove it, or give it its "
+                f"output.path: {self._folder.url}/{file} is a copy of {own}, or was renamed; "
+                "remove it, or give it its "
                 "name back"
             )
         return commit
 
     def commit(
-        self, table: pa.Table, rows: Mapping[str, RowSet], truth: Truth | None, retry: Mapping[str, RowSet] | None = None
+        self,
+        table: pa.Table,
+        rows: Mapping[str, RowSet],
+        truth: Truth | None,
+        retry: Mapping[str, RowSet] | None = None,
     ) -> Commit:
         """Write rows as one file: from then on they are done.
 
@@ -287,7 +334,8 @@ class OutputLog:
         fence.check()
         try:
             self._folder.write(f"{self._at}{name}", data)
-            # This process may have been paused in between, for long enough that another took the output.
+            # This process may have been paused in between, for long enough that another took the
+            # output.
             fence.check()
         except LeaseLostError:
             self._take_back(f"{self._at}{name}")
@@ -296,7 +344,9 @@ class OutputLog:
         self._note(commit, len(data))
         return commit
 
-    def replace(self, commit: Commit, table: pa.Table, truth: Truth | None, retry: Mapping[str, RowSet]) -> None:
+    def replace(
+        self, commit: Commit, table: pa.Table, truth: Truth | None, retry: Mapping[str, RowSet]
+    ) -> None:
         """Put another file of the same rows in the place of one, in one move.
 
         Raises:
@@ -305,7 +355,9 @@ class OutputLog:
         fence = self._writing()
         name = f"{self._at}{commit.file}"
         version = self._folder.version(name)
-        changed = Commit(commit.file, commit.rows, Written.count(table, truth), retry, commit.revision + 1)
+        changed = Commit(
+            commit.file, commit.rows, Written.count(table, truth), retry, commit.revision + 1
+        )
         data = self._encoded(changed, table)
         fence.check()
         try:
@@ -316,9 +368,13 @@ class OutputLog:
         self._note(changed, len(data))
 
     def _take_back(self, name: str) -> None:
-        """Remove a file of ours that came too late: unless whoever holds the output now found it there, and counts it."""
+        """Remove a file of ours that came too late: unless whoever holds the output now found it
+        there, and counts it.
+        """
         until = time.monotonic() + VERDICT_SECONDS
-        while (accepted := Accepted.load(self._folder)).epoch <= self._writing().epoch and time.monotonic() < until:
+        while (
+            accepted := Accepted.load(self._folder)
+        ).epoch <= self._writing().epoch and time.monotonic() < until:
             time.sleep(ASK_SECONDS)
         if not accepted.counts(name):
             self._folder.remove(name)
@@ -326,7 +382,12 @@ class OutputLog:
     def _encoded(self, commit: Commit, table: pa.Table) -> bytes:
         fence = self._writing()
         told = {key: value for key, value in commit.as_dict().items() if key != "file"}
-        told |= {"name": commit.file, "epoch": fence.epoch, "run": fence.run, "by": fence.holder.token}
+        told |= {
+            "name": commit.file,
+            "epoch": fence.epoch,
+            "run": fence.run,
+            "by": fence.holder.token,
+        }
         metadata = {**(table.schema.metadata or {}), FOOTER_KEY: json.dumps(told).encode()}
         buffer = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
@@ -334,7 +395,10 @@ class OutputLog:
 
     def _note(self, commit: Commit, size: int) -> None:
         if not self._at:
-            self._unindexed[commit.file] = commit, size  # by name: a write that is tried again must not stand twice
+            self._unindexed[commit.file] = (
+                commit,
+                size,
+            )  # by name: a write that is tried again must not stand twice
         if len(self._unindexed) >= FILES_PER_INDEX:
             self.index()
 
@@ -344,13 +408,18 @@ class OutputLog:
         with pa.ipc.new_file(buffer, table.schema) as file:
             file.write_table(table)
         # Not as Parquet: there are readers that look for it in every folder.
-        self._folder.write(f"{SAMPLES}/{self._writing().name}-{self._kept:05d}.arrow", buffer.getvalue().to_pybytes())
+        self._folder.write(
+            f"{SAMPLES}/{self._writing().name}-{self._kept:05d}.arrow",
+            buffer.getvalue().to_pybytes(),
+        )
         self._kept += 1
 
     def index(self) -> None:
         """Tell the commits since the last time in one object of the index."""
         if self._unindexed:
-            told = json.dumps([{**commit.as_dict(), "size": size} for commit, size in self._unindexed.values()]).encode()
+            told = json.dumps(
+                [{**commit.as_dict(), "size": size} for commit, size in self._unindexed.values()]
+            ).encode()
             self._folder.write(f"_run/index/{self._writing().name}-{self._indexed:05d}.json", told)
             self._indexed += 1
             self._unindexed = {}
@@ -383,9 +452,15 @@ def done_rows(commits: Iterable[Commit]) -> dict[str, RowSet]:
     for shard, sets in own.items():
         done[shard] = RowSet.of_intervals([pair for _, rows in sets for pair in rows.intervals])
         if len(done[shard]) != sum(len(rows) for _, rows in sets):
-            first, second = next((a, b) for n, (a, rows) in enumerate(sets) for b, others in sets[n + 1 :] if rows & others)
+            first, second = next(
+                (a, b)
+                for n, (a, rows) in enumerate(sets)
+                for b, others in sets[n + 1 :]
+                if rows & others
+            )
             raise OutputError(
-                f"output.path: {first} and {second} hold the same rows of {shard}; remove the later one and run the job "
+                f"output.path: {first} and {second} hold the same rows of {shard}; remove the "
+                "later one and run the job "
                 "again: rows that only it holds are answered anew"
             )
     return done

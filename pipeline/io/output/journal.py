@@ -1,4 +1,6 @@
-"""What a run tells of itself while it runs: events, and its counters over time. docs/monitoring.md lists both."""
+"""What a run tells of itself while it runs: events, and its counters over time. docs/monitoring.md
+lists both.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ logger = logging.getLogger(__name__)
 EVENTS = "_run/events.jsonl"
 TIMELINE = "_run/timeline.jsonl"
 
-#: Samples kept of a run; above this every other one goes, so that a night takes no more than an hour.
+#: Samples kept of a run; above this every other one goes, so that a night takes no more than an
+#: hour.
 SAMPLES = 720
 #: Seconds between two samples, to begin with.
 SPACING = 1.0
@@ -43,7 +46,8 @@ EventKind = Literal[
 
 
 class Journal:
-    """Events and samples of a run, behind those of earlier runs of the same output; a context manager around the run.
+    """Events and samples of a run, behind those of earlier runs of the same output; a context
+    manager around the run.
 
     It tells of the run and must never be what ends it: what cannot be written is left out.
 
@@ -69,7 +73,10 @@ class Journal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, (KeyboardInterrupt, Stopped)):
             self.event("run_stopped", cause="SIGTERM" if isinstance(error, Stopped) else "Ctrl-C")
@@ -84,7 +91,9 @@ class Journal:
             self._events.append({"time": now, "run": self._run, "event": kind, **scrubbed(facts)})
 
     def sample(self, counters: Mapping[str, float], *, last: bool = False) -> None:
-        """Note the counters, unless that was done a moment ago; the `last` of a run are noted in any case."""
+        """Note the counters, unless that was done a moment ago; the `last` of a run are noted in
+        any case.
+        """
         now = time.time()
         with self._lock:
             if now - self._sampled < self._spacing and not last:
@@ -119,7 +128,8 @@ def _lines(entries: list[dict[str, Any]]) -> bytes:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    # Names hold anything: half a surrogate pair, which is no UTF-8, or what some readers take for a line's end.
+    # Names hold anything: half a surrogate pair, which is no UTF-8, or what some readers take for a
+    # line's end.
     readable = json.dumps(entry, ensure_ascii=False)
     return readable if readable.isprintable() else json.dumps(entry)
 
@@ -132,16 +142,25 @@ def _read(folder: OutputFolder, name: str) -> bytes:
 
 
 def read_entries(folder: OutputFolder, name: str) -> list[dict[str, Any]]:
-    """The entries of `EVENTS` or `TIMELINE`; none where there is no such file. Lines that are none are left out."""
+    """The entries of `EVENTS` or `TIMELINE`; none where there is no such file. Lines that are none
+    are left out.
+    """
     lines = [line for line in _read(folder, name).split(b"\n") if line.strip()]
     entries = [entry for line in lines if (entry := _entry(line, name)) is not None]
     if len(entries) < len(lines):
-        logger.warning("%s: %d of %d lines are damaged and left out", name, len(lines) - len(entries), len(lines))
+        logger.warning(
+            "%s: %d of %d lines are damaged and left out",
+            name,
+            len(lines) - len(entries),
+            len(lines),
+        )
     return entries
 
 
 def _entry(line: bytes, name: str) -> dict[str, Any] | None:
-    """What a line says; None where it is torn, no UTF-8, or says nothing that `Journal` would write."""
+    """What a line says; None where it is torn, no UTF-8, or says nothing that `Journal` would
+    write.
+    """
     try:
         entry: dict[str, Any] = json.loads(line.decode())
         sound = isinstance(entry["run"], str)
@@ -152,5 +171,13 @@ def _entry(line: bytes, name: str) -> dict[str, Any] | None:
             datetime.fromisoformat(entry["time"])
             sound &= isinstance(entry["event"], str)
         return entry if sound else None
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, RecursionError):
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ):
         return None

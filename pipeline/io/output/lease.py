@@ -1,13 +1,15 @@
 """One run at a time: numbered epochs, each taken by creating a file that nobody else can create.
 
-Whoever writes to an output does so in an epoch of its own: `_run/lease/00000007.json` says whose the seventh is. It is
-created once and never written again, so the highest number there is says who may write, and neither a late renewal nor a
-paused process can take that back. A run takes an epoch when it starts, and another for each committer it starts, which
-fences the one before off. Every result file carries its epoch; which files of earlier epochs count is written down when the
-next begins (`pipeline.io.output.commits`).
+Whoever writes to an output does so in an epoch of its own: `_run/lease/00000007.json` says whose
+the seventh is. It is created once and never written again, so the highest number there is says who
+may write, and neither a late renewal nor a paused process can take that back. A run takes an epoch
+when it starts, and another for each committer it starts, which fences the one before off. Every
+result file carries its epoch; which files of earlier epochs count is written down when the next
+begins (`pipeline.io.output.commits`).
 
-That a run lives is told by `_run/lease/<run>.beat`, which it alone writes. Whoever wants the output waits until that has
-stood still for a while by its own clock, or until the run gave the output back.
+That a run lives is told by `_run/lease/<run>.beat`, which it alone writes. Whoever wants the output
+waits until that has stood still for a while by its own clock, or until the run gave the output
+back.
 """
 
 from __future__ import annotations
@@ -41,9 +43,10 @@ class LeaseTimes:
     """Seconds.
 
     Attributes:
-        expire: how long a run must not have been heard of before it counts as dead. It says so itself, and whoever waits
-            for it counts by its own clock: no clocks are compared.
-        settle: where storage cannot create exclusively, how long a new epoch must stay ours before it counts.
+        expire: how long a run must not have been heard of before it counts as dead. It says so
+            itself, and whoever waits for it counts by its own clock: no clocks are compared.
+        settle: where storage cannot create exclusively, how long a new epoch must stay ours before
+            it counts.
     """
 
     expire: float = 30.0
@@ -64,8 +67,8 @@ class Holder:
         run: the run's name; `UNKNOWN` where its file cannot be read.
         host: name of its machine, for a person.
         pid: its process.
-        expire: `LeaseTimes.expire` of the run.
-        boot, pid_namespace, started: what the process is told apart by from another of its number; None where the system
+        expire: `LeaseTimes.expire` of the run. boot, pid_namespace, started: what the process is
+        told apart by from another of its number; None where the system
             does not say.
         token: drawn at random: no two holders write the same file.
     """
@@ -96,7 +99,8 @@ class Holder:
         return _started(self.pid) != self.started
 
     def __str__(self) -> str:
-        return f"run {self.run} on {self.host or 'an unknown machine'} (process {self.pid or 'unknown'})"
+        host, pid = self.host or "an unknown machine", self.pid or "unknown"
+        return f"run {self.run} on {host} (process {pid})"
 
 
 def read_lock(folder: OutputFolder) -> Holder | None:
@@ -107,11 +111,20 @@ def read_lock(folder: OutputFolder) -> Holder | None:
     epoch = max(numbers)
     try:
         told: dict[str, Any] = json.loads(folder.read(_file_of(epoch)))
-        known: dict[str, Any] = {name: told[name] for name in Holder.__dataclass_fields__ if name in told}
-        return Holder(**known | {"epoch": epoch, "run": str(told["run"]), "expire": float(told["expire"])})
+        known: dict[str, Any] = {
+            name: told[name] for name in Holder.__dataclass_fields__ if name in told
+        }
+        return Holder(
+            **known | {"epoch": epoch, "run": str(told["run"]), "expire": float(told["expire"])}
+        )
     except FileNotFoundError:  # a later one has begun meanwhile
         return read_lock(folder)
-    except (ValueError, TypeError, KeyError, AttributeError):  # cut short by a power cut, or of somebody else's making
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # cut short by a power cut, or of somebody else's making
         return Holder(epoch, UNKNOWN)
 
 
@@ -128,7 +141,8 @@ def check_lock(folder: OutputFolder, run: str) -> None:
 
 @dataclass(frozen=True)
 class Fence:
-    """An epoch that this process began: what it writes, it writes in it, and not once a later one has begun.
+    """An epoch that this process began: what it writes, it writes in it, and not once a later one
+    has begun.
 
     Attributes:
         folder: the output.
@@ -140,7 +154,8 @@ class Fence:
 
     @classmethod
     def begin(cls, folder: OutputFolder, run: str) -> Fence:
-        """Begin another epoch of a run that holds the output; from now on nobody writes in those before.
+        """Begin another epoch of a run that holds the output; from now on nobody writes in those
+        before.
 
         Raises:
             LeaseLostError: the run does not hold it.
@@ -190,7 +205,11 @@ class Lease:
     """
 
     def __init__(
-        self, folder: OutputFolder, run: str, times: LeaseTimes | None = None, tell: Callable[[str], None] = print
+        self,
+        folder: OutputFolder,
+        run: str,
+        times: LeaseTimes | None = None,
+        tell: Callable[[str], None] = print,
     ) -> None:
         self._folder, self._run, self._times, self._tell = folder, run, times or LeaseTimes(), tell
         self._stop = threading.Event()
@@ -206,20 +225,28 @@ class Lease:
         exclusively = self._folder.creates_exclusively()
         if not exclusively:
             self._tell(
-                f"{self._folder.url}: this storage cannot create a file on condition that there is none; of two runs that "
+                f"{self._folder.url}: this storage cannot create a file on condition that there is "
+                "none; of two runs that "
                 "start within seconds both may go on for a moment (docs/guarantees.md)"
             )
         found = read_lock(self._folder)
         if found is not None:
             self._wait_for(found)
-        fence = Fence(self._folder, Holder.here(found.epoch + 1 if found else 1, self._run, self._times.expire))
+        fence = Fence(
+            self._folder,
+            Holder.here(found.epoch + 1 if found else 1, self._run, self._times.expire),
+        )
         # Before the epoch: whoever sees that sees this, too.
         self._beat()
         created = _create(self._folder, fence.holder)
         if created and not exclusively:
             time.sleep(self._times.settle)
         latest = read_lock(self._folder)
-        if not created or latest is None or (latest.epoch, latest.token) != (fence.epoch, fence.holder.token):
+        if (
+            not created
+            or latest is None
+            or (latest.epoch, latest.token) != (fence.epoch, fence.holder.token)
+        ):
             self._folder.remove(_beat_of(self._run))
             raise self._refused(latest or Holder(fence.epoch, UNKNOWN))
         self._held = True
@@ -249,7 +276,10 @@ class Lease:
         heard = _heard_of(self._folder, found.run)
         if _gave_back(heard) or found.is_dead:
             return
-        self._tell(f"{self._folder.url} is locked by {found}; waiting {found.expire:g} s to see whether it still lives")
+        self._tell(
+            f"{self._folder.url} is locked by {found}; waiting {found.expire:g} s to see whether "
+            "it still lives"
+        )
         until = time.monotonic() + found.expire
         while time.monotonic() < until:
             time.sleep(min(1.0, found.expire / 12))
@@ -261,7 +291,8 @@ class Lease:
 
     def _refused(self, living: Holder) -> OutputError:
         return OutputError(
-            f"output.path: {living} is writing to {self._folder.url}; wait for it, stop it, or choose another folder"
+            f"output.path: {living} is writing to {self._folder.url}; wait for it, stop it, or "
+            "choose another folder"
         )
 
     def _keep(self) -> None:
@@ -281,10 +312,14 @@ class Lease:
 
 
 def forget_earlier(fence: Fence) -> None:
-    """Delete what epochs before this one left in `_run/lease/`: the highest alone says who holds the output."""
+    """Delete what epochs before this one left in `_run/lease/`: the highest alone says who holds
+    the output.
+    """
     for name in fence.folder.names(LEASE):
         found = _EPOCH.search(name)
-        if (found and int(found[1]) < fence.epoch) or (name.endswith(".beat") and name != _beat_of(fence.run)):
+        if (found and int(found[1]) < fence.epoch) or (
+            name.endswith(".beat") and name != _beat_of(fence.run)
+        ):
             fence.folder.remove(name)
 
 
@@ -332,7 +367,9 @@ def _pid_namespace() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks since it booted; None where there is none. Zombies are dead."""
+    """When a process began, in the kernel's ticks since it booted; None where there is none.
+    Zombies are dead.
+    """
     told = _said(f"/proc/{pid}/stat")
     fields = told.rpartition(")")[2].split() if told else []
     return None if not fields or fields[0] in ("Z", "X") else fields[19]

@@ -1,4 +1,6 @@
-"""What a run was (settings, model, code, input): a resume under others is refused, and a result can be explained."""
+"""What a run was (settings, model, code, input): a resume under others is refused, and a result can
+be explained.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,23 @@ from pipeline.settings.job import JobSettings
 
 MANIFEST = "_run/manifest.json"
 #: Settings that change how fast rows are answered, never what the answers are.
-FREE_SETTINGS = ("engine", "preparation", "fetch", "errors", "ray", "replicas", "evaluate", "cost", "output")
+FREE_SETTINGS = (
+    "engine",
+    "preparation",
+    "fetch",
+    "errors",
+    "ray",
+    "replicas",
+    "evaluate",
+    "cost",
+    "output",
+)
 #: Of `output`, these decide what is written all the same.
 OUTPUT_COLUMNS = ("token_ids", "routes", "prompts")
 #: Of what is compared, what leads somewhere.
 PATH_SETTINGS = ("input.image_root", "model.base", "model.adapter")
-#: Bytes at both ends of a checkpoint file that its digest reads: weights differ everywhere, and files have 22 GB.
+#: Bytes at both ends of a checkpoint file that its digest reads: weights differ everywhere, and
+#: files have 22 GB.
 DIGEST_ENDS = 1 << 20
 _SHOWN = 8
 
@@ -49,7 +62,9 @@ class Manifest:
     code: str
 
     @classmethod
-    def of(cls, task: str, settings: JobSettings, model_files: Iterable[Path], plan: InputPlan) -> Manifest:
+    def of(
+        cls, task: str, settings: JobSettings, model_files: Iterable[Path], plan: InputPlan
+    ) -> Manifest:
         """The manifest of a job that is about to run."""
         shards = {s.file.url: (s.file.size, s.file.version, s.rows) for s in plan.shards}
         model = {path.name: _digest(path) for path in model_files}
@@ -77,13 +92,16 @@ class Manifest:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OutputError(
-                f"output.path: {folder.url}/{MANIFEST} is damaged ({cause_of(error)}); put it back from a copy, or choose "
-                "another output.path: without it nobody knows by which settings the answers there were given"
+                f"output.path: {folder.url}/{MANIFEST} is damaged ({cause_of(error)}); put it back "
+                "from a copy, or choose "
+                "another output.path: without it nobody knows by which settings the answers there "
+                "were given"
             ) from error
 
     @classmethod
     def before(cls, folder: OutputFolder) -> Manifest | None:
-        """What an earlier run left that may be gone on with; a damaged one counts as none where there are no results.
+        """What an earlier run left that may be gone on with; a damaged one counts as none where
+        there are no results.
 
         Raises:
             OutputError: it cannot be read, and there are results.
@@ -104,7 +122,10 @@ class Manifest:
         """
         found = cls.load(folder)
         if found is None:
-            raise OutputError(f"output.path: {folder.url} holds no _run/manifest.json; expected the output of a job")
+            raise OutputError(
+                f"output.path: {folder.url} holds no _run/manifest.json; expected the output of a "
+                "job"
+            )
         return found
 
     def check_same(self, before: Manifest, where: str, *, growing: bool = False) -> None:
@@ -121,13 +142,21 @@ class Manifest:
         changes = [f"task: {before.task}, now {self.task}"] if before.task != self.task else []
         changes += _changes(before.settings, self.settings)
         changes += [f"model file {line}" for line in _changes(before.model, self.model)]
-        compared = (before.shards.keys() & self.shards.keys()) if growing else (before.shards.keys() | self.shards.keys())
-        had, have = ({url: own[url] for url in sorted(compared) if url in own} for own in (before.shards, self.shards))
+        compared = (
+            (before.shards.keys() & self.shards.keys())
+            if growing
+            else (before.shards.keys() | self.shards.keys())
+        )
+        had, have = (
+            {url: own[url] for url in sorted(compared) if url in own}
+            for own in (before.shards, self.shards)
+        )
         changes += [f"input shard {line}" for line in _changes(had, have)]
         if changes:
             more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
             raise OutputError(
-                f"output.path: {where} holds results of a run that differed ({'; '.join(changes[:_SHOWN])}{more}); "
+                f"output.path: {where} holds results of a run that differed "
+                f"({'; '.join(changes[:_SHOWN])}{more}); "
                 "--fresh deletes them and starts again, another output.path keeps them"
             )
 
@@ -138,10 +167,12 @@ def _deciding(settings: JobSettings) -> dict[str, Any]:
     for group, values in told.items():
         if group not in FREE_SETTINGS:
             found |= {f"{group}.{key}": value for key, value in values.items()}
-    # Where the model runs is not what it says; nor is where a shard lies: the listing knows its content.
+    # Where the model runs is not what it says; nor is where a shard lies: the listing knows its
+    # content.
     for key in ("model.device", "input.path"):
         found.pop(key, None)
-    # Paths may hold credentials, which change from night to night. (Prompts stay: what looks like one decides an answer.)
+    # Paths may hold credentials, which change from night to night. (Prompts stay: what looks like
+    # one decides an answer.)
     return {key: scrubbed(value) if key in PATH_SETTINGS else value for key, value in found.items()}
 
 
@@ -171,7 +202,10 @@ def _code_version() -> str:
     root = Path(__file__).parents[3]
     try:
         commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+            ["git", "-C", str(root), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown commit"

@@ -1,8 +1,10 @@
-"""Second tries: error rows whose error may have passed are answered again, and the outcomes take their places.
+"""Second tries: error rows whose error may have passed are answered again, and the outcomes take
+their places.
 
-A row must stand in the output once at every moment. So outcomes are first committed aside, in `_run/retries/`, and then
-each file that holds one of their rows is replaced, in one move, by a file of the same rows with the outcomes in place. A
-crash in between leaves outcomes to be put in place by the next run; putting them there twice changes nothing.
+A row must stand in the output once at every moment. So outcomes are first committed aside, in
+`_run/retries/`, and then each file that holds one of their rows is replaced, in one move, by a file
+of the same rows with the outcomes in place. A crash in between leaves outcomes to be put in place
+by the next run; putting them there twice changes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from pipeline.quality.accuracy import Truth
 
 
 def merge_retries(folder: OutputFolder, run: str, truth: Truth | None) -> int:
-    """Put the outcomes of second tries in the place of the errors they replace; how many there were.
+    """Put the outcomes of second tries in the place of the errors they replace; how many there
+    were.
 
     Args:
         folder: the output; `run` holds its lock.
@@ -45,7 +48,10 @@ def merge_retries(folder: OutputFolder, run: str, truth: Truth | None) -> int:
             continue
         before = _read(folder, commit.file)
         both = pa.concat_tables([before, table])
-        chosen = [len(before) + place[i] if i in place else n for n, i in enumerate(before["id"].to_pylist())]
+        chosen = [
+            len(before) + place[i] if i in place else n
+            for n, i in enumerate(before["id"].to_pylist())
+        ]
         log.replace(commit, both.take(chosen), truth, difference(commit.retry, passed))
     log.index()
     for one in outcomes:

@@ -49,18 +49,34 @@ class ReplacedError(Exception):
 def _be_patient_with_s3() -> None:
     """Let botocore try again for a minute, not for seconds: a night holds more than one bad minute.
 
-    A default of fsspec's, which a file of the user's (`~/.config/fsspec`) or botocore's own variables overrule.
+    A default of fsspec's, which a file of the user's (`~/.config/fsspec`) or botocore's own
+    variables overrule.
     """
     if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
         s3 = fsspec.config.conf.setdefault("s3", {})
-        s3.setdefault("config_kwargs", {}).setdefault("retries", {"mode": "standard", "max_attempts": 10})
+        s3.setdefault("config_kwargs", {}).setdefault(
+            "retries", {"mode": "standard", "max_attempts": 10}
+        )
 
 
 _be_patient_with_s3()
 
 
-#: fsspec's filesystems that show another one's files in some way, and so begin a chain: `simplecache::s3://bucket/a`.
-WRAPPERS = frozenset({"zip", "tar", "libarchive", "simplecache", "filecache", "blockcache", "cached", "dir", "reference"})
+#: fsspec's filesystems that show another one's files in some way, and so begin a chain:
+#: `simplecache::s3://bucket/a`.
+WRAPPERS = frozenset(
+    {
+        "zip",
+        "tar",
+        "libarchive",
+        "simplecache",
+        "filecache",
+        "blockcache",
+        "cached",
+        "dir",
+        "reference",
+    }
+)
 
 
 def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -80,7 +96,11 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     """The names that fsspec knows a filesystem by."""
-    return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
+    return (
+        (filesystem.protocol,)
+        if isinstance(filesystem.protocol, str)
+        else tuple(filesystem.protocol)
+    )
 
 
 class OutputFolder:
@@ -93,21 +113,33 @@ class OutputFolder:
         OutputError: there is no such protocol, or nothing behind it.
     """
 
-    #: Holds everything that is not a result; readers of Parquet folders pass over names that begin with `_`.
+    #: Holds everything that is not a result; readers of Parquet folders pass over names that begin
+    #: with `_`.
     RUN_FOLDER = "_run"
 
     def __init__(self, url: str) -> None:
         scheme, colon, rest = url.partition("://")
-        if not colon and not os.path.isabs(os.path.expanduser(url)) and _SUBMITTED in f"{os.getcwd()}/":
+        if (
+            not colon
+            and not os.path.isabs(os.path.expanduser(url))
+            and _SUBMITTED in f"{os.getcwd()}/"
+        ):
             raise OutputError(
-                f"output.path: {url!r} is relative to the copy of the working directory that `ray job submit` made for "
+                f"output.path: {url!r} is relative to the copy of the working directory that `ray "
+                "job submit` made for "
                 "this job, which Ray deletes with everything in it; give an absolute path or a URL"
             )
-        self.url = f"{scheme}{colon}{rest.rstrip('/')}" if colon else os.path.abspath(os.path.expanduser(url))
+        self.url = (
+            f"{scheme}{colon}{rest.rstrip('/')}"
+            if colon
+            else os.path.abspath(os.path.expanduser(url))
+        )
         try:
             self._filesystem, self._root = open_filesystem(self.url)
         except Exception as error:  # an unknown protocol, or a backend that cannot be set up
-            raise OutputError(f"output.path: cannot open {url!r} ({type(error).__name__}: {error})") from error
+            raise OutputError(
+                f"output.path: cannot open {url!r} ({type(error).__name__}: {error})"
+            ) from error
         if not self._root:
             raise OutputError(f"output.path: {url!r} names no bucket or folder")
 
@@ -122,14 +154,20 @@ class OutputFolder:
         """
         within = self._filesystem.unstrip_protocol(self._root).rstrip("/") + "/"
         if inside := next((url for url in inputs if url.startswith(within)), None):
-            raise OutputError(f"output.path: {self.url} holds the input {inside}; choose another folder for the results")
+            raise OutputError(
+                f"output.path: {self.url} holds the input {inside}; choose another folder for the "
+                "results"
+            )
         try:
             self.results()
         except Exception as error:  # every fsspec backend has error types of its own
-            raise OutputError(f"output.path: cannot list {self.url} ({type(error).__name__}: {error})") from error
+            raise OutputError(
+                f"output.path: cannot list {self.url} ({type(error).__name__}: {error})"
+            ) from error
 
     def clear(self) -> None:
-        """Delete what earlier runs left: results and all of `_run/` but who holds it and what counts; nothing else.
+        """Delete what earlier runs left: results and all of `_run/` but who holds it and what
+        counts; nothing else.
 
         Raises:
             OutputError: something cannot be deleted.
@@ -161,8 +199,14 @@ class OutputFolder:
             raise
         except Exception as error:  # every fsspec backend has error types of its own
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            more = "; free some space and run the same command again: what is committed stays" if full else ""
-            raise OutputError(f"output.path: cannot {doing} {self.url} ({cause_of(error)}){more}") from error
+            more = (
+                "; free some space and run the same command again: what is committed stays"
+                if full
+                else ""
+            )
+            raise OutputError(
+                f"output.path: cannot {doing} {self.url} ({cause_of(error)}){more}"
+            ) from error
 
     def make(self) -> None:
         """Make the folder and try to write.
@@ -172,7 +216,8 @@ class OutputFolder:
         """
         run = f"{self._root}/{self.RUN_FOLDER}"
         with self.explained("write to"):
-            # An object store has no folders to make, but fsspec would make a bucket of a mistyped name.
+            # An object store has no folders to make, but fsspec would make a bucket of a mistyped
+            # name.
             if not OBJECT_STORES.intersection(protocols(self._filesystem)):
                 self._filesystem.makedirs(run, exist_ok=True)
             self.write(f"{self.RUN_FOLDER}/probe", b"probe")
@@ -184,15 +229,30 @@ class OutputFolder:
         where = f"{self._root}/{folder}".rstrip("/")
         if not self._filesystem.isdir(where):
             return {}
-        return {one["name"].rstrip("/").rsplit("/", 1)[-1]: one for one in self._filesystem.ls(where, detail=True)}
+        return {
+            one["name"].rstrip("/").rsplit("/", 1)[-1]: one
+            for one in self._filesystem.ls(where, detail=True)
+        }
 
     def results(self, at: str = "") -> list[str]:
-        """Paths of the Parquet files that lie directly in the folder, or `at` a folder in it; none where there is none."""
-        return sorted(one["name"] for name, one in self._listing(at).items() if name.endswith(PARQUET_SUFFIXES))
+        """Paths of the Parquet files that lie directly in the folder, or `at` a folder in it; none
+        where there is none.
+        """
+        return sorted(
+            one["name"]
+            for name, one in self._listing(at).items()
+            if name.endswith(PARQUET_SUFFIXES)
+        )
 
     def sizes(self, at: str = "") -> dict[str, int | None]:
-        """Bytes of the Parquet files that lie directly in the folder, or `at` a folder in it, by name."""
-        return {n: one.get("size") for n, one in self._listing(at).items() if n.endswith(PARQUET_SUFFIXES)}
+        """Bytes of the Parquet files that lie directly in the folder, or `at` a folder in it, by
+        name.
+        """
+        return {
+            n: one.get("size")
+            for n, one in self._listing(at).items()
+            if n.endswith(PARQUET_SUFFIXES)
+        }
 
     @property
     def is_local(self) -> bool:
@@ -202,7 +262,8 @@ class OutputFolder:
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file; a reader sees all of it or nothing, also after a power cut.
 
-        Object stores show an object once its upload is complete. A local file is written beside, synced and renamed.
+        Object stores show an object once its upload is complete. A local file is written beside,
+        synced and renamed.
         """
         if not self.is_local:
             self._filesystem.pipe_file(f"{self._root}/{name}", data)
@@ -213,11 +274,12 @@ class OutputFolder:
             _sync_folder(target.parent)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a whole file unless there is one of its name; whether there now is one of these very bytes.
+        """Write a whole file unless there is one of its name; whether there now is one of these
+        very bytes.
 
-        Of several that create one name at once, one alone succeeds, where the storage can do so at all (see
-        `creates_exclusively`). `data` holds something that nobody else would write: an answer may be lost, and then the
-        file that is found there is our own.
+        Of several that create one name at once, one alone succeeds, where the storage can do so at
+        all (see `creates_exclusively`). `data` holds something that nobody else would write: an
+        answer may be lost, and then the file that is found there is our own.
         """
         if not self.is_local:
             return self._create_object(name, data)
@@ -241,7 +303,11 @@ class OutputFolder:
                 return True
             except FileExistsError:
                 return self.read(name) == data
-            except (NotImplementedError, TypeError, ValueError):  # a backend that does not know of conditions
+            except (
+                NotImplementedError,
+                TypeError,
+                ValueError,
+            ):  # a backend that does not know of conditions
                 break
             except OSError as error:
                 if _code_of(error) in _UNKNOWN_CODES:
@@ -250,14 +316,18 @@ class OutputFolder:
                     raise
             with contextlib.suppress(FileNotFoundError):
                 return self.read(name) == data
-            time.sleep(random.uniform(0.1, 0.5))  # several wrote at once, and none of them succeeded
+            time.sleep(
+                random.uniform(0.1, 0.5)
+            )  # several wrote at once, and none of them succeeded
         else:
             return False
         self.write(name, data)
         return True
 
     def creates_exclusively(self) -> bool:
-        """Whether `create` is what it says: a second one of the same name is refused. Tried with a file of its own."""
+        """Whether `create` is what it says: a second one of the same name is refused. Tried with a
+        file of its own.
+        """
         name = f"{self.RUN_FOLDER}/probe-{secrets.token_hex(8)}"
         try:
             return self.create(name, b"first") and not self.create(name, b"second")
@@ -265,7 +335,9 @@ class OutputFolder:
             self.remove(name)
 
     def version(self, name: str) -> str | None:
-        """What changes whenever a file does, where the storage can make a write depend on it; else None."""
+        """What changes whenever a file does, where the storage can make a write depend on it; else
+        None.
+        """
         if "s3" not in protocols(self._filesystem):
             return None
         self._filesystem.invalidate_cache()
@@ -286,7 +358,9 @@ class OutputFolder:
         except OSError as error:
             if _code_of(error) not in _CONDITION_CODES:
                 raise
-            if self.read(name) != data:  # else the answer to our own write was lost, and the client tried again
+            if (
+                self.read(name) != data
+            ):  # else the answer to our own write was lost, and the client tried again
                 raise ReplacedError(f"{self.url}/{name} was written by somebody else") from error
 
     @contextlib.contextmanager
@@ -321,7 +395,9 @@ class OutputFolder:
         return aside
 
     def names(self, folder: str) -> list[str]:
-        """Names, within the output folder, of the files directly in one of its folders; none where there is none."""
+        """Names, within the output folder, of the files directly in one of its folders; none where
+        there is none.
+        """
         return sorted(f"{folder}/{name}" for name in self._listing(folder))
 
     def folders(self) -> list[str]:
@@ -356,7 +432,9 @@ def _code_of(error: OSError) -> str | None:
 
 
 def _create_without_links(target: Path, data: bytes) -> bool:
-    """`create` where there are no hard links: exclusive, but a crash may leave the file cut short."""
+    """`create` where there are no hard links: exclusive, but a crash may leave the file cut
+    short.
+    """
     try:
         handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:

@@ -1,4 +1,6 @@
-"""Writes scenes as Parquet shards in the pipeline's input form: image bytes and prompt, with the truth beside them."""
+"""Writes scenes as Parquet shards in the pipeline's input form: image bytes and prompt, with the
+truth beside them.
+"""
 
 from __future__ import annotations
 
@@ -60,12 +62,18 @@ class ScenesSettings(Settings):
     rows: PositiveInt = Field(1000, description="rows of all shards together")
     rows_per_shard: PositiveInt = 10_000
     seed: int = Field(0, ge=0, description="equal settings give equal files")
-    tasks: list[str] = Field(list(TASKS), min_length=1, description="drawn from evenly; the tasks of the report")
+    tasks: list[str] = Field(
+        list(TASKS), min_length=1, description="drawn from evenly; the tasks of the report"
+    )
     languages: list[Literal["en", "zh"]] = Field(list(LANGUAGES), min_length=1)
     sizes: list[list[PositiveInt]] = Field(
-        [list(size) for size in IMAGE_SIZES], min_length=1, description="width and height in pixels, at least 84"
+        [list(size) for size in IMAGE_SIZES],
+        min_length=1,
+        description="width and height in pixels, at least 84",
     )
-    jpeg_share: float = Field(0.5, ge=0, le=1, description="share of images that are JPEG; the others are PNG")
+    jpeg_share: float = Field(
+        0.5, ge=0, le=1, description="share of images that are JPEG; the others are PNG"
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -96,7 +104,10 @@ def write_scenes(settings: ScenesSettings) -> list[Path]:
     shards = -(-settings.rows // settings.rows_per_shard)
     workers = min(shards, os.cpu_count() or 1)
     if workers == 1:
-        return [_write_shard(settings, shards, shard) for shard in track(range(shards), description="scenes")]
+        return [
+            _write_shard(settings, shards, shard)
+            for shard in track(range(shards), description="scenes")
+        ]
     # Compressing PNGs is most of the work. Spawned, not forked: the caller may hold threads.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         files = pool.map(partial(_write_shard, settings, shards), range(shards))
@@ -113,12 +124,19 @@ def _write_shard(settings: ScenesSettings, shards: int, shard: int) -> Path:
 
 
 def scene_table(settings: ScenesSettings, shard: int, rows: int) -> pa.Table:
-    """One shard's rows (SCHEMA); a function of (settings.seed, shard) alone. Tasks and languages take turns."""
+    """One shard's rows (SCHEMA); a function of (settings.seed, shard) alone. Tasks and languages
+    take turns.
+    """
     rng = np.random.default_rng((settings.seed, shard))
     choose = random.Random(int(rng.integers(2**63)))
     pairs = [(task, language) for task in settings.tasks for language in settings.languages]
     batches = [
-        _ask_batch(settings, [pairs[row % len(pairs)] for row in range(start, min(start + 512, rows))], rng, choose)
+        _ask_batch(
+            settings,
+            [pairs[row % len(pairs)] for row in range(start, min(start + 512, rows))],
+            rng,
+            choose,
+        )
         for start in range(0, rows, 512)
     ]
     found = [row for batch in batches for row in batch]
@@ -128,9 +146,14 @@ def scene_table(settings: ScenesSettings, shard: int, rows: int) -> pa.Table:
 
 
 def _ask_batch(
-    settings: ScenesSettings, wanted: Sequence[tuple[str, str]], rng: np.random.Generator, choose: random.Random
+    settings: ScenesSettings,
+    wanted: Sequence[tuple[str, str]],
+    rng: np.random.Generator,
+    choose: random.Random,
 ) -> Iterator[dict[str, object]]:
-    """Rows for the wanted (task, language) pairs, drawn size by size since a batch of scenes has one."""
+    """Rows for the wanted (task, language) pairs, drawn size by size since a batch of scenes has
+    one.
+    """
     size_of = rng.integers(0, len(settings.sizes), len(wanted))
     rows: dict[int, dict[str, object]] = {}
     for number in np.unique(size_of):

@@ -1,7 +1,9 @@
-"""Every word the scenes are spoken about in, English and Chinese: names, prompts in several phrasings, captions.
+"""Every word the scenes are spoken about in, English and Chinese: names, prompts in several
+phrasings, captions.
 
-A `|` in a Chinese phrase marks a word boundary. It is taken out before anybody sees the phrase; the tokenizer of the small
-model is trained on the words between, so that its tokens are words and not whole sentences.
+A `|` in a Chinese phrase marks a word boundary. It is taken out before anybody sees the phrase; the
+tokenizer of the small model is trained on the words between, so that its tokens are words and not
+whole sentences.
 """
 
 from __future__ import annotations
@@ -16,8 +18,14 @@ LANGUAGES: tuple[Literal["en", "zh"], ...] = ("en", "zh")
 NAMES: dict[str, dict[str, str]] = {
     "en": {
         **{word: word for word in ("red", "orange", "yellow", "green", "cyan", "blue", "purple")},
-        **{word: word for word in ("circle", "square", "triangle", "star", "diamond", "cross", "small", "big")},
-        **{word: word for word in ("left", "right", "above", "below", "yes", "no", "letter", "digit")},
+        **{
+            word: word
+            for word in ("circle", "square", "triangle", "star", "diamond", "cross", "small", "big")
+        },
+        **{
+            word: word
+            for word in ("left", "right", "above", "below", "yes", "no", "letter", "digit")
+        },
     },
     "zh": {
         "red": "红色",
@@ -46,7 +54,8 @@ NAMES: dict[str, dict[str, str]] = {
     },
 }
 
-# Prompts by "task" or "task.kind of question"; {} fields are filled with names. Each has several phrasings.
+# Prompts by "task" or "task.kind of question"; {} fields are filled with names. Each has several
+# phrasings.
 PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
         "caption": (
@@ -111,13 +120,41 @@ PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
         "echo": ("Repeat: {word}", "Say: {word}"),
     },
     "zh": {
-        "caption": ("描述|这张|图片|。", "请|描述|图片|。", "图片|里|有|什么|？", "这张|图片|画|了|什么|？"),
-        "counting": ("有|几个|{noun}|？", "图片|里|有|几个|{noun}|？", "数|一数|{noun}|。", "{noun}|有|多少|个|？"),
-        "colour": ("{noun}|是|什么|颜色|？", "{noun}|的|颜色|是|什么|？", "图片|里|{noun}|是|什么|颜色|？"),
-        "shape": ("{noun}|是|什么|形状|？", "{noun}|的|形状|是|什么|？", "图片|里|{noun}|是|什么|形状|？"),
-        "size": ("{noun}|是|大|还是|小|？", "{noun}|有|多大|，|大|还是|小|？", "{noun}|的|大小|是|什么|？"),
-        "position.x": ("{noun}|在|{other}|的|左边|还是|右边|？", "{noun}|位于|{other}|的|左边|还是|右边|？"),
-        "position.y": ("{noun}|在|{other}|的|上面|还是|下面|？", "{noun}|位于|{other}|的|上面|还是|下面|？"),
+        "caption": (
+            "描述|这张|图片|。",
+            "请|描述|图片|。",
+            "图片|里|有|什么|？",
+            "这张|图片|画|了|什么|？",
+        ),
+        "counting": (
+            "有|几个|{noun}|？",
+            "图片|里|有|几个|{noun}|？",
+            "数|一数|{noun}|。",
+            "{noun}|有|多少|个|？",
+        ),
+        "colour": (
+            "{noun}|是|什么|颜色|？",
+            "{noun}|的|颜色|是|什么|？",
+            "图片|里|{noun}|是|什么|颜色|？",
+        ),
+        "shape": (
+            "{noun}|是|什么|形状|？",
+            "{noun}|的|形状|是|什么|？",
+            "图片|里|{noun}|是|什么|形状|？",
+        ),
+        "size": (
+            "{noun}|是|大|还是|小|？",
+            "{noun}|有|多大|，|大|还是|小|？",
+            "{noun}|的|大小|是|什么|？",
+        ),
+        "position.x": (
+            "{noun}|在|{other}|的|左边|还是|右边|？",
+            "{noun}|位于|{other}|的|左边|还是|右边|？",
+        ),
+        "position.y": (
+            "{noun}|在|{other}|的|上面|还是|下面|？",
+            "{noun}|位于|{other}|的|上面|还是|下面|？",
+        ),
         "yesno": (
             "有|{noun}|吗|？|请|回答|是|或|否|。",
             "图片|里|有|{noun}|吗|？|请|回答|是|或|否|。",
@@ -125,7 +162,11 @@ PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
             "图片|里|是否|有|{noun}|？",
         ),
         "reading.only": ("图片|里|是|什么|字符|？", "看到|了|什么|字符|？", "读|出|字符|。"),
-        "reading.colour": ("{colour}|的|字符|是|什么|？", "哪个|字符|是|{colour}|？", "读|出|{colour}|的|字符|。"),
+        "reading.colour": (
+            "{colour}|的|字符|是|什么|？",
+            "哪个|字符|是|{colour}|？",
+            "读|出|{colour}|的|字符|。",
+        ),
         "text.plus": ("{a}|加|{b}|等于|几|？", "{a}|加上|{b}|是|多少|？"),
         "text.minus": ("{a}|减|{b}|等于|几|？", "{a}|减去|{b}|是|多少|？"),
         "text.next": ("字母|{a}|的|下|一个|字母|是|什么|？", "{a}|后面|是|哪个|字母|？"),
@@ -176,10 +217,13 @@ CAPTIONS: dict[str, dict[str, str]] = {
     },
 }
 
-# The multiple-choice form of the published evaluations (VLMEvalKit fork, December 2024; see released-model.md), and
-# the suffix it gives to questions with short answers.
+# The multiple-choice form of the published evaluations (VLMEvalKit fork, December 2024; see
+# released-model.md), and the suffix it gives to questions with short answers.
 CHOICE = "Question: {question}\nOptions:\n{options}{instruction}"
-CHOICE_INSTRUCTIONS = {"en": "Please select the correct answer from the options above.", "zh": "请|直接|回答|选项|字母|。"}
+CHOICE_INSTRUCTIONS = {
+    "en": "Please select the correct answer from the options above.",
+    "zh": "请|直接|回答|选项|字母|。",
+}
 SHORT_ANSWER = "\nPlease try to answer the question with short words or phrases if possible."
 
 
@@ -206,9 +250,17 @@ def sort_of(character: str) -> str:
 
 
 def name_thing(language: str, thing: Thing) -> str:
-    """What sets one object of a scene apart from the others: colour and kind, or colour and character."""
+    """What sets one object of a scene apart from the others: colour and kind, or colour and
+    character.
+    """
     if thing.kind == "glyph":
-        return noun(language, "character", colour=thing.colour, sort=sort_of(thing.character), character=thing.character)
+        return noun(
+            language,
+            "character",
+            colour=thing.colour,
+            sort=sort_of(thing.character),
+            character=thing.character,
+        )
     return noun(language, "shape", colour=thing.colour, kind=thing.kind)
 
 
@@ -231,23 +283,45 @@ def describe_thing(language: str, thing: Thing) -> str:
 
 
 def tell(language: str, thing: Thing, cell: int) -> str:
-    """All there is to know of one object: the caption's words, and the row and column of its centre, counted from one."""
+    """All there is to know of one object: the caption's words, and the row and column of its
+    centre, counted from one.
+    """
     place = CAPTIONS[language]["place"].format(row=thing.y // cell + 1, column=thing.x // cell + 1)
     return describe_thing(language, thing) + place
 
 
 def vocabulary() -> list[str]:
-    """All words and fragments in which the world is spoken about: what the small model's tokenizer is trained on."""
+    """All words and fragments in which the world is spoken about: what the small model's tokenizer
+    is trained on.
+    """
     fragments: list[str] = []
     for language in LANGUAGES:
         phrases = [p for several in PROMPTS[language].values() for p in several]
-        phrases += [*NOUNS[language].values(), *CAPTIONS[language].values(), CHOICE_INSTRUCTIONS[language]]
+        phrases += [
+            *NOUNS[language].values(),
+            *CAPTIONS[language].values(),
+            CHOICE_INSTRUCTIONS[language],
+        ]
         phrases += [CHOICE, SHORT_ANSWER]
         for phrase in phrases:
             fragments += [f for part in phrase.split("|") for f in _between_fields(part)]
         for name in NAMES[language].values():
-            fragments += [name, " " + name, plural(name), " " + plural(name)] if language == "en" else [name]
-    fragments += ["A ", " a", "A.", "B.", "C.", "D.", ".\n", "\n", "system\n", "user\n", "assistant\n"]
+            fragments += (
+                [name, " " + name, plural(name), " " + plural(name)] if language == "en" else [name]
+            )
+    fragments += [
+        "A ",
+        " a",
+        "A.",
+        "B.",
+        "C.",
+        "D.",
+        ".\n",
+        "\n",
+        "system\n",
+        "user\n",
+        "assistant\n",
+    ]
     fragments += ["You are a helpful assistant.", "You", " are", " helpful", " assistant"]
     return [f for f in fragments if f]
 

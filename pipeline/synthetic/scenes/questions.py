@@ -1,7 +1,7 @@
 """Turns a scene's truth into a prompt and its one right answer, for every task and both languages.
 
-Each task is a small function from (random source, language, objects) to a question, or None where the scene gives no
-unambiguous one.
+Each task is a small function from (random source, language, objects) to a question, or None where
+the scene gives no unambiguous one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,25 @@ from pipeline.synthetic.scenes import phrases
 from pipeline.synthetic.scenes.phrases import NAMES, PROMPTS, name_thing, noun, plain
 from pipeline.synthetic.scenes.world import CELL, COLOURS, GLYPHS, KINDS, Thing
 
-TASKS = ("caption", "counting", "colour", "shape", "size", "position", "yesno", "reading", "choice", "text")
+TASKS = (
+    "caption",
+    "counting",
+    "colour",
+    "shape",
+    "size",
+    "position",
+    "yesno",
+    "reading",
+    "choice",
+    "text",
+)
 WITHOUT_IMAGE = ("text", "echo", "pick")
-# Lessons that appear in training only: reading a page of glyphs, telling all there is to know of one object (the densest
-# lesson in finding what a question names), saying an answer word, and finding it among options.
+# Lessons that appear in training only: reading a page of glyphs, telling all there is to know of
+# one object (the densest lesson in finding what a question names), saying an answer word, and
+# finding it among options.
 LESSONS = ("page", "tell", "echo", "pick")
-# Below this distance in pixels, left of / above is not asked about. Objects of neighbouring columns are further apart,
-# those of one column nearer.
+# Below this distance in pixels, left of / above is not asked about. Objects of neighbouring columns
+# are further apart, those of one column nearer.
 CLEAR_DISTANCE = 14
 _LETTERS = [g for g in GLYPHS if g.isalpha()]
 _SUCCESSORS = [(a, b) for a, b in pairwise(_LETTERS) if ord(b) - ord(a) == 1]
@@ -45,17 +57,30 @@ class Question(NamedTuple):
 _Found = tuple[str, str] | tuple[str, str, tuple[tuple[str, Thing], ...]]
 
 
-def ask(task: str, language: str, things: Sequence[Thing], size: tuple[int, int], rng: random.Random) -> Question | None:
-    """One question of `task` about a scene of `things` on an image of `size` (width, height); None if it offers none."""
-    found = _position(rng, language, things, size) if task == "position" else _ASKERS[task](rng, language, things)
+def ask(
+    task: str, language: str, things: Sequence[Thing], size: tuple[int, int], rng: random.Random
+) -> Question | None:
+    """One question of `task` about a scene of `things` on an image of `size` (width, height); None
+    if it offers none.
+    """
+    found = (
+        _position(rng, language, things, size)
+        if task == "position"
+        else _ASKERS[task](rng, language, things)
+    )
     return None if found is None else Question(task, language, *found)
 
 
 def _prompt(rng: random.Random, language: str, form: str, **fields: str) -> str:
     prompt = plain(rng.choice(PROMPTS[language][form])).format(**fields)
     task = form.partition(".")[0]
-    # The published suffix for short answers stands behind one English question in eight of the kinds it suits.
-    if language == "en" and task in ("counting", "colour", "shape", "reading") and rng.random() < 0.125:
+    # The published suffix for short answers stands behind one English question in eight of the
+    # kinds it suits.
+    if (
+        language == "en"
+        and task in ("counting", "colour", "shape", "reading")
+        and rng.random() < 0.125
+    ):
         prompt += phrases.SHORT_ANSWER
     return prompt
 
@@ -65,20 +90,26 @@ def _caption(rng: random.Random, language: str, things: Sequence[Thing]) -> tupl
 
 
 def _count(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, int]:
-    """What is counted, and how many there are. Mostly something that is there: zero is one answer among five."""
+    """What is counted, and how many there are. Mostly something that is there: zero is one answer
+    among five.
+    """
     form = rng.choices(("shapes", "coloured", "objects", "characters"), (5, 4, 2, 1))[0]
     if form == "objects":
         return noun(language, form), len(things)
     if form == "characters":
         return noun(language, form), sum(t.kind == "glyph" for t in things)
     attribute = "kind" if form == "shapes" else "colour"
-    counts = Counter(getattr(t, attribute) for t in things if form == "coloured" or t.kind != "glyph")
+    counts = Counter(
+        getattr(t, attribute) for t in things if form == "coloured" or t.kind != "glyph"
+    )
     absent = [k for k in (KINDS if form == "shapes" else COLOURS) if k not in counts]
     if not counts or rng.random() < 0.2:
         value = rng.choice(absent)
     else:
         # The most frequent half of the time: else nearly every answer were 1.
-        value = max(counts, key=lambda k: counts[k]) if rng.random() < 0.5 else rng.choice(list(counts))
+        value = (
+            max(counts, key=lambda k: counts[k]) if rng.random() < 0.5 else rng.choice(list(counts))
+        )
     return noun(language, form, **{attribute: value}), counts[value]
 
 
@@ -92,7 +123,9 @@ def _single(values: Sequence[Hashable]) -> list[int]:
     return [i for i, value in enumerate(values) if counts[value] == 1]
 
 
-def _unique_kind(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, Thing] | None:
+def _unique_kind(
+    rng: random.Random, language: str, things: Sequence[Thing]
+) -> tuple[str, Thing] | None:
     """A shape that is the only one of its kind, named by its kind."""
     single = [things[i] for i in _single([t.kind for t in things]) if things[i].kind != "glyph"]
     if not single:
@@ -105,7 +138,11 @@ def _colour(rng: random.Random, language: str, things: Sequence[Thing]) -> _Foun
     found = _unique_kind(rng, language, things)
     if found is None:
         return None
-    return _prompt(rng, language, "colour", noun=found[0]), NAMES[language][found[1].colour], (found,)
+    return (
+        _prompt(rng, language, "colour", noun=found[0]),
+        NAMES[language][found[1].colour],
+        (found,),
+    )
 
 
 def _shape(rng: random.Random, language: str, things: Sequence[Thing]) -> _Found | None:
@@ -126,8 +163,12 @@ def _size(rng: random.Random, language: str, things: Sequence[Thing]) -> _Found 
     return _prompt(rng, language, "size", noun=what), NAMES[language][thing.size], ((what, thing),)
 
 
-def _position(rng: random.Random, language: str, things: Sequence[Thing], size: tuple[int, int]) -> _Found | None:
-    """Where an object lies from another one, or (a third of the time) from the middle of the image."""
+def _position(
+    rng: random.Random, language: str, things: Sequence[Thing], size: tuple[int, int]
+) -> _Found | None:
+    """Where an object lies from another one, or (a third of the time) from the middle of the
+    image.
+    """
     middle = Thing("", "", "", "", size[0] // 2, size[1] // 2, 0)
     others = [middle] if len(things) == 1 or rng.random() < 1 / 3 else things
     pairs = [
@@ -149,16 +190,24 @@ def _position(rng: random.Random, language: str, things: Sequence[Thing], size: 
 
 
 def _yesno(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
-    """Is there such a shape? Half of the false ones take colour and kind from objects that are there."""
+    """Is there such a shape? Half of the false ones take colour and kind from objects that are
+    there.
+    """
     here = {(t.colour, t.kind) for t in things if t.kind != "glyph"}
     if here and rng.random() < 0.5:
         colour, kind = rng.choice(sorted(here))
     else:
         near = rng.random() < 0.5
         colours = sorted({t.colour for t in things}) if near else list(COLOURS)
-        kinds = sorted({t.kind for t in things} - {"glyph"}) if near and rng.random() < 0.7 else list(KINDS)
+        kinds = (
+            sorted({t.kind for t in things} - {"glyph"})
+            if near and rng.random() < 0.7
+            else list(KINDS)
+        )
         absent = [(c, k) for c in colours for k in (kinds or KINDS) if (c, k) not in here]
-        colour, kind = rng.choice(absent or [(c, k) for c in COLOURS for k in KINDS if (c, k) not in here])
+        colour, kind = rng.choice(
+            absent or [(c, k) for c in COLOURS for k in KINDS if (c, k) not in here]
+        )
     answer = "yes" if (colour, kind) in here else "no"
     what = noun(language, "shape", colour=colour, kind=kind)
     return _prompt(rng, language, "yesno", noun=what), NAMES[language][answer]
@@ -172,16 +221,23 @@ def _reading(rng: random.Random, language: str, things: Sequence[Thing]) -> tupl
     if not single:
         return None
     thing = glyphs[rng.choice(single)]
-    return _prompt(rng, language, "reading.colour", colour=NAMES[language][thing.colour]), thing.character
+    return _prompt(
+        rng, language, "reading.colour", colour=NAMES[language][thing.colour]
+    ), thing.character
 
 
 def _choice(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
-    """A colour or a character to choose among four, in the published form; a count where the scene offers neither."""
+    """A colour or a character to choose among four, in the published form; a count where the scene
+    offers neither.
+    """
     names = NAMES[language]
     glyphs = [t for t in things if t.kind == "glyph"]
     by_kind = _unique_kind(rng, language, things)
     if by_kind is not None and (len(glyphs) != 1 or rng.random() < 0.5):
-        question, right = plain(PROMPTS[language]["colour"][0]).format(noun=by_kind[0]), names[by_kind[1].colour]
+        question, right = (
+            plain(PROMPTS[language]["colour"][0]).format(noun=by_kind[0]),
+            names[by_kind[1].colour],
+        )
         others = [names[c] for c in COLOURS if names[c] != right]
     elif len(glyphs) == 1:
         question, right = plain(PROMPTS[language]["reading.only"][0]), glyphs[0].character
@@ -193,7 +249,9 @@ def _choice(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple
     return _among_options(rng, language, question, right, others)
 
 
-def _among_options(rng: random.Random, language: str, question: str, right: str, others: Sequence[str]) -> tuple[str, str]:
+def _among_options(
+    rng: random.Random, language: str, question: str, right: str, others: Sequence[str]
+) -> tuple[str, str]:
     options = rng.sample(others, 3)
     options.insert(rng.randrange(4), right)
     lines = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=True))
@@ -229,13 +287,21 @@ def _page(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[s
 def _tell(rng: random.Random, language: str, things: Sequence[Thing]) -> _Found | None:
     """An object by its kind, its colour, or both, whatever names it alone."""
     named = [(name_thing(language, thing), thing) for thing in things]
-    named += [(NAMES[language][things[i].kind], things[i]) for i in _single([t.kind for t in things]) if things[i].size]
+    named += [
+        (NAMES[language][things[i].kind], things[i])
+        for i in _single([t.kind for t in things])
+        if things[i].size
+    ]
     for i in _single([(t.colour, t.kind == "glyph") for t in things]):
         form = "any_character" if things[i].kind == "glyph" else "object"
         if form == "any_character" or sum(t.colour == things[i].colour for t in things) == 1:
             named.append((noun(language, form, colour=things[i].colour), things[i]))
     what, thing = rng.choice(named)
-    return _prompt(rng, language, "tell", noun=what), phrases.tell(language, thing, CELL), ((what, thing),)
+    return (
+        _prompt(rng, language, "tell", noun=what),
+        phrases.tell(language, thing, CELL),
+        ((what, thing),),
+    )
 
 
 def _echo(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:

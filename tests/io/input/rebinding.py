@@ -1,8 +1,9 @@
-"""A name whose address changes, live: run in network and mount namespaces of its own, where a DNS server of ours answers.
+"""A name whose address changes, live: run in network and mount namespaces of its own, where a DNS
+server of ours answers.
 
-The first answer for `rebind.test` is a public address (given to this namespace's loopback device), every later one is
-127.0.0.1. A web server listens on both and notes which address it was asked at. Prints a line for each fetch, then those
-addresses.
+The first answer for `rebind.test` is a public address (given to this namespace's loopback device),
+every later one is 127.0.0.1. A web server listens on both and notes which address it was asked at.
+Prints a line for each fetch, then those addresses.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def answer_names(server: socket.socket) -> None:
             server.sendto(question[:2] + b"\x81\x80\0\1\0\0\0\0\0\0" + name_and_type, client)
             continue
         answers.append(PRIVATE if answers else PUBLIC)
-        record = b"\xc0\x0c\0\1\0\1" + struct.pack(">IH", 0, 4) + socket.inet_aton(answers[-1])  # good for 0 seconds
+        record = (
+            b"\xc0\x0c\0\1\0\1" + struct.pack(">IH", 0, 4) + socket.inet_aton(answers[-1])
+        )  # good for 0 seconds
         server.sendto(question[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + name_and_type + record, client)
 
 
@@ -68,7 +71,9 @@ def main() -> None:
     names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     names.bind((PRIVATE, 53))
     threading.Thread(target=answer_names, args=(names,), daemon=True).start()
-    threading.Thread(target=ThreadingHTTPServer(("0.0.0.0", 80), _Handler).serve_forever, daemon=True).start()
+    threading.Thread(
+        target=ThreadingHTTPServer(("0.0.0.0", 80), _Handler).serve_forever, daemon=True
+    ).start()
     with tempfile.NamedTemporaryFile("w") as resolver:
         resolver.write(f"nameserver {PRIVATE}\noptions timeout:1 attempts:1\n")
         resolver.flush()

@@ -19,7 +19,11 @@ def test_a_separator_at_the_end_of_each_line_shifts_no_column(tmp_path: Path, na
     plan = plan_of(tmp_path / "a.csv")
     assert plan.schema.names == ["id", "image", "prompt"]
     table = read(plan)
-    assert (table[ID], table[REFERENCES], table[PROMPT]) == (["r0", "r1"], [["0.png"], ["1.png"]], ["What?", "Why?"])
+    assert (table[ID], table[REFERENCES], table[PROMPT]) == (
+        ["r0", "r1"],
+        [["0.png"], ["1.png"]],
+        ["What?", "Why?"],
+    )
 
 
 def test_a_line_that_does_not_fit_costs_itself_alone(tmp_path: Path) -> None:
@@ -41,21 +45,40 @@ def test_a_line_that_does_not_fit_costs_itself_alone(tmp_path: Path) -> None:
     check_ids_unique(plan)
     table = read(plan)
     assert table[ID] == ["a", "a.csv#1", "c", "a.csv#3", "e", "f", "g", "a.csv#7", "i"]
-    assert table[PROMPT] == ["What?", None, None, None, 'two\r\nlines, and "quotes"', None, '5" wide', None, "NA"]
+    assert table[PROMPT] == [
+        "What?",
+        None,
+        None,
+        None,
+        'two\r\nlines, and "quotes"',
+        None,
+        '5" wide',
+        None,
+        "NA",
+    ]
     assert table["n"] == ["1", None, None, None, "1", "1", "1", None, "007"]
     assert (table["n.1"][0], table["Unnamed: 4"][0]) == ("2", "3")
-    assert {n: error.removeprefix("row_malformed: ") for n, error in enumerate(table[ERROR]) if error} == {
+    assert {
+        n: error.removeprefix("row_malformed: ") for n, error in enumerate(table[ERROR]) if error
+    } == {
         1: "line 3 has 6 values under 5 names",
         3: "line 5 is no CSV (',' expected after '\"')",
-        5: "column 'prompt' holds no valid text (half a surrogate pair, or bytes that are no UTF-8): 'Gr\\udcf6\\udcdfe?'",
+        5: "column 'prompt' holds no valid text (half a surrogate pair, or bytes that are no "
+        "UTF-8): 'Gr\\udcf6\\udcdfe?'",
         7: "line 11 is no CSV (unexpected end of data)",
     }
 
 
-def test_a_row_that_has_more_values_than_there_are_names_throughout_is_refused(tmp_path: Path) -> None:
-    """As R writes tables with names of rows; to pandas the first column has no name then, and all others shift."""
+def test_a_row_that_has_more_values_than_there_are_names_throughout_is_refused(
+    tmp_path: Path,
+) -> None:
+    """As R writes tables with names of rows; to pandas the first column has no name then, and all
+    others shift.
+    """
     (tmp_path / "a.csv").write_text("image,prompt\n1,0.png,What?\n2,1.png,Why?\n")
-    with pytest.raises(InputError, match=r"as CSV \(ValueError: line 2 has 3 values under 2 names\)"):
+    with pytest.raises(
+        InputError, match=r"as CSV \(ValueError: line 2 has 3 values under 2 names\)"
+    ):
         plan_of(tmp_path / "a.csv")
 
 

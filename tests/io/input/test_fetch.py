@@ -1,4 +1,6 @@
-"""Images by path or URL: what may be fetched is, what may not is refused, and nothing lasts or grows without end."""
+"""Images by path or URL: what may be fetched is, what may not is refused, and nothing lasts or
+grows without end.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,13 @@ def web() -> Iterator[Web]:
 def make() -> Iterator[Any]:
     made = []
 
-    def new(root: str | Path | None = None, inputs: str | list[str] = "/data", **settings: Any) -> Fetcher:
+    def new(
+        root: str | Path | None = None, inputs: str | list[str] = "/data", **settings: Any
+    ) -> Fetcher:
         settings = {"tries": 2, "timeout_seconds": 5.0} | settings
-        made.append(Fetcher(None if root is None else str(root), FetchSettings(**settings), LIMIT, inputs))
+        made.append(
+            Fetcher(None if root is None else str(root), FetchSettings(**settings), LIMIT, inputs)
+        )
         return made[-1]
 
     yield new
@@ -80,7 +86,13 @@ def test_paths_lead_below_the_root_and_nowhere_else(tmp_path: Path, make: Any) -
     (root / "big.jpg").write_bytes(b"x" * (LIMIT + 1))
     os.mkfifo(root / "pipe.jpg")
     fetcher = make(root)
-    for name in ("a/b c?.jpg", f"{root}/a/b c?.jpg", "a/../a/b c?.jpg", "link.jpg", f"file://{root}/a/b%20c%3F.jpg"):
+    for name in (
+        "a/b c?.jpg",
+        f"{root}/a/b c?.jpg",
+        "a/../a/b c?.jpg",
+        "link.jpg",
+        f"file://{root}/a/b%20c%3F.jpg",
+    ):
         assert fetcher.submit(name).result(20) == b"inside"
     for name in (
         "../images-secret/s.jpg",
@@ -94,7 +106,9 @@ def test_paths_lead_below_the_root_and_nowhere_else(tmp_path: Path, make: Any) -
     refused(fetcher.submit("none.jpg"), "image_missing", "'none.jpg' does not exist")
     refused(fetcher.submit("a"), "image_missing", "is no file")
     refused(fetcher.submit("pipe.jpg"), "image_missing", "is no file")
-    refused(fetcher.submit("big.jpg"), "image_too_large", "more than 100,000 bytes (images.max_bytes)")
+    refused(
+        fetcher.submit("big.jpg"), "image_too_large", "more than 100,000 bytes (images.max_bytes)"
+    )
 
 
 def test_without_a_root_no_path_is_read(tmp_path: Path, make: Any) -> None:
@@ -117,8 +131,16 @@ def test_a_root_on_object_storage(make: Any) -> None:
 
 def test_only_named_schemes_are_fetched(make: Any) -> None:
     fsspec.filesystem("memory").pipe_file("/a.jpg", b"x" * (LIMIT + 1))
-    for url in ("memory://a.jpg", "ftp://host/a.jpg", "zip://a.jpg::s3://b/a.zip", "local:///etc/passwd", "data://x"):
-        refused(make().submit(url), "image_forbidden", "expected a scheme of fetch.schemes (abfs, az,")
+    for url in (
+        "memory://a.jpg",
+        "ftp://host/a.jpg",
+        "zip://a.jpg::s3://b/a.zip",
+        "local:///etc/passwd",
+        "data://x",
+    ):
+        refused(
+            make().submit(url), "image_forbidden", "expected a scheme of fetch.schemes (abfs, az,"
+        )
     allowed = make(schemes=["memory"])
     refused(allowed.submit("memory://a.jpg"), "image_too_large")
     refused(allowed.submit("memory://none.jpg"), "image_missing", "does not exist")
@@ -139,7 +161,12 @@ BUCKETS = [
     ("s3://in/shards/", "s3://in/a::b.jpg", "s3://in-secret/a.jpg", "s3://in-secret"),
     ("simplecache::s3://in/x.parquet", "s3://in/a.jpg", "gs://in/a.jpg", "gs://in"),
     (["/local", "gs://in/x"], "gcs://in/a.jpg", "s3://in/a.jpg", "s3://in"),
-    ("az://in/x", "abfs://in/a.jpg", "abfs://in@other.dfs.core.windows.net/a.jpg", "abfs://in@other.dfs.core.windows.net"),
+    (
+        "az://in/x",
+        "abfs://in/a.jpg",
+        "abfs://in@other.dfs.core.windows.net/a.jpg",
+        "abfs://in@other.dfs.core.windows.net",
+    ),
     (
         "hf://datasets/me/own@main/x",
         "hf://datasets/me/own/a.jpg",
@@ -152,7 +179,12 @@ BUCKETS = [
 
 @pytest.mark.parametrize(("inputs", "inside", "outside", "bucket"), BUCKETS)
 def test_rows_name_objects_of_the_inputs_buckets_and_of_listed_ones(
-    make: Any, monkeypatch: pytest.MonkeyPatch, inputs: Any, inside: str | None, outside: str, bucket: str
+    make: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    inputs: Any,
+    inside: str | None,
+    outside: str,
+    bucket: str,
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr(Fetcher, "_from_storage", lambda self, url: asked.append(url) or BODY)
@@ -177,7 +209,9 @@ def test_rows_name_objects_of_the_inputs_buckets_and_of_listed_ones(
         "memory://user:hunter2@host/a.jpg",
     ],
 )
-def test_credentials_of_no_scheme_reach_a_client(make: Any, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_credentials_of_no_scheme_reach_a_client(
+    make: Any, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
     monkeypatch.setattr(Fetcher, "_from_storage", lambda self, url: pytest.fail("asked"))
     fetcher = make(inputs="s3://bucket/x", schemes=["s3", "gs", "hf", "abfs", "memory"])
     cause = refused(fetcher.submit(url), "image_forbidden", "holds credentials")
@@ -185,20 +219,25 @@ def test_credentials_of_no_scheme_reach_a_client(make: Any, monkeypatch: pytest.
     assert "ter2" not in cause
 
 
-def test_errors_of_storages_show_their_type_alone(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_storages_show_their_type_alone(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(self: Fetcher, url: str) -> bytes:
         raise ValueError(f"Invalid name {url} for key AKIAhunter2")
 
     monkeypatch.setattr(Fetcher, "_from_storage", failing)
     fetcher = make(inputs="s3://bucket/x")
     cause = refused(
-        fetcher.submit("s3://bucket/a.jpg?versionId=hunter2"), "image_fetch", "'s3://bucket/a.jpg': ValueError,"
+        fetcher.submit("s3://bucket/a.jpg?versionId=hunter2"),
+        "image_fetch",
+        "'s3://bucket/a.jpg': ValueError,",
     )
     assert "hunter2" not in cause
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/../other/a.jpg", "s3://bucket/a/..%2f..%2fother/a.jpg", "s3://bucket/a/..\\b"]
+    "url",
+    ["s3://bucket/../other/a.jpg", "s3://bucket/a/..%2f..%2fother/a.jpg", "s3://bucket/a/..\\b"],
 )
 def test_no_key_climbs_out_of_its_bucket(make: Any, url: str) -> None:
     refused(make(inputs="s3://bucket/x").submit(url), "image_forbidden", "leads out of its folder")
@@ -252,7 +291,9 @@ PRIVATE = [
 
 
 @pytest.mark.parametrize("host", LOOPBACKS + PRIVATE)
-def test_private_addresses_are_refused_however_they_are_written(web: Web, make: Any, host: str) -> None:
+def test_private_addresses_are_refused_however_they_are_written(
+    web: Web, make: Any, host: str
+) -> None:
     refused(make(tries=1).submit(web.url("a.jpg", host)), "image_forbidden")
     assert not web.asked
 
@@ -278,7 +319,9 @@ def test_a_host_is_allowed_by_name(web: Web, make: Any) -> None:
 )
 def test_redirects_are_checked_again(web: Web, make: Any, target: str) -> None:
     web.redirect = target.format(port=web.server_address[1])
-    refused(make(allow_hosts=["localhost"]).submit(web.url("redirect", "localhost")), "image_forbidden")
+    refused(
+        make(allow_hosts=["localhost"]).submit(web.url("redirect", "localhost")), "image_forbidden"
+    )
     assert web.asked == {"redirect": 1}
 
 
@@ -289,7 +332,9 @@ def test_redirects_are_followed_but_not_for_ever(web: Web, make: Any) -> None:
     refused(fetcher.submit(web.url("around", "localhost")), "image_fetch", "more than 5 redirects")
 
 
-def test_the_address_that_was_checked_is_the_one_connected_to(web: Web, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_address_that_was_checked_is_the_one_connected_to(
+    web: Web, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A name that is public when asked first and loopback from then on."""
     port = web.server_address[1]
     asked = []
@@ -300,32 +345,57 @@ def test_the_address_that_was_checked_is_the_one_connected_to(web: Web, make: An
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", changing)
-    refused(make(timeout_seconds=0.5, tries=1).submit(web.url("a.jpg", "changing.test")), "image_fetch")
+    refused(
+        make(timeout_seconds=0.5, tries=1).submit(web.url("a.jpg", "changing.test")), "image_fetch"
+    )
     assert asked == ["changing.test"]  # no second question between check and connection
-    refused(make().submit(web.url("a.jpg", "changing.test")), "image_forbidden", "changing.test is no public address")
+    refused(
+        make().submit(web.url("a.jpg", "changing.test")),
+        "image_forbidden",
+        "changing.test is no public address",
+    )
     assert not web.asked
 
 
 def test_an_address_that_changes_is_asked_for_once_live(tmp_path: Path) -> None:
-    """A real name server, in a network of its own: public first, 127.0.0.1 from then on, where a web server listens too."""
+    """A real name server, in a network of its own: public first, 127.0.0.1 from then on, where a
+    web server listens too.
+    """
     apart = ["unshare", "--user", "--map-root-user", "--net", "--mount"]
-    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], check=False, capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*apart, "true"], check=False, capture_output=True).returncode
+    ):
         pytest.skip("this machine makes no namespaces")
     command = [*apart, sys.executable, "-m", "tests.io.input.rebinding"]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    told = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=60
+    ).stdout.splitlines()
     assert told[0] == "picture"
     assert told[1].startswith("image_forbidden: rebind.test is no public address")
     assert told[2] == "8.8.8.8 127.0.0.1 answered; 8.8.8.8 asked"
 
 
-def test_the_socket_is_checked_as_well(web: Web, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_socket_is_checked_as_well(
+    web: Web, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever way a private address came past the check of names."""
 
-    async def unchecked(self: Any, host: str, port: int = 0, family: Any = socket.AF_INET) -> list[ResolveResult]:
-        return [ResolveResult(hostname=host, host="127.0.0.1", port=port, family=socket.AF_INET, proto=6, flags=0)]
+    async def unchecked(
+        self: Any, host: str, port: int = 0, family: Any = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host, host="127.0.0.1", port=port, family=socket.AF_INET, proto=6, flags=0
+            )
+        ]
 
     monkeypatch.setattr(addresses.PublicResolver, "resolve", unchecked)
-    refused(make().submit(web.url("a.jpg", "any.test")), "image_forbidden", "127.0.0.1 is no public address")
+    refused(
+        make().submit(web.url("a.jpg", "any.test")),
+        "image_forbidden",
+        "127.0.0.1 is no public address",
+    )
     assert not web.asked
 
 
@@ -342,7 +412,10 @@ def test_a_public_ipv6_address_may_be_named(make: Any, monkeypatch: pytest.Monke
 
 
 SPELLINGS = [
-    ("a%2Fb/%7Eu/%41?sig=a%2Bb%2Fc%3D&u=https%3A%2F%2Fx&v=a+b", "/a%2Fb/%7Eu/%41?sig=a%2Bb%2Fc%3D&u=https%3A%2F%2Fx&v=a+b"),
+    (
+        "a%2Fb/%7Eu/%41?sig=a%2Bb%2Fc%3D&u=https%3A%2F%2Fx&v=a+b",
+        "/a%2Fb/%7Eu/%41?sig=a%2Bb%2Fc%3D&u=https%3A%2F%2Fx&v=a+b",
+    ),
     ("a/../b/./c;d=1,2|{x}?a=b?c=[d]#part", "/a/../b/./c;d=1,2|{x}?a=b?c=[d]"),
     ("bücher/a b.jpg?é=%c3%a9", "/b%C3%BCcher/a%20b.jpg?%C3%A9=%c3%a9"),
     ("?q=1", "/?q=1"),
@@ -351,7 +424,9 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize(("spelling", "asked"), SPELLINGS)
-def test_urls_are_asked_for_as_they_are_spelled(web: Web, make: Any, spelling: str, asked: str) -> None:
+def test_urls_are_asked_for_as_they_are_spelled(
+    web: Web, make: Any, spelling: str, asked: str
+) -> None:
     fetcher = make(allow_hosts=["127.0.0.1"])
     assert fetcher.submit(f" {web.url(spelling)}\r\n").result(20) == BODY
     web.redirect = web.url(spelling)
@@ -371,7 +446,9 @@ def test_redirects_may_be_relative_and_lead_somewhere(web: Web, make: Any) -> No
 
 
 def test_servers_are_told_who_asks(web: Web, make: Any) -> None:
-    make(allow_hosts=["127.0.0.1"], user_agent="me/1.0 (me@example.org)").submit(web.url("a.jpg")).result(20)
+    make(allow_hosts=["127.0.0.1"], user_agent="me/1.0 (me@example.org)").submit(
+        web.url("a.jpg")
+    ).result(20)
     make(allow_hosts=["127.0.0.1"]).submit(web.url("a.jpg")).result(20)
     assert web.agents == ["me/1.0 (me@example.org)", "awaker-batch"]
 
@@ -409,11 +486,17 @@ CLIMBS = [
 
 
 @pytest.mark.parametrize("path", CLIMBS)
-def test_no_path_climbs_out_of_a_root_on_the_web_or_in_a_bucket(web: Web, make: Any, s3_folder: Path, path: str) -> None:
+def test_no_path_climbs_out_of_a_root_on_the_web_or_in_a_bucket(
+    web: Web, make: Any, s3_folder: Path, path: str
+) -> None:
     fetcher = make(web.url("public/root"), tries=1)
     assert fetcher.submit("a/b.jpg").result(20) == BODY
     (s3_folder / "secret.jpg").write_bytes(b"secret")
-    refused(make("s3://bucket/images", tries=1).submit(path), "image_forbidden", "does not lie below input.image_root")
+    refused(
+        make("s3://bucket/images", tries=1).submit(path),
+        "image_forbidden",
+        "does not lie below input.image_root",
+    )
     refused(fetcher.submit(path), "image_forbidden", "does not lie below input.image_root")
     assert all(line.startswith("GET /public/root/") for line in web.lines)
 
@@ -421,7 +504,12 @@ def test_no_path_climbs_out_of_a_root_on_the_web_or_in_a_bucket(web: Web, make: 
 def test_a_root_on_the_web_opens_nothing_beside_it(web: Web, make: Any) -> None:
     fetcher = make(web.url("root"), tries=1)
     assert fetcher.submit(web.url("root/a%2Fb.jpg")).result(20) == BODY
-    for url in (web.url("a.jpg"), web.url("rooted/a.jpg"), web.url("root/../a.jpg"), web.url("root/%2e%2e/a.jpg")):
+    for url in (
+        web.url("a.jpg"),
+        web.url("rooted/a.jpg"),
+        web.url("root/../a.jpg"),
+        web.url("root/%2e%2e/a.jpg"),
+    ):
         refused(fetcher.submit(url), "image_forbidden", "127.0.0.1 is no public address")
     assert web.lines == ["GET /root/a%2Fb.jpg HTTP/1.1"]
 
@@ -465,14 +553,19 @@ def test_data_uris_that_are_none_say_so_in_few_words(make: Any) -> None:
         ("iVBORw0KGgo" + "A" * 50, "image_decode", "put data:image/jpeg;base64, before it"),
         ("/9j/" + "A/+\n" * 5000, "image_decode", "looks like base64"),
         ("QUJD" * 5000, "image_decode", "looks like base64"),
-        ("a.b" * MAX_REFERENCE, "image_forbidden", "24,576 characters; a path or URL may have 8,192"),
+        (
+            "a.b" * MAX_REFERENCE,
+            "image_forbidden",
+            "24,576 characters; a path or URL may have 8,192",
+        ),
         ("https://h/" + "a" * MAX_REFERENCE, "image_forbidden", "8,202 characters"),
     ):
         assert len(refused(make("/").submit(uri), code, says)) < 500
 
 
 @pytest.mark.parametrize(
-    "reference", ["http://" * 40_000, "a:" * 200_000, "data:" + "a/" * 100_000, "@" * 300_000, " " * 300_000]
+    "reference",
+    ["http://" * 40_000, "a:" * 200_000, "data:" + "a/" * 100_000, "@" * 300_000, " " * 300_000],
 )
 def test_hostile_references_hold_nobody_up(make: Any, reference: str) -> None:
     fetcher = make(tries=1)
@@ -483,10 +576,27 @@ def test_hostile_references_hold_nobody_up(make: Any, reference: str) -> None:
 
 
 def test_files_may_be_called_like_urls(tmp_path: Path, make: Any) -> None:
-    for name in ("data:x.png", "file:x.png", "data:a,b.png", "a::b.png", "zip::c.png", " blank .png", "0.png", "s3:x.png"):
+    for name in (
+        "data:x.png",
+        "file:x.png",
+        "data:a,b.png",
+        "a::b.png",
+        "zip::c.png",
+        " blank .png",
+        "0.png",
+        "s3:x.png",
+    ):
         (tmp_path / name).write_bytes(name.encode())
     fetcher = make(tmp_path)
-    for name in ("data:x.png", "file:x.png", "data:a,b.png", "a::b.png", "zip::c.png", " blank .png", "s3:x.png"):
+    for name in (
+        "data:x.png",
+        "file:x.png",
+        "data:a,b.png",
+        "a::b.png",
+        "zip::c.png",
+        " blank .png",
+        "s3:x.png",
+    ):
         assert fetcher.submit(name).result(20) == name.encode()
 
 
@@ -516,7 +626,12 @@ def test_paths_are_read_as_qwen_vl_utils_and_browsers_read_them(tmp_path: Path, 
         (" a b.png\n", b"a b"),
     ):
         assert fetcher.submit(reference).result(20) == content
-    for reference in ("file:///etc/passwd", "file://localhost/etc/passwd", "file://../x", "file:%2e%2e/x"):
+    for reference in (
+        "file:///etc/passwd",
+        "file://localhost/etc/passwd",
+        "file://../x",
+        "file:%2e%2e/x",
+    ):
         refused(fetcher.submit(reference), "image_forbidden", "does not lie below input.image_root")
     refused(fetcher.submit("file://none.png"), "image_missing", "'file://none.png' does not exist")
 
@@ -546,8 +661,16 @@ def test_links_of_the_hub_cache_are_followed_and_no_others(tmp_path: Path, make:
             "cp -L",
         )
         refused(fetcher.submit(f"{at}2.png"), "image_forbidden", "is a link")
-        refused(fetcher.submit(f"{repository}/blobs/f00d"), "image_forbidden", "does not lie below input.image_root")
-        refused(fetcher.submit(f"{at}../../../blobs/f00d"), "image_forbidden", "does not lie below input.image_root")
+        refused(
+            fetcher.submit(f"{repository}/blobs/f00d"),
+            "image_forbidden",
+            "does not lie below input.image_root",
+        )
+        refused(
+            fetcher.submit(f"{at}../../../blobs/f00d"),
+            "image_forbidden",
+            "does not lie below input.image_root",
+        )
     plain = tmp_path / "images"
     (tmp_path / "blobs").mkdir()
     plain.mkdir()
@@ -559,9 +682,13 @@ def test_links_of_the_hub_cache_are_followed_and_no_others(tmp_path: Path, make:
 # The web, again
 
 
-def test_a_name_with_one_private_address_among_public_ones_is_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_with_one_private_address_among_public_ones_is_refused(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def mixed(host: str, *arguments: Any, **named: Any) -> list[Any]:
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 80)) for a in ("8.8.8.8", "10.0.0.1")]
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 80)) for a in ("8.8.8.8", "10.0.0.1")
+        ]
 
     monkeypatch.setattr(socket, "getaddrinfo", mixed)
     refused(make().submit("http://mixed.test/a.jpg"), "image_forbidden")
@@ -569,7 +696,11 @@ def test_a_name_with_one_private_address_among_public_ones_is_refused(make: Any,
 
 def test_credentials_are_refused_and_never_shown(web: Web, make: Any) -> None:
     fetcher = make(allow_hosts=["127.0.0.1", "localhost"])
-    cause = refused(fetcher.submit(web.url("a.jpg", "user:hunter2@127.0.0.1")), "image_forbidden", "holds credentials")
+    cause = refused(
+        fetcher.submit(web.url("a.jpg", "user:hunter2@127.0.0.1")),
+        "image_forbidden",
+        "holds credentials",
+    )
     assert "hunter2" not in cause
     for path in ("404", "503"):
         with pytest.raises(RowError) as caught:
@@ -594,13 +725,19 @@ def test_passing_errors_are_tried_again_and_lasting_ones_are_not(web: Web, make:
     assert web.asked["cut"] == 2
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        refused(fetcher.submit(f"http://127.0.0.1:{unused.getsockname()[1]}/a.jpg"), "image_fetch", "tried 2 times")
+        refused(
+            fetcher.submit(f"http://127.0.0.1:{unused.getsockname()[1]}/a.jpg"),
+            "image_fetch",
+            "tried 2 times",
+        )
 
 
 def test_bodies_are_bounded_in_bytes_and_time(web: Web, make: Any) -> None:
     fetcher = make(allow_hosts=["127.0.0.1"], timeout_seconds=1.0, tries=1)
     began = time.monotonic()
-    futures = {name: fetcher.submit(web.url(name)) for name in ("endless", "lying", "dripping", "silent")}
+    futures = {
+        name: fetcher.submit(web.url(name)) for name in ("endless", "lying", "dripping", "silent")
+    }
     refused(futures["endless"], "image_too_large", "more than 100,000 bytes")
     refused(futures["lying"], "image_too_large")
     refused(futures["dripping"], "image_fetch", "nothing within 1 s")
@@ -609,7 +746,15 @@ def test_bodies_are_bounded_in_bytes_and_time(web: Web, make: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://", "http:///a", "http://[::1", "http://a b/", "https://" + "a" * 300 + "/", "http://host:99999/"]
+    "url",
+    [
+        "http://",
+        "http:///a",
+        "http://[::1",
+        "http://a b/",
+        "https://" + "a" * 300 + "/",
+        "http://host:99999/",
+    ],
 )
 def test_what_is_no_url_is_an_error_of_its_row(make: Any, url: str) -> None:
     with pytest.raises(RowError) as caught:
@@ -634,7 +779,10 @@ def test_public_and_private_addresses() -> None:
 
 
 def test_what_a_reference_is_and_how_it_is_shown() -> None:
-    assert [scheme_of(r) for r in ("a/b.jpg", "a:b.jpg", "file:b.jpg", "HTTPS://h/a", "s3://b/a", "//h/a")] == [
+    assert [
+        scheme_of(r)
+        for r in ("a/b.jpg", "a:b.jpg", "file:b.jpg", "HTTPS://h/a", "s3://b/a", "//h/a")
+    ] == [
         None,
         None,
         "file",

@@ -35,14 +35,29 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
 
 def read(plan: InputPlan, missing: dict[str, RowSet] | None = None) -> dict[str, list[Any]]:
     missing = missing or {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}
-    tables = [table for piece in PlannedShards(plan, missing, 3).pieces for table in read_piece(piece, plan, 3)]
-    return {name: [value for table in tables for value in table[name].to_pylist()] for name in tables[0].column_names}
+    tables = [
+        table
+        for piece in PlannedShards(plan, missing, 3).pieces
+        for table in read_piece(piece, plan, 3)
+    ]
+    return {
+        name: [value for table in tables for value in table[name].to_pylist()]
+        for name in tables[0].column_names
+    }
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson"])
 def test_json_lines_are_read_like_parquet(tmp_path: Path, name: str) -> None:
     rows = [
-        {"id": n, "image": f"{n}.png", "prompt": "What?", "size": n / 2, "tags": ["a"], "box": {"x": n}} for n in range(8)
+        {
+            "id": n,
+            "image": f"{n}.png",
+            "prompt": "What?",
+            "size": n / 2,
+            "tags": ["a"],
+            "box": {"x": n},
+        }
+        for n in range(8)
     ]
     rows[5].pop("size")
     write_lines(tmp_path / name, [*rows[:4], "", *rows[4:]])
@@ -61,7 +76,10 @@ def test_json_lines_are_read_like_parquet(tmp_path: Path, name: str) -> None:
 
 
 def test_a_template_and_several_images_work_on_lines_too(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", [{"images": ["a", "b"], "what": "dog"}, {"images": [], "what": 3}, {"what": None}])
+    write_lines(
+        tmp_path / "a.jsonl",
+        [{"images": ["a", "b"], "what": "dog"}, {"images": [], "what": 3}, {"what": None}],
+    )
     table = read(plan_of(tmp_path, ask="A {what}?"))
     assert table[REFERENCES] == [["a", "b"], [], None]
     assert table[PROMPT] == ["A dog?", "A 3?", None]
@@ -69,10 +87,18 @@ def test_a_template_and_several_images_work_on_lines_too(tmp_path: Path) -> None
 
 
 def test_an_openai_batch_is_a_table_of_chats(tmp_path: Path) -> None:
-    parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
+    parts = [
+        {"type": "text", "text": "What?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
+    ]
     chats = [[{"role": "user", "content": parts}], [{"role": "user", "content": "How many?"}]]
     lines = [
-        {"custom_id": f"r-{n}", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": chat}}
+        {
+            "custom_id": f"r-{n}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": "m", "messages": chat},
+        }
         for n, chat in enumerate(chats)
     ]
     write_lines(tmp_path / "batch.jsonl", lines)
@@ -91,12 +117,18 @@ BROKEN = [
 
 @pytest.mark.parametrize(("line", "says"), BROKEN)
 def test_a_line_that_is_no_object_is_an_error_row(tmp_path: Path, line: str, says: str) -> None:
-    write_lines(tmp_path / "a.jsonl", [{"id": "x", "image": "a.png"}, line, {"id": "y", "image": "b.png"}])
+    write_lines(
+        tmp_path / "a.jsonl", [{"id": "x", "image": "a.png"}, line, {"id": "y", "image": "b.png"}]
+    )
     plan = plan_of(tmp_path, ask="What?")
     check_ids_unique(plan)
     table = read(plan)
     assert table[ID] == ["x", "a.jsonl#1", "y"]
-    assert [error and error.startswith(f"row_malformed: {says}") for error in table[ERROR]] == [None, True, None]
+    assert [error and error.startswith(f"row_malformed: {says}") for error in table[ERROR]] == [
+        None,
+        True,
+        None,
+    ]
     assert table[REFERENCES] == [["a.png"], None, ["b.png"]]
 
 
@@ -115,7 +147,12 @@ def test_lines_beside_parquet_are_no_data_unless_they_are_asked_for(tmp_path: Pa
 
 def sample(n: int) -> dict[str, Any]:
     told = {"caption": f"caption {n}", "url": f"https://h/{n}", "size": n, "id": n, "box": {"x": n}}
-    return {"__key__": f"some/{n:05d}", "jpg": picture(seed=n, form="JPEG"), "txt": f"text {n}", "json": told}
+    return {
+        "__key__": f"some/{n:05d}",
+        "jpg": picture(seed=n, form="JPEG"),
+        "txt": f"text {n}",
+        "json": told,
+    }
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
@@ -133,7 +170,12 @@ def test_a_webdataset_is_what_the_library_itself_reads(tmp_path: Path, name: str
     assert [images[0] for images in table[IMAGES]] == [one["jpg"] for one in expected]
     assert table["txt"] == [one["txt"].decode() for one in expected]
     of_json = [json.loads(one["json"]) for one in expected]
-    for column, key in (("caption", "caption"), ("url", "url"), ("size", "size"), ("json_id", "id")):
+    for column, key in (
+        ("caption", "caption"),
+        ("url", "url"),
+        ("size", "size"),
+        ("json_id", "id"),
+    ):
         assert table[column] == [one[key] for one in of_json]
     assert table["box"] == [json.dumps(one["box"]) for one in of_json]
     assert table[PROMPT][3] == "Is it caption 3, text 3?"
@@ -175,23 +217,35 @@ def test_a_sample_that_cannot_be_read_is_an_error_row(tmp_path: Path) -> None:
 
 
 def test_a_tar_that_breaks_off_or_is_damaged_is_named(tmp_path: Path) -> None:
-    whole = write_tar(tmp_path / "whole.tar", [(f"{n}.jpg", picture(seed=n)) for n in range(3)]).read_bytes()
+    whole = write_tar(
+        tmp_path / "whole.tar", [(f"{n}.jpg", picture(seed=n)) for n in range(3)]
+    ).read_bytes()
     (tmp_path / "whole.tar").unlink()
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
         starts = [member.offset for member in tar]
     damaged = bytearray(whole)
     damaged[starts[1] + 150] ^= 1  # in a header's checksum
-    for data in (whole[: starts[1] + 600], whole[: starts[2]], whole[: starts[2] + 100], bytes(damaged)):
+    for data in (
+        whole[: starts[1] + 600],
+        whole[: starts[2]],
+        whole[: starts[2] + 100],
+        bytes(damaged),
+    ):
         (tmp_path / "bad.tar").write_bytes(data)
         with pytest.raises(
-            InputError, match=r"cannot read file://.*bad.tar as WebDataset \(ReadError: .*; repair or remove"
+            InputError,
+            match=r"cannot read file://.*bad.tar as WebDataset \(ReadError: .*; repair or remove",
         ):
             plan_of(tmp_path, ask="What?")
 
 
-def test_the_ids_of_a_tar_are_read_without_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ids_of_a_tar_are_read_without_its_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(write_tar(tmp_path / "a.tar", [("a.jpg", b"A"), ("b.jpg", b"B")]), ask="What?")
-    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda self, member: pytest.fail(f"{member.name} was read"))
+    monkeypatch.setattr(
+        tarfile.TarFile, "extractfile", lambda self, member: pytest.fail(f"{member.name} was read")
+    )
     check_ids_unique(plan)
 
 
@@ -215,7 +269,11 @@ def test_a_dataset_that_the_hugging_face_library_saved_is_read(tmp_path: Path) -
     table = read(plan)
     assert table[PROMPT] == ["Which colour is 2?", "Which colour is 0?", "Which colour is 1?"]
     assert table["level"] == [2, 0, 1]
-    assert [Image.open(io.BytesIO(images[0])).size for images in table[IMAGES]] == [(84, 28), (28, 28), (56, 28)]
+    assert [Image.open(io.BytesIO(images[0])).size for images in table[IMAGES]] == [
+        (84, 28),
+        (28, 28),
+        (56, 28),
+    ]
     assert table[ID][0] == "test/data-00000-of-00001.arrow#0"
 
 
@@ -238,7 +296,9 @@ def write_images(folder: Path, names: list[str]) -> None:
 
 
 def test_folders_of_images_are_shards_of_which_each_file_is_a_row(tmp_path: Path) -> None:
-    write_images(tmp_path, ["b/2.JPG", "b/1.png", "top.webp", "b/deep/3.gif", ".hidden/4.png", "b/notes.txt"])
+    write_images(
+        tmp_path, ["b/2.JPG", "b/1.png", "top.webp", "b/deep/3.gif", ".hidden/4.png", "b/notes.txt"]
+    )
     plan = plan_of(tmp_path, ask="What?")
     assert plan.forms == {"image files": 3}
     assert plan.image_root == f"file://{tmp_path}"
@@ -265,9 +325,13 @@ def test_a_task_knows_the_names_of_its_own_images_alone(tmp_path: Path) -> None:
     (shard,) = plan.shards
     assert shard.row_groups == (256, 256, 88)
     source = PlannedShards(plan, {shard.file.url: RowSet.range(0, 600)}, 100)
-    read_by_tasks = [[table[ID].to_pylist() for table in task()] for task in source.get_read_tasks(3)]
+    read_by_tasks = [
+        [table[ID].to_pylist() for table in task()] for task in source.get_read_tasks(3)
+    ]
     assert [sum(map(len, own)) for own in read_by_tasks] == [256, 256, 88]
-    assert [id_ for own in read_by_tasks for ids in own for id_ in ids] == [f"{n:04d}.png" for n in range(600)]
+    assert [id_ for own in read_by_tasks for ids in own for id_ in ids] == [
+        f"{n:04d}.png" for n in range(600)
+    ]
     assert all(len(cloudpickle.dumps(task)) < 30_000 for task in source.get_read_tasks(3))
 
 
@@ -279,7 +343,9 @@ def test_a_table_of_image_files_names_them_from_where_it_lies(tmp_path: Path, fo
     if form == "jsonl":
         write_lines(tmp_path / "train" / "metadata.jsonl", rows)
     else:
-        (tmp_path / "train" / "metadata.csv").write_text('file_name,text\n1.png,one\n2.png,"two, or ""2"""\n')
+        (tmp_path / "train" / "metadata.csv").write_text(
+            'file_name,text\n1.png,one\n2.png,"two, or ""2"""\n'
+        )
         (tmp_path / "other.csv").write_text("this,is,no,data\n")
     plan = plan_of(tmp_path, ask="Is it {text}?")
     assert plan.image_root == f"file://{tmp_path}"
@@ -294,7 +360,11 @@ def test_a_csv_that_is_named_is_read(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "a.csv")
     assert plan.image_root is None, "whose paths may lead anywhere must be said"
     table = read(plan)
-    assert (table[REFERENCES], table[PROMPT], table["n"]) == ([["x.png"], None], ["What?", "Why?"], ["1", None])
+    assert (table[REFERENCES], table[PROMPT], table["n"]) == (
+        [["x.png"], None],
+        ["What?", "Why?"],
+        ["1", None],
+    )
 
 
 def test_a_form_that_is_not_there_is_an_error_that_says_what_is(tmp_path: Path) -> None:
@@ -305,5 +375,7 @@ def test_a_form_that_is_not_there_is_an_error_that_says_what_is(tmp_path: Path) 
 
 def test_images_of_two_inputs_need_a_folder_in_common(tmp_path: Path) -> None:
     write_images(tmp_path, ["a/1.png", "b/1.png"])
-    with pytest.raises(InputError, match="are two folders of image files; name the folder they share"):
+    with pytest.raises(
+        InputError, match="are two folders of image files; name the folder they share"
+    ):
         find_shards([str(tmp_path / "a"), str(tmp_path / "b")])

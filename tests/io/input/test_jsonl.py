@@ -1,4 +1,6 @@
-"""Lines of JSON as people have them: every column one type, and no line that costs more than itself."""
+"""Lines of JSON as people have them: every column one type, and no line that costs more than
+itself.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ TYPED: dict[str, tuple[list[Any], pa.DataType, list[Any]]] = {
     "number or text": ([38.0, "n/a"], pa.string(), ["38.0", "n/a"]),
     "truth or number": ([True, 1], pa.string(), ["true", "1"]),
     "lists of both": ([[1], ["a"]], pa.string(), ["[1]", '["a"]']),
-    "nested half pair": ([{"x": "\ud800"}, {"x": "é"}], pa.string(), ['{"x": "\\ud800"}', '{"x": "é"}']),
+    "nested half pair": (
+        [{"x": "\ud800"}, {"x": "é"}],
+        pa.string(),
+        ['{"x": "\\ud800"}', '{"x": "é"}'],
+    ),
 }
 
 
@@ -44,7 +50,11 @@ TYPED: dict[str, tuple[list[Any], pa.DataType, list[Any]]] = {
 def test_a_column_has_one_type_whatever_a_block_of_it_holds(tmp_path: Path, name: str) -> None:
     values, kind, expected = TYPED[name]
     # Blocks are of three rows.
-    rows = [{"prompt": "?", "v": values[0]}, *[{"prompt": "?"}] * 5, {"prompt": "?", "v": values[1]}]
+    rows = [
+        {"prompt": "?", "v": values[0]},
+        *[{"prompt": "?"}] * 5,
+        {"prompt": "?", "v": values[1]},
+    ]
     plan = plan_of(write_lines(tmp_path / "a.jsonl", rows))
     assert plan.schema.field("v").type == kind
     table = read(plan)
@@ -64,7 +74,9 @@ def test_a_column_has_one_type_whatever_a_block_of_it_holds(tmp_path: Path, name
         ([True, ["x"]], pa.string(), ["true", '["x"]']),
     ],
 )
-def test_shards_of_lines_agree_on_a_type(tmp_path: Path, values: list[Any], kind: pa.DataType, expected: list[Any]) -> None:
+def test_shards_of_lines_agree_on_a_type(
+    tmp_path: Path, values: list[Any], kind: pa.DataType, expected: list[Any]
+) -> None:
     for n, value in enumerate(values):
         write_lines(tmp_path / f"{n}.jsonl", [{"prompt": "?", "v": value}])
     plan = plan_of(tmp_path)
@@ -102,7 +114,11 @@ ODD = {
 @pytest.mark.parametrize("line", ODD, ids=range(len(ODD)))
 def test_an_odd_line_costs_itself_alone(tmp_path: Path, line: str) -> None:
     good = [{"id": f"g{n}", "prompt": "hi", "tags": ["x"], "note": "n"} for n in range(14)]
-    plan = plan_of(write_lines(tmp_path / "a.jsonl", [*good, line, *[{**one, "id": one["id"] + "b"} for one in good]]))
+    plan = plan_of(
+        write_lines(
+            tmp_path / "a.jsonl", [*good, line, *[{**one, "id": one["id"] + "b"} for one in good]]
+        )
+    )
     assert not {name for name in plan.schema.names if name.startswith(("awaker:", "k"))}
     check_ids_unique(plan)
     table = read(plan)
@@ -148,7 +164,9 @@ def planned(path: Path, **settings: Any) -> InputPlan:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
-def test_a_line_above_its_bound_is_an_error_row_and_not_held_in_memory(tmp_path: Path, name: str) -> None:
+def test_a_line_above_its_bound_is_an_error_row_and_not_held_in_memory(
+    tmp_path: Path, name: str
+) -> None:
     first, bad, last = ('{"id": "a"}', '{"id": "' + "x" * (12 << 20) + '"}', '{"id": "b"}')
     if name.startswith("a.csv"):
         first, bad, last = ("id\na", "x" * (12 << 20), "b")
@@ -175,13 +193,19 @@ def test_a_line_of_just_its_bound_is_read(tmp_path: Path) -> None:
 def test_keys_that_differ_from_row_to_row_are_refused_by_name(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{f"k{n}": n} for n in range(40)])
     with pytest.raises(
-        InputError, match=r"more than 9 different keys \(input.max_columns\), of which the last one is 'k9'"
+        InputError,
+        match=r"more than 9 different keys \(input.max_columns\), of which the last one is 'k9'",
     ):
         planned(tmp_path, max_columns=9)
 
 
-def test_a_batch_is_closed_once_it_is_large_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_lines(tmp_path / "a.jsonl", [{"id": f"{n}", "prompt": "x" * 60, "other": "y" * 1000} for n in range(6)])
+def test_a_batch_is_closed_once_it_is_large_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(
+        tmp_path / "a.jsonl",
+        [{"id": f"{n}", "prompt": "x" * 60, "other": "y" * 1000} for n in range(6)],
+    )
     monkeypatch.setattr(jsonl, "BATCH_BYTES", 100)
     (file,) = find_shards(str(tmp_path))
     columns = pa.schema([("id", pa.string()), ("prompt", pa.string())])
@@ -192,7 +216,9 @@ def test_a_batch_is_closed_once_it_is_large_enough(tmp_path: Path, monkeypatch: 
 def test_every_frame_of_a_zstandard_file_is_read(tmp_path: Path) -> None:
     frames = [zstandard.compress(f'{{"id": "{n}"}}\n'.encode()) for n in range(3)]
     skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
-    (tmp_path / "a.jsonl.zst").write_bytes(skippable + frames[0] + frames[1] + skippable + frames[2])
+    (tmp_path / "a.jsonl.zst").write_bytes(
+        skippable + frames[0] + frames[1] + skippable + frames[2]
+    )
     assert read(planned(tmp_path))[ID] == ["0", "1", "2"]
 
 
@@ -202,7 +228,9 @@ def test_a_compressed_file_that_breaks_off_is_named(tmp_path: Path, name: str) -
     pack = gzip.compress if name.endswith("gz") else zstandard.compress
     whole = pack(data)
     (tmp_path / name).write_bytes(whole + whole[:-10])
-    with pytest.raises(InputError, match=rf"cannot read file://.*{name} as .*; repair or remove it"):
+    with pytest.raises(
+        InputError, match=rf"cannot read file://.*{name} as .*; repair or remove it"
+    ):
         planned(tmp_path / name)
 
 

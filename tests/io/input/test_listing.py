@@ -30,10 +30,27 @@ def test_files_among_images_that_are_passed_over_are_counted_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_images(
-        tmp_path, ["a.jpg", "b.HEIC", "c.jpe", "d/e.heif", "f.DNG", "g.dng", "d/h.svg", "README", "_i.dng", ".j/k.dng"]
+        tmp_path,
+        [
+            "a.jpg",
+            "b.HEIC",
+            "c.jpe",
+            "d/e.heif",
+            "f.DNG",
+            "g.dng",
+            "d/h.svg",
+            "README",
+            "_i.dng",
+            ".j/k.dng",
+        ],
     )
     plan = plan_of(tmp_path, ask="What?")
-    assert [name for shard in plan.shards for name in shard.file.members] == ["a.jpg", "b.HEIC", "c.jpe", "d/e.heif"]
+    assert [name for shard in plan.shards for name in shard.file.members] == [
+        "a.jpg",
+        "b.HEIC",
+        "c.jpe",
+        "d/e.heif",
+    ]
     says = f"input.path: '{tmp_path}' holds 4 image files; passed over: 2 .dng, 1 without ending, 1 .svg\n"
     assert sorted(capsys.readouterr().err.split()) == sorted(says.split())
     assert find_shards(str(tmp_path))
@@ -48,7 +65,11 @@ def test_an_image_file_whose_name_is_no_utf8_is_an_error_row(tmp_path: Path) -> 
     table = read(plan)
     assert table[ID] == ["d/a.png", "d/b.png", "d/#2"]
     assert table[REFERENCES] == [["d/a.png"], ["d/b.png"], None]
-    assert table[ERROR] == [None, None, "row_malformed: the file name d/caf\\udce9.png is no valid UTF-8; rename it"]
+    assert table[ERROR] == [
+        None,
+        None,
+        "row_malformed: the file name d/caf\\udce9.png is no valid UTF-8; rename it",
+    ]
 
 
 def test_an_image_file_whose_name_looks_like_a_url_is_a_path(tmp_path: Path) -> None:
@@ -63,7 +84,10 @@ def test_a_shard_whose_name_is_no_utf8_is_named(tmp_path: Path, name: bytes) -> 
     path = tmp_path / os.fsdecode(name)
     path.parent.mkdir(exist_ok=True)
     write_lines(path, [{"prompt": "?"}])
-    with pytest.raises(InputError, match=r"^input.path: the name 'file://.*/caf\\udce9.* is no valid UTF-8; rename it$"):
+    with pytest.raises(
+        InputError,
+        match=r"^input.path: the name 'file://.*/caf\\udce9.* is no valid UTF-8; rename it$",
+    ):
         plan_of(tmp_path, ask="What?")
 
 
@@ -79,7 +103,9 @@ FILES: dict[str, pa.Table] = {
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_table_names_image_files_as_the_hugging_face_library_has_it(tmp_path: Path, form: str, name: str) -> None:
+def test_a_table_names_image_files_as_the_hugging_face_library_has_it(
+    tmp_path: Path, form: str, name: str
+) -> None:
     write_images(tmp_path, ["train/1.png", "train/deep/2.png", "top.png"])
     if form == "parquet":
         pq.write_table(FILES[name], tmp_path / "train" / "metadata.parquet")
@@ -88,12 +114,24 @@ def test_a_table_names_image_files_as_the_hugging_face_library_has_it(tmp_path: 
     plan = plan_of(tmp_path, ask="What?")
     assert plan.image_root == f"file://{tmp_path}"
     several = "names" in name
-    assert (plan.columns.images if several else plan.columns.image) == ("images" if several else "image")
-    assert read(plan)[REFERENCES] == [["train/1.png", "train/deep/2.png"] if several else ["train/1.png"], None]
+    assert (plan.columns.images if several else plan.columns.image) == (
+        "images" if several else "image"
+    )
+    assert read(plan)[REFERENCES] == [
+        ["train/1.png", "train/deep/2.png"] if several else ["train/1.png"],
+        None,
+    ]
 
 
-def test_columns_of_other_files_are_paths_too_and_pictures_in_the_table_stay(tmp_path: Path) -> None:
-    columns = {"file_name": ["1.png"], "mask_file_name": ["m/1.png"], "image": [b"itself"], "file_name_of": ["x"]}
+def test_columns_of_other_files_are_paths_too_and_pictures_in_the_table_stay(
+    tmp_path: Path,
+) -> None:
+    columns = {
+        "file_name": ["1.png"],
+        "mask_file_name": ["m/1.png"],
+        "image": [b"itself"],
+        "file_name_of": ["x"],
+    }
     write_shard(tmp_path / "a" / "metadata.parquet", columns)
     plan = plan_of(tmp_path, ask="What?")
     assert plan.schema.names == [*columns, "mask"]
@@ -112,7 +150,11 @@ def bucket() -> Iterator[S3Backend]:
     backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
     backend.create_bucket("many", "us-east-1")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s"), ("ENDPOINT_URL", f"http://{host}:{port}")):
+        for name, value in (
+            ("ACCESS_KEY_ID", "k"),
+            ("SECRET_ACCESS_KEY", "s"),
+            ("ENDPOINT_URL", f"http://{host}:{port}"),
+        ):
             patch.setenv(f"AWS_{name}", value)
         # botocore writes into the settings that it is given.
         patch.setitem(fsspec.config.conf, "s3", copy.deepcopy(fsspec.config.conf["s3"]))
@@ -127,20 +169,27 @@ def test_a_listing_of_more_than_a_thousand_objects_is_whole(bucket: S3Backend) -
         bucket.put_object("many", f"pictures/{n % 3}/{n:04d}.png", b"")
     shards = find_shards("s3://many/pictures")
     assert [len(shard.members) for shard in shards] == [370, 370, 370]
-    assert sorted(name for shard in shards for name in shard.members)[:2] == ["0/0000.png", "0/0003.png"]
+    assert sorted(name for shard in shards for name in shard.members)[:2] == [
+        "0/0000.png",
+        "0/0003.png",
+    ]
 
 
 ODD_KEYS = ["a#1", "b?x=1&y", "c+d", "e f ", "100%25", "g[1]*", "h=1/i", "j'\"k", "日本", "~(l)"]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_objects_of_odd_names_are_found_and_read(bucket: S3Backend, tmp_path: Path, form: str) -> None:
+def test_objects_of_odd_names_are_found_and_read(
+    bucket: S3Backend, tmp_path: Path, form: str
+) -> None:
     for n, key in enumerate(ODD_KEYS):
         parquet = write_shard(tmp_path / "x.parquet", {"id": [f"{n}"]}).read_bytes()
         data = {"jsonl": json.dumps({"id": f"{n}"}).encode(), "parquet": parquet}[form]
         bucket.put_object("many", f"odd {form}#?+/{key}.{form}", data)
     plan = plan_of(f"s3://many/odd {form}#?+/", ask="What?")
-    assert sorted(shard.file.name for shard in plan.shards) == sorted(f"{key}.{form}" for key in ODD_KEYS)
+    assert sorted(shard.file.name for shard in plan.shards) == sorted(
+        f"{key}.{form}" for key in ODD_KEYS
+    )
     check_ids_unique(plan)
     assert sorted(read(plan)[ID]) == [f"{n}" for n in range(len(ODD_KEYS))]
 
@@ -158,7 +207,9 @@ def test_objects_of_odd_names_are_found_and_read(bucket: S3Backend, tmp_path: Pa
     ],
 )
 def test_an_input_with_credentials_is_refused_before_they_stand_beside_answers(path: str) -> None:
-    with pytest.raises(InputError, match="^input.path: .* holds credentials, .* give them to fsspec") as caught:
+    with pytest.raises(
+        InputError, match="^input.path: .* holds credentials, .* give them to fsspec"
+    ) as caught:
         find_shards(path)
     assert "hunter2" not in str(caught.value)
 

@@ -16,7 +16,14 @@ from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    for name in ("b.parquet", "a.parquet", "deep/er/c.parquet", "_run/log.parquet", "deep/.hidden/d.parquet", "_e.parquet"):
+    for name in (
+        "b.parquet",
+        "a.parquet",
+        "deep/er/c.parquet",
+        "_run/log.parquet",
+        "deep/.hidden/d.parquet",
+        "_e.parquet",
+    ):
         write_shard(tmp_path / name, {"prompt": [name]})
     (tmp_path / "notes.txt").write_text("no data")
     return tmp_path
@@ -53,7 +60,10 @@ def test_a_hidden_folder_can_be_named_itself(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere", r"^input.path: '.*nowhere' does not exist; expected a file, a folder or a glob$"),
+        (
+            "nowhere",
+            r"^input.path: '.*nowhere' does not exist; expected a file, a folder or a glob$",
+        ),
         ("notes.txt", r"^input.path: no data at '.*notes.txt' \(1 files\)$"),
         ("x*.parquet", r"^input.path: no data at '.*x\*.parquet' \(0 files\)$"),
         ("deep/.hidden/../../_run/../deep/er", None),
@@ -68,7 +78,10 @@ def test_a_path_without_data_is_an_error(tree: Path, path: str, message: str | N
 
 
 def test_an_unknown_protocol_is_an_input_error() -> None:
-    with pytest.raises(InputError, match=r"^input.path: cannot list 'nosuch://b/x' \(ValueError: Protocol not known"):
+    with pytest.raises(
+        InputError,
+        match=r"^input.path: cannot list 'nosuch://b/x' \(ValueError: Protocol not known",
+    ):
         find_shards("nosuch://b/x")
 
 
@@ -80,8 +93,12 @@ def test_rows_are_counted_from_the_footers(tmp_path: Path) -> None:
     assert [shard.row_groups for shard in plan.shards] == [(2, 3), (3,)]
 
 
-@pytest.mark.parametrize(("limit", "rows"), [(1, [1]), (5, [5]), (6, [5, 1]), (8, [5, 3]), (100, [5, 3])])
-def test_limit_takes_the_first_rows_of_the_sorted_files(tmp_path: Path, limit: int, rows: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("limit", "rows"), [(1, [1]), (5, [5]), (6, [5, 1]), (8, [5, 3]), (100, [5, 3])]
+)
+def test_limit_takes_the_first_rows_of_the_sorted_files(
+    tmp_path: Path, limit: int, rows: list[int]
+) -> None:
     write_shard(tmp_path / "b.parquet", {"prompt": list("xyz")})
     write_shard(tmp_path / "a.parquet", {"prompt": list("abcde")}, [2, 3])
     assert [shard.rows for shard in plan_of(tmp_path, limit=limit).shards] == rows
@@ -97,7 +114,9 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"prompt": ["a"]})
     (tmp_path / "b.parquet").write_bytes(b"PAR1 but truncated")
     with pytest.raises(
-        InputError, match=r"^input.path: cannot read file://.*/b.parquet as Parquet \(ArrowInvalid: .*remove it$"
+        InputError,
+        match=r"^input.path: cannot read file://.*/b.parquet as Parquet \(ArrowInvalid: .*remove "
+        r"it$",
     ):
         plan_of(tmp_path)
 
@@ -106,14 +125,19 @@ def test_shards_whose_types_contradict_are_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"prompt": ["a"], "score": [1]})
     write_shard(tmp_path / "b.parquet", {"prompt": ["a"], "score": ["one"]})
     with pytest.raises(
-        InputError, match=r"b.parquet do not fit those of file://.*a.parquet .*; bring the shards to one schema$"
+        InputError,
+        match=r"b.parquet do not fit those of file://.*a.parquet .*; bring the shards to one "
+        r"schema$",
     ):
         plan_of(tmp_path)
 
 
 def test_shards_may_widen_a_type_and_lack_an_extra_column(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"prompt": ["a"], "score": pa.array([1], pa.int32())})
-    write_shard(tmp_path / "b.parquet", {"prompt": pa.array(["a"], pa.large_string()), "score": pa.array([1], pa.int64())})
+    write_shard(
+        tmp_path / "b.parquet",
+        {"prompt": pa.array(["a"], pa.large_string()), "score": pa.array([1], pa.int64())},
+    )
     write_shard(tmp_path / "c.parquet", {"prompt": ["a"], "more": [0.5]})
     schema = plan_of(tmp_path).extras_schema
     assert schema.names == ["score", "more"]
@@ -123,12 +147,17 @@ def test_shards_may_widen_a_type_and_lack_an_extra_column(tmp_path: Path) -> Non
 def test_a_shard_without_a_used_column_is_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"prompt": ["a"], "image": [b""]})
     write_shard(tmp_path / "b.parquet", {"prompt": ["b"]})
-    with pytest.raises(InputError, match=r"^input.columns: file://.*b.parquet has no column 'image'; its columns: prompt$"):
+    with pytest.raises(
+        InputError,
+        match=r"^input.columns: file://.*b.parquet has no column 'image'; its columns: prompt$",
+    ):
         plan_of(tmp_path)
 
 
 def test_columns_are_found_by_their_names(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", {"id": ["a"], "image": [b""], "prompt": ["?"], "other": [1]})
+    write_shard(
+        tmp_path / "a.parquet", {"id": ["a"], "image": [b""], "prompt": ["?"], "other": [1]}
+    )
     plan = plan_of(tmp_path)
     assert plan.columns.named() == ["id", "image", "prompt"]
     assert plan.extras == {"other": "other"}
@@ -136,12 +165,16 @@ def test_columns_are_found_by_their_names(tmp_path: Path) -> None:
 
 def test_a_named_column_wins_over_one_found_by_its_name(tmp_path: Path) -> None:
     write_shard(
-        tmp_path / "a.parquet", {"jpg": [b""], "images": [[b""]], "prompt": ["?"], "question": ["?"], "messages": ["[]"]}
+        tmp_path / "a.parquet",
+        {"jpg": [b""], "images": [[b""]], "prompt": ["?"], "question": ["?"], "messages": ["[]"]},
     )
     plan = plan_of(tmp_path, image="jpg", prompt="question")
     assert plan.columns.named() == ["jpg", "question"]
     assert list(plan.extras) == ["input_prompt", "messages"]
-    assert plan_of(tmp_path, image=None, messages="messages").columns.named() == ["images", "messages"]
+    assert plan_of(tmp_path, image=None, messages="messages").columns.named() == [
+        "images",
+        "messages",
+    ]
 
 
 def test_one_prompt_for_all_rows_wins_over_a_prompt_column(tmp_path: Path) -> None:
@@ -170,7 +203,13 @@ def test_one_prompt_for_all_rows_wins_over_a_prompt_column(tmp_path: Path) -> No
             r"input.columns.image: the input has no column 'imag'; Its",
         ),
         ({"qestion": ["?"]}, {"prompt": "question"}, None, InputError, "did you mean 'qestion'"),
-        ({"prompt": ["?"], "messages": ["[]"]}, {}, None, InputError, "both 'prompt' and 'messages'"),
+        (
+            {"prompt": ["?"], "messages": ["[]"]},
+            {},
+            None,
+            InputError,
+            "both 'prompt' and 'messages'",
+        ),
         (
             {"prompt": ["?"], "image": [b""], "images": [[b""]]},
             {},
@@ -178,8 +217,20 @@ def test_one_prompt_for_all_rows_wins_over_a_prompt_column(tmp_path: Path) -> No
             ConfigError,
             "set the key of the one not to use to null",
         ),
-        ({"q": ["?"]}, {"prompt": "q"}, "Describe.", ConfigError, "input.prompt and input.columns.prompt: only one"),
-        ({"prompt": [1]}, {}, None, InputError, "input.columns.prompt: column 'prompt' is int64, expected text"),
+        (
+            {"q": ["?"]},
+            {"prompt": "q"},
+            "Describe.",
+            ConfigError,
+            "input.prompt and input.columns.prompt: only one",
+        ),
+        (
+            {"prompt": [1]},
+            {},
+            None,
+            InputError,
+            "input.columns.prompt: column 'prompt' is int64, expected text",
+        ),
         (
             {"prompt": ["?"], "image": [7]},
             {},
@@ -187,9 +238,27 @@ def test_one_prompt_for_all_rows_wins_over_a_prompt_column(tmp_path: Path) -> No
             InputError,
             "column 'image' is int64, expected bytes, struct<bytes, path>",
         ),
-        ({"prompt": ["?"], "images": [b""]}, {}, None, InputError, "column 'images' is binary, expected a list of bytes"),
-        ({"prompt": ["?"], "id": [0.5]}, {}, None, InputError, "column 'id' is double, expected text or integers"),
-        ({"prompt": ["?"], "awaker:id": [1]}, {}, None, InputError, "'awaker:id' begins with 'awaker:'"),
+        (
+            {"prompt": ["?"], "images": [b""]},
+            {},
+            None,
+            InputError,
+            "column 'images' is binary, expected a list of bytes",
+        ),
+        (
+            {"prompt": ["?"], "id": [0.5]},
+            {},
+            None,
+            InputError,
+            "column 'id' is double, expected text or integers",
+        ),
+        (
+            {"prompt": ["?"], "awaker:id": [1]},
+            {},
+            None,
+            InputError,
+            "'awaker:id' begins with 'awaker:'",
+        ),
     ],
 )
 def test_columns_that_do_not_fit_are_errors(
@@ -201,7 +270,10 @@ def test_columns_that_do_not_fit_are_errors(
 
 
 def test_a_name_that_the_output_uses_gives_way_until_it_is_free(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", {"prompt": ["?"], "text": [1], "input_text": [2], "input_input_text": [3]})
+    write_shard(
+        tmp_path / "a.parquet",
+        {"prompt": ["?"], "text": [1], "input_text": [2], "input_input_text": [3]},
+    )
     assert plan_of(tmp_path).extras == {
         "input_input_input_text": "text",
         "input_text": "input_text",
@@ -236,7 +308,10 @@ def test_two_files_of_one_name_need_an_id_column(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         write_shard(tmp_path / folder / "a.parquet", {"prompt": ["?"], "key": [folder]})
     both = [str(tmp_path / "x"), str(tmp_path / "y")]
-    with pytest.raises(InputError, match=r"x/a.parquet and file://.*y/a.parquet share the name 'a.parquet', from which"):
+    with pytest.raises(
+        InputError,
+        match=r"x/a.parquet and file://.*y/a.parquet share the name 'a.parquet', from which",
+    ):
         plan_of(both)
     assert plan_of(both, id="key").rows == 2
     assert plan_of(tmp_path).rows == 2
@@ -246,7 +321,9 @@ def test_a_duplicate_id_is_named_with_its_files(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"id": ["p", "q", "r"], "prompt": ["?"] * 3})
     write_shard(tmp_path / "b.parquet", {"id": ["s", "q"], "prompt": ["?"] * 2})
     with pytest.raises(
-        InputError, match=r"^input.columns.id: id 'q' stands twice \(in file://.*a.parquet and file://.*b.parquet\)"
+        InputError,
+        match=r"^input.columns.id: id 'q' stands twice \(in file://.*a.parquet and "
+        r"file://.*b.parquet\)",
     ):
         check_ids_unique(plan_of(tmp_path))
     check_ids_unique(plan_of(tmp_path, limit=4))
@@ -254,7 +331,9 @@ def test_a_duplicate_id_is_named_with_its_files(tmp_path: Path) -> None:
 
 
 def test_integer_ids_are_checked_as_the_text_they_become(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", {"id": list(range(1000)), "prompt": ["?"] * 1000}, [300, 700])
+    write_shard(
+        tmp_path / "a.parquet", {"id": list(range(1000)), "prompt": ["?"] * 1000}, [300, 700]
+    )
     check_ids_unique(plan_of(tmp_path))
     write_shard(tmp_path / "b.parquet", {"id": [999], "prompt": ["?"]})
     with pytest.raises(InputError, match="id '999' stands twice"):
@@ -263,25 +342,36 @@ def test_integer_ids_are_checked_as_the_text_they_become(tmp_path: Path) -> None
 
 def test_a_row_without_id_is_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"id": ["p", "q", None], "prompt": ["?"] * 3}, [2, 1])
-    with pytest.raises(InputError, match=r"^input.columns.id: file://.*a.parquet row 2 has no id in column 'id'$"):
+    with pytest.raises(
+        InputError, match=r"^input.columns.id: file://.*a.parquet row 2 has no id in column 'id'$"
+    ):
         check_ids_unique(plan_of(tmp_path))
 
 
 def test_an_id_that_is_no_text_is_an_error(tmp_path: Path) -> None:
-    not_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    not_utf8 = pa.StringArray.from_buffers(
+        1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")
+    )
     write_shard(tmp_path / "a.parquet", {"id": not_utf8, "prompt": ["?"]})
     with pytest.raises(InputError, match=r"a.parquet has ids that are no valid UTF-8"):
         check_ids_unique(plan_of(tmp_path))
 
 
 def test_a_template_names_columns_that_are_there_and_can_be_said(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", {"category": ["dog"], "tags": [["a"]], "bytes": [b"a"], "count": [3]})
+    write_shard(
+        tmp_path / "a.parquet",
+        {"category": ["dog"], "tags": [["a"]], "bytes": [b"a"], "count": [3]},
+    )
     plan = plan_of(tmp_path, ask="Are there {count} {category}s? {{really}}")
     assert plan.prompts[""].columns == ("count", "category")
     unknown = "input.prompt: the input has no column 'categry'; did you mean {category}?"
     nested = "input.prompt: column 'tags' holds list<element: string>; expected text or numbers"
     bytes_ = "input.prompt: column 'bytes' holds binary; expected text or numbers"
-    for prompt, message in (("What is the {categry}?", unknown), ("{tags}", nested), ("{bytes}", bytes_)):
+    for prompt, message in (
+        ("What is the {categry}?", unknown),
+        ("{tags}", nested),
+        ("{bytes}", bytes_),
+    ):
         with pytest.raises(InputError) as refused:
             plan_of(tmp_path, ask=prompt)
         assert str(refused.value).startswith(message)

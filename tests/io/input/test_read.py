@@ -33,33 +33,48 @@ from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 
 
 def everything(plan: InputPlan, rows_per_block: int = 3) -> PlannedShards:
-    return PlannedShards(plan, {s.file.url: RowSet.range(0, s.rows) for s in plan.shards}, rows_per_block)
+    return PlannedShards(
+        plan, {s.file.url: RowSet.range(0, s.rows) for s in plan.shards}, rows_per_block
+    )
 
 
 def read_all(plan: InputPlan, rows_per_block: int = 3) -> pa.Table:
-    tables = [t for piece in everything(plan, rows_per_block).pieces for t in read_piece(piece, plan, rows_per_block)]
+    tables = [
+        t
+        for piece in everything(plan, rows_per_block).pieces
+        for t in read_piece(piece, plan, rows_per_block)
+    ]
     assert all(0 < len(table) <= rows_per_block for table in tables)
     return pa.concat_tables(tables)
 
 
 @given(
-    layouts=st.lists(st.lists(st.integers(0, 700), min_size=1, max_size=6), min_size=1, max_size=3).filter(
-        lambda layouts: sum(map(sum, layouts)) > 0
-    ),
+    layouts=st.lists(
+        st.lists(st.integers(0, 700), min_size=1, max_size=6), min_size=1, max_size=3
+    ).filter(lambda layouts: sum(map(sum, layouts)) > 0),
     limit=st.none() | st.integers(1, 3000),
     rows_per_block=st.integers(1, 300),
 )
 @settings(max_examples=40, deadline=None)
-def test_pieces_cover_each_row_once_and_in_order(layouts: list[list[int]], limit: int | None, rows_per_block: int) -> None:
+def test_pieces_cover_each_row_once_and_in_order(
+    layouts: list[list[int]], limit: int | None, rows_per_block: int
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         expected = []
         for number, groups in enumerate(layouts):
             values = [f"{number}.{row}" for row in range(sum(groups))]
-            write_shard(Path(folder) / f"{number}.parquet", {"prompt": pa.array(values, pa.string())}, groups)
+            write_shard(
+                Path(folder) / f"{number}.parquet",
+                {"prompt": pa.array(values, pa.string())},
+                groups,
+            )
             expected += [(f"{number}.parquet#{row}", value) for row, value in enumerate(values)]
         plan = plan_of(folder, limit=limit)
         table = read_all(plan, rows_per_block)
-        assert list(zip(table[ID].to_pylist(), table[PROMPT].to_pylist(), strict=True)) == expected[:limit]
+        assert (
+            list(zip(table[ID].to_pylist(), table[PROMPT].to_pylist(), strict=True))
+            == expected[:limit]
+        )
         source = everything(plan, rows_per_block)
         assert sum(len(piece.rows) for piece in source.pieces) == plan.rows == len(table)
         for piece in source.pieces:  # a task is worth its while, and no longer than it has to be
@@ -68,7 +83,13 @@ def test_pieces_cover_each_row_once_and_in_order(layouts: list[list[int]], limit
 
 def test_small_row_groups_share_a_task_and_large_ones_have_their_own(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"prompt": ["?"] * 3000}, [100] * 10 + [1500, 500])
-    assert [len(piece.rows) for piece in everything(plan_of(tmp_path)).pieces] == [300, 300, 300, 1600, 500]
+    assert [len(piece.rows) for piece in everything(plan_of(tmp_path)).pieces] == [
+        300,
+        300,
+        300,
+        1600,
+        500,
+    ]
 
 
 PICTURES = [b"one", b"two", None, b"", b"five"]
@@ -81,10 +102,18 @@ STRUCTS = [None if p is None else {"bytes": p, "path": "x.jpg"} for p in PICTURE
         pa.array(PICTURES, pa.binary()),
         pa.array(PICTURES, pa.large_binary()),
         pa.array(STRUCTS, IMAGE_STRUCT),
-        pa.array([{"bytes": p, "path": "" if p is None else "x.jpg"} for p in PICTURES], IMAGE_STRUCT),
+        pa.array(
+            [{"bytes": p, "path": "" if p is None else "x.jpg"} for p in PICTURES], IMAGE_STRUCT
+        ),
         pa.array(STRUCTS, pa.struct([("path", pa.string()), ("bytes", pa.large_binary())])),
     ],
-    ids=["bytes", "large bytes", "structs, null", "structs without bytes", "structs the other way round"],
+    ids=[
+        "bytes",
+        "large bytes",
+        "structs, null",
+        "structs without bytes",
+        "structs the other way round",
+    ],
 )
 def test_one_image_a_row_in_any_form(tmp_path: Path, column: pa.Array) -> None:
     write_shard(tmp_path / "a.parquet", {"image": column, "prompt": ["?"] * 5}, [2, 3])
@@ -104,7 +133,9 @@ def test_what_pandas_and_polars_write_reads_as_what_it_means(tmp_path: Path) -> 
             "tags": pa.array([["a"], None, []], pa.list_(pa.string_view())),
         },
     )
-    write_shard(tmp_path / "b.parquet", {"id": ["s"], "prompt": ["b"], "image": [b"z"], "kind": ["c"]})
+    write_shard(
+        tmp_path / "b.parquet", {"id": ["s"], "prompt": ["b"], "image": [b"z"], "kind": ["c"]}
+    )
     plan = plan_of(tmp_path)
     check_ids_unique(plan)
     table = read_all(plan)
@@ -133,7 +164,13 @@ def test_images_by_path_or_url(tmp_path: Path, column: pa.Array) -> None:
     write_shard(tmp_path / "a.parquet", {"image": column, "prompt": ["?"] * 5}, [2, 3])
     plan = plan_of(tmp_path)
     table = read_all(plan)
-    assert table[REFERENCES].to_pylist() == [["a.jpg"], None, ["https://host/b.jpg"], None, ["a.jpg"]]
+    assert table[REFERENCES].to_pylist() == [
+        ["a.jpg"],
+        None,
+        ["https://host/b.jpg"],
+        None,
+        ["a.jpg"],
+    ]
     assert table[IMAGES].to_pylist() == [[None], None, [None], None, [None]]
     # Where a picture came from stays in the output; structs have no name of their own there.
     assert list(plan.extras) == ([] if pa.types.is_struct(column.type) else ["image"])
@@ -143,7 +180,10 @@ def test_images_by_path_or_url(tmp_path: Path, column: pa.Array) -> None:
 
 def test_bytes_win_over_the_path_beside_them(tmp_path: Path) -> None:
     lists = [[{"bytes": b"one", "path": "one.jpg"}, {"bytes": None, "path": "two.jpg"}], [], None]
-    write_shard(tmp_path / "a.parquet", {"images": pa.array(lists, pa.list_(IMAGE_STRUCT)), "prompt": ["?"] * 3})
+    write_shard(
+        tmp_path / "a.parquet",
+        {"images": pa.array(lists, pa.list_(IMAGE_STRUCT)), "prompt": ["?"] * 3},
+    )
     table = read_all(plan_of(tmp_path))
     assert table[IMAGES].to_pylist() == [[b"one", None], [], None]
     assert table[REFERENCES].to_pylist() == [[None, "two.jpg"], [], None]
@@ -153,7 +193,11 @@ LISTS = [[b"one", b"two"], None, [], [None, b"five"], [b"six"]]
 
 
 def as_structs(images: list[bytes | None] | None) -> list[dict | None] | None:
-    return None if images is None else [None if image is None else {"bytes": image, "path": ""} for image in images]
+    return (
+        None
+        if images is None
+        else [None if image is None else {"bytes": image, "path": ""} for image in images]
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +226,10 @@ def test_rows_without_an_image_column_have_no_images(tmp_path: Path) -> None:
 
 
 def test_what_was_read_has_the_schema_of_every_block(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", {"id": [7], "image": [b"x"], "messages": pa.array(["[]"], pa.large_string())})
+    write_shard(
+        tmp_path / "a.parquet",
+        {"id": [7], "image": [b"x"], "messages": pa.array(["[]"], pa.large_string())},
+    )
     table = read_all(plan_of(tmp_path))
     assert table.schema == pa.schema([*PLACE_SCHEMA, *READ_SCHEMA])
     assert table.to_pylist() == [
@@ -208,8 +255,13 @@ def test_one_prompt_stands_in_every_row(tmp_path: Path) -> None:
     assert table["input_prompt"].to_pylist() == ["a", "b"]
 
 
-def test_extra_columns_arrive_in_one_type_and_as_null_where_a_shard_lacks_them(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", {"prompt": ["a"], "score": pa.array([1], pa.int32()), "tags": [["x", "y"]]})
+def test_extra_columns_arrive_in_one_type_and_as_null_where_a_shard_lacks_them(
+    tmp_path: Path,
+) -> None:
+    write_shard(
+        tmp_path / "a.parquet",
+        {"prompt": ["a"], "score": pa.array([1], pa.int32()), "tags": [["x", "y"]]},
+    )
     write_shard(tmp_path / "b.parquet", {"prompt": ["b"], "score": pa.array([1 << 40], pa.int64())})
     table = read_all(plan_of(tmp_path))
     assert table.select(["score", "tags"]).to_pylist() == [
@@ -229,7 +281,9 @@ def test_a_template_is_filled_with_each_rows_values(tmp_path: Path) -> None:
 
 
 def test_several_prompts_are_asked_of_each_row(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", {"id": ["x", "y"], "what": ["dog", None], "image": [b"1", b"2"]})
+    write_shard(
+        tmp_path / "a.parquet", {"id": ["x", "y"], "what": ["dog", None], "image": [b"1", b"2"]}
+    )
     plan = plan_of(tmp_path, asks={"long": "Describe the {what}.", "short": "Name it."})
     assert plan.rows == 2
     table = read_all(plan, 5)
@@ -251,9 +305,13 @@ def damage(path: Path, group: int, column: int) -> None:
 
 
 @pytest.mark.parametrize("rows_per_block", [2, 3, 100])
-def test_rows_of_a_damaged_row_group_are_error_rows_and_the_others_are_read(tmp_path: Path, rows_per_block: int) -> None:
+def test_rows_of_a_damaged_row_group_are_error_rows_and_the_others_are_read(
+    tmp_path: Path, rows_per_block: int
+) -> None:
     ids = [f"r{n}" for n in range(10)]
-    path = write_shard(tmp_path / "a.parquet", {"id": ids, "image": [b"x"] * 10, "prompt": ids}, [4, 3, 3])
+    path = write_shard(
+        tmp_path / "a.parquet", {"id": ids, "image": [b"x"] * 10, "prompt": ids}, [4, 3, 3]
+    )
     damage(path, 1, 1)
     plan = plan_of(tmp_path)
     table = read_all(plan, rows_per_block)
@@ -266,14 +324,25 @@ def test_rows_of_a_damaged_row_group_are_error_rows_and_the_others_are_read(tmp_
 
 
 def test_ids_in_a_damaged_row_group_do_not_keep_a_job_from_starting(tmp_path: Path) -> None:
-    path = write_shard(tmp_path / "a.parquet", {"id": list("abcdef"), "prompt": list("abcdef")}, [3, 3])
+    path = write_shard(
+        tmp_path / "a.parquet", {"id": list("abcdef"), "prompt": list("abcdef")}, [3, 3]
+    )
     damage(path, 0, 0)
     plan = plan_of(tmp_path)
     check_ids_unique(plan)
-    assert read_all(plan)[ID].to_pylist() == ["a.parquet#0", "a.parquet#1", "a.parquet#2", "d", "e", "f"]
+    assert read_all(plan)[ID].to_pylist() == [
+        "a.parquet#0",
+        "a.parquet#1",
+        "a.parquet#2",
+        "d",
+        "e",
+        "f",
+    ]
 
 
-def test_storage_that_fails_makes_no_error_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_fails_makes_no_error_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_shard(tmp_path / "a.parquet", {"prompt": ["a"]})
     plan = plan_of(tmp_path)
     damage(path, 0, 0)
@@ -287,7 +356,9 @@ def test_storage_that_fails_makes_no_error_rows(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_what_a_data_uri_holds_is_read_and_not_passed_through(tmp_path: Path, several: bool) -> None:
+def test_what_a_data_uri_holds_is_read_and_not_passed_through(
+    tmp_path: Path, several: bool
+) -> None:
     uri = "data:image/png;base64," + "iVBORw0KGgo" * 10_000
     named = ["a.png", None, uri, f" {uri}"]
     column = pa.array([[one, "b.png"] for one in named] if several else named)

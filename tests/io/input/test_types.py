@@ -1,4 +1,6 @@
-"""Shards that have types of their own: what is planned for them, and what becomes of values that do not fit."""
+"""Shards that have types of their own: what is planned for them, and what becomes of values that do
+not fit.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 def read(plan: InputPlan, rows: RowSet | None = None, rows_per_block: int = 3) -> pa.Table:
     wanted = {shard.file.url: rows or RowSet.range(0, shard.rows) for shard in plan.shards}
     source = PlannedShards(plan, wanted, rows_per_block)
-    return pa.concat_tables(table for piece in source.pieces for table in read_piece(piece, plan, rows_per_block))
+    return pa.concat_tables(
+        table for piece in source.pieces for table in read_piece(piece, plan, rows_per_block)
+    )
 
 
 def write_arrow(path: Path, columns: dict[str, Any]) -> None:
@@ -38,7 +42,9 @@ def write_arrow(path: Path, columns: dict[str, Any]) -> None:
 
 
 def planned_of(folder: Path, *columns: pa.Array) -> tuple[pa.DataType, list[Any], InputPlan]:
-    """The type, and the values read, of a column that has each of these forms in a shard of its own."""
+    """The type, and the values read, of a column that has each of these forms in a shard of its
+    own.
+    """
     for number, column in enumerate(columns):
         write_shard(folder / f"{number}.parquet", {"prompt": ["?"] * len(column), "x": column})
     plan = plan_of(folder)
@@ -87,23 +93,31 @@ def test_shards_of_two_types_are_read_in_one_that_keeps_every_digit(
 
 
 def test_times_within_reach_take_the_finer_unit(tmp_path: Path) -> None:
-    kind, _, plan = planned_of(tmp_path, pa.array([1], pa.timestamp("us")), pa.array([1], pa.timestamp("ns")))
+    kind, _, plan = planned_of(
+        tmp_path, pa.array([1], pa.timestamp("us")), pa.array([1], pa.timestamp("ns"))
+    )
     assert kind == pa.timestamp("ns")
     assert read(plan)["x"].cast(pa.int64()).to_pylist() == [1000, 1]
 
 
 def test_what_became_of_a_column_is_said_in_the_line_about_the_input(tmp_path: Path) -> None:
     *_, plan = planned_of(tmp_path, pa.array([BIG]), pa.array([0.5]))
-    assert plan.summary.endswith("2 rows; column 'x' is int64 and double in different shards, and written as string")
+    assert plan.summary.endswith(
+        "2 rows; column 'x' is int64 and double in different shards, and written as string"
+    )
 
 
-def test_footers_are_read_again_once_however_many_columns_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_footers_are_read_again_once_however_many_columns_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[str] = []
     again = planning.open_parquet
     monkeypatch.setattr(planning, "open_parquet", lambda url: opened.append(url) or again(url))
     for shard in range(6):
         values = [1] if shard % 2 else [0.5]
-        write_shard(tmp_path / f"{shard}.parquet", {"prompt": ["?"], **dict.fromkeys("abcde", values)})
+        write_shard(
+            tmp_path / f"{shard}.parquet", {"prompt": ["?"], **dict.fromkeys("abcde", values)}
+        )
     assert plan_of(tmp_path).extras_schema.types == [pa.float64()] * 5
     assert [Path(url).name for url in opened] == ["1.parquet", "3.parquet", "5.parquet"]
 
@@ -116,19 +130,25 @@ def nested_views() -> dict[str, pa.Array]:
     texts = views.cast(pa.string())
     runs = pc.run_end_encode(pa.array(["a", "a", None, "c"]))
     union = pa.UnionArray.from_dense(
-        pa.array([0, 1, 0, 1], pa.int8()), pa.array([0, 0, 1, 1], pa.int32()), [pa.array([1, 2]), pa.array(["a", None])]
+        pa.array([0, 1, 0, 1], pa.int8()),
+        pa.array([0, 0, 1, 1], pa.int32()),
+        [pa.array([1, 2]), pa.array(["a", None])],
     )
     return {
         "struct": pa.StructArray.from_arrays([views], ["x"]),
         "deep": pa.StructArray.from_arrays([pa.StructArray.from_arrays([views], ["y"])], ["x"]),
-        "map": pa.MapArray.from_arrays([0, 1, 2, 3, 4], pa.array(list("klmn"), pa.string_view()), views),
+        "map": pa.MapArray.from_arrays(
+            [0, 1, 2, 3, 4], pa.array(list("klmn"), pa.string_view()), views
+        ),
         "list": pa.ListArray.from_arrays([0, 1, 2, 2, 4], views),
         "large": pa.LargeListArray.from_arrays([0, 1, 2, 2, 4], views),
         "fixed": pa.FixedSizeListArray.from_arrays(views, 1),
         "list_view": pa.array([["a"], [], None, ["c"]], pa.list_view(pa.string_view())),
         "category": pa.StructArray.from_arrays([texts.dictionary_encode()], ["x"]),
         "categories": pa.ListArray.from_arrays([0, 1, 2, 2, 4], texts.dictionary_encode()),
-        "bytes": pa.StructArray.from_arrays([pa.array([b"a", None, b"", b"c"], pa.binary_view())], ["x"]),
+        "bytes": pa.StructArray.from_arrays(
+            [pa.array([b"a", None, b"", b"c"], pa.binary_view())], ["x"]
+        ),
         "picky": pa.array([{"a": 1}, {"a": 2}, {"a": 3}, {"a": 4}], PICKY),
         "runs": runs,
         "runs_within": pa.StructArray.from_arrays([runs], ["x"]),
@@ -150,7 +170,9 @@ AS_TEXT = {
 
 
 @pytest.mark.parametrize("name", nested_views())
-def test_columns_as_only_some_writers_leave_them_can_be_taken_joined_and_written(tmp_path: Path, name: str) -> None:
+def test_columns_as_only_some_writers_leave_them_can_be_taken_joined_and_written(
+    tmp_path: Path, name: str
+) -> None:
     column = nested_views()[name]
     write_arrow(tmp_path / "a.arrow", {"prompt": ["?"] * 4, "x": column})
     plan = plan_of(tmp_path)
@@ -178,7 +200,10 @@ def test_text_that_is_no_utf8_makes_its_row_an_error_row_at_any_depth(tmp_path: 
         "map": pa.MapArray.from_arrays([0, 1, 2, 3], pa.array(["k"] * 3), bad),
     }
     for name, column in columns.items():
-        write_shard(tmp_path / name / "a.parquet", {"id": ["a", "b", "c"], "prompt": ["p", "q", "r"], "x": column})
+        write_shard(
+            tmp_path / name / "a.parquet",
+            {"id": ["a", "b", "c"], "prompt": ["p", "q", "r"], "x": column},
+        )
         table = read(plan_of(tmp_path / name))
         assert table[ID].to_pylist() == ["a", "b", "c"]
         errors = table[ERROR].to_pylist()
@@ -197,7 +222,9 @@ def test_text_that_is_no_utf8_makes_its_row_an_error_row_at_any_depth(tmp_path: 
         pa.array([0, 1 << 62], pa.duration("s")),
     ],
 )
-def test_a_time_that_python_cannot_tell_makes_its_row_an_error_row(tmp_path: Path, column: pa.Array) -> None:
+def test_a_time_that_python_cannot_tell_makes_its_row_an_error_row(
+    tmp_path: Path, column: pa.Array
+) -> None:
     write_shard(tmp_path / "a.parquet", {"prompt": ["p", "q"], "x": column})
     table = read(plan_of(tmp_path))
     fine, wrong = table[ERROR].to_pylist()
@@ -207,7 +234,10 @@ def test_a_time_that_python_cannot_tell_makes_its_row_an_error_row(tmp_path: Pat
 
 
 def test_a_time_zone_that_nobody_knows_is_utc(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", {"prompt": ["p"], "x": pa.array([0], pa.timestamp("us", "Mars/Olympus"))})
+    write_shard(
+        tmp_path / "a.parquet",
+        {"prompt": ["p"], "x": pa.array([0], pa.timestamp("us", "Mars/Olympus"))},
+    )
     assert read(plan_of(tmp_path))["x"].to_pylist() == [datetime(1970, 1, 1, tzinfo=UTC)]
 
 
@@ -246,24 +276,35 @@ def test_extension_types_pass_and_are_used_as_what_they_mean(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "column",
     [
-        pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.int8(), [1]), pa.array([[1]], pa.list_(pa.int8(), 1))),
+        pa.ExtensionArray.from_storage(
+            pa.fixed_shape_tensor(pa.int8(), [1]), pa.array([[1]], pa.list_(pa.int8(), 1))
+        ),
         pa.array([b"ab"], pa.binary(2)),
         pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
     ],
 )
 def test_what_cannot_be_said_cannot_stand_in_a_prompt(tmp_path: Path, column: pa.Array) -> None:
     write_shard(tmp_path / "a.parquet", {"x": column})
-    with pytest.raises(InputError, match=r"^input.prompt: column 'x' holds .*; expected text or numbers$"):
+    with pytest.raises(
+        InputError, match=r"^input.prompt: column 'x' holds .*; expected text or numbers$"
+    ):
         plan_of(tmp_path, ask="{x}")
 
 
-TURNS = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}]
+TURNS = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}],
+    }
+]
 
 
 def test_turns_in_columns_of_their_own_are_a_chat(tmp_path: Path) -> None:
     said = [{"type": "image"}, {"type": "text", "text": "What?"}]
     legacy = pa.struct([("role", pa.list_(pa.string())), ("content", pa.list_(pa.string()))])
-    pictured = [{"role": "user", "content": [{"type": "image", "image": {"bytes": b"x", "path": "a.png"}}]}]
+    pictured = [
+        {"role": "user", "content": [{"type": "image", "image": {"bytes": b"x", "path": "a.png"}}]}
+    ]
     forms = {
         "parts": (pa.array([TURNS, None]), [{"role": "user", "content": said}]),
         "text": (
@@ -277,7 +318,10 @@ def test_turns_in_columns_of_their_own_are_a_chat(tmp_path: Path) -> None:
             ),
             [{"role": "user", "content": "Hi"}],
         ),
-        "legacy": (pa.array([{"role": ["user"], "content": ["Hi"]}, None], legacy), [{"role": "user", "content": "Hi"}]),
+        "legacy": (
+            pa.array([{"role": ["user"], "content": ["Hi"]}, None], legacy),
+            [{"role": "user", "content": "Hi"}],
+        ),
         "picture": (
             pa.array([pictured, None]),
             [{"role": "user", "content": [{"type": "image", "image": "data:;base64,eA=="}]}],
@@ -290,9 +334,16 @@ def test_turns_in_columns_of_their_own_are_a_chat(tmp_path: Path) -> None:
 
 
 def test_shards_may_hold_ids_chats_and_images_each_in_a_form_of_its_own(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", {"id": [1], "messages": pa.array([TURNS]), "image": ["a.png"]})
-    write_shard(tmp_path / "b.parquet", {"id": ["x"], "messages": ["[]"], "image": pa.array([{"bytes": b"y", "path": ""}])})
-    write_shard(tmp_path / "c.parquet", {"id": pa.nulls(1), "messages": pa.nulls(1), "image": [b"z"]})
+    write_shard(
+        tmp_path / "a.parquet", {"id": [1], "messages": pa.array([TURNS]), "image": ["a.png"]}
+    )
+    write_shard(
+        tmp_path / "b.parquet",
+        {"id": ["x"], "messages": ["[]"], "image": pa.array([{"bytes": b"y", "path": ""}])},
+    )
+    write_shard(
+        tmp_path / "c.parquet", {"id": pa.nulls(1), "messages": pa.nulls(1), "image": [b"z"]}
+    )
     plan = plan_of(tmp_path, limit=2)
     check_ids_unique(plan)
     table = read(plan_of(tmp_path))
@@ -308,7 +359,9 @@ def test_shards_may_hold_ids_chats_and_images_each_in_a_form_of_its_own(tmp_path
         pa.array([["a", "b"], None], pa.list_(pa.string(), 2)),
         pa.array([["a", "b"], None], pa.list_view(pa.string())),
         pa.array([["a", "b"], None], pa.large_list_view(pa.string_view())),
-        pa.ListArray.from_arrays([0, 2, 2], pa.array(["a", "b"]).dictionary_encode(), mask=pa.array([False, True])),
+        pa.ListArray.from_arrays(
+            [0, 2, 2], pa.array(["a", "b"]).dictionary_encode(), mask=pa.array([False, True])
+        ),
     ],
 )
 def test_lists_of_images_may_have_any_form(tmp_path: Path, column: pa.Array) -> None:
@@ -320,7 +373,10 @@ def test_lists_of_images_may_have_any_form(tmp_path: Path, column: pa.Array) -> 
 
 def test_columns_of_images_that_hold_none_at_all_are_missing_images(tmp_path: Path) -> None:
     empty = {
-        "image": pa.array([{"bytes": None, "path": "a.png"}], pa.struct([("bytes", pa.null()), ("path", pa.string())])),
+        "image": pa.array(
+            [{"bytes": None, "path": "a.png"}],
+            pa.struct([("bytes", pa.null()), ("path", pa.string())]),
+        ),
         "images": pa.array([[]], pa.list_(pa.null())),
     }
     for name, column in empty.items():
@@ -329,17 +385,23 @@ def test_columns_of_images_that_hold_none_at_all_are_missing_images(tmp_path: Pa
     assert read(plan_of(tmp_path / "images"))[IMAGES].to_pylist() == [[]]
 
 
-@pytest.mark.parametrize("kind", [pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.uint32(), pa.uint64()])
+@pytest.mark.parametrize(
+    "kind", [pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.uint32(), pa.uint64()]
+)
 def test_ids_may_be_integers_of_any_width(tmp_path: Path, kind: pa.DataType) -> None:
     write_shard(tmp_path / "a.parquet", {"id": pa.array([7], kind), "prompt": ["?"]})
-    write_shard(tmp_path / "b.parquet", {"id": pa.array([8], kind).dictionary_encode(), "prompt": ["?"]})
+    write_shard(
+        tmp_path / "b.parquet", {"id": pa.array([8], kind).dictionary_encode(), "prompt": ["?"]}
+    )
     plan = plan_of(tmp_path)
     check_ids_unique(plan)
     assert read(plan)[ID].to_pylist() == ["7", "8"]
 
 
 def test_an_id_that_is_no_id_becomes_its_rows_place(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", {"id": ["a" * 1024, "ü" * 1025, "\x1b[31m"], "prompt": ["?"] * 3})
+    write_shard(
+        tmp_path / "a.parquet", {"id": ["a" * 1024, "ü" * 1025, "\x1b[31m"], "prompt": ["?"] * 3}
+    )
     plan = plan_of(tmp_path)
     check_ids_unique(plan)
     table = read(plan)
@@ -377,7 +439,9 @@ def test_a_row_larger_than_its_bound_is_an_error_row_without_what_it_held(tmp_pa
     assert all(re.fullmatch(expected, error) for error in others)
 
 
-def test_rows_of_a_large_group_are_decoded_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_large_group_are_decoded_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.io.input.formats.BATCH_BYTES", 10_000)
     monkeypatch.setattr("pipeline.io.input.read.PART_BYTES", 3_000)
     values = [f"{row:04d}" * 250 for row in range(100)]
@@ -398,7 +462,11 @@ def test_what_folders_say_in_hives_form_are_columns(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     assert plan.extras_schema == pa.schema([("lang", pa.string()), ("kind", pa.string())])
     told = read(plan).select(["lang", "kind"]).to_pylist()
-    assert told == [{"lang": None, "kind": "007"}, {"lang": "de", "kind": "a/b"}, {"lang": None, "kind": None}]
+    assert told == [
+        {"lang": None, "kind": "007"},
+        {"lang": "de", "kind": "a/b"},
+        {"lang": None, "kind": None},
+    ]
     assert read(plan_of(tmp_path, ask="{kind}!"))[PROMPT].to_pylist() == ["007!", "a/b!", None]
 
 
@@ -424,35 +492,57 @@ def test_only_folders_with_a_key_and_a_value_tell_something() -> None:
 
 def test_one_name_for_two_columns_is_an_error_that_names_file_and_column(tmp_path: Path) -> None:
     pq.write_table(
-        pa.Table.from_arrays([pa.array(["?"]), pa.array([1]), pa.array([2])], ["prompt", "x", "x"]), tmp_path / "a.parquet"
+        pa.Table.from_arrays([pa.array(["?"]), pa.array([1]), pa.array([2])], ["prompt", "x", "x"]),
+        tmp_path / "a.parquet",
     )
-    with pytest.raises(InputError, match=r"a.parquet has 'x' as the name of two columns; rename one of them$"):
+    with pytest.raises(
+        InputError, match=r"a.parquet has 'x' as the name of two columns; rename one of them$"
+    ):
         plan_of(tmp_path)
 
 
 def test_one_name_for_two_fields_is_an_error_that_names_file_and_column(tmp_path: Path) -> None:
     twice = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"])
-    write_arrow(tmp_path / "a.arrow", {"prompt": ["?"], "x": pa.ListArray.from_arrays([0, 1], twice)})
-    with pytest.raises(InputError, match=r"two fields of one name in column 'x' \(list<.*>\); rename one of them$"):
+    write_arrow(
+        tmp_path / "a.arrow", {"prompt": ["?"], "x": pa.ListArray.from_arrays([0, 1], twice)}
+    )
+    with pytest.raises(
+        InputError, match=r"two fields of one name in column 'x' \(list<.*>\); rename one of them$"
+    ):
         plan_of(tmp_path)
 
 
-def test_keys_that_vary_from_row_to_row_are_no_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_vary_from_row_to_row_are_no_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.io.input.plan.MAX_COLUMNS", 20)
     for shard in range(3):
-        write_shard(tmp_path / f"{shard}.parquet", {"prompt": ["?"], **{f"c{shard}{n}": [1] for n in range(9)}})
+        write_shard(
+            tmp_path / f"{shard}.parquet",
+            {"prompt": ["?"], **{f"c{shard}{n}": [1] for n in range(9)}},
+        )
     assert plan_of(str(tmp_path / "[01].parquet")).rows == 2
     with pytest.raises(
-        InputError, match=r"^input.path: the shards have 28 different columns, such as c26, c27, c28, expected"
+        InputError,
+        match=r"^input.path: the shards have 28 different columns, such as c26, c27, c28, expected",
     ):
         plan_of(tmp_path)
 
 
 def test_a_column_that_an_answers_column_would_meet_is_renamed(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"what": ["?"], "text_short": ["mine"]})
-    assert plan_of(tmp_path, asks={"short": "{what}"}).extras == {"what": "what", "input_text_short": "text_short"}
+    assert plan_of(tmp_path, asks={"short": "{what}"}).extras == {
+        "what": "what",
+        "input_text_short": "text_short",
+    }
 
 
 def test_plain_types_are_their_own_plain_types() -> None:
-    for kind in (pa.int64(), pa.list_(pa.field("element", pa.string())), IMAGE_STRUCT, pa.uuid(), pa.decimal128(5, 2)):
+    for kind in (
+        pa.int64(),
+        pa.list_(pa.field("element", pa.string())),
+        IMAGE_STRUCT,
+        pa.uuid(),
+        pa.decimal128(5, 2),
+    ):
         assert plain_type(kind) == kind

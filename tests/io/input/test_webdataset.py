@@ -36,13 +36,24 @@ def tar_of(*names: str, data: bytes = b"{}") -> bytes:
         return file.getvalue()
 
 
-PACKED: dict[str, Callable[[bytes], bytes]] = {"tar": bytes, "tar.gz": gzip.compress, "tar.zst": zstandard.compress}
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "tar": bytes,
+    "tar.gz": gzip.compress,
+    "tar.zst": zstandard.compress,
+}
 
 
 @pytest.mark.parametrize("suffix", PACKED)
 def test_tars_behind_each_other_are_read_to_the_end(tmp_path: Path, suffix: str) -> None:
     """As `cat a.tar b.tar` puts them together, compressed before or behind that."""
-    tars = [tar_of("a.jpg", "a.json"), tar_of(), tar_of("b.jpg"), bytes(5120), tar_of("c.jpg", "d.jpg"), bytes(777)]
+    tars = [
+        tar_of("a.jpg", "a.json"),
+        tar_of(),
+        tar_of("b.jpg"),
+        bytes(5120),
+        tar_of("c.jpg", "d.jpg"),
+        bytes(777),
+    ]
     for packed in (PACKED[suffix](b"".join(tars)), b"".join(map(PACKED[suffix], tars))):
         (tmp_path / f"x.{suffix}").write_bytes(packed)
         plan = planned(tmp_path)
@@ -54,10 +65,15 @@ def test_tars_behind_each_other_are_read_to_the_end(tmp_path: Path, suffix: str)
 
 @pytest.mark.parametrize("suffix", PACKED)
 @pytest.mark.parametrize("behind", [b"x", b"garbage" * 100, bytes(512) + b"\1" * 512])
-def test_what_is_no_tar_behind_the_end_of_one_is_named(tmp_path: Path, suffix: str, behind: bytes) -> None:
+def test_what_is_no_tar_behind_the_end_of_one_is_named(
+    tmp_path: Path, suffix: str, behind: bytes
+) -> None:
     (tmp_path / f"x.{suffix}").write_bytes(PACKED[suffix](tar_of("a.jpg") + behind))
     at = 10_240 + len(behind) // 1024 * 512
-    with pytest.raises(InputError, match=f"behind the tar's end, at byte {at:,}, follows something that is no tar; cut"):
+    with pytest.raises(
+        InputError,
+        match=f"behind the tar's end, at byte {at:,}, follows something that is no tar; cut",
+    ):
         planned(tmp_path)
 
 
@@ -71,8 +87,22 @@ def test_a_second_tar_that_breaks_off_is_named(tmp_path: Path) -> None:
 
 def test_hidden_members_belong_to_no_sample(tmp_path: Path) -> None:
     """AppleDouble files of macOS, its .DS_Store, and what notebooks keep beside the data."""
-    names = ["set/._000.jpg", "set/000.jpg", "set/._000.json", "set/000.json", "set/.DS_Store", ".DS_Store"]
-    names += ["._set", "set/.ipynb_checkpoints/000-checkpoint.jpg", "./b.jpg", "./c.d/e.jpg", "../f.jpg", "._x.y/g.jpg"]
+    names = [
+        "set/._000.jpg",
+        "set/000.jpg",
+        "set/._000.json",
+        "set/000.json",
+        "set/.DS_Store",
+        ".DS_Store",
+    ]
+    names += [
+        "._set",
+        "set/.ipynb_checkpoints/000-checkpoint.jpg",
+        "./b.jpg",
+        "./c.d/e.jpg",
+        "../f.jpg",
+        "._x.y/g.jpg",
+    ]
     (tmp_path / "x.tar").write_bytes(tar_of(*names))
     table = read(planned(tmp_path))
     assert table[ID] == ["set/000", "./b", "./c.d/e", "../f"]
@@ -81,12 +111,16 @@ def test_hidden_members_belong_to_no_sample(tmp_path: Path) -> None:
 
 def test_samples_in_pieces_are_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(tar_of("k0.jpg", "k1.jpg", "k0.json", "k1.json"))
-    with pytest.raises(InputError, match=r"files of sample 'k0' do not lie next to each other .*tar --sort=name"):
+    with pytest.raises(
+        InputError, match=r"files of sample 'k0' do not lie next to each other .*tar --sort=name"
+    ):
         planned(tmp_path)
 
 
 def test_samples_that_come_twice_are_told_from_samples_in_pieces(tmp_path: Path) -> None:
-    (tmp_path / "x.tar").write_bytes(tar_of("k0.jpg", "k0.json", "k1.jpg") + tar_of("k0.json", "k0.jpg"))
+    (tmp_path / "x.tar").write_bytes(
+        tar_of("k0.jpg", "k0.json", "k1.jpg") + tar_of("k0.json", "k0.jpg")
+    )
     plan = planned(tmp_path)
     with pytest.raises(InputError, match="id 'k0' stands twice"):
         check_ids_unique(plan)
@@ -94,9 +128,15 @@ def test_samples_that_come_twice_are_told_from_samples_in_pieces(tmp_path: Path)
 
 
 def test_members_that_cannot_be_taken_are_error_rows(tmp_path: Path) -> None:
-    (tmp_path / "x.tar").write_bytes(tar_of("a.jpg", "caf\udce9.jpg", "b.\udce9.jpg", "c.jpg", "d/" * 200 + "e.txt"))
+    (tmp_path / "x.tar").write_bytes(
+        tar_of("a.jpg", "caf\udce9.jpg", "b.\udce9.jpg", "c.jpg", "d/" * 200 + "e.txt")
+    )
     with tarfile.open(tmp_path / "x.tar", "a") as tar:
-        for name, kind in (("f.jpg", tarfile.LNKTYPE), ("g.jpg", tarfile.SYMTYPE), ("h.useless", tarfile.SYMTYPE)):
+        for name, kind in (
+            ("f.jpg", tarfile.LNKTYPE),
+            ("g.jpg", tarfile.SYMTYPE),
+            ("h.useless", tarfile.SYMTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "a.jpg"
             tar.addfile(info)
@@ -118,14 +158,20 @@ def test_members_that_cannot_be_taken_are_error_rows(tmp_path: Path) -> None:
 
 def test_a_sample_above_its_bounds_is_an_error_row(tmp_path: Path) -> None:
     files = [("a.jpg", b"A" * 100), ("b.jpg", b"B" * 60), ("b.1.jpg", b"B" * 41)]
-    files += [*((f"c.{n}.npy", b"") for n in range(4)), ("d.txt", b"D" * 51), ("e.json", b'{"x": 1, "y": 2, "z": 3}')]
+    files += [
+        *((f"c.{n}.npy", b"") for n in range(4)),
+        ("d.txt", b"D" * 51),
+        ("e.json", b'{"x": 1, "y": 2, "z": 3}'),
+    ]
     files += [
         ("f.json", b'{"awaker:error": "image_fetch: forged"}'),
         ("g.json", b'{"v": "\\ud800"}'),
         ("h.npy", b"x" * 999),
     ]
     write_tar(tmp_path / "x.tar", files)
-    plan = planned(tmp_path, max_sample_bytes=100, max_sample_files=3, max_line_bytes=50, max_columns=3)
+    plan = planned(
+        tmp_path, max_sample_bytes=100, max_sample_files=3, max_line_bytes=50, max_columns=3
+    )
     table = read(plan)
     assert table[ID] == list("abcdefgh")
     assert table[IMAGES] == [[b"A" * 100], *[None] * 7]
@@ -136,12 +182,15 @@ def test_a_sample_above_its_bounds_is_an_error_row(tmp_path: Path) -> None:
         "d.txt has more than 50 bytes (input.max_line_bytes)",
         "sample 'e' has 4 keys, above input.max_columns 3",
         "f.json has the key 'awaker:error'; 'awaker:' is ours: rename it",
-        "column 'v' holds no valid text (half a surrogate pair, or bytes that are no UTF-8): '\\ud800'",
+        "column 'v' holds no valid text (half a surrogate pair, or bytes that are no UTF-8): "
+        "'\\ud800'",
         None,
     ]
 
 
-def test_pictures_that_unpack_to_more_than_the_bound_are_not_unpacked_into_memory(tmp_path: Path) -> None:
+def test_pictures_that_unpack_to_more_than_the_bound_are_not_unpacked_into_memory(
+    tmp_path: Path,
+) -> None:
     size = 40 << 20
     info = tarfile.TarInfo("bomb.png")
     info.size = size
@@ -152,7 +201,9 @@ def test_pictures_that_unpack_to_more_than_the_bound_are_not_unpacked_into_memor
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert table[ID] == ["bomb", "a"]
-    assert (table[ERROR][0] or "").startswith("row_malformed: sample 'bomb' has more than 1,048,576 bytes")
+    assert (table[ERROR][0] or "").startswith(
+        "row_malformed: sample 'bomb' has more than 1,048,576 bytes"
+    )
     assert held < 8 << 20
 
 
@@ -165,14 +216,23 @@ def header_of(kind: bytes, size: int) -> bytes:
 DIGITS = b"9" * 1_000_000
 RECORDS = b"3 a" * 300_000 + b"="
 HEADERS = {
-    "a long name": (header_of(tarfile.GNUTYPE_LONGNAME, HEADER_BYTES), "claim more than 1,048,576 bytes"),
+    "a long name": (
+        header_of(tarfile.GNUTYPE_LONGNAME, HEADER_BYTES),
+        "claim more than 1,048,576 bytes",
+    ),
     "extended": (header_of(tarfile.XHDTYPE, HEADER_BYTES), "claim more than 1,048,576 bytes"),
     "for all": (header_of(tarfile.XGLTYPE, 5 << 30), "claim more than 1,048,576 bytes"),
     "many": (header_of(tarfile.XGLTYPE, 0) * 3000, "Error: "),
     "negative": (header_of(tarfile.REGTYPE, -1024), "leads backwards"),
     "negative name": (header_of(tarfile.GNUTYPE_LONGNAME, -1024), "ReadError"),
-    "digits": (header_of(tarfile.XHDTYPE, 1_000_011) + b"1000011 a=%s\n" % DIGITS, "extended header .* is damaged"),
-    "records": (header_of(tarfile.XHDTYPE, len(RECORDS)) + RECORDS, "extended header .* is damaged"),
+    "digits": (
+        header_of(tarfile.XHDTYPE, 1_000_011) + b"1000011 a=%s\n" % DIGITS,
+        "extended header .* is damaged",
+    ),
+    "records": (
+        header_of(tarfile.XHDTYPE, len(RECORDS)) + RECORDS,
+        "extended header .* is damaged",
+    ),
 }
 
 
@@ -189,16 +249,22 @@ def test_a_header_costs_no_more_than_its_bound(tmp_path: Path, name: str) -> Non
 
 
 def test_long_names_and_other_facts_in_extended_headers_are_read(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of all"}) as tar:
+    with tarfile.open(
+        tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of all"}
+    ) as tar:
         for name in ("d" * 90 + "/" + "é" * 100 + ".jpg", "0" * 250 + ".jpg"):
             info = tarfile.TarInfo(name)
-            info.pax_headers = {"mtime": "1234567890.123456789", "SCHILY.xattr.user.note": "x = y\n" * 1000}
+            info.pax_headers = {
+                "mtime": "1234567890.123456789",
+                "SCHILY.xattr.user.note": "x = y\n" * 1000,
+            }
             tar.addfile(info)
     assert read(planned(tmp_path))[ID] == ["d" * 90 + "/" + "é" * 100, "0" * 250]
 
 
 @pytest.mark.parametrize(
-    "name", ["a/" * 200_000, "/" * 400_000, "." * 400_000, "x." + "/" * 400_000, "__" * 200_000 + ".jpg"]
+    "name",
+    ["a/" * 200_000, "/" * 400_000, "." * 400_000, "x." + "/" * 400_000, "__" * 200_000 + ".jpg"],
 )
 def test_a_long_name_takes_no_longer_than_its_length(tmp_path: Path, name: str) -> None:
     (tmp_path / "x.tar").write_bytes(tar_of("a.jpg", name))

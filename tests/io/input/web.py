@@ -14,8 +14,9 @@ BODY = b"picture " * 1000
 class Web(ThreadingHTTPServer):
     """A server of good and bad bodies on loopback.
 
-    `asked` counts requests by path, `lines` and `agents` are their first lines and User-Agents, `files` are good bodies by
-    path (any other path has `BODY`), and while it is `down` it answers 503.
+    `asked` counts requests by path, `lines` and `agents` are their first lines and User-Agents,
+    `files` are good bodies by path (any other path has `BODY`), and while it is `down` it answers
+    503.
     """
 
     daemon_threads = True

@@ -31,7 +31,11 @@ from tests.io.output.epochs import hold
 
 @pytest.fixture(params=["disk", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> OutputFolder:
-    url = str(tmp_path / "out") if request.param == "disk" else f"{request.getfixturevalue('fencing_s3')}/out"
+    url = (
+        str(tmp_path / "out")
+        if request.param == "disk"
+        else f"{request.getfixturevalue('fencing_s3')}/out"
+    )
     found = OutputFolder(url)
     found.make()
     return found
@@ -49,7 +53,11 @@ def writer(folder: OutputFolder, run: str, rows: int = 1000) -> Committer:
 def read_ids(folder: OutputFolder) -> list[str]:
     """What a plain reader of the folder sees."""
     names = folder.sizes()
-    return sorted(id_ for name in names for id_ in pq.read_table(pa.BufferReader(folder.read(name)))["id"].to_pylist())
+    return sorted(
+        id_
+        for name in names
+        for id_ in pq.read_table(pa.BufferReader(folder.read(name)))["id"].to_pylist()
+    )
 
 
 def finish_in_vain(committer: Committer) -> None:
@@ -58,7 +66,9 @@ def finish_in_vain(committer: Committer) -> None:
 
 
 class Paused(OutputFolder):
-    """Storage whose first write of a result waits until it is told to go on: a machine that sleeps in just that moment."""
+    """Storage whose first write of a result waits until it is told to go on: a machine that sleeps
+    in just that moment.
+    """
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -99,10 +109,15 @@ def test_one_that_dies_before_it_takes_its_file_back_doubles_nothing_for_us_and_
     second.take(block("a", 0))
     # What the first run's machine had under way arrives now, and the machine is gone for good.
     late = OutputLog(folder, first._log._writing())
-    data = late._encoded(commits.Commit("part-x.parquet", {"a": RowSet.range(0, 1)}, commits.Written()), block("a", 0))
+    data = late._encoded(
+        commits.Commit("part-x.parquet", {"a": RowSet.range(0, 1)}, commits.Written()),
+        block("a", 0),
+    )
     name = f"part-{first._log._writing().name}-00000.parquet"
     folder.write(name, data)
-    assert [commit.file for commit in OutputLog(folder).commits()] == [n for n in folder.sizes() if n != name]
+    assert [commit.file for commit in OutputLog(folder).commits()] == [
+        n for n in folder.sizes() if n != name
+    ]
     assert OutputLog(folder).superseded() == [name]
     assert done_rows(OutputLog(folder).commits()) == {"a": RowSet.range(0, 1)}
     hold(folder, "third")
@@ -193,7 +208,9 @@ def test_a_merge_that_lost_the_output_replaces_nothing(folder: OutputFolder) -> 
     hold(folder)
     first = committer(folder, rows=1)
     first.take(block("a", 0, error="image_fetch: no"))
-    again = Committer(folder, "mine", SCHEMA, None, CommitSettings(100, 60.0, RETRIES), ErrorSettings())
+    again = Committer(
+        folder, "mine", SCHEMA, None, CommitSettings(100, 60.0, RETRIES), ErrorSettings()
+    )
     again.take(block("a", 0))
     again.finish()
     hold(folder, "another")
@@ -233,7 +250,9 @@ class Mortal(OutputFolder):
         super().remove(name)
 
 
-def test_whenever_a_merge_of_outcomes_is_killed_every_row_stands_once_and_the_next_run_finishes_it(tmp_path: Path) -> None:
+def test_whenever_a_merge_of_outcomes_is_killed_every_row_stands_once_and_the_next_run_finishes_it(
+    tmp_path: Path,
+) -> None:
     operations = 0
     while True:
         folder = Mortal(str(tmp_path / str(operations)))
@@ -243,7 +262,9 @@ def test_whenever_a_merge_of_outcomes_is_killed_every_row_stands_once_and_the_ne
         first = committer(folder, rows=2)
         for shard in ("a", "b"):
             first.take(block(shard, 0, 1, error="image_fetch: no"))
-        again = Committer(folder, "mine", SCHEMA, None, CommitSettings(1, 60.0, RETRIES), ErrorSettings())
+        again = Committer(
+            folder, "mine", SCHEMA, None, CommitSettings(1, 60.0, RETRIES), ErrorSettings()
+        )
         for shard in ("a", "b"):
             again.take(block(shard, 1))
         again.finish()
@@ -270,7 +291,9 @@ def test_a_file_tells_its_epoch_and_writer_in_name_and_footer(folder: OutputFold
     writer_ = committer(folder, rows=1)
     writer_.take(block("a", 0))
     (name,) = folder.sizes()
-    told = json.loads(pq.read_schema(pa.BufferReader(folder.read(name))).metadata[commits.FOOTER_KEY])
+    told = json.loads(
+        pq.read_schema(pa.BufferReader(folder.read(name))).metadata[commits.FOOTER_KEY]
+    )
     fence = writer_._log._writing()
     assert epoch_of(name) == told["epoch"] == fence.epoch == 2
     assert (told["run"], told["by"], told["name"]) == ("mine", fence.holder.token, name)
@@ -280,13 +303,25 @@ def test_a_file_tells_its_epoch_and_writer_in_name_and_footer(folder: OutputFold
 
 def test_names_of_others_and_of_earlier_versions_are_told_apart() -> None:
     assert epoch_of("part-20261122T000000-abcdef-12ab-00003.parquet") == 0
-    assert epoch_of("_run/retries/part-00000012-20261122T000000-abcdef-1234abcd-00003.parquet") == 12
-    for foreign in ("part-0.parquet", "part-00000.parquet", "part-00000-of-00010.parquet", "copy.parquet", "0.parquet"):
+    assert (
+        epoch_of("_run/retries/part-00000012-20261122T000000-abcdef-1234abcd-00003.parquet") == 12
+    )
+    for foreign in (
+        "part-0.parquet",
+        "part-00000.parquet",
+        "part-00000-of-00010.parquet",
+        "copy.parquet",
+        "0.parquet",
+    ):
         assert epoch_of(foreign) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1" + bytes(100), b"PAR1" + bytes(100) + b"PAR1", b"\0" * 4096])
-def test_a_torn_result_is_named_to_readers_and_set_aside_by_the_next_run(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"PAR1" + bytes(100), b"PAR1" + bytes(100) + b"PAR1", b"\0" * 4096]
+)
+def test_a_torn_result_is_named_to_readers_and_set_aside_by_the_next_run(
+    content: bytes, tmp_path: Path
+) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.make()
     hold(folder)
@@ -314,12 +349,22 @@ def test_what_only_repeats_the_footers_may_be_damaged(tmp_path: Path) -> None:
     first.take(block("a", 0))
     first.finish()
     told = [commit.as_dict() for commit in OutputLog(folder).commits()]
-    for content in (b"", b"[", b"{}", b"[1]", b"\xff", b'[{"file": "x"}]', b'[{"file": 1, "rows": [], "written": {}}]'):
+    for content in (
+        b"",
+        b"[",
+        b"{}",
+        b"[1]",
+        b"\xff",
+        b'[{"file": "x"}]',
+        b'[{"file": 1, "rows": [], "written": {}}]',
+    ):
         folder.write(folder.names("_run/index")[0], content)
         assert [commit.as_dict() for commit in OutputLog(folder).commits()] == told
 
 
-def test_a_list_of_what_counts_that_cannot_be_read_gives_way_to_the_one_before(tmp_path: Path) -> None:
+def test_a_list_of_what_counts_that_cannot_be_read_gives_way_to_the_one_before(
+    tmp_path: Path,
+) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.make()
     hold(folder)
@@ -332,7 +377,9 @@ def test_a_list_of_what_counts_that_cannot_be_read_gives_way_to_the_one_before(t
     assert done_rows(OutputLog(folder).commits()) == {"a": RowSet.range(0, 2)}
 
 
-def test_a_fresh_start_leaves_nothing_to_count_even_if_it_dies_before_it_has_deleted_anything(folder: OutputFolder) -> None:
+def test_a_fresh_start_leaves_nothing_to_count_even_if_it_dies_before_it_has_deleted_anything(
+    folder: OutputFolder,
+) -> None:
     hold(folder)
     committer(folder, rows=1).take(block("a", 0))
     folder.write("other.parquet", b"somebody's")
@@ -414,9 +461,11 @@ class Stepped(OutputFolder):
 
 
 def answer_what_is_missing(folder: OutputFolder, run: str) -> None:
-    """A whole run in small: it takes the output at once, as after any pause, and commits each missing row.
+    """A whole run in small: it takes the output at once, as after any pause, and commits each
+    missing row.
 
-    One of them starts afresh: what lay there does not count any more, unless another took the output before it said so.
+    One of them starts afresh: what lay there does not count any more, unless another took the
+    output before it said so.
     """
     try:
         driver = hold(folder, run)
@@ -431,7 +480,9 @@ def answer_what_is_missing(folder: OutputFolder, run: str) -> None:
 
 
 def overtake(bursts: Iterable[tuple[int, int]]) -> None:
-    """Let three runs go on for some operations each, in turn, then each to its end; every row must count once."""
+    """Let three runs go on for some operations each, in turn, then each to its end; every row must
+    count once.
+    """
     order = [run for run, operations in bursts for _ in range(operations)]
     with tempfile.TemporaryDirectory() as path, pytest.MonkeyPatch.context() as patch:
         patch.setattr(commits, "VERDICT_SECONDS", 0.0)
@@ -450,7 +501,8 @@ def overtake(bursts: Iterable[tuple[int, int]]) -> None:
 
             threads[number] = threading.Thread(target=go, daemon=True)
         turns.start(threads)
-        # Whoever began the last epoch was not overtaken: it saw all rows answered, and so they must be.
+        # Whoever began the last epoch was not overtaken: it saw all rows answered, and so they must
+        # be.
         counted = done_rows(OutputLog(plain).commits())  # an error where a row counts twice
         assert counted == {"a": RowSet.range(0, ROWS)}
         hold(plain, "reader")
@@ -461,7 +513,9 @@ def overtake(bursts: Iterable[tuple[int, int]]) -> None:
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 45)), min_size=4, max_size=12))
 @settings(max_examples=60, deadline=None)
-def test_however_runs_overtake_one_another_every_row_counts_exactly_once(bursts: list[tuple[int, int]]) -> None:
+def test_however_runs_overtake_one_another_every_row_counts_exactly_once(
+    bursts: list[tuple[int, int]],
+) -> None:
     overtake(bursts)
 
 

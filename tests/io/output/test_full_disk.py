@@ -1,4 +1,6 @@
-"""A disk that is full: one line for a person, whole files, and nothing lost once there is room again."""
+"""A disk that is full: one line for a person, whole files, and nothing lost once there is room
+again.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     where = tmp_path / "disk"
     where.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(where)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(where)],
+        capture_output=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip("mounting a small filesystem needs root")
@@ -49,7 +53,9 @@ def fill(disk: Path) -> Path:
 
 
 def writer(folder: OutputFolder) -> Committer:
-    return Committer(folder, "mine", SCHEMA, None, CommitSettings(1, 60.0, patience=0.5), ErrorSettings())
+    return Committer(
+        folder, "mine", SCHEMA, None, CommitSettings(1, 60.0, patience=0.5), ErrorSettings()
+    )
 
 
 def test_a_disk_that_fills_ends_in_one_line_and_what_was_committed_stays(disk: Path) -> None:
@@ -85,11 +91,18 @@ def test_an_output_that_cannot_be_taken_for_want_of_room_says_so(disk: Path) -> 
 
 
 def test_a_job_on_a_full_disk_ends_with_exit_code_2_and_one_line(
-    disk: Path, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    disk: Path,
+    golden: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_shard(tmp_path / "in/a.parquet", {"prompt": pa.array(["?"])})
     fill(disk)
-    model = {"model.base": golden / "released/base", "model.adapter": golden / "released/adapter/pytorch_model.bin"}
+    model = {
+        "model.base": golden / "released/base",
+        "model.adapter": golden / "released/adapter/pytorch_model.bin",
+    }
     for out in ("out", "new/deeper/out"):
         job = {**model, "input.path": tmp_path / "in", "output.path": disk / out}
         done = run_script_here("vqa", sets(job), capsys, monkeypatch)

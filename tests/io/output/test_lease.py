@@ -14,7 +14,16 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import OutputError
-from pipeline.io.output.lease import UNKNOWN, Fence, Holder, Lease, LeaseLostError, LeaseTimes, check_lock, read_lock
+from pipeline.io.output.lease import (
+    UNKNOWN,
+    Fence,
+    Holder,
+    Lease,
+    LeaseLostError,
+    LeaseTimes,
+    check_lock,
+    read_lock,
+)
 from pipeline.io.output.storage import LEASE, OutputFolder
 from tests.io.output.epochs import hold
 
@@ -23,7 +32,11 @@ QUICK = LeaseTimes(expire=0.6, settle=0.05)
 
 @pytest.fixture(params=["disk", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> OutputFolder:
-    url = str(tmp_path / "out") if request.param == "disk" else f"{request.getfixturevalue('fencing_s3')}/out"
+    url = (
+        str(tmp_path / "out")
+        if request.param == "disk"
+        else f"{request.getfixturevalue('fencing_s3')}/out"
+    )
     found = OutputFolder(url)
     found.make()
     return found
@@ -41,7 +54,10 @@ def elsewhere(epoch: int = 1, run: str = "dead") -> Holder:
 def test_a_second_run_on_one_output_is_refused_while_the_first_lives(folder: OutputFolder) -> None:
     first = Lease(folder, "first", QUICK)
     assert first.take().epoch == 1
-    with pytest.raises(OutputError, match=r"^output.path: run first on .* \(process \d+\) is writing to .*; wait for it"):
+    with pytest.raises(
+        OutputError,
+        match=r"^output.path: run first on .* \(process \d+\) is writing to .*; wait for it",
+    ):
         Lease(folder, "second", QUICK).take()
     first.release()
     waited: list[str] = []
@@ -68,8 +84,14 @@ def test_a_dead_process_is_known_to_be_dead_only_where_it_could_be_seen(tmp_path
     gone = replace(here, started="1")  # its number was given to another process
     assert gone.is_dead
     assert replace(here, pid=2**22 + 1).is_dead
-    for other in (replace(gone, boot="another"), replace(gone, pid_namespace="pid:[1]"), replace(gone, boot=None)):
-        assert not other.is_dead  # another machine, another container of this one, a system that does not say
+    for other in (
+        replace(gone, boot="another"),
+        replace(gone, pid_namespace="pid:[1]"),
+        replace(gone, boot=None),
+    ):
+        assert (
+            not other.is_dead
+        )  # another machine, another container of this one, a system that does not say
     folder = OutputFolder(str(tmp_path))
     put(folder, gone)
     told: list[str] = []
@@ -121,7 +143,9 @@ def test_a_renewal_that_was_paused_does_not_take_the_output_back(
     go_on.set()
     time.sleep(0.3)
     check_lock(other, "second")
-    with pytest.raises(LeaseLostError, match="no longer this run's: its lock is held by run second on elsewhere"):
+    with pytest.raises(
+        LeaseLostError, match="no longer this run's: its lock is held by run second on elsewhere"
+    ):
         first.check()
     with pytest.raises(LeaseLostError):
         fence.check()
@@ -136,8 +160,12 @@ def test_one_that_listed_before_others_came_and_went_does_not_hold_it(folder: Ou
         Fence(folder, holder).check()
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"run": "a"}', b'{"run": "a", "expire": "soon"}'])
-def test_a_lock_that_cannot_be_read_counts_as_one_to_wait_for(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"run": "a"}', b'{"run": "a", "expire": "soon"}']
+)
+def test_a_lock_that_cannot_be_read_counts_as_one_to_wait_for(
+    content: bytes, tmp_path: Path
+) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.write(f"{LEASE}/00000004.json", content)
     found = read_lock(folder)
@@ -155,7 +183,9 @@ def test_a_runs_own_word_says_how_long_it_is_waited_for(folder: OutputFolder) ->
     first.release()
 
 
-def test_storage_that_fails_for_a_moment_does_not_cost_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_fails_for_a_moment_does_not_cost_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.make()
     lease = Lease(folder, "mine", LeaseTimes(expire=0.12))

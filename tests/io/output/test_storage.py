@@ -1,4 +1,6 @@
-"""The output folder: whole files, refusal to mix with what is there, overwriting what is ours and nothing else."""
+"""The output folder: whole files, refusal to mix with what is there, overwriting what is ours and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(tmp_path
     assert [Path(name).name for name in folder.results()] == ["part-0.parquet"]
 
 
-def test_clearing_deletes_results_and_run_folder_but_the_lock_and_nothing_else(tmp_path: Path) -> None:
+def test_clearing_deletes_results_and_run_folder_but_the_lock_and_nothing_else(
+    tmp_path: Path,
+) -> None:
     folder = OutputFolder(str(tmp_path))
     for name in (
         "part-0.parquet",
@@ -60,13 +64,20 @@ def test_clearing_deletes_results_and_run_folder_but_the_lock_and_nothing_else(t
     write_shard(tmp_path / "deeper" / "a.parquet", {"a": [1]})
     folder.clear()
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert left == ["_run/accepted/00000001.json", "_run/lease/00000001.json", "deeper/a.parquet", "notes.txt"]
+    assert left == [
+        "_run/accepted/00000001.json",
+        "_run/lease/00000001.json",
+        "deeper/a.parquet",
+        "notes.txt",
+    ]
 
 
 def test_a_folder_that_holds_the_input_is_refused(tmp_path: Path) -> None:
     shard = f"file://{tmp_path}/shards/a.parquet"
     for path in (tmp_path, tmp_path / "shards"):
-        with pytest.raises(OutputError, match=r"holds the input file://.*/shards/a.parquet; choose another folder"):
+        with pytest.raises(
+            OutputError, match=r"holds the input file://.*/shards/a.parquet; choose another folder"
+        ):
             OutputFolder(str(path)).check([shard])
     OutputFolder(str(tmp_path / "shard")).check([shard])
     OutputFolder(str(tmp_path / "shards" / "out")).check([shard])
@@ -74,11 +85,17 @@ def test_a_folder_that_holds_the_input_is_refused(tmp_path: Path) -> None:
 
 def test_a_path_that_cannot_be_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"^output.path: cannot write to .*/file \((NotADirectory|FileExists)Error"):
+    with pytest.raises(
+        OutputError,
+        match=r"^output.path: cannot write to .*/file \((NotADirectory|FileExists)Error",
+    ):
         OutputFolder(str(tmp_path / "file")).make()
 
 
-@pytest.mark.parametrize(("url", "message"), [("s4://bucket/out", "Protocol not known: s4"), ("s3://", "names no bucket")])
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("s4://bucket/out", "Protocol not known: s4"), ("s3://", "names no bucket")],
+)
 def test_a_url_that_leads_nowhere_is_an_error(url: str, message: str) -> None:
     with pytest.raises(OutputError, match=f"^output.path: .*{message}"):
         OutputFolder(url)
@@ -114,7 +131,9 @@ def test_columns_of_the_output_follow_the_settings() -> None:
     assert names(token_ids=True) == [*always, "token_ids", "score"]
     assert names(routes=True) == [*always, *routes, "score"]
     full = output_schema(OutputSettings(path="out", token_ids=True, routes=True), extras)
-    assert full.field("prefill_route").type == full.field("decode_route").type == pa.list_(pa.int8())
+    assert (
+        full.field("prefill_route").type == full.field("decode_route").type == pa.list_(pa.int8())
+    )
 
 
 def test_what_was_written_is_counted_by_error_code() -> None:
@@ -125,19 +144,32 @@ def test_what_was_written_is_counted_by_error_code() -> None:
         {"error": "image_decode: column 'image' again"},
         {"error": "prompt_missing: column 'prompt' is null"},
     ]
-    table = pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
+    table = pa.Table.from_pylist(
+        [{name: row.get(name) for name in schema.names} for row in rows], schema=schema
+    )
     once = Written.count(table)
-    assert (once.files, once.rows, once.prompt_tokens, once.visual_tokens, once.new_tokens) == (1, 4, 10, 4, 3)
+    assert (once.files, once.rows, once.prompt_tokens, once.visual_tokens, once.new_tokens) == (
+        1,
+        4,
+        10,
+        4,
+        3,
+    )
     assert dict(once.errors) == {"image_decode": 2, "prompt_missing": 1}
     assert (once + once).errors["image_decode"] == 4
 
 
-def test_s3_is_tried_again_for_longer_than_botocore_would_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_is_tried_again_for_longer_than_botocore_would_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # Clients made before may have written into what they were given.
     monkeypatch.setattr(fsspec.config, "conf", {})
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     _be_patient_with_s3()
-    assert open_filesystem("s3://bucket/a")[0].config_kwargs["retries"] == {"mode": "standard", "max_attempts": 10}
+    assert open_filesystem("s3://bucket/a")[0].config_kwargs["retries"] == {
+        "mode": "standard",
+        "max_attempts": 10,
+    }
     monkeypatch.setattr(fsspec.config, "conf", {})
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     _be_patient_with_s3()
@@ -148,12 +180,17 @@ def test_s3_is_tried_again_for_longer_than_botocore_would_unless_told_otherwise(
     assert fsspec.config.conf == {"s3": {"config_kwargs": {"retries": {"max_attempts": 3}}}}
 
 
-def test_a_relative_output_of_a_submitted_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_output_of_a_submitted_job_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     for path in ("out", "./out", "../out", "a/b"):
-        with pytest.raises(OutputError, match=r"is relative to the copy .* which Ray deletes .* an absolute path or a URL"):
+        with pytest.raises(
+            OutputError,
+            match=r"is relative to the copy .* which Ray deletes .* an absolute path or a URL",
+        ):
             OutputFolder(path)
     assert OutputFolder(str(tmp_path / "out")).url == str(tmp_path / "out")
     assert OutputFolder("memory://bucket/out").url == "memory://bucket/out"

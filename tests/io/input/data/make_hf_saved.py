@@ -12,6 +12,13 @@ def png(n):
     return {"bytes": out.getvalue(), "path": f"{n}.png"}
 
 
-rows = {"image": [png(n) for n in range(3)], "question": [f"Which colour is {n}?" for n in range(3)], "level": [0, 1, 2]}
-d = Dataset.from_dict(rows, features=Features({"image": Image(), "question": Value("string"), "level": Value("int32")}))
+rows = {
+    "image": [png(n) for n in range(3)],
+    "question": [f"Which colour is {n}?" for n in range(3)],
+    "level": [0, 1, 2],
+}
+d = Dataset.from_dict(
+    rows,
+    features=Features({"image": Image(), "question": Value("string"), "level": Value("int32")}),
+)
 DatasetDict({"train": d.select(range(2)), "test": d.select([2])}).save_to_disk("/tmp/hf_saved")
