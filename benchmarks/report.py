@@ -21,9 +21,10 @@ from pipeline.actors.samples import SAMPLE_SCHEMA, SIDE, as_jpeg
 from pipeline.io.output.columns import output_schema
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.journal import Journal
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Lease
 from pipeline.io.output.manifest import Manifest
-from pipeline.io.output.storage import REPORT, OutputFolder
+from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
 from pipeline.report.gather import SHOWN
 from pipeline.rows import PLACE_SCHEMA, ROW, SHARD
@@ -137,7 +138,7 @@ def main() -> list[str]:
         )
         peak = peak_memory([str(script)])
         making = float((Path(where) / "_run" / "seconds").read_text())
-        size = (Path(where) / REPORT).stat().st_size
+        size = (Path(where) / OutputLayout.REPORT).stat().st_size
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(
                 executable_path=chromium(),
@@ -146,7 +147,7 @@ def main() -> list[str]:
             )
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             started = time.perf_counter()
-            page.goto(f"file://{where}/{REPORT}")
+            page.goto(f"file://{where}/{OutputLayout.REPORT}")
             page.locator(".card img").first.wait_for()
             opening = time.perf_counter() - started
             started = time.perf_counter()

@@ -19,9 +19,10 @@ import pytest
 from pipeline.actors.samples import EACH, SAMPLE_SCHEMA, SIDE, RowSampler, as_jpeg
 from pipeline.errors import OutputError
 from pipeline.io.output.columns import output_schema
-from pipeline.io.output.commits import SAMPLES, OutputLog
-from pipeline.io.output.journal import EVENTS, TIMELINE, Journal
-from pipeline.io.output.storage import REPORT, OutputFolder
+from pipeline.io.output.commits import OutputLog
+from pipeline.io.output.journal import Journal
+from pipeline.io.output.layout import OutputLayout
+from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
 from pipeline.report import charts
 from pipeline.report.page import write_report
@@ -158,7 +159,7 @@ def page(output: OutputFolder, browser: Any, tmp_path: Path) -> Any:  # noqa: F8
             problems.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None
         ),
     )
-    opened.goto(f"file://{output.url.removeprefix('file://')}/{REPORT}")
+    opened.goto(f"file://{output.url.removeprefix('file://')}/{OutputLayout.REPORT}")
     yield opened
     context.close()
     assert problems == []
@@ -242,7 +243,8 @@ def test_what_rows_say_stays_text(page: Any) -> None:
     page.locator(".card").nth(10).click()
     page.wait_for_timeout(200)
     assert (
-        page.title() == f"vqa report: {page.url.removeprefix('file://').removesuffix('/' + REPORT)}"
+        page.title()
+        == f"vqa report: {page.url.removeprefix('file://').removesuffix('/' + OutputLayout.REPORT)}"
     )
     assert page.locator("main img[src=x], dialog img[src=x], main script").count() == 0
 
@@ -286,11 +288,11 @@ def test_damaged_lines_and_samples_and_names_that_are_no_utf_8_cost_no_report(
     folder.write("_run/manifest.json", json.dumps(manifest).encode())
     with Journal(folder, "mine") as journal:
         journal.event("shard_committed", shard="file:///\udcff\u2028.parquet")
-    folder.write(EVENTS, folder.read(EVENTS) + b'{"torn')
-    folder.write(TIMELINE, b"\xff\n[1]\n{}\n")
-    folder.write(f"{SAMPLES}/00000-mine-torn.arrow", b"ARROW1")
+    folder.write(OutputLayout.EVENTS, folder.read(OutputLayout.EVENTS) + b'{"torn')
+    folder.write(OutputLayout.TIMELINE, b"\xff\n[1]\n{}\n")
+    folder.write(f"{OutputLayout.SAMPLES}/00000-mine-torn.arrow", b"ARROW1")
     write_report(folder)
-    page = folder.read(REPORT).decode()
+    page = folder.read(OutputLayout.REPORT).decode()
     assert "shard_committed" in page
     assert "file:///?" in page
 
@@ -300,7 +302,7 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(output: OutputFolder, browser
         viewport={"width": 390, "height": 800}, color_scheme="dark", offline=True
     )
     opened = context.new_page()
-    opened.goto(f"file://{output.url.removeprefix('file://')}/{REPORT}")
+    opened.goto(f"file://{output.url.removeprefix('file://')}/{OutputLayout.REPORT}")
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
     back = opened.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, re.findall(r"\d+", back)[:3])) < 60
@@ -320,7 +322,7 @@ def test_a_report_of_an_output_that_has_just_begun_says_so(tmp_path: Path) -> No
     }
     folder.write("_run/manifest.json", json.dumps(manifest).encode())
     write_report(folder)
-    text = folder.read(REPORT).decode()
+    text = folder.read(OutputLayout.REPORT).decode()
     assert "0 of 5 rows" in text
     assert "No error rows." in text
 
@@ -329,7 +331,7 @@ def test_the_script_makes_the_report_anew_and_refuses_what_is_no_output(
     output: OutputFolder, tmp_path: Path
 ) -> None:
     done = run_script("report", "--set", f"output.path={output.url}")
-    assert (done.code, done.stdout.strip()) == (0, f"{output.url}/{REPORT}")
+    assert (done.code, done.stdout.strip()) == (0, f"{output.url}/{OutputLayout.REPORT}")
     done = run_script("report", "--set", f"output.path={tmp_path}")
     assert done.code == 2
     assert "holds no _run/manifest.json" in done.stderr
@@ -340,7 +342,10 @@ def test_the_script_makes_the_report_anew_and_refuses_what_is_no_output(
 def test_a_report_of_millions_of_rows_is_made_from_a_bounded_part(output: OutputFolder) -> None:
     started = time.monotonic()
     write_report(output, most_rows=10)
-    assert "Lengths are those of 10 rows of 1 of 1 output files" in output.read(REPORT).decode()
+    assert (
+        "Lengths are those of 10 rows of 1 of 1 output files"
+        in output.read(OutputLayout.REPORT).decode()
+    )
     assert time.monotonic() - started < 30
 
 

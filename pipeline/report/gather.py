@@ -19,8 +19,9 @@ import yaml
 
 from pipeline.actors.samples import SAMPLE_SCHEMA
 from pipeline.io.output.columns import COUNT_COLUMNS, RESERVED_COLUMNS, Written
-from pipeline.io.output.commits import SAMPLES, Commit, OutputLog
-from pipeline.io.output.journal import EVENTS, TIMELINE, read_entries
+from pipeline.io.output.commits import Commit, OutputLog
+from pipeline.io.output.journal import read_entries
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
 from pipeline.rows import PLACE_SCHEMA
@@ -89,14 +90,14 @@ def gather(folder: OutputFolder, most_rows: int, seed: int) -> Gathered:
     return Gathered(
         url=folder.url,
         manifest=manifest,
-        config=folder.read("_run/config.yaml").decode(),
+        config=folder.read(OutputLayout.CONFIG).decode(),
         written=sum((commit.written for commit in commits), Written()),
         planned=sum(rows for _, _, rows in manifest.shards.values()),
         numbers=_numbers(folder, chosen, most_rows),
         numbers_from=(len(chosen), len(commits)),
         rows=_samples(folder),
-        events=read_entries(folder, EVENTS),
-        timeline=read_entries(folder, TIMELINE),
+        events=read_entries(folder, OutputLayout.EVENTS),
+        timeline=read_entries(folder, OutputLayout.TIMELINE),
     )
 
 
@@ -117,7 +118,7 @@ def _numbers(
 
 
 def _samples(folder: OutputFolder) -> list[dict[str, Any]]:
-    names = folder.names(SAMPLES)[-SAMPLE_FILES:]
+    names = folder.names(OutputLayout.SAMPLES)[-SAMPLE_FILES:]
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     with ThreadPoolExecutor(READING_THREADS) as pool:
         for data in pool.map(folder.read, names):

@@ -16,7 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.actors.samples import SEED
 from pipeline.errors import STAGES
 from pipeline.io.output.columns import Written
-from pipeline.io.output.storage import REPORT, OutputFolder
+from pipeline.io.output.layout import OutputLayout
+from pipeline.io.output.storage import OutputFolder
 from pipeline.report import charts
 from pipeline.report.gather import TEXT, Gathered, gather, route_patterns, shown_columns
 from pipeline.run.summary import agreement, duration
@@ -35,8 +36,9 @@ def write_report(folder: OutputFolder, most_rows: int = 20_000, seed: int = 0) -
     Raises:
         OutputError: no run of this program began here.
     """
-    folder.write(REPORT, render(gather(folder, most_rows, seed)).encode(errors="replace"))
-    return f"{folder.url}/{REPORT}"
+    page = render(gather(folder, most_rows, seed))
+    folder.write(OutputLayout.REPORT, page.encode(errors="replace"))
+    return f"{folder.url}/{OutputLayout.REPORT}"
 
 
 def render(gathered: Gathered) -> str:

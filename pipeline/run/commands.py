@@ -100,12 +100,13 @@ def _report() -> tuple[type[Settings], Callable[[Any, bool], None]]:
     from pipeline.settings.job import ReportSettings
 
     def work(settings: ReportSettings, dry_run: bool) -> None:
-        from pipeline.io.output.storage import REPORT, OutputFolder
+        from pipeline.io.output.layout import OutputLayout
+        from pipeline.io.output.storage import OutputFolder
         from pipeline.report.page import write_report
 
         folder = OutputFolder(settings.output.path)
         if dry_run:
-            print(printable(f"would write {folder.url}/{REPORT}"))
+            print(printable(f"would write {folder.url}/{OutputLayout.REPORT}"))
         else:
             print(printable(write_report(folder, settings.rows, settings.seed)))
 

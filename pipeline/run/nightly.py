@@ -22,6 +22,7 @@ from pydantic import Field, field_validator
 from pipeline.errors import ConfigError, OutputError
 from pipeline.io.input.listing import find_shards
 from pipeline.io.output.commits import OutputLog
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Lease, LeaseTimes, forget_earlier
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
@@ -29,9 +30,6 @@ from pipeline.redact import printable
 from pipeline.run.run import Task, check_job, give_back, run_job, run_name
 from pipeline.run.summary import Summary
 from pipeline.settings.job import JobSettings, Settings
-
-SUCCESS = "_SUCCESS"
-PREFIX = "date="
 
 #: A shard's size and version.
 Facts = tuple[int, str]
@@ -110,7 +108,7 @@ def read_partitions(root: OutputFolder) -> list[Partition]:
     """
     found = []
     for name in root.folders():
-        if name.startswith(PREFIX):
+        if name.startswith(OutputLayout.PARTITION):
             folder = OutputFolder(f"{root.url}/{name}")
             manifest = Manifest.before(folder)
             if manifest is None:
@@ -121,7 +119,7 @@ def read_partitions(root: OutputFolder) -> list[Partition]:
                     )
                 continue
             shards = {url: (size, version) for url, (size, version, _) in manifest.shards.items()}
-            found.append(Partition(name, shards, root.exists(f"{name}/{SUCCESS}")))
+            found.append(Partition(name, shards, root.exists(f"{name}/{OutputLayout.SUCCESS}")))
     return found
 
 
@@ -192,7 +190,8 @@ def _run_parts(
     settings: NightlySettings, root: OutputFolder, listing: Mapping[str, Facts], lease: Lease | None
 ) -> list[Summary]:
     """Run what is new; without the root's lock only say so."""
-    today = PREFIX + (settings.nightly.date or datetime.now(UTC).date().isoformat())
+    date = settings.nightly.date or datetime.now(UTC).date().isoformat()
+    today = f"{OutputLayout.PARTITION}{date}"
     work = plan_night(read_partitions(root), listing, today, retry=settings.output.retry_errors)
     if not work:
         print(
@@ -225,7 +224,7 @@ def _run(
         task, JobSettings.model_construct(**{**own, "output": output}), only=part.shards
     )
     lease.check()
-    folder.remove(SUCCESS)  # until it holds the new shards too
+    folder.remove(OutputLayout.SUCCESS)  # until it holds the new shards too
     summary = run_job(job)
     facts = summary.as_dict()
     told = {name: facts[name] for name in ("rows", "ok", "errors", "files")}
@@ -235,7 +234,7 @@ def _run(
     }
     with folder.explained("write to"):
         lease.check()
-        folder.write(SUCCESS, json.dumps(told).encode())
+        folder.write(OutputLayout.SUCCESS, json.dumps(told).encode())
     return summary
 
 

@@ -29,12 +29,13 @@ from pipeline.errors import ConfigError, InputError, OutputError, Stopped
 from pipeline.io.input.listing import find_shards
 from pipeline.io.input.plan import InputPlan, check_ids_unique, plan_input
 from pipeline.io.output.columns import RESERVED_COLUMNS, Written, layout_schema
-from pipeline.io.output.commits import RETRIES, Commit, OutputLog, done_rows, epoch_of, retry_rows
+from pipeline.io.output.commits import Commit, OutputLog, done_rows, retry_rows
 from pipeline.io.output.journal import Journal
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Fence, Lease, LeaseTimes
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.retries import merge_retries
-from pipeline.io.output.storage import REPORT, OutputFolder
+from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet, difference, intersection
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
@@ -152,12 +153,11 @@ def check_may_go_on(job: Job, folder: OutputFolder) -> bool:
     if before is not None:
         job.manifest.check_same(before, folder.url, growing=job.growing)
     elif results := OutputLog(folder).names():
-        own = next((name for name in results if epoch_of(name) is not None), None)
+        own = next((name for name in results if OutputLayout.epoch_of(name) is not None), None)
         if own is not None:
             raise OutputError(
-                f"output.path: {folder.url} holds results ({own}, ...), but its _run/manifest.json "
-                "is gone; put it back to "
-                "go on, or choose another folder"
+                f"output.path: {folder.url} holds results ({own}, ...), but its "
+                f"{OutputLayout.MANIFEST} is gone; put it back to go on, or choose another folder"
             )
         raise OutputError(
             f"output.path: {folder.url} already holds {len(results)} Parquet files that no run of "
@@ -293,10 +293,10 @@ def run_job(job: Job) -> Summary:
             # Again: a run that was paused while it wrote its own may have put it in this one's
             # place.
             job.manifest.save(folder, growing=job.growing)
-            folder.write("_run/summary.json", json.dumps(summary.as_dict(), indent=2).encode())
+            folder.write(OutputLayout.SUMMARY, json.dumps(summary.as_dict(), indent=2).encode())
         journal.event("run_finished", rows=written.rows, errors=written.errors.total())
         journal.save()
-        if rounds.answered or not folder.exists(REPORT):
+        if rounds.answered or not folder.exists(OutputLayout.REPORT):
             _report(folder, lease)
     return summary
 
@@ -317,7 +317,7 @@ def _begin(job: Job, folder: OutputFolder, fence: Fence) -> None:
         folder.clear()
     folder.remove_partial()
     job.manifest.save(folder, growing=job.growing)
-    folder.write("_run/config.yaml", as_yaml(job.settings).encode())
+    folder.write(OutputLayout.CONFIG, as_yaml(job.settings).encode())
 
 
 def give_back(lease: Lease) -> None:
@@ -475,12 +475,12 @@ class _Rounds:
         """Answer rows again and put the outcomes in the place of their errors; all commits after
         that.
         """
-        again = OutputLog(self._folder, at=RETRIES)
+        again = OutputLog(self._folder, at=OutputLayout.RETRIES)
         left = rows
         while left:
             before = sum(map(len, left.values()))
             _tell(f"trying {before:,} error rows again")
-            self.run(left, RETRIES)
+            self.run(left, OutputLayout.RETRIES)
             left = difference(rows, done_rows(again.commits()))
             if sum(map(len, left.values())) >= before:
                 break  # the input changed; the rows keep their errors

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.io.output.columns import Written
+from pipeline.io.output.layout import OutputLayout
 from pipeline.redact import printable
 
 
@@ -155,7 +156,7 @@ class Summary:
                 "stages",
             ),
             ("results", f"{files} in {self.output}"),
-            ("to look at", f"{self.output}/_run/report.html"),
+            ("to look at", f"{self.output}/{OutputLayout.REPORT}"),
         ]
         lines = [(printable(name), printable(value)) for name, value in lines]
         width = max(len(name) for name, _ in lines)

@@ -21,8 +21,9 @@ from pipeline.actors.committer import CommitSettings, Committer
 from pipeline.errors import OutputError, TooManyErrorsError
 from pipeline.io.output.columns import layout_schema, output_schema
 from pipeline.io.output.commits import FILES_PER_INDEX, OutputLog, done_rows
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import LeaseLostError
-from pipeline.io.output.retries import RETRIES, merge_retries
+from pipeline.io.output.retries import merge_retries
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
 from pipeline.rows import QUESTION, ROW, SHARD
@@ -239,7 +240,12 @@ def test_few_rows_or_a_limit_of_one_end_nothing(folder: OutputFolder) -> None:
 def retry(folder: OutputFolder, *blocks: pa.Table) -> None:
     """What a run with `--retry-errors` leaves, up to the moment of putting it in place."""
     again = Committer(
-        folder, "mine", SCHEMA, None, CommitSettings(100, 60.0, RETRIES), ErrorSettings()
+        folder,
+        "mine",
+        SCHEMA,
+        None,
+        CommitSettings(100, 60.0, OutputLayout.RETRIES),
+        ErrorSettings(),
     )
     for table in blocks:
         again.take(table)

@@ -20,7 +20,8 @@ from rich.console import Console
 import pipeline.run.progress
 from pipeline.actors.monitor import Monitor
 from pipeline.io.output.columns import Written
-from pipeline.io.output.journal import EVENTS, SAMPLES, TIMELINE, Journal, read_entries
+from pipeline.io.output.journal import SAMPLES, Journal, read_entries
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.storage import OutputFolder
 from pipeline.run.progress import Pace, Watch
 from pipeline.run.summary import Summary, duration
@@ -106,11 +107,14 @@ def test_the_journal_keeps_events_and_samples_behind_those_of_earlier_runs(
         hold(folder, run)
         with Journal(folder, run) as journal:
             show(400, journal)
-    events = [(one["run"], one["event"], one.get("shard")) for one in read_entries(folder, EVENTS)]
+    events = [
+        (one["run"], one["event"], one.get("shard"))
+        for one in read_entries(folder, OutputLayout.EVENTS)
+    ]
     assert events == [
         (run, "shard_committed", shard) for run in ("first", "second") for shard in "ab"
     ]
-    samples = read_entries(folder, TIMELINE)
+    samples = read_entries(folder, OutputLayout.TIMELINE)
     assert {one["run"] for one in samples} == {"first", "second"}
     last = samples[-1]
     assert (last["rows"], last["new_tokens"], last["step_ms"], last["running"]) == (
@@ -134,18 +138,18 @@ def test_samples_are_thinned_and_a_run_that_lost_the_output_writes_none(
         journal.sample({"rows": rows})
     journal.sample({"rows": 5000}, last=True)
     journal.__exit__(ZeroDivisionError, ZeroDivisionError("s3://me:secret@host/ " + "a\nb"), None)
-    samples = read_entries(folder, TIMELINE)
+    samples = read_entries(folder, OutputLayout.TIMELINE)
     assert SAMPLES // 2 <= len(samples) <= SAMPLES + 1
     gaps = np.diff([one["time"] for one in samples[:-1]])
     assert set(gaps) == {8.0}
     assert samples[-1]["rows"] == 5000
-    (failed,) = read_entries(folder, EVENTS)
+    (failed,) = read_entries(folder, OutputLayout.EVENTS)
     assert failed["event"] == "run_failed"
     assert failed["cause"] == "ZeroDivisionError: s3://***@host/ a b"
     hold(folder, "another")
     with Journal(folder, "mine") as journal:
         journal.event("run_started")
-    assert read_entries(folder, EVENTS) == [failed]
+    assert read_entries(folder, OutputLayout.EVENTS) == [failed]
 
 
 @given(st.lists(st.floats(0.8, 1.25), min_size=50, max_size=200))
@@ -264,9 +268,12 @@ def test_an_event_is_one_line_whatever_its_names_hold(tmp_path: Path, mark: str)
     with Journal(folder, "mine") as journal:
         journal.event("shard_committed", shard=shard)
         journal.event("run_finished")
-    assert [entry.get("shard") for entry in read_entries(folder, EVENTS)] == [shard, None]
+    assert [entry.get("shard") for entry in read_entries(folder, OutputLayout.EVENTS)] == [
+        shard,
+        None,
+    ]
     # Nor does any other reader find more lines.
-    assert len(folder.read(EVENTS).decode().splitlines()) == 2
+    assert len(folder.read(OutputLayout.EVENTS).decode().splitlines()) == 2
 
 
 SOUND = b'{"time": "2026-11-25T10:00:00.000+00:00", "run": "before", "event": "run_started"}\n'
@@ -286,13 +293,15 @@ def test_a_damaged_line_costs_no_other_line_and_ends_no_run(
 ) -> None:
     folder = OutputFolder(str(tmp_path))
     hold(folder)
-    folder.write(EVENTS, SOUND + damage)  # the last line: torn by a power cut
-    folder.write(TIMELINE, TICK + damage + b"\n" + TICK)
+    folder.write(OutputLayout.EVENTS, SOUND + damage)  # the last line: torn by a power cut
+    folder.write(OutputLayout.TIMELINE, TICK + damage + b"\n" + TICK)
     with Journal(folder, "mine") as journal:
         journal.event("run_finished")
-    assert [(entry["run"], entry["event"]) for entry in read_entries(folder, EVENTS)] == [
+    assert [
+        (entry["run"], entry["event"]) for entry in read_entries(folder, OutputLayout.EVENTS)
+    ] == [
         ("before", "run_started"),
         ("mine", "run_finished"),
     ]
-    assert [entry["rows"] for entry in read_entries(folder, TIMELINE)] == [3, 3]
+    assert [entry["rows"] for entry in read_entries(folder, OutputLayout.TIMELINE)] == [3, 3]
     assert "_run/events.jsonl: 1 of 3 lines are damaged and left out" in caplog.text

@@ -13,8 +13,9 @@ import pytest
 
 from pipeline.errors import OutputError
 from pipeline.io.output.commits import FOOTER_KEY, OutputLog
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Fence
-from pipeline.io.output.manifest import MANIFEST, Manifest
+from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
 from pipeline.run.commands import run
@@ -108,14 +109,14 @@ def test_files_that_are_torn_or_not_ours_are_problems(
 def test_a_damaged_manifest_is_named(
     content: bytes, folder: OutputFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder.write(MANIFEST, content)
+    folder.write(OutputLayout.MANIFEST, content)
     assert run("verify", ["--set", f"output.path={folder.url}"]) == 2
     assert "_run/manifest.json is damaged" in capsys.readouterr().err
 
 
 def test_a_manifest_of_a_later_version_is_read(folder: OutputFolder) -> None:
-    told = json.loads(folder.read(MANIFEST))
-    folder.write(MANIFEST, json.dumps({**told, "added_later": 1}).encode())
+    told = json.loads(folder.read(OutputLayout.MANIFEST))
+    folder.write(OutputLayout.MANIFEST, json.dumps({**told, "added_later": 1}).encode())
     assert Manifest.of_output(folder).shards == {"a": (1, "v", 7)}
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -37,8 +36,9 @@ import pyarrow.parquet as pq
 from pipeline.errors import OutputError
 from pipeline.io.input.formats import open_parquet
 from pipeline.io.output.columns import Written
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Fence, LeaseLostError, forget_earlier
-from pipeline.io.output.storage import ACCEPTED, OutputFolder, ReplacedError
+from pipeline.io.output.storage import OutputFolder, ReplacedError
 from pipeline.io.rowset import RowSet
 from pipeline.quality.accuracy import Truth
 
@@ -46,15 +46,6 @@ logger = logging.getLogger(__name__)
 
 #: Key of a file's footer under which its `Commit` stands, as JSON.
 FOOTER_KEY = b"awaker:commit"
-#: Where outcomes of second tries lie until they are in place (`pipeline.io.output.retries`).
-RETRIES = "_run/retries/"
-#: A result's name; those of versions before epochs were told count as of epoch 0.
-_RESULT = re.compile(
-    r"(?:^|/)part-(?:(\d{8})-[^/]+|\d{8}T\d{6}-[0-9a-f]{6}-[0-9a-f]{4})-\d{5}\.parquet$"
-)
-_RECORD = re.compile(r"(\d{8})\.json$")
-#: Where rows lie that are kept with their pictures (see `pipeline.actors.samples`).
-SAMPLES = "_run/samples"
 #: Files told in one object of the index.
 FILES_PER_INDEX = 64
 #: Seconds that a writer who lost the output waits to hear whether his last file counts, and how
@@ -131,11 +122,11 @@ class Accepted:
     @classmethod
     def load(cls, folder: OutputFolder) -> Accepted:
         """The latest that can be read."""
-        found = sorted(
-            ((int(m[1]), name) for name in folder.names(ACCEPTED) if (m := _RECORD.search(name))),
-            reverse=True,
-        )
-        for epoch, name in found:
+        numbered = {
+            OutputLayout.number_of(name): name for name in folder.names(OutputLayout.ACCEPTED)
+        }
+        lists = {epoch: name for epoch, name in numbered.items() if epoch is not None}
+        for epoch, name in sorted(lists.items(), reverse=True):
             try:
                 return cls(epoch, frozenset(json.loads(folder.read(name))["files"]))
             except FileNotFoundError:  # a later one has been written meanwhile
@@ -152,14 +143,8 @@ class Accepted:
         """Whether a file counts; one that is not ours does not belong to any epoch, and is not for
         us to pass over.
         """
-        epoch = epoch_of(name)
+        epoch = OutputLayout.epoch_of(name)
         return epoch is None or epoch >= self.epoch or name in self.files
-
-
-def epoch_of(name: str) -> int | None:
-    """The epoch in a result's name; None of a file that no run of this program called so."""
-    found = _RESULT.search(name)
-    return None if found is None else int(found[1] or 0)
 
 
 class OutputLog:
@@ -189,22 +174,20 @@ class OutputLog:
         fence = self._writing()
         before = Accepted.load(self._folder)
         there = self._everything()
-        files = (
-            []
-            if fresh
-            else [name for name in there if epoch_of(name) is not None and before.counts(name)]
-        )
+        ours = [name for name in there if OutputLayout.epoch_of(name) is not None]
+        files = [] if fresh else [name for name in ours if before.counts(name)]
         told = {"epoch": fence.epoch, "run": fence.run, "by": fence.holder.token, "files": files}
-        self._folder.create(f"{ACCEPTED}/{fence.epoch:08d}.json", json.dumps(told).encode())
+        self._folder.create(OutputLayout.accepted(fence.epoch), json.dumps(told).encode())
         # Had a later epoch begun before this was written, its list would be the older: it reads the
         # latest there is.
         fence.check()
-        superseded = [name for name in there if epoch_of(name) is not None and name not in files]
+        superseded = [name for name in ours if name not in files]
         for name in superseded:
             self._folder.remove(name)
-        for name in self._folder.names(ACCEPTED):
+        for name in self._folder.names(OutputLayout.ACCEPTED):
             # The one before is kept, for the day that this one cannot be read.
-            if (found := _RECORD.search(name)) and int(found[1]) < min(before.epoch, fence.epoch):
+            epoch = OutputLayout.number_of(name)
+            if epoch is not None and epoch < min(before.epoch, fence.epoch):
                 self._folder.remove(name)
         forget_earlier(fence)
         return superseded
@@ -223,7 +206,9 @@ class OutputLog:
 
     def _everything(self) -> list[str]:
         """Names of all Parquet files, of results and of outcomes that wait to be put in place."""
-        return [f"{at}{name}" for at in ("", RETRIES) for name in self._folder.sizes(at)]
+        return [
+            f"{at}{name}" for at in ("", OutputLayout.RETRIES) for name in self._folder.sizes(at)
+        ]
 
     def commits(self, *, mend: bool = False) -> list[Commit]:
         """All commits that count, of whatever run.
@@ -248,7 +233,7 @@ class OutputLog:
         sizes = {name: size for name, size in there.items() if accepted.counts(f"{self._at}{name}")}
         known: dict[str, Commit] = {}
         with ThreadPoolExecutor(READING_THREADS) as pool:
-            index = [] if self._at else self._folder.names("_run/index")
+            index = [] if self._at else self._folder.names(OutputLayout.INDEX)
             for told in pool.map(self._read_index, index):
                 for commit, size in told:
                     latest = known.get(commit.file)
@@ -258,7 +243,7 @@ class OutputLog:
                         known[commit.file] = commit
             unknown = sorted(sizes.keys() - known.keys())
             for file, read in zip(unknown, pool.map(self.read_commit, unknown), strict=True):
-                if read is None and epoch_of(file) is None:
+                if read is None and OutputLayout.epoch_of(file) is None:
                     raise OutputError(
                         f"output.path: {self._folder.url}/{file} was not written by a run of this "
                         "program; move it away, "
@@ -328,7 +313,7 @@ class OutputLog:
             LeaseLostError: a later epoch has begun; the file is not there.
         """
         fence = self._writing()
-        name = f"part-{fence.name}-{self._made:05d}.parquet"
+        name = OutputLayout.result(fence.name, self._made)
         commit = Commit(name, rows, Written.count(table, truth), retry or {})
         data = self._encoded(commit, table)
         fence.check()
@@ -407,11 +392,8 @@ class OutputLog:
         buffer = pa.BufferOutputStream()
         with pa.ipc.new_file(buffer, table.schema) as file:
             file.write_table(table)
-        # Not as Parquet: there are readers that look for it in every folder.
-        self._folder.write(
-            f"{SAMPLES}/{self._writing().name}-{self._kept:05d}.arrow",
-            buffer.getvalue().to_pybytes(),
-        )
+        name = OutputLayout.samples(self._writing().name, self._kept)
+        self._folder.write(name, buffer.getvalue().to_pybytes())
         self._kept += 1
 
     def index(self) -> None:
@@ -420,7 +402,7 @@ class OutputLog:
             told = json.dumps(
                 [{**commit.as_dict(), "size": size} for commit, size in self._unindexed.values()]
             ).encode()
-            self._folder.write(f"_run/index/{self._writing().name}-{self._indexed:05d}.json", told)
+            self._folder.write(OutputLayout.index(self._writing().name, self._indexed), told)
             self._indexed += 1
             self._unindexed = {}
 

@@ -15,14 +15,12 @@ from types import TracebackType
 from typing import Any, Literal
 
 from pipeline.errors import Stopped
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import check_lock
 from pipeline.io.output.storage import OutputFolder
 from pipeline.redact import cause_of, scrubbed
 
 logger = logging.getLogger(__name__)
-
-EVENTS = "_run/events.jsonl"
-TIMELINE = "_run/timeline.jsonl"
 
 #: Samples kept of a run; above this every other one goes, so that a night takes no more than an
 #: hour.
@@ -58,7 +56,9 @@ class Journal:
 
     def __init__(self, folder: OutputFolder, run: str) -> None:
         self._folder, self._run = folder, run
-        self._before = {name: _read(folder, name) for name in (EVENTS, TIMELINE)}
+        self._before = {
+            name: _read(folder, name) for name in (OutputLayout.EVENTS, OutputLayout.TIMELINE)
+        }
         for name, text in self._before.items():
             if text and not text.endswith(b"\n"):  # torn; what follows is not torn with it
                 self._before[name] = text + b"\n"
@@ -114,7 +114,10 @@ class Journal:
         """Write the files."""
         self._written = time.monotonic()
         with self._lock:
-            texts = {EVENTS: _lines(self._events), TIMELINE: _lines(self._samples)}
+            texts = {
+                OutputLayout.EVENTS: _lines(self._events),
+                OutputLayout.TIMELINE: _lines(self._samples),
+            }
         try:
             check_lock(self._folder, self._run)
             for name, text in texts.items():
@@ -142,8 +145,8 @@ def _read(folder: OutputFolder, name: str) -> bytes:
 
 
 def read_entries(folder: OutputFolder, name: str) -> list[dict[str, Any]]:
-    """The entries of `EVENTS` or `TIMELINE`; none where there is no such file. Lines that are none
-    are left out.
+    """The entries of the file `EVENTS` or `TIMELINE` of the `OutputLayout`; none where there is no
+    such file. Lines that are none are left out.
     """
     lines = [line for line in _read(folder, name).split(b"\n") if line.strip()]
     entries = [entry for line in lines if (entry := _entry(line, name)) is not None]
@@ -164,7 +167,7 @@ def _entry(line: bytes, name: str) -> dict[str, Any] | None:
     try:
         entry: dict[str, Any] = json.loads(line.decode())
         sound = isinstance(entry["run"], str)
-        if name == TIMELINE:
+        if name == OutputLayout.TIMELINE:
             datetime.fromtimestamp(entry["time"], UTC)
             sound &= all(math.isfinite(value) for fact, value in entry.items() if fact != "run")
         else:

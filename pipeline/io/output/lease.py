@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import socket
 import threading
@@ -27,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import OutputError
-from pipeline.io.output.storage import LEASE, OutputFolder
+from pipeline.io.output.layout import OutputLayout
+from pipeline.io.output.storage import OutputFolder
 
-_EPOCH = re.compile(r"(\d{8})\.json$")
 #: A lock that nobody can read names no run; it counts as a living one's until it has stood still.
 UNKNOWN = "?"
 
@@ -105,12 +104,12 @@ class Holder:
 
 def read_lock(folder: OutputFolder) -> Holder | None:
     """Who holds an output; None where nobody ever did."""
-    numbers = [int(found[1]) for name in folder.names(LEASE) if (found := _EPOCH.search(name))]
-    if not numbers:
+    numbers = map(OutputLayout.number_of, folder.names(OutputLayout.LEASE))
+    epoch = max((number for number in numbers if number is not None), default=None)
+    if epoch is None:
         return None
-    epoch = max(numbers)
     try:
-        told: dict[str, Any] = json.loads(folder.read(_file_of(epoch)))
+        told: dict[str, Any] = json.loads(folder.read(OutputLayout.epoch(epoch)))
         known: dict[str, Any] = {
             name: told[name] for name in Holder.__dataclass_fields__ if name in told
         }
@@ -247,7 +246,7 @@ class Lease:
             or latest is None
             or (latest.epoch, latest.token) != (fence.epoch, fence.holder.token)
         ):
-            self._folder.remove(_beat_of(self._run))
+            self._folder.remove(OutputLayout.beat(self._run))
             raise self._refused(latest or Holder(fence.epoch, UNKNOWN))
         self._held = True
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
@@ -308,37 +307,29 @@ class Lease:
     def _beat(self, *, released: bool = False) -> None:
         self._beats += 1
         told = {"run": self._run, "beats": self._beats, "released": released}
-        self._folder.write(_beat_of(self._run), json.dumps(told).encode())
+        self._folder.write(OutputLayout.beat(self._run), json.dumps(told).encode())
 
 
 def forget_earlier(fence: Fence) -> None:
     """Delete what epochs before this one left in `_run/lease/`: the highest alone says who holds
     the output.
     """
-    for name in fence.folder.names(LEASE):
-        found = _EPOCH.search(name)
-        if (found and int(found[1]) < fence.epoch) or (
-            name.endswith(".beat") and name != _beat_of(fence.run)
+    for name in fence.folder.names(OutputLayout.LEASE):
+        epoch = OutputLayout.number_of(name)
+        if (epoch is not None and epoch < fence.epoch) or (
+            OutputLayout.is_beat(name) and name != OutputLayout.beat(fence.run)
         ):
             fence.folder.remove(name)
 
 
 def _create(folder: OutputFolder, holder: Holder) -> bool:
-    return folder.create(_file_of(holder.epoch), json.dumps(asdict(holder)).encode())
-
-
-def _file_of(epoch: int) -> str:
-    return f"{LEASE}/{epoch:08d}.json"
-
-
-def _beat_of(run: str) -> str:
-    return f"{LEASE}/{run}.beat"
+    return folder.create(OutputLayout.epoch(holder.epoch), json.dumps(asdict(holder)).encode())
 
 
 def _heard_of(folder: OutputFolder, run: str) -> bytes | None:
     """What a run said last of itself."""
     try:
-        return None if run == UNKNOWN else folder.read(_beat_of(run))
+        return None if run == UNKNOWN else folder.read(OutputLayout.beat(run))
     except FileNotFoundError:
         return None
 

@@ -16,11 +16,11 @@ from typing import Any
 from pipeline.errors import OutputError
 from pipeline.io.input.plan import InputPlan
 from pipeline.io.output.commits import OutputLog
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.storage import OutputFolder
 from pipeline.redact import cause_of, scrubbed
 from pipeline.settings.job import JobSettings
 
-MANIFEST = "_run/manifest.json"
 #: Settings that change how fast rows are answered, never what the answers are.
 FREE_SETTINGS = (
     "engine",
@@ -74,7 +74,8 @@ class Manifest:
         """Write it into the output; where that is `growing`, with the shards of the runs before."""
         before = self.before(folder) if growing else None
         shards = {**(before.shards if before else {}), **self.shards}
-        folder.write(MANIFEST, json.dumps({**vars(self), "shards": shards}, indent=1).encode())
+        told = json.dumps({**vars(self), "shards": shards}, indent=1)
+        folder.write(OutputLayout.MANIFEST, told.encode())
 
     @classmethod
     def load(cls, folder: OutputFolder) -> Manifest | None:
@@ -84,7 +85,7 @@ class Manifest:
             OutputError: it cannot be read.
         """
         try:
-            told = json.loads(folder.read(MANIFEST))
+            told = json.loads(folder.read(OutputLayout.MANIFEST))
             told["shards"] = {name: tuple(facts) for name, facts in told["shards"].items()}
             # What a later version adds is not known here; what it compares, that version compares.
             return cls(**{name: told[name] for name in cls.__dataclass_fields__})
@@ -92,8 +93,8 @@ class Manifest:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OutputError(
-                f"output.path: {folder.url}/{MANIFEST} is damaged ({cause_of(error)}); put it back "
-                "from a copy, or choose "
+                f"output.path: {folder.url}/{OutputLayout.MANIFEST} is damaged "
+                f"({cause_of(error)}); put it back from a copy, or choose "
                 "another output.path: without it nobody knows by which settings the answers there "
                 "were given"
             ) from error
@@ -123,8 +124,8 @@ class Manifest:
         found = cls.load(folder)
         if found is None:
             raise OutputError(
-                f"output.path: {folder.url} holds no _run/manifest.json; expected the output of a "
-                "job"
+                f"output.path: {folder.url} holds no {OutputLayout.MANIFEST}; expected the "
+                "output of a job"
             )
         return found
 

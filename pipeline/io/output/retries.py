@@ -14,7 +14,8 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.io.output.commits import RETRIES, OutputLog, done_rows, retry_rows
+from pipeline.io.output.commits import OutputLog, done_rows, retry_rows
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Fence
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import difference, intersection
@@ -34,14 +35,15 @@ def merge_retries(folder: OutputFolder, run: str, truth: Truth | None) -> int:
         LeaseLostError: the run holds the output no more.
     """
     # Outcomes that cannot be read are tried again: their rows still have their errors.
-    outcomes = OutputLog(folder, at=RETRIES).commits(mend=True)
+    outcomes = OutputLog(folder, at=OutputLayout.RETRIES).commits(mend=True)
     if not outcomes:
         return 0
     log = OutputLog(folder, Fence.begin(folder, run))
     log.accept()
     answered = done_rows(outcomes)
     passed = difference(answered, retry_rows(outcomes))
-    table = pa.concat_tables([_read(folder, f"{RETRIES}{one.file}") for one in outcomes])
+    files = [f"{OutputLayout.RETRIES}{one.file}" for one in outcomes]
+    table = pa.concat_tables([_read(folder, file) for file in files])
     place = {id_: number for number, id_ in enumerate(table["id"].to_pylist())}
     for commit in log.commits(mend=True):
         if not intersection(commit.retry, answered):
@@ -54,8 +56,8 @@ def merge_retries(folder: OutputFolder, run: str, truth: Truth | None) -> int:
         ]
         log.replace(commit, both.take(chosen), truth, difference(commit.retry, passed))
     log.index()
-    for one in outcomes:
-        folder.remove(f"{RETRIES}{one.file}")
+    for file in files:
+        folder.remove(file)
     return len(table)
 
 

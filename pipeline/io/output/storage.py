@@ -16,16 +16,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import JobError, OutputError
+from pipeline.io.output.layout import OutputLayout
 from pipeline.redact import cause_of
-
-#: Where, in an output, the page lies that shows it.
-REPORT = "_run/report.html"
-
-#: Who holds an output (`lease`), and which files count (`commits`): what outlives `clear`.
-LEASE = "_run/lease"
-ACCEPTED = "_run/accepted"
-#: How local files end that are not yet whole.
-PARTIAL = ".partial"
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 #: fsspec's names of the storages whose folders are mere prefixes.
@@ -113,10 +105,6 @@ class OutputFolder:
         OutputError: there is no such protocol, or nothing behind it.
     """
 
-    #: Holds everything that is not a result; readers of Parquet folders pass over names that begin
-    #: with `_`.
-    RUN_FOLDER = "_run"
-
     def __init__(self, url: str) -> None:
         scheme, colon, rest = url.partition("://")
         if (
@@ -172,8 +160,10 @@ class OutputFolder:
         Raises:
             OutputError: something cannot be deleted.
         """
-        run = f"{self._root}/{self.RUN_FOLDER}"
-        kept = tuple(f"{self._root}/{name}/" for name in (LEASE, ACCEPTED))
+        run = f"{self._root}/{OutputLayout.RUN}"
+        kept = tuple(
+            f"{self._root}/{name}/" for name in (OutputLayout.LEASE, OutputLayout.ACCEPTED)
+        )
         with self.explained("clear"):
             # Results first: what is left of them after a crash still tells what it holds.
             for file in self.results():
@@ -214,14 +204,13 @@ class OutputFolder:
         Raises:
             OutputError: the folder cannot be written.
         """
-        run = f"{self._root}/{self.RUN_FOLDER}"
         with self.explained("write to"):
             # An object store has no folders to make, but fsspec would make a bucket of a mistyped
             # name.
             if not OBJECT_STORES.intersection(protocols(self._filesystem)):
-                self._filesystem.makedirs(run, exist_ok=True)
-            self.write(f"{self.RUN_FOLDER}/probe", b"probe")
-            self._filesystem.rm_file(f"{run}/probe")
+                self._filesystem.makedirs(f"{self._root}/{OutputLayout.RUN}", exist_ok=True)
+            self.write(OutputLayout.PROBE, b"probe")
+            self._filesystem.rm_file(f"{self._root}/{OutputLayout.PROBE}")
 
     def _listing(self, folder: str = "") -> dict[str, dict[str, Any]]:
         """What lies directly in a folder of this one, by name; nothing where there is no folder."""
@@ -328,7 +317,7 @@ class OutputFolder:
         """Whether `create` is what it says: a second one of the same name is refused. Tried with a
         file of its own.
         """
-        name = f"{self.RUN_FOLDER}/probe-{secrets.token_hex(8)}"
+        name = OutputLayout.probe(secrets.token_hex(8))
         try:
             return self.create(name, b"first") and not self.create(name, b"second")
         finally:
@@ -367,8 +356,8 @@ class OutputFolder:
     def _beside(self, name: str, data: bytes) -> Iterator[Path]:
         """A synced file of these bytes in `_run/`, to be given its name; gone afterwards."""
         target = Path(self._root, name)
-        unique = f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
-        partial = Path(self._root, self.RUN_FOLDER, unique)
+        unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+        partial = Path(self._root, OutputLayout.partial(name, unique))
         for folder in (partial.parent, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -382,13 +371,13 @@ class OutputFolder:
 
     def remove_partial(self) -> None:
         """Delete local files that were never given their names: a dead process left them."""
-        for name in self.names(self.RUN_FOLDER):
-            if name.endswith(PARTIAL):
+        for name in self.names(OutputLayout.RUN):
+            if name.endswith(OutputLayout.PARTIAL):
                 self.remove(name)
 
     def set_aside(self, name: str) -> str:
         """Move a file out of the way, into `_run/damaged/`; its new name."""
-        aside = f"{self.RUN_FOLDER}/damaged/{name.rsplit('/', 1)[-1]}-{secrets.token_hex(2)}"
+        aside = OutputLayout.damaged(name, secrets.token_hex(2))
         if self.is_local:
             Path(self._root, aside).parent.mkdir(parents=True, exist_ok=True)
         self._filesystem.mv(f"{self._root}/{name}", f"{self._root}/{aside}")

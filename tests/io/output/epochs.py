@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Fence, Holder, read_lock
-from pipeline.io.output.storage import LEASE, OutputFolder
+from pipeline.io.output.storage import OutputFolder
 
 
 def hold(folder: OutputFolder, run: str = "mine") -> Fence:
     """Begin the next epoch for a run, whoever holds the output."""
     found = read_lock(folder)
     holder = Holder.here(found.epoch + 1 if found else 1, run, expire=30.0)
-    assert folder.create(f"{LEASE}/{holder.epoch:08d}.json", json.dumps(asdict(holder)).encode())
+    assert folder.create(
+        f"{OutputLayout.LEASE}/{holder.epoch:08d}.json", json.dumps(asdict(holder)).encode()
+    )
     return Fence(folder, holder)

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from pipeline.actors.committer import CommitSettings, Committer
 from pipeline.errors import OutputError
 from pipeline.io.output import commits
-from pipeline.io.output.commits import RETRIES, Accepted, OutputLog, done_rows, epoch_of
+from pipeline.io.output.commits import Accepted, OutputLog, done_rows
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Fence, LeaseLostError
 from pipeline.io.output.retries import merge_retries
-from pipeline.io.output.storage import ACCEPTED, OutputFolder, ReplacedError
+from pipeline.io.output.storage import OutputFolder, ReplacedError
 from pipeline.io.rowset import RowSet, difference
 from pipeline.settings.job import ErrorSettings
 from tests.actors.test_committer import SCHEMA, block, committer, ids
@@ -209,7 +210,12 @@ def test_a_merge_that_lost_the_output_replaces_nothing(folder: OutputFolder) -> 
     first = committer(folder, rows=1)
     first.take(block("a", 0, error="image_fetch: no"))
     again = Committer(
-        folder, "mine", SCHEMA, None, CommitSettings(100, 60.0, RETRIES), ErrorSettings()
+        folder,
+        "mine",
+        SCHEMA,
+        None,
+        CommitSettings(100, 60.0, OutputLayout.RETRIES),
+        ErrorSettings(),
     )
     again.take(block("a", 0))
     again.finish()
@@ -263,7 +269,12 @@ def test_whenever_a_merge_of_outcomes_is_killed_every_row_stands_once_and_the_ne
         for shard in ("a", "b"):
             first.take(block(shard, 0, 1, error="image_fetch: no"))
         again = Committer(
-            folder, "mine", SCHEMA, None, CommitSettings(1, 60.0, RETRIES), ErrorSettings()
+            folder,
+            "mine",
+            SCHEMA,
+            None,
+            CommitSettings(1, 60.0, OutputLayout.RETRIES),
+            ErrorSettings(),
         )
         for shard in ("a", "b"):
             again.take(block(shard, 1))
@@ -281,7 +292,7 @@ def test_whenever_a_merge_of_outcomes_is_killed_every_row_stands_once_and_the_ne
         assert read_ids(folder) == every
         told = [commit.retry for commit in OutputLog(folder).commits()]
         assert told == [{"a": RowSet.range(0, 1)}, {"b": RowSet.range(0, 1)}]
-        assert OutputLog(folder, at=RETRIES).commits() == []
+        assert OutputLog(folder, at=OutputLayout.RETRIES).commits() == []
         operations += 1
     assert operations > 5
 
@@ -295,16 +306,19 @@ def test_a_file_tells_its_epoch_and_writer_in_name_and_footer(folder: OutputFold
         pq.read_schema(pa.BufferReader(folder.read(name))).metadata[commits.FOOTER_KEY]
     )
     fence = writer_._log._writing()
-    assert epoch_of(name) == told["epoch"] == fence.epoch == 2
+    assert OutputLayout.epoch_of(name) == told["epoch"] == fence.epoch == 2
     assert (told["run"], told["by"], told["name"]) == ("mine", fence.holder.token, name)
     assert fence.holder.token in name
     assert "mine" in name
 
 
 def test_names_of_others_and_of_earlier_versions_are_told_apart() -> None:
-    assert epoch_of("part-20261122T000000-abcdef-12ab-00003.parquet") == 0
+    assert OutputLayout.epoch_of("part-20261122T000000-abcdef-12ab-00003.parquet") == 0
     assert (
-        epoch_of("_run/retries/part-00000012-20261122T000000-abcdef-1234abcd-00003.parquet") == 12
+        OutputLayout.epoch_of(
+            "_run/retries/part-00000012-20261122T000000-abcdef-1234abcd-00003.parquet"
+        )
+        == 12
     )
     for foreign in (
         "part-0.parquet",
@@ -313,7 +327,7 @@ def test_names_of_others_and_of_earlier_versions_are_told_apart() -> None:
         "copy.parquet",
         "0.parquet",
     ):
-        assert epoch_of(foreign) is None
+        assert OutputLayout.epoch_of(foreign) is None
 
 
 @pytest.mark.parametrize(
@@ -370,7 +384,7 @@ def test_a_list_of_what_counts_that_cannot_be_read_gives_way_to_the_one_before(
     hold(folder)
     committer(folder, rows=1).take(block("a", 0))
     committer(folder, rows=1).take(block("a", 1))
-    records = folder.names(ACCEPTED)
+    records = folder.names(OutputLayout.ACCEPTED)
     assert len(records) == 2
     folder.write(records[-1], b"")
     assert Accepted.load(folder).epoch == 2
@@ -388,7 +402,7 @@ def test_a_fresh_start_leaves_nothing_to_count_even_if_it_dies_before_it_has_del
     folder.write(name, b"not deleted yet")
     assert OutputLog(folder).names() == ["other.parquet"]
     folder.clear()
-    assert folder.names(ACCEPTED)
+    assert folder.names(OutputLayout.ACCEPTED)
     assert folder.sizes() == {}
 
 

@@ -14,6 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import OutputError
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import (
     UNKNOWN,
     Fence,
@@ -24,7 +25,7 @@ from pipeline.io.output.lease import (
     check_lock,
     read_lock,
 )
-from pipeline.io.output.storage import LEASE, OutputFolder
+from pipeline.io.output.storage import OutputFolder
 from tests.io.output.epochs import hold
 
 QUICK = LeaseTimes(expire=0.6, settle=0.05)
@@ -43,7 +44,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> OutputFolder:
 
 
 def put(folder: OutputFolder, holder: Holder) -> None:
-    folder.write(f"{LEASE}/{holder.epoch:08d}.json", json.dumps(asdict(holder)).encode())
+    folder.write(
+        f"{OutputLayout.LEASE}/{holder.epoch:08d}.json", json.dumps(asdict(holder)).encode()
+    )
 
 
 def elsewhere(epoch: int = 1, run: str = "dead") -> Holder:
@@ -155,7 +158,7 @@ def test_one_that_listed_before_others_came_and_went_does_not_hold_it(folder: Ou
     """The number that a paused process meant to take may be free again."""
     put(folder, elsewhere(7, "later"))
     holder = Holder.here(3, "late", 30.0)
-    assert folder.create(f"{LEASE}/{3:08d}.json", json.dumps(asdict(holder)).encode())
+    assert folder.create(f"{OutputLayout.LEASE}/{3:08d}.json", json.dumps(asdict(holder)).encode())
     with pytest.raises(LeaseLostError, match="held by run later"):
         Fence(folder, holder).check()
 
@@ -167,7 +170,7 @@ def test_a_lock_that_cannot_be_read_counts_as_one_to_wait_for(
     content: bytes, tmp_path: Path
 ) -> None:
     folder = OutputFolder(str(tmp_path))
-    folder.write(f"{LEASE}/00000004.json", content)
+    folder.write(f"{OutputLayout.LEASE}/00000004.json", content)
     found = read_lock(folder)
     assert found is not None
     assert (found.epoch, found.run, found.expire) == (4, UNKNOWN, 30.0)
@@ -199,7 +202,7 @@ def test_storage_that_fails_for_a_moment_does_not_cost_the_lock(
     with monkeypatch.context() as patch:
         patch.setattr(folder, "read", fail)
         assert failed.wait(10)
-    (beat,) = [name for name in folder.names(LEASE) if name.endswith(".beat")]
+    (beat,) = [name for name in folder.names(OutputLayout.LEASE) if name.endswith(".beat")]
     before = folder.read(beat)
     end = time.monotonic() + 10
     while folder.read(beat) == before and time.monotonic() < end:
@@ -211,10 +214,10 @@ def test_storage_that_fails_for_a_moment_does_not_cost_the_lock(
 def test_an_output_that_is_deleted_under_a_run_is_not_made_anew(folder: OutputFolder) -> None:
     lease = Lease(folder, "mine", LeaseTimes(expire=0.12))
     fence = lease.take()
-    for name in folder.names(LEASE):
+    for name in folder.names(OutputLayout.LEASE):
         folder.remove(name)
     time.sleep(0.1)
-    assert not [name for name in folder.names(LEASE) if name.endswith(".json")]
+    assert not [name for name in folder.names(OutputLayout.LEASE) if name.endswith(".json")]
     with pytest.raises(LeaseLostError, match="gone; was it deleted while the job ran?"):
         fence.check()
 
