@@ -17,8 +17,8 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from benchmarks.harness import ROOT, mebibytes, peak_memory, save
-from pipeline.actors.samples import SAMPLE_SCHEMA, SIDE, as_jpeg
-from pipeline.io.output.columns import output_schema
+from pipeline.actors.samples import SIDE, as_jpeg
+from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.journal import Journal
 from pipeline.io.output.layout import OutputLayout

@@ -125,8 +125,8 @@ def test_the_kuberay_manifest_runs_a_job_that_is_there() -> None:
     command = manifest["spec"]["entrypoint"].split()
     assert (ROOT / command[1]).is_file()
     assert (ROOT / command[command.index("--config") + 1]).is_file()
-    from pipeline.run.nightly import NightlySettings
     from pipeline.settings.job import load_settings
+    from pipeline.settings.nightly import NightlySettings
 
     assignments = [word for before, word in itertools.pairwise(command) if before == "--set"]
     settings = load_settings(NightlySettings, ROOT / "configs/nightly.yaml", assignments)

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.actors.samples import EACH, SAMPLE_SCHEMA, SIDE, RowSampler, as_jpeg
+from pipeline.actors.samples import EACH, SIDE, RowSampler, as_jpeg
 from pipeline.errors import OutputError
-from pipeline.io.output.columns import output_schema
+from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.journal import Journal
 from pipeline.io.output.layout import OutputLayout

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import tenacity
 
 from pipeline.actors.assemble import Assembler, Prompts
+from pipeline.counters import COMMITTED
 from pipeline.errors import JobError, OutputError, TooManyErrorsError, worth_another_try
 from pipeline.io.output.commits import OutputLog, done_rows
 from pipeline.io.output.lease import Fence
@@ -37,10 +38,6 @@ FILE_BYTES = 1 << 30
 
 #: How long the monitor may take, at the end, to hear of the last file.
 LAST_WORD_SECONDS = 5.0
-
-#: What the monitor is told of each file: rows by shard. (No event of the journal; a shard's last
-#: one makes one.)
-COMMITTED = "committed"
 
 _T = TypeVar("_T")
 

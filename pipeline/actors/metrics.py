@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.actors.looks import STAGES, Look, queues
+from pipeline.counters import STAGES, Look, queues
 
 #: Name, help text and label of each counter.
 COUNTERS = {

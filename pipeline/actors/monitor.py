@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pipeline.actors.looks import Look
 from pipeline.actors.metrics import Metrics
 from pipeline.actors.witness import Verdict, Witness
+from pipeline.counters import Look
 from pipeline.rows import Place
 
 #: A block has the same name in both.

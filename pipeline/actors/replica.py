@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.actors.row_settings import job_sampling
-from pipeline.actors.samples import SAMPLE_SCHEMA, RowSampler, as_jpeg
+from pipeline.actors.samples import RowSampler, as_jpeg
 from pipeline.actors.witness import TRIES, Verdict
 from pipeline.engine import (
     Answer,
@@ -32,7 +32,7 @@ from pipeline.engine import (
 )
 from pipeline.engine.repetition import ends_in_loop
 from pipeline.errors import RowError, RowErrorCode
-from pipeline.io.output.columns import output_schema
+from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
 from pipeline.model.awaker import load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
 from pipeline.model.prompt import PromptProcessor

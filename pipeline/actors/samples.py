@@ -14,19 +14,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
+from pipeline.io.output.columns import SAMPLE_SEED
 from pipeline.rows import Place
 
-#: What a sample file has beside the output's columns: why the row was kept, and its pictures as
-#: JPEG.
-SAMPLE_SCHEMA = pa.schema(
-    [pa.field("sample", pa.string()), pa.field("pictures", pa.list_(pa.binary()))]
-)
-
-#: The draw of the random rows.
-SEED = 0
 #: The first rows of a replica are kept, so that a run can be judged when it has just begun ...
 FIRST = 12
 #: ... and so many of each error code and of each flag: they are what people look for.
@@ -70,7 +62,9 @@ class RowSampler:
 
 
 def _draw(place: Place) -> float:
-    digest = hashlib.blake2b("\n".join(map(str, (SEED, *place))).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        "\n".join(map(str, (SAMPLE_SEED, *place))).encode(), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from pipeline.actors.looks import STAGES
+from pipeline.counters import STAGES
 from pipeline.redact import printable
 
 #: Experts' colours, distinct for the colour-blind, too (Okabe and Ito); a fifth expert begins

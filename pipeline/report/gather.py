@@ -17,8 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.actors.samples import SAMPLE_SCHEMA
-from pipeline.io.output.columns import COUNT_COLUMNS, RESERVED_COLUMNS, Written
+from pipeline.io.output.columns import (
+    COUNT_COLUMNS,
+    RESERVED_COLUMNS,
+    SAMPLE_SCHEMA,
+    Written,
+)
 from pipeline.io.output.commits import Commit, OutputLog
 from pipeline.io.output.journal import read_entries
 from pipeline.io.output.layout import OutputLayout

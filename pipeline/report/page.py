@@ -13,14 +13,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.actors.samples import SEED
+from pipeline.counters import agreement, duration
 from pipeline.errors import STAGES
-from pipeline.io.output.columns import Written
+from pipeline.io.output.columns import SAMPLE_SEED, Written
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.storage import OutputFolder
 from pipeline.report import charts
 from pipeline.report.gather import TEXT, Gathered, gather, route_patterns, shown_columns
-from pipeline.run.summary import agreement, duration
 
 #: Commonest routes that have a name and can be filtered by.
 PATTERNS = 12
@@ -176,7 +175,7 @@ def _patterns(gathered: Gathered) -> list[dict[str, Any]]:
 
 def _sample(gathered: Gathered) -> dict[str, Any]:
     return {
-        "seed": SEED,
+        "seed": SAMPLE_SEED,
         "kept": Counter(row["sample"] for row in gathered.rows),
         "files": gathered.numbers_from,
     }

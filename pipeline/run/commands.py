@@ -56,7 +56,8 @@ def _answer(task: Any) -> Callable[[], tuple[type[Settings], Callable[[Any, bool
 
 
 def _nightly() -> tuple[type[Settings], Callable[[Any, bool], None]]:
-    from pipeline.run.nightly import NightlySettings, run_night
+    from pipeline.run.nightly import run_night
+    from pipeline.settings.nightly import NightlySettings
 
     def work(settings: NightlySettings, dry_run: bool) -> None:
         from pipeline.run.run import console

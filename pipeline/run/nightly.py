@@ -14,10 +14,8 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
-from typing import Any, Literal
-
-from pydantic import Field, field_validator
+from datetime import UTC, datetime
+from typing import Any
 
 from pipeline.errors import ConfigError, OutputError
 from pipeline.io.input.listing import find_shards
@@ -29,41 +27,11 @@ from pipeline.io.output.storage import OutputFolder
 from pipeline.redact import printable
 from pipeline.run.run import Task, check_job, give_back, run_job, run_name
 from pipeline.run.summary import Summary
-from pipeline.settings.job import JobSettings, Settings
+from pipeline.settings.job import JobSettings
+from pipeline.settings.nightly import NightlySettings
 
 #: A shard's size and version.
 Facts = tuple[int, str]
-
-
-class NightSettings(Settings):
-    """What a nightly run asks, and where it writes."""
-
-    task: Literal["caption", "vqa"] = Field(
-        "caption", description="which job runs: jobs/caption.py or jobs/vqa.py"
-    )
-    date: str | None = Field(
-        None, description="the partition's date, YYYY-MM-DD; null: today's, in UTC"
-    )
-
-    @field_validator("date", mode="before")
-    @classmethod
-    def _date_is_a_day(cls, value: object) -> object:
-        try:  # YAML reads an unquoted day as one
-            return (
-                value.isoformat()
-                if isinstance(value, date)
-                else value and date.fromisoformat(str(value)).isoformat()
-            )
-        except ValueError as error:
-            raise ValueError("is no day; expected YYYY-MM-DD") from error
-
-
-class NightlySettings(JobSettings):
-    """Everything that `jobs/nightly.py` takes: a job's settings, `output.path` being the folder of
-    the partitions.
-    """
-
-    nightly: NightSettings = Field(default_factory=NightSettings)
 
 
 @dataclass(frozen=True)

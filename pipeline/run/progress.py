@@ -19,10 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.actors.committer import COMMITTED
-from pipeline.actors.looks import Look, queues
+from pipeline.counters import COMMITTED, Look, duration, queues
 from pipeline.io.output.journal import Journal
-from pipeline.run.summary import duration
 
 #: Seconds between two looks at the totals, and between two lines in a log.
 LOOK_INTERVAL = 0.5

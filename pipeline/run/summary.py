@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
+from pipeline.counters import agreement, duration
 from pipeline.io.output.columns import Written
 from pipeline.io.output.layout import OutputLayout
 from pipeline.redact import printable
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
-
-
-def agreement(engines: Mapping[str, int]) -> dict[str, float]:
-    """Shares of (request, gate) pairs on their group's commonest expert (`AgreementReport`), of
-    engines' counters.
-    """
-    return {
-        name: round(engines[name] / pairs, 4)
-        for phase in ("prefill", "decode")
-        if (pairs := engines.get(f"{phase}_pairs"))
-        for name in (phase, f"{phase}_in_order")
-    }
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pipeline.settings.job import (
     Settings,
     VerifySettings,
 )
+from pipeline.settings.nightly import NightlySettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -37,8 +38,6 @@ written by
 
 def page() -> str:
     """The whole page."""
-    from pipeline.run.nightly import NightlySettings
-
     parts = [HEAD, "## caption, vqa\n", *_group(JobSettings)]
     own = [name for name in NightlySettings.model_fields if name not in JobSettings.model_fields]
     parts += [

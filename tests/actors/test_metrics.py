@@ -9,9 +9,9 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 
-from pipeline.actors.looks import Look
 from pipeline.actors.metrics import COUNTERS, GAUGES, counters, gauges
 from pipeline.actors.monitor import Monitor
+from pipeline.counters import Look
 from tests.conftest import RayCluster
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.harness import own_memory
-from pipeline.actors.looks import Look
+from pipeline.counters import Look
 from pipeline.run.progress import LogDisplay, Pace
 from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
 from tests.jobs.support import ROOT, run_on_cluster

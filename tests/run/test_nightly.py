@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from pipeline.errors import ConfigError, OutputError
 from pipeline.io.output.lease import Lease, LeaseTimes
 from pipeline.io.output.storage import OutputFolder
-from pipeline.run.nightly import NightlySettings, Partition, plan_night, read_partitions, run_night
+from pipeline.run.nightly import Partition, plan_night, read_partitions, run_night
 from pipeline.settings.job import load_settings
+from pipeline.settings.nightly import NightlySettings
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.conftest import RayCluster
 from tests.io.shards import write_shard

@@ -19,12 +19,13 @@ from rich.console import Console
 
 import pipeline.run.progress
 from pipeline.actors.monitor import Monitor
+from pipeline.counters import duration
 from pipeline.io.output.columns import Written
 from pipeline.io.output.journal import SAMPLES, Journal, read_entries
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.storage import OutputFolder
 from pipeline.run.progress import Pace, Watch
-from pipeline.run.summary import Summary, duration
+from pipeline.run.summary import Summary
 from tests.conftest import RayCluster
 from tests.io.output.epochs import hold
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from pipeline.errors import ConfigError
-from pipeline.run.nightly import NightlySettings
 from pipeline.settings.job import ConvertSettings, JobSettings, Settings, as_yaml, load_settings
+from pipeline.settings.nightly import NightlySettings
 from pipeline.synthetic.scenes.dataset import ScenesSettings
 from pipeline.training.settings import TrainSettings
 

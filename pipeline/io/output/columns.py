@@ -39,6 +39,13 @@ _ROUTES = [
     pa.field("decode_gate", pa.list_(pa.float32())),
 ]
 
+#: What a file of rows that are kept with their pictures has beside the output's columns: why the
+#: row was kept, and its pictures as JPEG; and the seed of the draw of those kept at random.
+SAMPLE_SCHEMA = pa.schema(
+    [pa.field("sample", pa.string()), pa.field("pictures", pa.list_(pa.binary()))]
+)
+SAMPLE_SEED = 0
+
 #: Names that the output may use; extra input columns of these names are renamed.
 RESERVED_COLUMNS = frozenset({PROMPT_NAME, *(f.name for f in (*_COLUMNS, *_TOKEN_IDS, *_ROUTES))})
 

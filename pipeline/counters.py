@@ -11,6 +11,10 @@ from typing import Any
 #: passes them.
 STAGES = ("prepare", "encode", "admit", "step", "commit")
 
+#: What the monitor is told of each file that is committed: rows by shard. (No event of the journal;
+#: a shard's last one makes one.)
+COMMITTED = "committed"
+
 
 @dataclass(frozen=True)
 class Look:
@@ -41,3 +45,22 @@ def queues(counts: Counter[str], gauges: Mapping[str, Mapping[str, float]]) -> d
         "running": int(sum(own.get("running", 0) for own in gauges.values())),
         "uncommitted": max(0, counts["rows"] - counts["committed"]),
     }
+
+
+def agreement(engines: Mapping[str, int]) -> dict[str, float]:
+    """Shares of (request, gate) pairs on their group's commonest expert (`AgreementReport`), of
+    engines' counters.
+    """
+    return {
+        name: round(engines[name] / pairs, 4)
+        for phase in ("prefill", "decode")
+        if (pairs := engines.get(f"{phase}_pairs"))
+        for name in (phase, f"{phase}_in_order")
+    }
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
