@@ -22,7 +22,7 @@ from benchmarks.harness import ROOT, mebibytes, peak_memory, save
 from pipeline.io.input.plan import plan_input
 from pipeline.io.output.columns import RESERVED_COLUMNS, output_schema
 from pipeline.io.output.commits import OutputLog, done_rows
-from pipeline.io.output.lease import Lease
+from pipeline.io.output.lease import Claim, Lease
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
 from pipeline.settings.job import InputSettings, OutputSettings
@@ -46,7 +46,7 @@ def generate(folder: Path, shards: int) -> None:
 
     output = OutputFolder(str(folder / "out"))
     output.make()
-    log = OutputLog(output, Lease(output, "before").take())
+    log = OutputLog(output, Lease(Claim(output, "before")).take())
     rng = np.random.default_rng(0)
     empty = output_schema(OutputSettings(path="out"), pa.schema([])).empty_table()
     # Every row is done or not by blocks of 32, since replicas answer blocks out of order; a file

@@ -22,7 +22,7 @@ from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.journal import Journal
 from pipeline.io.output.layout import OutputLayout
-from pipeline.io.output.lease import Lease
+from pipeline.io.output.lease import Claim, Lease
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
@@ -83,7 +83,7 @@ def generate(folder: OutputFolder) -> None:
     total = FILES * ROWS_PER_FILE
     Manifest("caption", {}, {}, {"file:///in.parquet": (1, "v", total)}, "0").save(folder)
     folder.write("_run/config.yaml", b"model: {}\n")
-    log = OutputLog(folder, Lease(folder, "mine").take())
+    log = OutputLog(folder, Lease(Claim(folder, "mine")).take())
     schema = output_schema(OutputSettings(path="o"), pa.schema([]))
     table = pa.Table.from_pylist([row(rng, number) for number in range(ROWS_PER_FILE)], schema)
     for file in range(FILES):
@@ -109,7 +109,7 @@ def generate(folder: OutputFolder) -> None:
                 place = {SHARD: "in", ROW: number, "sample": why, "pictures": [photograph(rng)]}
                 rows.append({**row(rng, number), **place})
             log.keep_samples(pa.Table.from_pylist(rows, kept))
-    with Journal(folder, "mine") as journal:
+    with Journal(Claim(folder, "mine")) as journal:
         journal.event("run_started")
         for step in range(720):
             journal._samples.append(

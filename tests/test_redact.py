@@ -28,7 +28,7 @@ from pipeline.redact import (
     without_secrets,
 )
 from pipeline.run.cli import main
-from pipeline.run.run import show_answers
+from pipeline.run.show import show_answers
 from pipeline.run.summary import Summary
 from pipeline.settings.job import JobSettings, ReportSettings, as_yaml
 

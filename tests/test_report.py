@@ -22,6 +22,7 @@ from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.journal import Journal
 from pipeline.io.output.layout import OutputLayout
+from pipeline.io.output.lease import Claim
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
 from pipeline.report import charts
@@ -113,7 +114,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
     log.keep_samples(
         pa.Table.from_pylist(kept, pa.schema([*with_routes, *PLACE_SCHEMA, *SAMPLE_SCHEMA]))
     )
-    with Journal(folder, "mine") as journal:
+    with Journal(Claim(folder, "mine")) as journal:
         journal.event("run_started", versions={"ray": "2"})
         journal.event("replica_started", replica="r", node="host", device="GPU")
         for step in range(12):
@@ -286,7 +287,7 @@ def test_damaged_lines_and_samples_and_names_that_are_no_utf_8_cost_no_report(
         "shards": {"file:///\udcff.parquet": (1, "v", 1)},
     }
     folder.write("_run/manifest.json", json.dumps(manifest).encode())
-    with Journal(folder, "mine") as journal:
+    with Journal(Claim(folder, "mine")) as journal:
         journal.event("shard_committed", shard="file:///\udcff\u2028.parquet")
     folder.write(OutputLayout.EVENTS, folder.read(OutputLayout.EVENTS) + b'{"torn')
     folder.write(OutputLayout.TIMELINE, b"\xff\n[1]\n{}\n")

@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +22,7 @@ from pipeline.actors.assemble import Assembler, Prompts
 from pipeline.counters import COMMITTED
 from pipeline.errors import JobError, OutputError, TooManyErrorsError, worth_another_try
 from pipeline.io.output.commits import OutputLog, done_rows
-from pipeline.io.output.lease import Fence
-from pipeline.io.output.storage import OutputFolder
+from pipeline.io.output.lease import Claim, Fence
 from pipeline.io.rowset import RowSet
 from pipeline.quality.accuracy import Truth
 from pipeline.redact import cause_of
@@ -80,35 +79,28 @@ class Committer:
     afterwards: the run looks for them and answers them again.
 
     Args:
-        folder: the output.
-        run: the run's name; it holds the output's lock.
+        claim: the output, and the name of the run that holds it.
         schema: columns of the result.
         truth: what to compare answers with, or None.
         settings: when to commit.
         errors: when to give up.
-        monitor: the `Monitor` actor's name; None: nobody is told. No handle: Ray would keep that in
-            its object store, and could not start this actor again should it be lost there.
+        monitor: the `Monitor` actor's handle; None: nobody is told.
         prompts: asked of each row; None: rows are asked one thing each.
     """
 
     def __init__(
         self,
-        folder: OutputFolder,
-        run: str,
+        claim: Claim,
         schema: pa.Schema,
         truth: Truth | None,
         settings: CommitSettings,
         errors: ErrorSettings,
-        monitor: str | None = None,
+        monitor: Any = None,
         prompts: Prompts | None = None,
     ) -> None:
-        self._settings, self._monitor = settings, None
-        if monitor is not None:
-            import ray
-
-            self._monitor = ray.get_actor(monitor)
+        self._settings, self._monitor = settings, monitor
         self._assembler = Assembler(prompts or Prompts(), schema)
-        self._folder, self._schema, self._truth = folder, schema, truth
+        self._folder, self._schema, self._truth = claim.folder, schema, truth
         self._taken: dict[str, RowSet] = defaultdict(RowSet.empty)
         self._gathered = _Gathered()
         self._lock = threading.Lock()
@@ -116,9 +108,8 @@ class Committer:
         try:
             # An epoch of its own: one that Ray gave up, but that still reaches the storage, writes
             # nothing from here on.
-            self._log = OutputLog(
-                folder, self._patiently(lambda: Fence.begin(folder, run)), settings.at
-            )
+            fence = self._patiently(lambda: Fence.begin(claim))
+            self._log = OutputLog(claim.folder, fence, settings.at)
             self._patiently(self._log.accept)
             # Read here, not handed over: started again, it must know what it committed before it
             # died.

@@ -62,9 +62,39 @@ def main(
         SIGTERM.
     """
     from pipeline.settings.job import (
-        JobSettings,
         load_settings,
     )  # which `kind` needed, too: it costs nothing here
+
+    parser = _parser(description, kind, default_config, program, example)
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # Tokenizers fork-safety warning: preparing actors tokenize in one thread anyway.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        work(load_settings(kind, parsed.config, parsed.assignments), parsed.dry_run)
+    except JobError as error:
+        print(printable(f"error: {without_secrets(' '.join(str(error).split()))}"), file=sys.stderr)
+        return EXIT_POINTLESS
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Stopped:
+        print("stopped by SIGTERM; run the same command again to go on", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0
+
+
+def _parser(
+    description: str,
+    kind: type[Settings],
+    default_config: Path | None,
+    program: str | None,
+    example: str,
+) -> argparse.ArgumentParser:
+    """What takes the arguments of a job of this kind of settings."""
+    from pipeline.settings.job import JobSettings
 
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -100,21 +130,4 @@ def main(
     parser.add_argument(
         "--dry-run", action="store_true", help="check and say what would run; load no model"
     )
-    parsed = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    # Tokenizers fork-safety warning: preparing actors tokenize in one thread anyway.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        work(load_settings(kind, parsed.config, parsed.assignments), parsed.dry_run)
-    except JobError as error:
-        print(printable(f"error: {without_secrets(' '.join(str(error).split()))}"), file=sys.stderr)
-        return EXIT_POINTLESS
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Stopped:
-        print("stopped by SIGTERM; run the same command again to go on", file=sys.stderr)
-        return EXIT_STOPPED
-    return 0
+    return parser

@@ -36,16 +36,19 @@ class Command:
 
 def _answer(task: Any) -> Callable[[], tuple[type[Settings], Callable[[Any, bool], None]]]:
     def work(settings: JobSettings, dry_run: bool) -> None:
-        from pipeline.run import run as jobs
+        from pipeline.run.check import check_job
+        from pipeline.run.describe import describe
+        from pipeline.run.run import run_job
+        from pipeline.run.show import console, show_answers
 
-        checked = jobs.check_job(task, settings)
+        job = check_job(task, settings)
         if dry_run:
-            print(jobs.describe(checked))
+            print(describe(job))
             return
-        console = jobs.console()
-        summary = jobs.run_job(checked)
-        jobs.show_answers(checked, console)
-        summary.print(console)
+        out = console()
+        summary = run_job(job)
+        show_answers(job, out)
+        summary.print(out)
 
     def load() -> tuple[type[Settings], Callable[[Any, bool], None]]:
         from pipeline.settings.job import JobSettings
@@ -60,7 +63,7 @@ def _nightly() -> tuple[type[Settings], Callable[[Any, bool], None]]:
     from pipeline.settings.nightly import NightlySettings
 
     def work(settings: NightlySettings, dry_run: bool) -> None:
-        from pipeline.run.run import console
+        from pipeline.run.show import console
 
         for summary in run_night(settings, dry_run=dry_run):
             summary.print(console())
@@ -162,11 +165,12 @@ def _plan() -> tuple[type[Settings], Callable[[Any, bool], None]]:
     from pipeline.settings.job import PlanSettings
 
     def work(settings: PlanSettings, dry_run: bool) -> None:
-        from pipeline.run import run as jobs
+        from pipeline.run.check import check_job
+        from pipeline.run.describe import describe
         from pipeline.settings.job import JobSettings
 
-        own = JobSettings.model_validate(settings.model_dump(exclude={"task"}))
-        print(jobs.describe(jobs.check_job(settings.task, own)))
+        job = JobSettings.model_validate(settings.model_dump(exclude={"task"}))
+        print(describe(check_job(settings.task, job)))
 
     return PlanSettings, work
 
@@ -176,7 +180,7 @@ def _inspect() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
     def work(settings: InspectSettings, dry_run: bool) -> None:
         from pipeline.run.inspection import inspect
-        from pipeline.run.run import console
+        from pipeline.run.show import console
 
         inspect(settings, console(), routes=not dry_run)
 

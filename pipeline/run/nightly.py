@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,11 +20,14 @@ from pipeline.errors import ConfigError, OutputError
 from pipeline.io.input.listing import find_shards
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.layout import OutputLayout
-from pipeline.io.output.lease import Lease, LeaseTimes, forget_earlier
+from pipeline.io.output.lease import Claim, Lease, LeaseTimes, forget_earlier
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
 from pipeline.redact import printable
-from pipeline.run.run import Task, check_job, give_back, run_job, run_name
+from pipeline.run.check import Task, check_job
+from pipeline.run.open_run import give_back, run_name
+from pipeline.run.run import run_job
+from pipeline.run.show import tell
 from pipeline.run.summary import Summary
 from pipeline.settings.job import JobSettings
 from pipeline.settings.nightly import NightlySettings
@@ -146,7 +148,8 @@ def run_night(settings: NightlySettings, *, dry_run: bool = False) -> list[Summa
         if not dry_run:
             # One lock for all partitions, from reading them to the last `_SUCCESS`: two nights at
             # once, on either side of midnight, would each find the same shards new.
-            lease = Lease(root, run_name(), LeaseTimes(settings.output.lock_seconds), tell=_tell)
+            times = LeaseTimes(settings.output.lock_seconds)
+            lease = Lease(Claim(root, run_name()), times, tell=tell)
             with root.explained("write to"):
                 root.make()
                 forget_earlier(lease.take())
@@ -168,7 +171,7 @@ def _run_parts(
     summaries = []
     for part in work:
         if part.waiting:
-            _tell(
+            tell(
                 f"{len(part.waiting):,} shards changed since {part.partition} took them; another "
                 "day's run takes them"
             )
@@ -177,7 +180,7 @@ def _run_parts(
         if lease is None:
             print(printable(f"{len(part.shards):,} shards would go to {root.url}/{part.partition}"))
             continue
-        _tell(f"{len(part.shards):,} shards for {root.url}/{part.partition}")
+        tell(f"{len(part.shards):,} shards for {root.url}/{part.partition}")
         summaries.append(_run(settings, settings.nightly.task, root, part, lease))
     return summaries
 
@@ -204,7 +207,3 @@ def _run(
         lease.check()
         folder.write(OutputLayout.SUCCESS, json.dumps(told).encode())
     return summary
-
-
-def _tell(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)

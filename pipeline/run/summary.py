@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from pipeline.counters import agreement, duration
 from pipeline.io.output.columns import Written
 from pipeline.io.output.layout import OutputLayout
 from pipeline.redact import printable
+
+#: Names and values, as they are printed.
+Lines = Iterator[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -70,74 +74,13 @@ class Summary:
 
     def print(self, console: Console) -> None:
         """Print it for a person; the same in a log."""
-        facts = self.as_dict()
         lines = [
-            (
-                "rows",
-                f"{facts['rows']:,} ({facts['ok']:,} ok, {facts['rows'] - facts['ok']:,} errors)",
-            )
-        ]
-        lines += [(f"  {code}", f"{count:,}") for code, count in facts["errors"].items()]
-        lines += [
-            ("images", f"{facts['images']:,}, {facts['images_per_second']:.2f} a second"),
-            (
-                "tokens",
-                f"{facts['new_tokens']:,} new, {facts['new_tokens_per_second']:.1f} a second; "
-                f"{facts['prompt_tokens']:,} in prompts ({facts['visual_tokens']:,} visual)",
-            ),
-        ]
-        if facts["flags"]:
-            told = ", ".join(f"{flag} {count:,}" for flag, count in facts["flags"].items())
-            lines.append(
-                (
-                    "doubtful answers",
-                    told + (f"; {facts['retried']:,} further tries" if facts["retried"] else ""),
-                )
-            )
-        if accuracy := self.written.accuracy.asked:
-            right = self.written.accuracy.right.total()
-            lines.append(
-                (
-                    "right answers",
-                    f"{right:,} of {accuracy.total():,} rows with a truth, "
-                    f"{right / accuracy.total():.1%}",
-                )
-            )
-            lines += [
-                (
-                    f"  {' '.join(entry['group'])}",
-                    f"{entry['right']:,} of {entry['rows']:,}, {entry['share']:.1%}",
-                )
-                for entry in facts["accuracy"]
-                if entry["group"]
-            ]
-        if facts["images_reused"] or facts["answers_reused"]:
-            reused = (
-                f"{facts['images_reused']:,} images that came again, "
-                f"{facts['answers_reused']:,} answers to equal rows"
-            )
-            lines.append(("computed once", reused))
-        if folded := facts["folded_tokens"]:
-            lines.append(("folded experts", f"{folded:,} new tokens"))
-        if agreement := facts["agreement"]:
-            lines += [
-                (
-                    f"{phase} experts",
-                    f"{agreement[phase]:.1%} of (request, gate) pairs ran on their group's "
-                    "commonest expert; "
-                    f"{agreement[f'{phase}_in_order']:.1%} in order of arrival",
-                )
-                for phase in ("prefill", "decode")
-            ]
-        files = f"{facts['files']} Parquet file{'' if facts['files'] == 1 else 's'}"
-        lines += [
-            (
-                "time",
-                f"{duration(self.seconds)} in all, {duration(self.answering_seconds)} of it in the "
-                "stages",
-            ),
-            ("results", f"{files} in {self.output}"),
-            ("to look at", f"{self.output}/{OutputLayout.REPORT}"),
+            *self._rows(),
+            *self._work(),
+            *self._right_answers(),
+            *self._savings(),
+            *self._agreement(),
+            *self._end(),
         ]
         lines = [(printable(name), printable(value)) for name, value in lines]
         width = max(len(name) for name, _ in lines)
@@ -145,3 +88,57 @@ class Summary:
             console.print(
                 f"{name:<{width}}  {value}", soft_wrap=True, highlight=False, markup=False
             )
+
+    def _rows(self) -> Lines:
+        rows, errors = self.written.rows, self.written.errors
+        counts = f"({rows - errors.total():,} ok, {errors.total():,} errors)"
+        yield "rows", f"{rows:,} {counts}"
+        for code, count in errors.most_common():
+            yield f"  {code}", f"{count:,}"
+
+    def _work(self) -> Lines:
+        written, images = self.written, self.answered["images"]
+        yield "images", f"{images:,}, {self._rate('images'):.2f} a second"
+        yield (
+            "tokens",
+            f"{written.new_tokens:,} new, {self._rate('new_tokens'):.1f} a second; "
+            f"{written.prompt_tokens:,} in prompts ({written.visual_tokens:,} visual)",
+        )
+        if written.flags:
+            flags = ", ".join(f"{flag} {count:,}" for flag, count in written.flags.most_common())
+            tries = self.answered["retried"]
+            yield "doubtful answers", flags + (f"; {tries:,} further tries" if tries else "")
+
+    def _right_answers(self) -> Lines:
+        accuracy = self.written.accuracy
+        if rows := accuracy.asked.total():
+            right = accuracy.right.total()
+            yield "right answers", f"{right:,} of {rows:,} rows with a truth, {right / rows:.1%}"
+            for entry in accuracy.as_list():
+                if entry["group"]:
+                    share = f"{entry['right']:,} of {entry['rows']:,}, {entry['share']:.1%}"
+                    yield f"  {' '.join(entry['group'])}", share
+
+    def _savings(self) -> Lines:
+        images, answers = self.engines["images_reused"], self.engines["answers_reused"]
+        if images or answers:
+            reused = f"{images:,} images that came again, {answers:,} answers to equal rows"
+            yield "computed once", reused
+        if folded := self.engines["folded_tokens"]:
+            yield "folded experts", f"{folded:,} new tokens"
+
+    def _agreement(self) -> Lines:
+        if shares := agreement(self.engines):
+            for phase in ("prefill", "decode"):
+                yield (
+                    f"{phase} experts",
+                    f"{shares[phase]:.1%} of (request, gate) pairs ran on their group's commonest "
+                    f"expert; {shares[f'{phase}_in_order']:.1%} in order of arrival",
+                )
+
+    def _end(self) -> Lines:
+        files = f"{self.written.files} Parquet file{'' if self.written.files == 1 else 's'}"
+        stages = f"{duration(self.answering_seconds)} of it in the stages"
+        yield "time", f"{duration(self.seconds)} in all, {stages}"
+        yield "results", f"{files} in {self.output}"
+        yield "to look at", f"{self.output}/{OutputLayout.REPORT}"

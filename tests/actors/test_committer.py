@@ -22,7 +22,7 @@ from pipeline.errors import OutputError, TooManyErrorsError
 from pipeline.io.output.columns import layout_schema, output_schema
 from pipeline.io.output.commits import FILES_PER_INDEX, OutputLog, done_rows
 from pipeline.io.output.layout import OutputLayout
-from pipeline.io.output.lease import LeaseLostError
+from pipeline.io.output.lease import Claim, LeaseLostError
 from pipeline.io.output.retries import merge_retries
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
@@ -45,7 +45,11 @@ def committer(
     folder: OutputFolder, rows: int = 4, seconds: float = 60.0, errors: ErrorSettings | None = None
 ) -> Committer:
     return Committer(
-        folder, "mine", SCHEMA, None, CommitSettings(rows, seconds), errors or ErrorSettings()
+        Claim(folder, "mine"),
+        SCHEMA,
+        None,
+        CommitSettings(rows, seconds),
+        errors or ErrorSettings(),
     )
 
 
@@ -240,8 +244,7 @@ def test_few_rows_or_a_limit_of_one_end_nothing(folder: OutputFolder) -> None:
 def retry(folder: OutputFolder, *blocks: pa.Table) -> None:
     """What a run with `--retry-errors` leaves, up to the moment of putting it in place."""
     again = Committer(
-        folder,
-        "mine",
+        Claim(folder, "mine"),
         SCHEMA,
         None,
         CommitSettings(100, 60.0, OutputLayout.RETRIES),
@@ -276,7 +279,7 @@ def test_outcomes_of_second_tries_take_the_place_of_the_errors_they_replace(
     ):  # the second time as after a crash that came before the outcomes were removed
         for name, content in kept.items():
             (untouched / name).write_bytes(content)
-        assert merge_retries(folder, "mine", None) == 3
+        assert merge_retries(Claim(folder, "mine"), None) == 3
         assert sorted(ids(folder)) == ["a#0", "a#1", "a#2", "a#3", "b#0", "b#1"]
         rows = {
             r["id"]: r["error"]
@@ -287,7 +290,7 @@ def test_outcomes_of_second_tries_take_the_place_of_the_errors_they_replace(
             "a#3": "image_fetch: again",
             "b#0": "image_decode: column 'image' is no readable image",
         }
-        assert merge_retries(folder, "mine", None) == 0
+        assert merge_retries(Claim(folder, "mine"), None) == 0
         after = OutputLog(folder).commits()
         assert [{s: r.intervals for s, r in commit.retry.items()} for commit in after] == [
             {"a": [(3, 4)]},
@@ -341,7 +344,13 @@ def test_a_row_of_several_prompts_is_done_once_all_are_answered(
         schema = layout_schema(OutputSettings(path="out", prompts=layout), pa.schema([]), NAMES)
         limits = CommitSettings(4, 60.0)
         writer = Committer(
-            folder, "mine", schema, None, limits, ErrorSettings(), None, Prompts(NAMES, layout)
+            Claim(folder, "mine"),
+            schema,
+            None,
+            limits,
+            ErrorSettings(),
+            None,
+            Prompts(NAMES, layout),
         )
         lost = order[-1]  # this pair never comes: its row must not be there
         came = [*order[:-1], *again, *order[: len(again)]]

@@ -26,7 +26,8 @@ from pipeline.io.input.read import PlannedShards, read_piece
 from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.io.rowset import RowSet
 from pipeline.rows import prepared_rows
-from pipeline.run.run import Task, check_job, run_job
+from pipeline.run.check import Task, check_job
+from pipeline.run.run import run_job
 from pipeline.run.summary import Summary
 from pipeline.settings.job import JobSettings, load_settings
 
@@ -71,7 +72,7 @@ def run_script_here(
     """
     patch.setattr(sys, "argv", [f"jobs/{name}.py", *arguments])
     patch.setattr(
-        "pipeline.run.run._connect", lambda address: pytest.fail("the job went on to Ray")
+        "pipeline.run.cluster.connect", lambda address: pytest.fail("the job went on to Ray")
     )
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:

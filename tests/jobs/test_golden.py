@@ -14,7 +14,8 @@ import pyarrow.dataset as ds
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.run.run import check_job, run_job
+from pipeline.run.check import check_job
+from pipeline.run.run import run_job
 from pipeline.settings.job import JobSettings, load_settings
 from tests.conftest import RayCluster
 from tests.io.shards import IMAGE_STRUCT, picture, write_shard

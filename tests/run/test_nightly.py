@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, OutputError
-from pipeline.io.output.lease import Lease, LeaseTimes
+from pipeline.io.output.lease import Claim, Lease, LeaseTimes
 from pipeline.io.output.storage import OutputFolder
 from pipeline.run.nightly import Partition, plan_night, read_partitions, run_night
 from pipeline.settings.job import load_settings
@@ -172,7 +172,7 @@ def test_a_night_that_died_before_its_manifest_is_gone_on_with(tmp_path: Path) -
     for day in ("date=2026-11-22", "date=2026-11-23"):
         folder = OutputFolder(f"{root.url}/{day}")
         folder.make()
-        Lease(folder, day, LeaseTimes(expire=60)).take()
+        Lease(Claim(folder, day), LeaseTimes(expire=60)).take()
     folder.write("_run/manifest.json.12-ab.partial", b"{")
     folder.write(
         "_run/manifest.json", b""
@@ -188,7 +188,7 @@ def test_two_nights_on_either_side_of_midnight_do_not_both_run(
     write_shard(tmp_path / "in/a.parquet", {"prompt": pa.array(["?"])})
     root = OutputFolder(str(tmp_path / "out"))
     root.make()
-    yesterday = Lease(root, "yesterday", LeaseTimes(expire=1.5))
+    yesterday = Lease(Claim(root, "yesterday"), LeaseTimes(expire=1.5))
     yesterday.take()
     assert run(night, dry_run=True) == 0
     with pytest.raises(OutputError, match=r"run yesterday on .* is writing to .*/out; wait for it"):

@@ -23,6 +23,7 @@ from pipeline.counters import duration
 from pipeline.io.output.columns import Written
 from pipeline.io.output.journal import SAMPLES, Journal, read_entries
 from pipeline.io.output.layout import OutputLayout
+from pipeline.io.output.lease import Claim
 from pipeline.io.output.storage import OutputFolder
 from pipeline.run.progress import Pace, Watch
 from pipeline.run.summary import Summary
@@ -106,7 +107,7 @@ def test_the_journal_keeps_events_and_samples_behind_those_of_earlier_runs(
     folder.make()
     for run in ("first", "second"):
         hold(folder, run)
-        with Journal(folder, run) as journal:
+        with Journal(Claim(folder, run)) as journal:
             show(400, journal)
     events = [
         (one["run"], one["event"], one.get("shard"))
@@ -134,7 +135,7 @@ def test_samples_are_thinned_and_a_run_that_lost_the_output_writes_none(
     hold(folder)
     clock = itertools.count(1000)
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    journal = Journal(folder, "mine")
+    journal = Journal(Claim(folder, "mine"))
     for rows in range(5000):
         journal.sample({"rows": rows})
     journal.sample({"rows": 5000}, last=True)
@@ -148,7 +149,7 @@ def test_samples_are_thinned_and_a_run_that_lost_the_output_writes_none(
     assert failed["event"] == "run_failed"
     assert failed["cause"] == "ZeroDivisionError: s3://***@host/ a b"
     hold(folder, "another")
-    with Journal(folder, "mine") as journal:
+    with Journal(Claim(folder, "mine")) as journal:
         journal.event("run_started")
     assert read_entries(folder, OutputLayout.EVENTS) == [failed]
 
@@ -266,7 +267,7 @@ def test_an_event_is_one_line_whatever_its_names_hold(tmp_path: Path, mark: str)
     folder = OutputFolder(str(tmp_path))
     hold(folder)
     shard = f'a{mark}b{{"event": "forged"}}.jsonl'
-    with Journal(folder, "mine") as journal:
+    with Journal(Claim(folder, "mine")) as journal:
         journal.event("shard_committed", shard=shard)
         journal.event("run_finished")
     assert [entry.get("shard") for entry in read_entries(folder, OutputLayout.EVENTS)] == [
@@ -296,7 +297,7 @@ def test_a_damaged_line_costs_no_other_line_and_ends_no_run(
     hold(folder)
     folder.write(OutputLayout.EVENTS, SOUND + damage)  # the last line: torn by a power cut
     folder.write(OutputLayout.TIMELINE, TICK + damage + b"\n" + TICK)
-    with Journal(folder, "mine") as journal:
+    with Journal(Claim(folder, "mine")) as journal:
         journal.event("run_finished")
     assert [
         (entry["run"], entry["event"]) for entry in read_entries(folder, OutputLayout.EVENTS)

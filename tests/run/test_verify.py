@@ -14,7 +14,7 @@ import pytest
 from pipeline.errors import OutputError
 from pipeline.io.output.commits import FOOTER_KEY, OutputLog
 from pipeline.io.output.layout import OutputLayout
-from pipeline.io.output.lease import Fence
+from pipeline.io.output.lease import Claim, Fence
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> OutputFolder:
 
 
 def answer(folder: OutputFolder, *rows: int) -> str:
-    log = OutputLog(folder, Fence.begin(folder, "mine"))
+    log = OutputLog(folder, Fence.begin(Claim(folder, "mine")))
     log.accept()
     return log.commit(block("a", *rows), {"a": RowSet.of_rows(rows)}, None).file
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pipeline.errors import Stopped
 from pipeline.io.output.layout import OutputLayout
-from pipeline.io.output.lease import check_lock
+from pipeline.io.output.lease import Claim
 from pipeline.io.output.storage import OutputFolder
 from pipeline.redact import cause_of, scrubbed
 
@@ -50,14 +50,13 @@ class Journal:
     It tells of the run and must never be what ends it: what cannot be written is left out.
 
     Args:
-        folder: the output.
-        run: the run's name; it holds the output's lock.
+        claim: the output, and the name of the run that holds it.
     """
 
-    def __init__(self, folder: OutputFolder, run: str) -> None:
-        self._folder, self._run = folder, run
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
         self._before = {
-            name: _read(folder, name) for name in (OutputLayout.EVENTS, OutputLayout.TIMELINE)
+            name: _read(claim.folder, name) for name in (OutputLayout.EVENTS, OutputLayout.TIMELINE)
         }
         for name, text in self._before.items():
             if text and not text.endswith(b"\n"):  # torn; what follows is not torn with it
@@ -88,7 +87,9 @@ class Journal:
         """Note that something happened; `facts` are scalars, lists or dicts of them."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         with self._lock:
-            self._events.append({"time": now, "run": self._run, "event": kind, **scrubbed(facts)})
+            self._events.append(
+                {"time": now, "run": self._claim.run, "event": kind, **scrubbed(facts)}
+            )
 
     def sample(self, counters: Mapping[str, float], *, last: bool = False) -> None:
         """Note the counters, unless that was done a moment ago; the `last` of a run are noted in
@@ -100,7 +101,7 @@ class Journal:
                 return
             self._sampled = now
             told = {name: round(value, 3) for name, value in counters.items()}
-            self._samples.append({"time": round(now, 3), "run": self._run, **told})
+            self._samples.append({"time": round(now, 3), "run": self._claim.run, **told})
             if len(self._samples) > SAMPLES:
                 self._samples = self._samples[::2]
                 self._spacing *= 2
@@ -119,9 +120,9 @@ class Journal:
                 OutputLayout.TIMELINE: _lines(self._samples),
             }
         try:
-            check_lock(self._folder, self._run)
+            self._claim.check()
             for name, text in texts.items():
-                self._folder.write(name, self._before[name] + text)
+                self._claim.folder.write(name, self._before[name] + text)
         except Exception as error:  # of whatever kind: the results are what counts
             logger.warning("cannot write the events (%s)", cause_of(error))
 

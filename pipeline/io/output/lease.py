@@ -127,15 +127,28 @@ def read_lock(folder: OutputFolder) -> Holder | None:
         return Holder(epoch, UNKNOWN)
 
 
-def check_lock(folder: OutputFolder, run: str) -> None:
-    """Make sure that `run` holds the output, in whatever epoch.
+@dataclass(frozen=True)
+class Claim:
+    """A run's claim to an output: what whoever works for the run needs to write there. Picklable.
 
-    Raises:
-        LeaseLostError: another run took it, or it is gone.
+    Attributes:
+        folder: the output.
+        run: the run's name, which the output's lock must bear.
     """
-    found = read_lock(folder)
-    if found is None or found.run != run:
-        raise _lost(folder, found)
+
+    folder: OutputFolder
+    run: str
+
+    def check(self) -> Holder:
+        """Make sure that the run holds the output, in whatever epoch; who it is in the latest.
+
+        Raises:
+            LeaseLostError: another run took it, or it is gone.
+        """
+        holder = read_lock(self.folder)
+        if holder is None or holder.run != self.run:
+            raise _lost(self.folder, holder)
+        return holder
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,7 @@ class Fence:
     holder: Holder
 
     @classmethod
-    def begin(cls, folder: OutputFolder, run: str) -> Fence:
+    def begin(cls, claim: Claim) -> Fence:
         """Begin another epoch of a run that holds the output; from now on nobody writes in those
         before.
 
@@ -160,12 +173,10 @@ class Fence:
             LeaseLostError: the run does not hold it.
         """
         while True:
-            found = read_lock(folder)
-            if found is None or found.run != run:
-                raise _lost(folder, found)
-            holder = Holder.here(found.epoch + 1, run, found.expire)
-            if _create(folder, holder):
-                return cls(folder, holder)
+            latest = claim.check()
+            holder = Holder.here(latest.epoch + 1, claim.run, latest.expire)
+            if _create(claim.folder, holder):
+                return cls(claim.folder, holder)
 
     @property
     def epoch(self) -> int:
@@ -197,20 +208,19 @@ class Lease:
     """An output folder, held by one run.
 
     Args:
-        folder: the output.
-        run: the run's name.
+        claim: the output, and the run's name.
         times: how long.
         tell: what to do with a line for a person.
     """
 
     def __init__(
         self,
-        folder: OutputFolder,
-        run: str,
+        claim: Claim,
         times: LeaseTimes | None = None,
         tell: Callable[[str], None] = print,
     ) -> None:
-        self._folder, self._run, self._times, self._tell = folder, run, times or LeaseTimes(), tell
+        self._claim, self._times, self._tell = claim, times or LeaseTimes(), tell
+        self._folder = claim.folder
         self._stop = threading.Event()
         self._beats = 0
         self._held = False
@@ -233,7 +243,7 @@ class Lease:
             self._wait_for(found)
         fence = Fence(
             self._folder,
-            Holder.here(found.epoch + 1 if found else 1, self._run, self._times.expire),
+            Holder.here(found.epoch + 1 if found else 1, self._claim.run, self._times.expire),
         )
         # Before the epoch: whoever sees that sees this, too.
         self._beat()
@@ -246,7 +256,7 @@ class Lease:
             or latest is None
             or (latest.epoch, latest.token) != (fence.epoch, fence.holder.token)
         ):
-            self._folder.remove(OutputLayout.beat(self._run))
+            self._folder.remove(OutputLayout.beat(self._claim.run))
             raise self._refused(latest or Holder(fence.epoch, UNKNOWN))
         self._held = True
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
@@ -258,7 +268,7 @@ class Lease:
         Raises:
             LeaseLostError: it is not.
         """
-        check_lock(self._folder, self._run)
+        self._claim.check()
 
     def release(self) -> None:
         """Give the output back."""
@@ -306,8 +316,8 @@ class Lease:
 
     def _beat(self, *, released: bool = False) -> None:
         self._beats += 1
-        told = {"run": self._run, "beats": self._beats, "released": released}
-        self._folder.write(OutputLayout.beat(self._run), json.dumps(told).encode())
+        told = {"run": self._claim.run, "beats": self._beats, "released": released}
+        self._folder.write(OutputLayout.beat(self._claim.run), json.dumps(told).encode())
 
 
 def forget_earlier(fence: Fence) -> None:

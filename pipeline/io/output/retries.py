@@ -16,29 +16,29 @@ import pyarrow.parquet as pq
 
 from pipeline.io.output.commits import OutputLog, done_rows, retry_rows
 from pipeline.io.output.layout import OutputLayout
-from pipeline.io.output.lease import Fence
+from pipeline.io.output.lease import Claim, Fence
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import difference, intersection
 from pipeline.quality.accuracy import Truth
 
 
-def merge_retries(folder: OutputFolder, run: str, truth: Truth | None) -> int:
+def merge_retries(claim: Claim, truth: Truth | None) -> int:
     """Put the outcomes of second tries in the place of the errors they replace; how many there
     were.
 
     Args:
-        folder: the output; `run` holds its lock.
-        run: the run's name.
+        claim: the output, and the name of the run that holds it.
         truth: what to compare answers with, or None.
 
     Raises:
         LeaseLostError: the run holds the output no more.
     """
+    folder = claim.folder
     # Outcomes that cannot be read are tried again: their rows still have their errors.
     outcomes = OutputLog(folder, at=OutputLayout.RETRIES).commits(mend=True)
     if not outcomes:
         return 0
-    log = OutputLog(folder, Fence.begin(folder, run))
+    log = OutputLog(folder, Fence.begin(claim))
     log.accept()
     answered = done_rows(outcomes)
     passed = difference(answered, retry_rows(outcomes))

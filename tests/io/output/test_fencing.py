@@ -21,7 +21,7 @@ from pipeline.errors import OutputError
 from pipeline.io.output import commits
 from pipeline.io.output.commits import Accepted, OutputLog, done_rows
 from pipeline.io.output.layout import OutputLayout
-from pipeline.io.output.lease import Fence, LeaseLostError
+from pipeline.io.output.lease import Claim, Fence, LeaseLostError
 from pipeline.io.output.retries import merge_retries
 from pipeline.io.output.storage import OutputFolder, ReplacedError
 from pipeline.io.rowset import RowSet, difference
@@ -48,7 +48,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def writer(folder: OutputFolder, run: str, rows: int = 1000) -> Committer:
-    return Committer(folder, run, SCHEMA, None, CommitSettings(rows, 60.0), ErrorSettings())
+    return Committer(Claim(folder, run), SCHEMA, None, CommitSettings(rows, 60.0), ErrorSettings())
 
 
 def read_ids(folder: OutputFolder) -> list[str]:
@@ -122,7 +122,7 @@ def test_one_that_dies_before_it_takes_its_file_back_doubles_nothing_for_us_and_
     assert OutputLog(folder).superseded() == [name]
     assert done_rows(OutputLog(folder).commits()) == {"a": RowSet.range(0, 1)}
     hold(folder, "third")
-    assert OutputLog(folder, Fence.begin(folder, "third")).accept() == [name]
+    assert OutputLog(folder, Fence.begin(Claim(folder, "third"))).accept() == [name]
     assert read_ids(folder) == ["a#0"]
 
 
@@ -137,7 +137,7 @@ def test_a_file_that_the_next_run_found_there_is_not_taken_back(folder: OutputFo
         def check(self) -> None:
             if folder.sizes() and not asked:
                 hold(folder, "second")
-                asked.append(OutputLog(folder, Fence.begin(folder, "second")))
+                asked.append(OutputLog(folder, Fence.begin(Claim(folder, "second"))))
                 asked[0].accept()
             super().check()
 
@@ -210,8 +210,7 @@ def test_a_merge_that_lost_the_output_replaces_nothing(folder: OutputFolder) -> 
     first = committer(folder, rows=1)
     first.take(block("a", 0, error="image_fetch: no"))
     again = Committer(
-        folder,
-        "mine",
+        Claim(folder, "mine"),
         SCHEMA,
         None,
         CommitSettings(100, 60.0, OutputLayout.RETRIES),
@@ -221,10 +220,10 @@ def test_a_merge_that_lost_the_output_replaces_nothing(folder: OutputFolder) -> 
     again.finish()
     hold(folder, "another")
     with pytest.raises(LeaseLostError):
-        merge_retries(folder, "mine", None)
-    merged = Fence.begin(folder, "another")
+        merge_retries(Claim(folder, "mine"), None)
+    merged = Fence.begin(Claim(folder, "another"))
     OutputLog(folder, merged).accept()
-    assert merge_retries(folder, "another", None) == 1
+    assert merge_retries(Claim(folder, "another"), None) == 1
     (commit,) = OutputLog(folder).commits()
     assert (commit.retry, commit.revision) == ({}, 1)
 
@@ -269,8 +268,7 @@ def test_whenever_a_merge_of_outcomes_is_killed_every_row_stands_once_and_the_ne
         for shard in ("a", "b"):
             first.take(block(shard, 0, 1, error="image_fetch: no"))
         again = Committer(
-            folder,
-            "mine",
+            Claim(folder, "mine"),
             SCHEMA,
             None,
             CommitSettings(1, 60.0, OutputLayout.RETRIES),
@@ -281,14 +279,14 @@ def test_whenever_a_merge_of_outcomes_is_killed_every_row_stands_once_and_the_ne
         again.finish()
         folder.left = operations
         try:
-            merge_retries(folder, "mine", None)
+            merge_retries(Claim(folder, "mine"), None)
             break
         except KilledError:
             folder.left = 1000
         every = ["a#0", "a#1", "b#0", "b#1"]
         assert read_ids(folder) == every
         hold(folder, "next")
-        assert merge_retries(folder, "next", None) in (0, 1, 2)
+        assert merge_retries(Claim(folder, "next"), None) in (0, 1, 2)
         assert read_ids(folder) == every
         told = [commit.retry for commit in OutputLog(folder).commits()]
         assert told == [{"a": RowSet.range(0, 1)}, {"b": RowSet.range(0, 1)}]
@@ -398,7 +396,7 @@ def test_a_fresh_start_leaves_nothing_to_count_even_if_it_dies_before_it_has_del
     committer(folder, rows=1).take(block("a", 0))
     folder.write("other.parquet", b"somebody's")
     hold(folder, "fresh")
-    (name,) = OutputLog(folder, Fence.begin(folder, "fresh")).accept(fresh=True)
+    (name,) = OutputLog(folder, Fence.begin(Claim(folder, "fresh"))).accept(fresh=True)
     folder.write(name, b"not deleted yet")
     assert OutputLog(folder).names() == ["other.parquet"]
     folder.clear()
@@ -484,7 +482,7 @@ def answer_what_is_missing(folder: OutputFolder, run: str) -> None:
     try:
         driver = hold(folder, run)
         OutputLog(folder, driver).accept(fresh=run == "run-0")
-        log = OutputLog(folder, Fence.begin(folder, run))
+        log = OutputLog(folder, Fence.begin(Claim(folder, run)))
         log.accept()
         missing = difference({"a": RowSet.range(0, ROWS)}, done_rows(log.commits()))
         for row in missing.get("a", RowSet.empty()):
@@ -520,7 +518,7 @@ def overtake(bursts: Iterable[tuple[int, int]]) -> None:
         counted = done_rows(OutputLog(plain).commits())  # an error where a row counts twice
         assert counted == {"a": RowSet.range(0, ROWS)}
         hold(plain, "reader")
-        OutputLog(plain, Fence.begin(plain, "reader")).accept()
+        OutputLog(plain, Fence.begin(Claim(plain, "reader"))).accept()
         assert Counter(ids(plain)) == {f"a#{row}": 1 for row in range(ROWS)}
 
 

@@ -15,7 +15,7 @@ import pytest
 from pipeline.actors.committer import CommitSettings, Committer
 from pipeline.errors import OutputError
 from pipeline.io.output.commits import OutputLog, done_rows
-from pipeline.io.output.lease import Lease
+from pipeline.io.output.lease import Claim, Lease
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
 from pipeline.settings.job import ErrorSettings
@@ -54,7 +54,7 @@ def fill(disk: Path) -> Path:
 
 def writer(folder: OutputFolder) -> Committer:
     return Committer(
-        folder, "mine", SCHEMA, None, CommitSettings(1, 60.0, patience=0.5), ErrorSettings()
+        Claim(folder, "mine"), SCHEMA, None, CommitSettings(1, 60.0, patience=0.5), ErrorSettings()
     )
 
 
@@ -83,9 +83,9 @@ def test_an_output_that_cannot_be_taken_for_want_of_room_says_so(disk: Path) -> 
     folder.make()
     filler = fill(disk)
     with pytest.raises(OutputError, match=FULL), folder.explained("write to"):
-        Lease(folder, "mine").take()
+        Lease(Claim(folder, "mine")).take()
     filler.unlink()
-    lease = Lease(folder, "mine")
+    lease = Lease(Claim(folder, "mine"))
     lease.take()
     lease.release()
 

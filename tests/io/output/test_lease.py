@@ -17,12 +17,12 @@ from pipeline.errors import OutputError
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import (
     UNKNOWN,
+    Claim,
     Fence,
     Holder,
     Lease,
     LeaseLostError,
     LeaseTimes,
-    check_lock,
     read_lock,
 )
 from pipeline.io.output.storage import OutputFolder
@@ -55,16 +55,16 @@ def elsewhere(epoch: int = 1, run: str = "dead") -> Holder:
 
 
 def test_a_second_run_on_one_output_is_refused_while_the_first_lives(folder: OutputFolder) -> None:
-    first = Lease(folder, "first", QUICK)
+    first = Lease(Claim(folder, "first"), QUICK)
     assert first.take().epoch == 1
     with pytest.raises(
         OutputError,
         match=r"^output.path: run first on .* \(process \d+\) is writing to .*; wait for it",
     ):
-        Lease(folder, "second", QUICK).take()
+        Lease(Claim(folder, "second"), QUICK).take()
     first.release()
     waited: list[str] = []
-    third = Lease(folder, "third", QUICK, waited.append)
+    third = Lease(Claim(folder, "third"), QUICK, waited.append)
     assert third.take().epoch == 2
     assert not waited  # the first gave it back
     third.release()
@@ -73,7 +73,7 @@ def test_a_second_run_on_one_output_is_refused_while_the_first_lives(folder: Out
 def test_a_dead_runs_lock_expires(folder: OutputFolder) -> None:
     put(folder, elsewhere())
     told: list[str] = []
-    lease = Lease(folder, "next", QUICK, told.append)
+    lease = Lease(Claim(folder, "next"), QUICK, told.append)
     started = time.monotonic()
     lease.take()
     assert time.monotonic() - started >= QUICK.expire
@@ -98,7 +98,7 @@ def test_a_dead_process_is_known_to_be_dead_only_where_it_could_be_seen(tmp_path
     folder = OutputFolder(str(tmp_path))
     put(folder, gone)
     told: list[str] = []
-    Lease(folder, "next", QUICK, told.append).take()
+    Lease(Claim(folder, "next"), QUICK, told.append).take()
     assert not told
 
 
@@ -110,7 +110,7 @@ def test_of_many_that_start_at_once_one_alone_gets_it(folder: OutputFolder) -> N
     def go(name: str) -> None:
         gates.wait()
         try:
-            Lease(OutputFolder(folder.url), name, QUICK, lambda line: None).take()
+            Lease(Claim(OutputFolder(folder.url), name), QUICK, lambda line: None).take()
             outcomes.append(name)
         except OutputError as error:
             outcomes.append(str(error))
@@ -122,14 +122,14 @@ def test_of_many_that_start_at_once_one_alone_gets_it(folder: OutputFolder) -> N
         thread.join()
     (winner,) = [outcome for outcome in outcomes if outcome.startswith("run-")]
     assert sum("is writing to" in outcome for outcome in outcomes) == 5
-    check_lock(folder, winner)
+    Claim(folder, winner).check()
 
 
 def test_a_renewal_that_was_paused_does_not_take_the_output_back(
     folder: OutputFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paused, go_on = threading.Event(), threading.Event()
-    first = Lease(folder, "first", LeaseTimes(expire=0.3))
+    first = Lease(Claim(folder, "first"), LeaseTimes(expire=0.3))
     fence = first.take()
 
     def late(name: str, data: bytes) -> None:
@@ -145,7 +145,7 @@ def test_a_renewal_that_was_paused_does_not_take_the_output_back(
     put(other, replace(elsewhere(found.epoch + 1, "second")))
     go_on.set()
     time.sleep(0.3)
-    check_lock(other, "second")
+    Claim(other, "second").check()
     with pytest.raises(
         LeaseLostError, match="no longer this run's: its lock is held by run second on elsewhere"
     ):
@@ -179,10 +179,10 @@ def test_a_lock_that_cannot_be_read_counts_as_one_to_wait_for(
 
 def test_a_runs_own_word_says_how_long_it_is_waited_for(folder: OutputFolder) -> None:
     """Whoever waits may have been told of a shorter time than the one that it waits for renews by."""
-    first = Lease(folder, "first", LeaseTimes(expire=3.0))
+    first = Lease(Claim(folder, "first"), LeaseTimes(expire=3.0))
     first.take()
     with pytest.raises(OutputError, match="run first"):
-        Lease(folder, "hasty", LeaseTimes(expire=0.1), lambda line: None).take()
+        Lease(Claim(folder, "hasty"), LeaseTimes(expire=0.1), lambda line: None).take()
     first.release()
 
 
@@ -191,7 +191,7 @@ def test_storage_that_fails_for_a_moment_does_not_cost_the_lock(
 ) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.make()
-    lease = Lease(folder, "mine", LeaseTimes(expire=0.12))
+    lease = Lease(Claim(folder, "mine"), LeaseTimes(expire=0.12))
     lease.take()
     failed = threading.Event()
 
@@ -212,7 +212,7 @@ def test_storage_that_fails_for_a_moment_does_not_cost_the_lock(
 
 
 def test_an_output_that_is_deleted_under_a_run_is_not_made_anew(folder: OutputFolder) -> None:
-    lease = Lease(folder, "mine", LeaseTimes(expire=0.12))
+    lease = Lease(Claim(folder, "mine"), LeaseTimes(expire=0.12))
     fence = lease.take()
     for name in folder.names(OutputLayout.LEASE):
         folder.remove(name)
@@ -227,7 +227,7 @@ def test_a_store_that_cannot_create_on_condition_is_told_of(s3_folder: Path) -> 
     folder.make()
     assert not folder.creates_exclusively()
     told: list[str] = []
-    lease = Lease(folder, "mine", QUICK, told.append)
+    lease = Lease(Claim(folder, "mine"), QUICK, told.append)
     lease.take()
     assert "cannot create a file on condition that there is none" in told[0]
     assert "docs/guarantees.md" in told[0]
@@ -251,12 +251,12 @@ def test_a_client_that_knows_no_conditions_is_told_of_and_works_as_well_as_it_ca
     folder.make()
     assert not folder.creates_exclusively()
     told: list[str] = []
-    lease = Lease(folder, "mine", QUICK, told.append)
+    lease = Lease(Claim(folder, "mine"), QUICK, told.append)
     fence = lease.take()
     assert "cannot create a file on condition" in told[0]
     fence.check()
     lease.release()
-    assert Lease(folder, "next", QUICK, told.append).take().epoch == 2
+    assert Lease(Claim(folder, "next"), QUICK, told.append).take().epoch == 2
 
 
 def test_a_file_is_created_once_and_a_lost_answer_is_no_refusal(folder: OutputFolder) -> None:

@@ -1,0 +1,77 @@
+"""What a dry run prints of a job: its configuration, shards and columns, and what would run."""
+
+from __future__ import annotations
+
+from pipeline.actors.row_settings import rules_for_rows
+from pipeline.io.output.columns import layout_schema
+from pipeline.redact import printable
+from pipeline.rows import SETTINGS
+from pipeline.run.check import Job
+from pipeline.settings.job import as_yaml
+
+#: Shards that are listed one by one.
+SHOWN_SHARDS = 20
+
+
+def describe(job: Job) -> str:
+    """The configuration, the shards, the columns and what would run, in lines."""
+    lines = ["# configuration", *as_yaml(job.settings).rstrip().split("\n"), ""]
+    lines += [*_input(job), "", *_columns(job), "", *_would_run(job)]
+    return "\n".join(map(printable, lines))
+
+
+def sampling_of_rows(job: Job) -> list[str]:
+    """A line about rows that bring sampling settings of their own; none where no row does."""
+    if SETTINGS not in job.plan.schema.names:
+        return []
+    return [f"sampling: {rules_for_rows(job.settings.generation, job.checkpoint.folder)}"]
+
+
+def _input(job: Job) -> list[str]:
+    shards = job.plan.shards
+    lines = [f"# input: {job.plan.summary}"]
+    lines += [
+        f"{shard.file.url}  {shard.rows:,} rows  {shard.file.size:,} bytes"
+        for shard in shards[:SHOWN_SHARDS]
+    ]
+    left = len(shards) - SHOWN_SHARDS
+    return [*lines, f"... and {left} more"] if left > 0 else lines
+
+
+def _columns(job: Job) -> list[str]:
+    settings, plan, columns = job.settings, job.plan, job.plan.columns
+    prompts = settings.input.prompts or (
+        {"": settings.input.prompt} if settings.input.prompt is not None else {}
+    )
+    prompt = "; ".join(f"{name or 'input.prompt'} {text!r}" for name, text in prompts.items())
+    pictures = columns.image or columns.images
+    ids = f"column {columns.id!r}" if columns.id else "<file name>#<row number>"
+    extras = ", ".join(
+        output if output == source else f"{source} as {output}"
+        for output, source in plan.extras.items()
+    )
+    written = layout_schema(settings.output, plan.extras_schema, plan.names).names
+    return [
+        "# columns",
+        f"id: {ids}",
+        f"prompt: {prompt or f'column {columns.prompt or columns.messages!r}'}",
+        f"images: {f'column {pictures!r}' if pictures else 'none'}",
+        f"passed through: {extras or 'none'}",
+        *sampling_of_rows(job),
+        f"output: {', '.join(written)}",
+    ]
+
+
+def _would_run(job: Job) -> list[str]:
+    settings, shape = job.settings, job.checkpoint.shape
+    adapter = (
+        f"{shape.adapter.experts} experts of rank {shape.adapter.rank} and a global one"
+        if shape.adapter
+        else "no adapter (plain Qwen2-VL)"
+    )
+    return [
+        "# would run",
+        f"{job.task}: {job.plan.rows:,} rows on {settings.replicas} replica(s), model of "
+        f"{shape.layers} layers, {adapter}, {settings.model.dtype}, results to "
+        f"{settings.output.path}",
+    ]

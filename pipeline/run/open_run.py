@@ -1,0 +1,101 @@
+"""A run that holds its output, from taking the lock to giving it back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pipeline.io.output.commits import OutputLog
+from pipeline.io.output.journal import Journal
+from pipeline.io.output.layout import OutputLayout
+from pipeline.io.output.lease import Claim, Lease, LeaseTimes
+from pipeline.io.output.storage import OutputFolder
+from pipeline.redact import cause_of
+from pipeline.run.check import Job, check_may_go_on
+from pipeline.run.show import tell
+from pipeline.run.stopping import stoppable
+from pipeline.settings.job import as_yaml
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run while it holds its output.
+
+    Attributes:
+        claim: the output, and the run's name.
+        lease: the output's lock, which a thread of this process keeps.
+        log: what is committed.
+        journal: what the run tells of itself.
+    """
+
+    claim: Claim
+    lease: Lease
+    log: OutputLog
+    journal: Journal
+
+    @property
+    def folder(self) -> OutputFolder:
+        """The output."""
+        return self.claim.folder
+
+
+@contextlib.contextmanager
+def open_run(job: Job) -> Iterator[OpenRun]:
+    """Take the output and write down what this run is; while this lasts, SIGTERM ends the run with
+    `Stopped`.
+
+    Raises:
+        OutputError: the output cannot be written, or belongs to another run.
+    """
+    output = job.settings.output
+    claim = Claim(OutputFolder(output.path), run_name())
+    lease = Lease(claim, LeaseTimes(output.lock_seconds), tell=tell)
+    with claim.folder.explained("write to"):
+        claim.folder.make()
+        fence = lease.take()
+    with stoppable(), contextlib.ExitStack() as stack:
+        stack.callback(give_back, lease)
+        log = OutputLog(claim.folder, fence)
+        with claim.folder.explained("write to"):
+            _begin(job, claim.folder, log)
+        yield OpenRun(claim, lease, log, stack.enter_context(Journal(claim)))
+
+
+def _begin(job: Job, folder: OutputFolder, log: OutputLog) -> None:
+    """Settle which of the files that lie in the output count, and write down what this run is."""
+    fresh = job.settings.output.overwrite
+    if not fresh:
+        check_may_go_on(job, folder)  # again, now that nobody else can write here
+    superseded = log.accept(fresh=fresh)
+    if superseded and not fresh:
+        tell(
+            f"removed {len(superseded)} files that a run wrote after it had lost {folder.url}, "
+            f"such as {superseded[0]}"
+        )
+    if fresh:
+        folder.clear()
+    folder.remove_partial()
+    job.manifest.save(folder, growing=job.growing)
+    folder.write(OutputLayout.CONFIG, as_yaml(job.settings).encode())
+
+
+def give_back(lease: Lease) -> None:
+    """Give an output back, at the end of a run that must not fail for it."""
+    try:
+        lease.release()
+    except Exception as error:  # of whatever kind: the lock expires by itself
+        logger.warning(
+            "cannot give the output back (%s); the next run waits until its lock expires",
+            cause_of(error),
+        )
+
+
+def run_name() -> str:
+    """A name that no other run has; later runs sort behind earlier ones."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"

@@ -1,0 +1,171 @@
+"""The stages of a job as one Ray Data pipeline: read, prepare, answer, commit."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from typing import Any
+
+from pipeline.counters import Look
+from pipeline.errors import Stopped
+from pipeline.io.output.columns import layout_schema
+from pipeline.io.rowset import RowSet
+from pipeline.run.check import Job
+from pipeline.run.open_run import OpenRun
+from pipeline.run.progress import Watch
+from pipeline.run.ray_data import NamedActor, configure
+from pipeline.run.resources import TASK_CPUS, Resources
+from pipeline.run.show import tell
+
+#: Seconds that committing may take once SIGTERM has come.
+FINISH_SECONDS = 30.0
+
+#: Neither counting nor what was in hand is worth a job: should the node of one of the two actors
+#: beside the stages go away, it starts anew.
+BESIDE = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+
+
+def run_stages(
+    job: Job, run: OpenRun, resources: Resources, missing: dict[str, RowSet], at: str
+) -> Look:
+    """Answer and commit rows, as far as nothing dies; what the actors counted.
+
+    Args:
+        job: what is asked.
+        run: holds the output.
+        resources: of each stage.
+        missing: the rows, by the shard's URL.
+        at: folder within the output where they are committed; empty: results.
+
+    Raises:
+        JobError: the committer cannot go on.
+    """
+    configure()
+    import ray
+
+    monitor = _start_monitor(job, run)
+    committer = _start_committer(job, run, at, monitor)
+    dataset = _dataset(job, resources, missing, monitor, committer)
+    left = {shard: len(rows) for shard, rows in missing.items()}
+    finish, failure = committer.handle.finish, committer.handle.failure
+    try:
+        with Watch(monitor.handle, left, job.plan.prompts_per_row, run.journal):
+            for _ in dataset.iter_internal_ref_bundles():
+                pass  # what comes out is how many rows each block committed
+            ray.get(finish.remote())
+    except (KeyboardInterrupt, Stopped):
+        tell("stopping: committing what is answered")
+        # Whatever cannot be committed is answered by the next run.
+        with contextlib.suppress(Exception):
+            ray.get(finish.remote(), timeout=FINISH_SECONDS)
+        raise
+    except Exception as error:
+        # What Ray raises here is the traceback of an actor; the committer may know a reason that
+        # helps.
+        reason = None
+        with contextlib.suppress(Exception):
+            reason = ray.get(failure.remote())
+        if reason is not None:
+            raise reason from error
+        raise
+    ray.kill(committer.handle)
+    look: Look = ray.get(monitor.handle.look.remote())
+    return look
+
+
+def _start_monitor(job: Job, run: OpenRun) -> NamedActor:
+    import ray
+
+    from pipeline.actors.monitor import Monitor
+
+    name = f"monitor-{run.claim.run}-{secrets.token_hex(2)}"
+    kind = ray.remote(**BESIDE)(Monitor).options(name=name)
+    return NamedActor(name, kind.remote(job.settings.replicas, metrics=True))
+
+
+def _start_committer(job: Job, run: OpenRun, at: str, monitor: NamedActor) -> NamedActor:
+    import ray
+
+    from pipeline.actors.assemble import Prompts
+    from pipeline.actors.committer import CommitSettings, Committer
+
+    plan, output = job.plan, job.settings.output
+    name = f"committer-{run.claim.run}-{secrets.token_hex(2)}"
+    kind = ray.remote(**BESIDE, max_concurrency=8)(Committer).options(name=name)
+    return NamedActor(
+        name,
+        kind.remote(
+            run.claim,
+            layout_schema(output, plan.extras_schema, plan.names),
+            job.truth,
+            CommitSettings(
+                output.rows_per_file, output.commit_seconds, at, output.patience_seconds
+            ),
+            job.settings.errors,
+            monitor,
+            Prompts(plan.names, output.prompts),
+        ),
+    )
+
+
+def _dataset(
+    job: Job,
+    resources: Resources,
+    missing: dict[str, RowSet],
+    monitor: NamedActor,
+    committer: NamedActor,
+) -> Any:
+    """The rows through the stages; a block that comes out says how many rows it committed."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    from pipeline.actors.prepare import Preparer
+    from pipeline.actors.replica import Replica
+    from pipeline.io.input.read import PlannedShards
+
+    settings, plan = job.settings, job.plan
+    rows_per_block = settings.preparation.rows_per_block
+    source = PlannedShards(plan, missing, rows_per_block)
+    in_flight = _blocks_in_flight(job, resources)
+    read = ray.data.read_datasource(
+        source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces)
+    )
+    caption = job.task == "caption"
+    prepared = read.map_batches(
+        Preparer,
+        fn_constructor_args=(settings, plan.columns, caption, monitor, plan.image_root),
+        batch_size=rows_per_block,
+        batch_format="pyarrow",
+        num_cpus=resources.prepare_cpus,
+        compute=ActorPoolStrategy(min_size=1, max_size=resources.prepare_actors),
+    )
+    return prepared.map_batches(
+        Replica,
+        fn_constructor_args=(
+            settings,
+            plan.extras_schema,
+            plan.rows * plan.prompts_per_row,
+            resources.device,
+            resources.replica_threads,
+            monitor,
+            committer,
+        ),
+        batch_size=rows_per_block,
+        batch_format="pyarrow",
+        num_cpus=resources.replica_cpus,
+        num_gpus=resources.replica_gpus,
+        compute=ActorPoolStrategy(
+            size=settings.replicas,
+            max_tasks_in_flight_per_actor=in_flight,
+            max_concurrent_calls_per_actor=in_flight,
+        ),
+    )
+
+
+def _blocks_in_flight(job: Job, resources: Resources) -> int:
+    """Enough that a replica can fill a batch while it chooses from a full waiting room."""
+    from pipeline.engine import EngineOptions, Sizes
+
+    sizes = Sizes.of(EngineOptions(**job.settings.engine.model_dump()), resources.device)
+    rows = sizes.waiting + sizes.batch_size
+    return -(-rows // job.settings.preparation.rows_per_block) + 1
