@@ -75,10 +75,18 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
     from pipeline.settings.job import ConvertSettings, as_yaml
 
     def work(settings: ConvertSettings, dry_run: bool) -> None:
+        from pipeline.errors import OutputError
+        from pipeline.io.output.storage import local_path
         from pipeline.model.checkpoint import DTYPES, open_checkpoint
         from pipeline.model.convert import convert
 
         model, output = settings.model, settings.output
+        if "://" in output.path:
+            raise OutputError(
+                f"output.path: {output.path} is a URL; convert writes to a local folder, from "
+                "which the files can be copied anywhere"
+            )
+        folder = Path(local_path(output.path, "output.path"))
         checkpoint = open_checkpoint(model.base, model.adapter, lora_alpha=model.lora_alpha)
         if dry_run:
             lines = ["# configuration", *as_yaml(settings).split("\n")]
@@ -89,7 +97,7 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
             )
             return
         dtype = DTYPES[model.dtype] if model.dtype else None
-        done = convert(checkpoint, Path(output.path).expanduser(), dtype, output.shard_bytes)
+        done = convert(checkpoint, folder, dtype, output.shard_bytes)
         print(
             printable(
                 f"wrote {done.tensors} tensors, {done.bytes:,} bytes, in {done.files} files to "
@@ -151,7 +159,8 @@ def _export() -> tuple[type[Settings], Callable[[Any, bool], None]]:
         from pipeline.io.output.storage import OutputFolder
         from pipeline.run.export import export
 
-        results, target = OutputFolder(settings.output.path), OutputFolder(settings.export.path)
+        results = OutputFolder(settings.output.path)
+        target = OutputFolder(settings.export.path, "export.path")
         if dry_run:
             print(printable(f"would write {len(results.results())} files to {target.url}"))
             return

@@ -70,7 +70,8 @@ def export(results: OutputFolder, target: OutputFolder, form: Form) -> Iterator[
         else _lines(results, commits, _LINES[form], form)
     )
     for name, data in files:
-        target.write(name, data)
+        with target.explained("write to"):
+            target.write(name, data)
         yield f"{target.url}/{name}"
 
 

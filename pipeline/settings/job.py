@@ -651,7 +651,10 @@ class ConvertModelSettings(Settings):
 class ConvertOutputSettings(Settings):
     """Where the converted checkpoint goes."""
 
-    path: str = Field(min_length=1, description="local folder, new or empty")
+    path: str = Field(
+        min_length=1,
+        description="local folder, new or empty; or what a conversion that was killed left",
+    )
     shard_bytes: PositiveInt = Field(
         128 << 20, description="a file is closed once it holds this much"
     )

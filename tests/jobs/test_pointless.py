@@ -204,3 +204,36 @@ def test_a_dry_run_of_convert(
     assert (done.code, done.stderr) == (0, "")
     assert "# would convert" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_where_a_conversion_or_an_export_cannot_go(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = job("convert", input__path="", output__path=blocked / "out")
+    assert_one_line(done, f"output.path: cannot write to {blocked}/out (NotADirectoryError")
+    done = job("convert", input__path="", output__path="s3://bucket/out")
+    assert_one_line(done, "output.path: s3://bucket/out is a URL", "a local folder")
+    (tmp_path / "out/_run").mkdir(parents=True)
+    manifest = '{"task": "vqa", "settings": {}, "model": {}, "shards": {}, "code": "0"}'
+    (tmp_path / "out/_run/manifest.json").write_text(manifest)
+    target = {"model__base": "", "model__adapter": "", "input__path": ""}
+    done = job("export", **target, export__path=blocked / "lines")
+    assert_one_line(done, f"export.path: cannot write to {blocked}/lines (NotADirectoryError")
+    done = job("export", **target, export__path="none://lines")
+    assert_one_line(done, "export.path: cannot open 'none://lines'")
+
+
+@pytest.mark.parametrize(("name", "key"), [("convert", "output.path"), ("export", "export.path")])
+def test_what_a_submitted_job_writes_to_a_relative_path_is_refused(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, key: str
+) -> None:
+    copy = tmp_path / "working_dir_files/_ray_pkg_0123456789abcdef"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    changed = {key.replace(".", "__"): "there", "input__path": ""}
+    if name == "export":
+        changed |= {"model__base": "", "model__adapter": ""}
+    done = job(name, **changed)
+    assert_one_line(done, f"{key}: 'there' is relative to the copy of the working directory")

@@ -240,6 +240,47 @@ def test_a_converted_checkpoint_guards_its_settings(golden: Path, tmp_path: Path
         convert(source, out, None, 1 << 30)
 
 
+class KilledError(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("files", [0, 1, 3])
+def test_a_conversion_that_was_killed_goes_on_where_it_stopped(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    released = golden / "released"
+    source = open_checkpoint(str(released / "base"), str(released / "adapter"))
+    convert(source, tmp_path / "whole", None, 200_000)
+    out = tmp_path / "out"
+
+    def killed(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        if len(list(out.glob("*.safetensors"))) == files:
+            file.write_bytes(b"torn")
+            raise KilledError
+        save_file(tensors, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.model.convert.save_file", killed)
+        with pytest.raises(KilledError):
+            convert(source, out, None, 200_000)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(str(out), None)
+    with pytest.raises(OutputError, match=r"another conversion \(model.dtype differ"):
+        convert(source, out, torch.bfloat16, 200_000)
+    written = {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
+    assert len(written) == files
+    done = convert(source, out, None, 200_000)
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    contents = [
+        {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".json"}
+        for folder in (tmp_path / "whole", out)
+    ]
+    assert contents[0] == contents[1]
+    assert done.tensors == len(open_checkpoint(str(out), None).files.tensors)
+    with pytest.raises(OutputError, match="is not empty"):
+        convert(source, out, None, 200_000)
+
+
 #: Half a gigabyte in bfloat16; benchmarks/conversion.py measures two.
 LARGE = CPU_SHAPE
 

@@ -95,41 +95,49 @@ def protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     )
 
 
+def local_path(path: str, key: str) -> str:
+    """A local path that something is written to, in full.
+
+    Args:
+        path: as it was given.
+        key: the setting that it comes from, for the message.
+
+    Raises:
+        OutputError: it is relative in a submitted job: what is written there goes with the job.
+    """
+    path = os.path.expanduser(path)
+    if not os.path.isabs(path) and _SUBMITTED in f"{os.getcwd()}/":
+        raise OutputError(
+            f"{key}: {path!r} is relative to the copy of the working directory that `ray job "
+            "submit` made for this job, which Ray deletes with everything in it; give an absolute "
+            "path or a URL"
+        )
+    return os.path.abspath(path)
+
+
 class OutputFolder:
     """The folder that a job writes to. Picklable: write tasks open it again.
 
     Args:
         url: local path or fsspec URL.
+        key: the setting that it comes from, for messages.
 
     Raises:
         OutputError: there is no such protocol, or nothing behind it.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str = "output.path") -> None:
         scheme, colon, rest = url.partition("://")
-        if (
-            not colon
-            and not os.path.isabs(os.path.expanduser(url))
-            and _SUBMITTED in f"{os.getcwd()}/"
-        ):
-            raise OutputError(
-                f"output.path: {url!r} is relative to the copy of the working directory that `ray "
-                "job submit` made for "
-                "this job, which Ray deletes with everything in it; give an absolute path or a URL"
-            )
-        self.url = (
-            f"{scheme}{colon}{rest.rstrip('/')}"
-            if colon
-            else os.path.abspath(os.path.expanduser(url))
-        )
+        self._key = key
+        self.url = f"{scheme}{colon}{rest.rstrip('/')}" if colon else local_path(url, key)
         try:
             self._filesystem, self._root = open_filesystem(self.url)
         except Exception as error:  # an unknown protocol, or a backend that cannot be set up
             raise OutputError(
-                f"output.path: cannot open {url!r} ({type(error).__name__}: {error})"
+                f"{self._key}: cannot open {url!r} ({type(error).__name__}: {error})"
             ) from error
         if not self._root:
-            raise OutputError(f"output.path: {url!r} names no bucket or folder")
+            raise OutputError(f"{self._key}: {url!r} names no bucket or folder")
 
     def check(self, inputs: Iterable[str]) -> None:
         """Make sure that the job may write here; changes nothing.
@@ -143,14 +151,14 @@ class OutputFolder:
         within = self._filesystem.unstrip_protocol(self._root).rstrip("/") + "/"
         if inside := next((url for url in inputs if url.startswith(within)), None):
             raise OutputError(
-                f"output.path: {self.url} holds the input {inside}; choose another folder for the "
+                f"{self._key}: {self.url} holds the input {inside}; choose another folder for the "
                 "results"
             )
         try:
             self.results()
         except Exception as error:  # every fsspec backend has error types of its own
             raise OutputError(
-                f"output.path: cannot list {self.url} ({type(error).__name__}: {error})"
+                f"{self._key}: cannot list {self.url} ({type(error).__name__}: {error})"
             ) from error
 
     def clear(self) -> None:
@@ -195,7 +203,7 @@ class OutputFolder:
                 else ""
             )
             raise OutputError(
-                f"output.path: cannot {doing} {self.url} ({cause_of(error)}){more}"
+                f"{self._key}: cannot {doing} {self.url} ({cause_of(error)}){more}"
             ) from error
 
     def make(self) -> None:
