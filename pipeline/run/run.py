@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Literal
 
 import pyarrow.parquet as pq
@@ -38,6 +37,7 @@ from pipeline.io.output.storage import REPORT, OutputFolder
 from pipeline.io.rowset import RowSet, difference, intersection
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
+from pipeline.model.version import deciding_files
 from pipeline.quality.accuracy import Truth, is_right
 from pipeline.redact import cause_of, printable, without_secrets
 from pipeline.rows import SETTINGS
@@ -128,7 +128,8 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     )
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     job_sampling(settings.generation, checkpoint.folder)
-    manifest = Manifest.of(task, settings, checkpoint_files(checkpoint), plan)
+    model_files = deciding_files(checkpoint.folder, checkpoint.files.files)
+    manifest = Manifest.of(task, settings, model_files, plan)
     job = Job(task, settings, plan, truth, checkpoint, manifest, growing=only is not None)
     # A run that goes on has asked before, of the same shards.
     goes_on = not settings.output.overwrite and check_may_go_on(
@@ -382,11 +383,6 @@ def _planned_rows(plan: InputPlan) -> dict[str, RowSet]:
     return {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}
 
 
-def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
-    """Files that decide what a checkpoint answers: weights, configs, tokenizer, chat template."""
-    return [*checkpoint.files.files, *sorted(checkpoint.folder.glob("*.json"))]
-
-
 def run_name() -> str:
     """A name that no other run has; later runs sort behind earlier ones."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
@@ -583,6 +579,7 @@ def _run_stages(
                 job.task == "caption",
                 monitor,
                 plan.image_root,
+                job.manifest.model,
             ),
             batch_size=rows_per_block,
             batch_format="pyarrow",
@@ -599,6 +596,7 @@ def _run_stages(
                 resources.replica_threads,
                 monitor,
                 committer,
+                job.manifest.model,
             ),
             batch_size=rows_per_block,
             batch_format="pyarrow",
@@ -625,13 +623,14 @@ def _run_stages(
             ray.get(committer.finish.remote(), timeout=FINISH_SECONDS)
         raise
     except Exception as error:
-        # What Ray raises here is the traceback of an actor; the committer may know a reason that
-        # helps.
-        reason = None
-        with contextlib.suppress(Exception):
-            reason = ray.get(committer.failure.remote())
-        if reason is not None:
-            raise reason from error
+        # What Ray raises here is the traceback of an actor; the committer and the monitor may know
+        # a reason that helps.
+        for told in (committer.failure, monitor.refusal):
+            reason = None
+            with contextlib.suppress(Exception):
+                reason = ray.get(told.remote())
+            if reason is not None:
+                raise reason from error
         raise
     ray.kill(committer)
     look = ray.get(monitor.look.remote())
