@@ -16,8 +16,7 @@ from pipeline.redact import without_secrets
 #: Bytes at both ends of a file that its digest reads: weights differ everywhere, and files have
 #: 22 GB.
 DIGEST_ENDS = 1 << 20
-#: Files of a base folder that are no JSON and decide tokens all the same. Versions of this program
-#: before 26 Nov 2026 did not tell them.
+#: Files of a base folder that are no JSON and decide tokens all the same.
 TOKEN_FILES = (".jinja", ".model", "merges.txt", "vocab.txt")
 _SHOWN = 3
 

@@ -37,7 +37,7 @@ from pipeline.io.output.storage import REPORT, OutputFolder
 from pipeline.io.rowset import RowSet, difference, intersection
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
-from pipeline.model.version import deciding_files
+from pipeline.model.version import deciding_files, digests_of
 from pipeline.quality.accuracy import Truth, is_right
 from pipeline.redact import cause_of, printable, without_secrets
 from pipeline.rows import SETTINGS
@@ -128,8 +128,8 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     )
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     job_sampling(settings.generation, checkpoint.folder)
-    model_files = deciding_files(checkpoint.folder, checkpoint.files.files)
-    manifest = Manifest.of(task, settings, model_files, plan)
+    files = deciding_files(checkpoint.folder, checkpoint.files.files)
+    manifest = Manifest.of(task, settings, digests_of(files), plan)
     job = Job(task, settings, plan, truth, checkpoint, manifest, growing=only is not None)
     # A run that goes on has asked before, of the same shards.
     goes_on = not settings.output.overwrite and check_may_go_on(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,6 @@ from pipeline.errors import OutputError
 from pipeline.io.input.plan import InputPlan
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.storage import OutputFolder
-from pipeline.model.version import TOKEN_FILES, digests_of
 from pipeline.redact import cause_of, scrubbed
 from pipeline.settings.job import JobSettings
 
@@ -37,6 +36,8 @@ FREE_SETTINGS = (
 OUTPUT_COLUMNS = ("token_ids", "routes", "prompts")
 #: Of what is compared, what leads somewhere.
 PATH_SETTINGS = ("input.image_root", "model.base", "model.adapter")
+#: Files of a checkpoint that versions before 26 Nov 2026 did not tell.
+_TOLD_LATER = (".jinja", ".model", ".txt")
 _SHOWN = 8
 
 
@@ -60,11 +61,11 @@ class Manifest:
 
     @classmethod
     def of(
-        cls, task: str, settings: JobSettings, model_files: Iterable[Path], plan: InputPlan
+        cls, task: str, settings: JobSettings, model: Mapping[str, str], plan: InputPlan
     ) -> Manifest:
         """The manifest of a job that is about to run."""
         shards = {s.file.url: (s.file.size, s.file.version, s.rows) for s in plan.shards}
-        return cls(task, _deciding(settings), digests_of(model_files), shards, _code_version())
+        return cls(task, _deciding(settings), model, shards, _code_version())
 
     def save(self, folder: OutputFolder, *, growing: bool = False) -> None:
         """Write it into the output; where that is `growing`, with the shards of the runs before."""
@@ -160,10 +161,10 @@ class Manifest:
         """Digests of the model's files, without those that the version that wrote `before` did not
         tell.
         """
-        if any(name.endswith(TOKEN_FILES) for name in before.model):
+        if any(name.endswith(_TOLD_LATER) for name in before.model):
             return self.model
         return {
-            name: digest for name, digest in self.model.items() if not name.endswith(TOKEN_FILES)
+            name: digest for name, digest in self.model.items() if not name.endswith(_TOLD_LATER)
         }
 
 
