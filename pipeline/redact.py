@@ -6,12 +6,15 @@ Every text here may be a stranger's and of any length, so each step is one pass 
 from __future__ import annotations
 
 import re
+import traceback
 from typing import Any
 
 #: Characters of a foreign text (an error's, a reference) that are looked at when it is to be shown.
 LOOKED_AT = 2000
 #: Characters of an error's text that are shown.
 SHOWN = 1000
+#: Lines of a traceback that are logged.
+LOGGED_LINES = 60
 
 _WORD = re.compile(r"[^\s\"]+")
 _AUTHORITY_ENDS = re.compile(r"[/?#\\]")
@@ -192,6 +195,17 @@ def one_line(text: str, most: int = SHOWN) -> str:
 def cause_of(error: BaseException | None) -> str:
     """An error's type and text, in one short line and without secrets."""
     return one_line(f"{type(error).__name__}: {error}")
+
+
+def traceback_of(error: BaseException) -> str:
+    """An error's traceback for a log, its end where it is long: without secrets, and no line of it
+    is obeyed by a terminal or taken for another entry of the log.
+    """
+    lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
+    return "\n".join(
+        "    " + printable(without_secrets(line[:LOOKED_AT], cut=len(line) > LOOKED_AT))
+        for line in lines[-LOGGED_LINES:]
+    )
 
 
 def scrubbed(value: Any) -> Any:

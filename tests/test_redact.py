@@ -2,6 +2,7 @@
 
 import io
 import logging
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,9 +26,10 @@ from pipeline.redact import (
     one_line,
     printable,
     scrubbed,
+    traceback_of,
     without_secrets,
 )
-from pipeline.run.cli import main
+from pipeline.run.cli import _OneLine, main
 from pipeline.run.show import show_answers
 from pipeline.run.summary import Summary
 from pipeline.settings.job import JobSettings, ReportSettings, as_yaml
@@ -267,3 +269,29 @@ def test_a_manifest_holds_no_credentials_and_does_not_mind_other_ones() -> None:
 
 
 PATHS: dict[str, Any] = {"model": {"base": "m"}, "input": {"path": "in"}, "output": {"path": "out"}}
+
+
+def test_a_logged_traceback_holds_nothing_that_a_terminal_obeys_and_forges_no_entry() -> None:
+    try:
+        try:
+            raise ValueError("cut \x1b[31m\u2028\ud800 s3://u:SECRET@b/x")
+        except ValueError as error:
+            raise KeyError("x\n2026-11-26 ERROR forged\r" + "y" * 3_000_000) from error
+    except KeyError as error:
+        text = traceback_of(error)
+    lines = text.split("\n")
+    assert all(line.isprintable() and line.startswith("    ") for line in lines)
+    assert "SECRET" not in text
+    assert any("test_redact.py" in line for line in lines)
+    assert any("ValueError: cut" in line for line in lines)
+    assert len(text) < 10_000
+
+
+def test_tracebacks_of_a_commands_log_are_printable_too(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise ValueError("cut \x1b[31m")
+    except ValueError:
+        record = logging.LogRecord("n", logging.ERROR, "f", 1, "m", (), sys.exc_info())
+    text = _OneLine("%(message)s").format(record)
+    assert "ValueError: cut" in text
+    assert "\x1b" not in text

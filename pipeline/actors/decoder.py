@@ -3,29 +3,36 @@ process that can be killed.
 
 JPEG, PNG and WebP files, of which a look at the header tells that they are soon decoded, are
 decoded where they are. Any other file goes to a process beside this one, which the kernel ends once
-it has computed for `images.decode_seconds`. A decoder that crashes there costs its image and
-nothing else. The limit counts CPU time: a machine that is busy or suspended refuses no image for
-it.
+it has computed for `images.decode_seconds` and which gets no more memory than `memory_bytes`. A
+decoder that crashes there costs its image and nothing else; its last words go to this process's
+log. The limit counts CPU time: a machine that is busy or suspended refuses no image for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
+import logging
 import os
+import resource
 import signal
 import struct
 import subprocess
 import sys
 import threading
-from typing import Any
+from collections import deque
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 from pipeline.actors import png
 from pipeline.actors.images import decode_image, image_size
 from pipeline.errors import RowError
+from pipeline.redact import one_line, printable
 from pipeline.settings.job import ImageSettings
+
+logger = logging.getLogger(__name__)
 
 #: What is decoded in this process has no more bytes, pixels, header parts, and scans times pixels:
 #: a second or two of CPU.
@@ -33,6 +40,16 @@ SMALL_BYTES, SMALL_PIXELS, FEW_PARTS, FEW_SCANNED = 32 << 20, 64_000_000, 2_000,
 #: The other process is killed after so many times `images.decode_seconds`, should it wait instead
 #: of computing.
 PATIENCE = 20
+#: Address space of the other process: what it takes before it decodes, and for each pixel and byte
+#: of the largest file that is let in. Pillow has 4 bytes a pixel, and at most some few copies.
+BASE_BYTES, PIXEL_BYTES, COPIES = 2 << 30, 32, 4
+#: Pieces, and bytes of one, that are kept of what the other process said last.
+LAST_PIECES, PIECE_BYTES = 4, 1024
+
+
+def memory_bytes(settings: ImageSettings) -> int:
+    """Address space that suffices to decode any file that is let in."""
+    return BASE_BYTES + PIXEL_BYTES * settings.max_pixels + COPIES * settings.max_bytes
 
 
 def soon_decoded(data: bytes) -> tuple[int, int] | None:
@@ -106,6 +123,8 @@ class Decoder:
     def __init__(self, settings: ImageSettings) -> None:
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
+        self._words: deque[bytes] = deque(maxlen=LAST_PIECES)
+        self._listener: threading.Thread | None = None
 
     def size(self, data: bytes, field: str) -> tuple[int, int]:
         """Width and height that an image file declares.
@@ -134,8 +153,9 @@ class Decoder:
 
     def _apart(self, what: str, data: bytes, field: str) -> tuple[tuple[int, int], bytearray]:
         if self._process is None or self._process.poll() is not None:
-            self._process = _start()
+            self._start()
         process = self._process
+        assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
         asked = {
@@ -169,9 +189,23 @@ class Decoder:
             raise RowError(answer["code"], answer["cause"])
         return (answer["width"], answer["height"]), pixels
 
+    def _start(self) -> None:
+        self._process = process = _started(memory_bytes(self._settings))
+        assert process.stderr is not None
+        self._words = deque(maxlen=LAST_PIECES)
+        self._listener = threading.Thread(
+            target=_listen, args=(process.stderr, self._words), name="decoder", daemon=True
+        )
+        self._listener.start()
+
     def _died(self, process: subprocess.Popen[bytes], data: bytes, field: str) -> RowError:
         process.kill()
         status = process.wait()
+        if self._listener is not None:
+            self._listener.join(timeout=1.0)
+        how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+        words = printable(one_line(b"".join(self._words).decode(errors="replace")))
+        logger.warning("the process that decodes images ended (%s): %s", how, words or "no word")
         if status == -signal.SIGPROF:
             return RowError(
                 "image_too_large",
@@ -179,37 +213,50 @@ class Decoder:
                 "s to decode "
                 "(images.decode_seconds)",
             )
-        how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
         return RowError(
             "image_decode",
             f"{field} ({len(data):,} bytes) took the process that decoded it down ({how})",
         )
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _listen(stream: BinaryIO, words: deque[bytes]) -> None:
+    """Keep the end of what a process says, until it is gone."""
+    with stream:
+        while piece := stream.read1(PIECE_BYTES):  # type: ignore[attr-defined]
+            words.append(piece)
+
+
+def _started(memory: int) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pipeline.actors.decoder"]
+    command = [sys.executable, "-m", "pipeline.actors.decoder", str(memory)]
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         env=environment,
     )
 
 
-def serve() -> None:
-    """Decode what comes, in the process beside, until whoever started it is gone."""
+def serve(memory: int) -> None:
+    """Decode what comes, in the process beside, until whoever started it is gone.
+
+    Args:
+        memory: bytes of address space that this process may have.
+    """
+    faulthandler.enable()  # says where a decoder crashed
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     # Where memory runs out, this process goes and not the one that it serves.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
+    # Before that, an allocation fails here, and the image is its row's error.
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a decoder that prints is not taken for us
     while line := sys.stdin.buffer.readline():
@@ -241,4 +288,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))

@@ -22,6 +22,9 @@ from pipeline.settings.job import ImageSettings
 #: Not read: an EPS file is a program, and Pillow would run Ghostscript on it.
 PROGRAMS = frozenset({"EPS"})
 
+#: Pixels of a deep image that are scaled at a time: as 64-bit floats they take eight bytes.
+BAND_PIXELS = 1 << 20
+
 JPEG = frozenset({"JPEG", "MPO"})
 #: How a JPEG's picture data begin, and how the file ends.
 SCAN, END = b"\xff\xda", b"\xff\xd9"
@@ -102,6 +105,12 @@ def _opened(data: bytes, field: str, settings: ImageSettings) -> Iterator[Image.
     except Image.DecompressionBombError as error:
         raise RowError(
             "image_too_large", f"{field}: {error}; the limit is images.max_pixels"
+        ) from error
+    except MemoryError as error:
+        raise RowError(
+            "image_too_large",
+            f"{field} ({len(data):,} bytes) takes more memory to decode than its process may have "
+            "(images.max_pixels)",
         ) from error
     except UnidentifiedImageError as error:  # its own text names the buffer's address
         cause = _why_unidentified(png.essential(data)) or "of no format that is read"
@@ -213,11 +222,24 @@ def _shallow(values: np.ndarray, *, scale: bool) -> Image.Image:
     narrowest usual one that holds the largest value is taken: 1 (floats), 255, 65,535, else that
     value itself.
     """
-    grey = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    bands = range(0, len(values), max(1, BAND_PIXELS // values.shape[1]))
+    height = bands.step
+    factor = 1.0
     if scale:
-        largest = float(grey.max(initial=0.0))
+        largest = max(
+            (float(_finite(values[top : top + height]).max()) for top in bands), default=0.0
+        )
         usual = [65_535.0] if values.dtype.itemsize == 2 else [255.0, 65_535.0]
         if np.issubdtype(values.dtype, np.floating):
             usual.insert(0, 1.0)
-        grey = grey * (255.0 / next((top for top in usual if largest <= top), largest))
-    return Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))
+        largest = max(largest, 0.0)
+        factor = 255.0 / next((top for top in usual if largest <= top), largest)
+    shallow = np.empty(values.shape, np.uint8)
+    for top in bands:
+        grey = _finite(values[top : top + height])
+        shallow[top : top + height] = np.rint((grey * factor).clip(0, 255))
+    return Image.fromarray(shallow)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pipeline.actors.metrics import Metrics
 from pipeline.actors.witness import Verdict, Witness
 from pipeline.counters import Look
+from pipeline.errors import JobError
 from pipeline.rows import Place
 
 #: A block has the same name in both.
@@ -44,6 +45,15 @@ class Monitor:
         self._gauges: dict[str, Mapping[str, float]] = {}
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._dropped = 0
+        self._refusal: JobError | None = None
+
+    def refuse(self, reason: JobError) -> None:
+        """Note why the job must not go on, for a person; what is said first stays."""
+        self._refusal = self._refusal or reason
+
+    def refusal(self) -> JobError | None:
+        """Why the job must not go on; None where nobody said so."""
+        return self._refusal
 
     def started(self, replica: str, node: str, device: str) -> None:
         """A replica has loaded its model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -16,11 +16,12 @@ from pipeline.actors.decoder import Decoder
 from pipeline.actors.pictures import EncodedPicture, RowPictures
 from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
-from pipeline.errors import RowError, RowErrorCode, told
+from pipeline.errors import CheckpointError, RowError, RowErrorCode, told
 from pipeline.io.input.fetch import shown
 from pipeline.io.input.plan import Columns
 from pipeline.model.prompt import PromptProcessor
-from pipeline.redact import cause_of
+from pipeline.model.version import as_planned
+from pipeline.redact import cause_of, printable, traceback_of
 from pipeline.rows import (
     ERROR,
     ID,
@@ -54,6 +55,7 @@ class Preparer:
         monitor: the `Monitor` actor's handle; None where nothing but this process would notice its
             death.
         image_root: folder that rows' paths lie in.
+        planned: digests of the checkpoint's files that the job was planned with; None: whichever.
 
     Attributes:
         processor: what makes prompts of conversations.
@@ -66,17 +68,20 @@ class Preparer:
         require_images: bool,
         monitor: Any = None,
         image_root: str | None = None,
+        planned: Mapping[str, str] | None = None,
     ) -> None:
         import torch
 
         # Several of these share a machine; torch's own threads would only get in each other's way.
         torch.set_num_threads(1)
-        self.processor = PromptProcessor.from_settings(
-            settings.model.base,
-            settings.model.min_pixels,
-            settings.model.max_pixels,
-            settings.input.control_tokens,
-        )
+        self._refusal: CheckpointError | None = None
+        try:
+            self.processor = _processor(settings, planned)
+        except CheckpointError as error:
+            # An actor that cannot be made could not say why, and would be made again ten times.
+            if monitor is None:
+                raise
+            self._refusal = error
         self._columns = columns
         self._image_settings = settings.images
         self._most_new_tokens = settings.generation.max_new_tokens
@@ -96,7 +101,15 @@ class Preparer:
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Yield tables of `PREPARED_SCHEMA` plus the extra columns: each input row once, in
         order.
+
+        Raises:
+            CheckpointError: `model.base` is not what the job was planned with, here.
         """
+        if self._refusal is not None:
+            import ray
+
+            ray.get(self._monitor.refuse.remote(self._refusal))
+            raise self._refusal
         extras = carried(table)
         ready: list[PreparedRow] = []
         size = start = 0
@@ -193,7 +206,9 @@ class Preparer:
         except RowError as error:
             return PreparedRow(row_id, asked, str(error))
         except Exception as error:  # an exception here would end the job, for the sake of one row
-            logger.exception("row %s cannot be prepared", told(row_id))
+            logger.error(
+                "row %s cannot be prepared\n%s", printable(told(row_id)), traceback_of(error)
+            )
             return PreparedRow(row_id, asked, str(RowError("unexpected", cause_of(error))))
 
     def _decode(self, data: bytes, field: str) -> EncodedPicture:
@@ -230,6 +245,16 @@ class Preparer:
                 yield self._decode(self._ahead.get(name), f"{field}, {shown(name)},")
             else:
                 raise RowError("image_missing", f"{field} is null or has no bytes")
+
+
+def _processor(settings: JobSettings, planned: Mapping[str, str] | None) -> PromptProcessor:
+    model = settings.model
+    base = model.base
+    if planned is not None:
+        base, _ = as_planned(base, None, planned, weights=False)
+    return PromptProcessor.from_settings(
+        base, model.min_pixels, model.max_pixels, settings.input.control_tokens
+    )
 
 
 def _named(table: pa.Table, most: int) -> list[list[str]]:

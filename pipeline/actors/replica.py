@@ -9,7 +9,7 @@ import socket
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from pipeline.engine import (
     Sampling,
 )
 from pipeline.engine.repetition import ends_in_loop
-from pipeline.errors import RowError, RowErrorCode
+from pipeline.errors import CheckpointError, RowError, RowErrorCode
 from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
 from pipeline.model.awaker import load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
+from pipeline.model.version import as_planned
 from pipeline.quality.flags import Flag, Flagger, FlagRules, doubt
 from pipeline.rows import PLACE_SCHEMA, Place, PreparedRow, carried, places, prepared_rows
 from pipeline.settings.job import JobSettings
@@ -86,6 +87,13 @@ def load_engine(
     return Engine(model, processor.tokenizer, processor.special.image_pad, options), sampling
 
 
+def _with_planned_model(settings: JobSettings, planned: Mapping[str, str]) -> JobSettings:
+    model = settings.model
+    base, adapter = as_planned(model.base, model.adapter, planned, weights=True)
+    local = model.model_copy(update={"base": base, "adapter": adapter})
+    return settings.model_copy(update={"model": local})
+
+
 class Replica:
     """Answers tables of `PREPARED_SCHEMA`; Ray calls it for several blocks at once, and the engine
     mixes their rows.
@@ -98,6 +106,7 @@ class Replica:
         threads: torch threads on the CPU.
         monitor: the `Monitor` actor's handle; None where nobody watches.
         committer: the `Committer` actor's.
+        planned: digests of the checkpoint's files that the job was planned with; None: whichever.
     """
 
     def __init__(
@@ -109,6 +118,7 @@ class Replica:
         threads: int,
         monitor: Any,
         committer: Any,
+        planned: Mapping[str, str] | None = None,
     ) -> None:
         self._settings = settings
         self._schema = pa.schema([*output_schema(settings.output, extras), *PLACE_SCHEMA])
@@ -119,7 +129,19 @@ class Replica:
         self._alone = asyncio.Lock()
         self._name = uuid.uuid4().hex
         self._device = torch.device(device)
-        self._engine, self._sampling = load_engine(settings, self._device, threads)
+        self._refusal: CheckpointError | None = None
+        try:
+            self._engine, self._sampling = load_engine(
+                settings if planned is None else _with_planned_model(settings, planned),
+                self._device,
+                threads,
+            )
+        except CheckpointError as error:
+            # An actor that cannot be made could not say why, and would be made again ten times.
+            if monitor is None:
+                raise
+            self._refusal = error
+            return
         self._flagger = Flagger(
             FlagRules(
                 min_words=settings.flags.min_words,
@@ -140,7 +162,13 @@ class Replica:
     async def __call__(self, table: pa.Table) -> pa.Table:
         """Answer a block and hand its rows, in the output's schema, to the committer; how many they
         were.
+
+        Raises:
+            CheckpointError: the checkpoint is not what the job was planned with, here.
         """
+        if self._refusal is not None:
+            await self._monitor.refuse.remote(self._refusal)
+            raise self._refusal
         rows = prepared_rows(table)
         own = places(table)
         results = await self._answer_watched(rows, own)

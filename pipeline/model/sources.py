@@ -4,15 +4,16 @@ local tensor files.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import posixpath
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from fsspec.implementations.http import HTTPFileSystem
 from torch import Tensor
 
@@ -31,6 +32,10 @@ from pipeline.redact import cause_of
 #: Everything a model or adapter folder may contribute; other frameworks' weights on a Hub page are
 #: not fetched.
 FILE_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors", "pytorch_model*.bin")
+
+#: How long nobody must have used a version of a remote checkpoint, and how long nothing must have
+#: been written of a copy that broke off (True), before another version's copy removes it.
+UNUSED_SECONDS = {False: 30 * 86_400.0, True: 86_400.0}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -110,6 +115,8 @@ def _copy_from_url(url: str, key: str) -> Path:
                         f"{key}: {url!r} changed while it was copied; run the job again"
                     )
                 _appear(partial, target)
+                _forget_unused(target)
+            os.utime(target)  # when it was last used
     except CheckpointError:
         raise
     except Exception as error:  # a storage's, of a type of its own, or the disk's
@@ -163,6 +170,37 @@ def _appear(partial: Path, target: Path) -> None:
     except OSError:
         if not target.exists():  # else another machine was first, with the same
             raise
+
+
+def _forget_unused(version: Path) -> None:
+    """Delete what nobody used for long of the other versions of a checkpoint, and of copies that
+    broke off.
+
+    Whoever has a deleted file open keeps it.
+    """
+    for other in version.parent.iterdir():
+        broken = other.suffix == ".partial"
+        if other == version or other.suffix == ".lock" or _age(other) <= UNUSED_SECONDS[broken]:
+            continue
+        with contextlib.suppress(OSError, Timeout):
+            if broken:
+                shutil.rmtree(other)
+                continue
+            with FileLock(f"{other}.lock", timeout=0):
+                if _age(other) > UNUSED_SECONDS[False]:
+                    # Away at once: half a version is none.
+                    leaving = other.with_name(f"{other.name}.{uuid.uuid4().hex}.partial")
+                    other.rename(leaving)
+                    shutil.rmtree(leaving)
+
+
+def _age(folder: Path) -> float:
+    """Seconds since anything in a folder was last written; of a version, since it was last used."""
+    times = [0.0]
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):  # another process deletes it, too
+            times.append(path.stat().st_mtime)
+    return time.time() - max(times)
 
 
 def _is_wanted(relative: str) -> bool:
@@ -249,7 +287,7 @@ class TensorFiles:
         Raises:
             CheckpointError: no weights there, or a file that cannot be read.
         """
-        files = [location] if location.is_file() else _weight_files(location, key)
+        files = weight_files(location, key)
         found = cls(tuple(files))
         for file in files:
             try:
@@ -268,7 +306,7 @@ class TensorFiles:
                 found.tensors[canonical_name(stored)] = TensorInfo(shape, dtype, file, stored)
         return found
 
-    @contextmanager
+    @contextlib.contextmanager
     def reader(self) -> Iterator[TensorReader]:
         """Open the files for reading; what was read must be copied or dropped before the mapping
         can go.
@@ -276,7 +314,14 @@ class TensorFiles:
         yield _Reader(self.tensors)
 
 
-def _weight_files(folder: Path, key: str) -> list[Path]:
+def weight_files(folder: Path, key: str) -> list[Path]:
+    """Files of weights in a folder, safetensors before pytorch files; of a single file, that one.
+
+    Raises:
+        CheckpointError: there are none, or fewer than their index names.
+    """
+    if folder.is_file():
+        return [folder]
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         files = sorted(folder.glob(pattern))
         index = next(

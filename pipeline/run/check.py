@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pipeline.actors.row_settings import job_sampling
@@ -17,6 +16,7 @@ from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
 from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
+from pipeline.model.version import deciding_files, digests_of
 from pipeline.quality.accuracy import Truth
 from pipeline.settings.job import JobSettings
 
@@ -64,7 +64,8 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     )
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     job_sampling(settings.generation, checkpoint.folder)
-    manifest = Manifest.of(task, settings, checkpoint_files(checkpoint), plan)
+    files = deciding_files(checkpoint.folder, checkpoint.files.files)
+    manifest = Manifest.of(task, settings, digests_of(files), plan)
     job = Job(task, settings, plan, truth, checkpoint, manifest, growing=only is not None)
     # A run that goes on has asked before, of the same shards.
     goes_on = not settings.output.overwrite and check_may_go_on(
@@ -120,8 +121,3 @@ def check_may_go_on(job: Job, folder: OutputFolder) -> bool:
             "this program began; choose another folder, or --fresh to replace them"
         )
     return before is not None
-
-
-def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
-    """Files that decide what a checkpoint answers: weights, configs, tokenizer, chat template."""
-    return [*checkpoint.files.files, *sorted(checkpoint.folder.glob("*.json"))]

@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import JobError, Stopped
-from pipeline.redact import printable, without_secrets
+from pipeline.redact import printable, traceback_of, without_secrets
 
 if TYPE_CHECKING:
     from pipeline.settings.job import Settings
@@ -33,6 +33,9 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
         return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return traceback_of(ei[1])
 
 
 def main(

@@ -60,13 +60,14 @@ def run_stages(
             ray.get(finish.remote(), timeout=FINISH_SECONDS)
         raise
     except Exception as error:
-        # What Ray raises here is the traceback of an actor; the committer may know a reason that
-        # helps.
-        reason = None
-        with contextlib.suppress(Exception):
-            reason = ray.get(failure.remote())
-        if reason is not None:
-            raise reason from error
+        # What Ray raises here is the traceback of an actor; the committer and the monitor may know
+        # a reason that helps.
+        for ask_reason in (failure, monitor.handle.refusal):
+            reason = None
+            with contextlib.suppress(Exception):
+                reason = ray.get(ask_reason.remote())
+            if reason is not None:
+                raise reason from error
         raise
     ray.kill(committer.handle)
     look: Look = ray.get(monitor.handle.look.remote())
@@ -133,7 +134,14 @@ def _dataset(
     caption = job.task == "caption"
     prepared = read.map_batches(
         Preparer,
-        fn_constructor_args=(settings, plan.columns, caption, monitor, plan.image_root),
+        fn_constructor_args=(
+            settings,
+            plan.columns,
+            caption,
+            monitor,
+            plan.image_root,
+            job.manifest.model,
+        ),
         batch_size=rows_per_block,
         batch_format="pyarrow",
         num_cpus=resources.prepare_cpus,
@@ -149,6 +157,7 @@ def _dataset(
             resources.replica_threads,
             monitor,
             committer,
+            job.manifest.model,
         ),
         batch_size=rows_per_block,
         batch_format="pyarrow",

@@ -132,5 +132,51 @@ def test_a_decoder_that_crashes_costs_its_image_alone(decoder: Decoder) -> None:
     assert decoder.decode(encoded("GIF"), "image").size == (64, 48)
 
 
+def test_what_a_crashed_decoder_said_last_is_logged_in_one_line(
+    decoder: Decoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder.size(encoded("GIF"), "image")
+    assert decoder._process is not None
+    os.kill(decoder._process.pid, signal.SIGABRT)
+    decoder._process.wait()
+    process, decoder._process = decoder._process, None
+    decoder._died(process, b"", "image")
+    (record,) = caplog.records
+    assert "the process that decodes images ended (SIGABRT): Fatal Python error" in record.message
+    assert record.message.isprintable()
+
+
+def test_a_file_that_takes_too_much_memory_is_refused_and_the_next_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.actors.decoder.memory_bytes", lambda _: 400 << 20)
+    decoder = Decoder(ImageSettings())
+    buffer = io.BytesIO()
+    Image.new("1", (8000, 8000)).save(buffer, "BMP")  # 8 MB; 256 MiB as RGB, beside what it was
+    assert str(refused(decoder, buffer.getvalue())).startswith(
+        f"image_too_large: column 'image' ({len(buffer.getvalue()):,} bytes) takes more memory"
+    )
+    assert decoder.decode(encoded("BMP"), "image").size == (64, 48)
+    assert decoder._process is not None
+    decoder._process.kill()
+    decoder._process.wait()
+
+
+@pytest.mark.parametrize("form", ["TIFF", "AVIF", "HEIF", "JPEG2000"])
+def test_any_file_that_is_let_in_fits_into_the_memory_of_its_process(form: str) -> None:
+    decode_image(picture(), "", ImageSettings())  # registers HEIF
+    buffer = io.BytesIO()
+    rgba = form not in ("JPEG2000",)
+    Image.linear_gradient("L").resize((4000, 3000)).convert("RGBA" if rgba else "RGB").save(
+        buffer, form
+    )
+    settings = ImageSettings(max_pixels=12_000_000, max_bytes=len(buffer.getvalue()))
+    decoder = Decoder(settings)
+    assert decoder.decode(buffer.getvalue(), "image").size == (4000, 3000)
+    assert decoder._process is not None
+    decoder._process.kill()
+    decoder._process.wait()
+
+
 def test_errors_found_apart_are_the_rows_own(decoder: Decoder) -> None:
     assert "column 'image' (8 bytes) is no readable image" in refused(decoder, b"not\xffthis").cause

@@ -222,6 +222,23 @@ def test_deep_images_are_scaled_not_cut_off(values: np.ndarray, grey: list[int])
     assert clipped.tolist() == np.rint(np.nan_to_num(values[0]).clip(0, 255)).tolist()
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_images_are_scaled_in_bands_to_the_same_pixels(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(0).uniform(-9, 70_000, (37, 23))
+    if mode == "F":
+        values[3, 3:5] = np.nan, np.inf
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    image = Image.fromarray(values.clip(0).astype(kind) if mode != "F" else values.astype(kind))
+    whole = to_rgb(image, ImageSettings()).tobytes()
+    monkeypatch.setattr("pipeline.actors.images.BAND_PIXELS", 100)
+    assert to_rgb(image, ImageSettings()).tobytes() == whole
+    clipped = ImageSettings(deep_pixels="clip")
+    grey = np.rint(np.nan_to_num(np.asarray(image, np.float64), posinf=0.0).clip(0, 255))
+    assert (np.asarray(to_rgb(image, clipped))[..., 0] == grey).all()
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "LAB"])
 def test_other_modes_become_rgb(mode: str) -> None:
     colour = {

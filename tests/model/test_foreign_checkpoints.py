@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from filelock import FileLock
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import CheckpointError
@@ -190,6 +192,49 @@ def test_a_checkpoint_that_changes_while_it_is_copied_is_no_mixture(
         "b.json": b"two",
     }
     assert [path for path in found.parent.iterdir() if path.is_dir()] == [found]
+
+
+def test_versions_that_nobody_used_for_long_go_when_another_is_copied(
+    bucket: type[Bucket],
+) -> None:
+    def copied(content: bytes) -> Path:
+        bucket.keys["a.json"] = content
+        return localise("bucket://ckpt", "model.base")
+
+    def aged(path: Path, days: float) -> None:
+        for one in (*path.rglob("*"), path):
+            os.utime(one, (time.time() - days * 86_400,) * 2)
+
+    versions = [copied(content) for content in (b"one", b"two", b"three")]
+    other = localise("bucket://b/ckpt", "model.base")
+    aged(versions[0], 31)
+    aged(versions[1], 29)
+    assert copied(b"one") == versions[0]  # used again
+    aged(versions[2], 31)
+    aged(other, 31)
+    broken, going_on = (versions[0].with_name(f"{name}.partial") for name in ("x", "y"))
+    for folder in (broken, going_on):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    aged(broken, 2)
+    aged(going_on, 2)
+    (going_on / "model.safetensors").write_bytes(b"more")
+    latest = copied(b"four")
+    left = {path for path in latest.parent.iterdir() if path.is_dir()}
+    assert left == {versions[0], versions[1], latest, going_on}
+    assert other.is_dir()  # of another checkpoint
+
+
+def test_a_version_that_another_process_is_about_to_use_stays(bucket: type[Bucket]) -> None:
+    bucket.keys["a.json"] = b"one"
+    first = localise("bucket://ckpt", "model.base")
+    os.utime(first, (0, 0))
+    for file in first.iterdir():
+        os.utime(file, (0, 0))
+    bucket.keys["a.json"] = b"two"
+    with FileLock(f"{first}.lock"):
+        localise("bucket://ckpt", "model.base")
+    assert (first / "a.json").read_bytes() == b"one"
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(

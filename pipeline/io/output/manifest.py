@@ -4,10 +4,9 @@ be explained.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,9 +36,8 @@ FREE_SETTINGS = (
 OUTPUT_COLUMNS = ("token_ids", "routes", "prompts")
 #: Of what is compared, what leads somewhere.
 PATH_SETTINGS = ("input.image_root", "model.base", "model.adapter")
-#: Bytes at both ends of a checkpoint file that its digest reads: weights differ everywhere, and
-#: files have 22 GB.
-DIGEST_ENDS = 1 << 20
+#: Files of a checkpoint that versions before 26 Nov 2026 did not tell.
+_TOLD_LATER = (".jinja", ".model", ".txt")
 _SHOWN = 8
 
 
@@ -63,11 +61,10 @@ class Manifest:
 
     @classmethod
     def of(
-        cls, task: str, settings: JobSettings, model_files: Iterable[Path], plan: InputPlan
+        cls, task: str, settings: JobSettings, model: Mapping[str, str], plan: InputPlan
     ) -> Manifest:
         """The manifest of a job that is about to run."""
         shards = {s.file.url: (s.file.size, s.file.version, s.rows) for s in plan.shards}
-        model = {path.name: _digest(path) for path in model_files}
         return cls(task, _deciding(settings), model, shards, _code_version())
 
     def save(self, folder: OutputFolder, *, growing: bool = False) -> None:
@@ -142,7 +139,7 @@ class Manifest:
         """
         changes = [f"task: {before.task}, now {self.task}"] if before.task != self.task else []
         changes += _changes(before.settings, self.settings)
-        changes += [f"model file {line}" for line in _changes(before.model, self.model)]
+        changes += [f"model file {line}" for line in _changes(before.model, self._model_as(before))]
         compared = (
             (before.shards.keys() & self.shards.keys())
             if growing
@@ -160,6 +157,16 @@ class Manifest:
                 f"({'; '.join(changes[:_SHOWN])}{more}); "
                 "--fresh deletes them and starts again, another output.path keeps them"
             )
+
+    def _model_as(self, before: Manifest) -> Mapping[str, str]:
+        """Digests of the model's files, without those that the version that wrote `before` did not
+        tell.
+        """
+        if any(name.endswith(_TOLD_LATER) for name in before.model):
+            return self.model
+        return {
+            name: digest for name, digest in self.model.items() if not name.endswith(_TOLD_LATER)
+        }
 
 
 def _deciding(settings: JobSettings) -> dict[str, Any]:
@@ -187,16 +194,6 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif before[key] != now[key]:
             lines.append(f"{key} was {before[key]!r}, is {now[key]!r}")
     return lines
-
-
-def _digest(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(DIGEST_ENDS))
-        file.seek(max(0, size - DIGEST_ENDS))
-        digest.update(file.read())
-    return digest.hexdigest()[:32]
 
 
 def _code_version() -> str:

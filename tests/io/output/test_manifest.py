@@ -1,0 +1,32 @@
+"""What a resume refuses of a checkpoint, and what outputs of earlier versions did not tell."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import OutputError
+from pipeline.io.output.manifest import Manifest
+
+
+def of(**model: str) -> Manifest:
+    names = {name.replace("__", "."): digest for name, digest in model.items()}
+    return Manifest("vqa", {}, names, {}, "0")
+
+
+def test_an_output_that_told_fewer_files_of_its_model_is_gone_on_with() -> None:
+    now = of(config__json="a", merges__txt="b", chat_template__jinja="c")
+    now.check_same(of(config__json="a"), "out")
+    now.check_same(now, "out")
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        (of(config__json="z"), "config.json was 'z', is 'a'"),
+        (of(config__json="a", merges__txt="z"), "merges.txt was 'z', is 'b'"),
+        (of(config__json="a", vocab__txt="z"), "vocab.txt is gone"),
+    ],
+)
+def test_a_file_that_changed_is_refused_by_name(before: Manifest, told: str) -> None:
+    with pytest.raises(OutputError, match=f"model file {told}"):
+        of(config__json="a", merges__txt="b").check_same(before, "out")
