@@ -15,10 +15,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@echo "1. Drawn scenes, questions in English and Chinese, with their true answers"
+	@echo "Drawn scenes, questions in English and Chinese, with their true answers"
 	@$(PYTHON) jobs/vqa.py --config configs/demo.yaml
-	@echo; echo "2. Photographs. This small model has never seen one: expect wrong captions"
-	@$(PYTHON) jobs/caption.py --config configs/demo-photographs.yaml
 
 test: $(STAMP)
 	$(PYTHON) -m pytest -n 2

@@ -38,9 +38,8 @@ def test_the_script_answers_as_released_and_reports_readably(golden: Path, tmp_p
         assert_as_released(answers[f"expected.parquet#{number}"], expected)
 
     # In a log: progress on standard error and nothing else there, the first answers and the summary
-    # on standard output. (Ray's C++ core warns of the way in which Ray Data itself starts its
-    # actors; nothing switches that off alone.)
-    lines = [line for line in done.stderr.splitlines() if "core_worker.cc" not in line]
+    # on standard output.
+    lines = done.stderr.splitlines()
     assert [line for line in lines if not PROGRESS.fullmatch(line)] == [
         "input: 1 shards (1 of Parquet), 10 rows"
     ]
