@@ -4,18 +4,22 @@ tensor.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import OutputError
 from pipeline.model.checkpoint import SERVING_FORMAT, SERVING_MANIFEST, Checkpoint
 from pipeline.model.sources import sha256_of
+from pipeline.redact import cause_of
 
 #: Source bytes that may lie mapped in memory at a time.
 MAPPED_BYTES = 32 << 20
@@ -53,14 +57,16 @@ def convert(
     """
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"output.path: {folder} is not empty; choose a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     shard: dict[str, Tensor] = {}
     index: dict[str, str] = {}
     sizes: list[int] = []
 
     def close_shard() -> None:
         name = f"model-{len(sizes):05d}.safetensors"
-        save_file(shard, folder / name)
+        with _explained(folder):
+            save_file(shard, folder / name)
         index.update(dict.fromkeys(shard, name))
         sizes.append(sum(t.nbytes for t in shard.values()))
         shard.clear()
@@ -88,12 +94,25 @@ def convert(
 
     total = sum(sizes)
     weight_map = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map, indent=1))
-    for file in sorted(checkpoint.folder.iterdir()):
-        if file.suffix in _KEPT_SUFFIXES and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
-    _write_manifest(checkpoint, folder, dtype)
+    with _explained(folder):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map, indent=1))
+        for file in sorted(checkpoint.folder.iterdir()):
+            if file.suffix in _KEPT_SUFFIXES and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+        _write_manifest(checkpoint, folder, dtype)
     return Converted(folder, len(index), total, len(sizes))
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """What a disk says against a write becomes one line for a person."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"output.path: cannot write to {folder} ({cause_of(error)}); empty it, and convert "
+            "again where there is room"
+        ) from error
 
 
 def _write_manifest(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:

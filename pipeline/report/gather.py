@@ -4,7 +4,6 @@ large the output is.
 
 from __future__ import annotations
 
-import io
 import logging
 import random
 from collections import Counter
@@ -14,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from pipeline.actors.samples import SAMPLE_SCHEMA
 from pipeline.io.output.columns import COUNT_COLUMNS, RESERVED_COLUMNS, Written
-from pipeline.io.output.commits import SAMPLES, Commit, OutputLog
+from pipeline.io.output.commits import SAMPLES, Commit, OutputLog, read_result
 from pipeline.io.output.journal import EVENTS, TIMELINE, read_entries
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
@@ -106,7 +104,7 @@ def _numbers(
     each = -(-most_rows // max(1, len(commits)))
 
     def read(commit: Commit) -> pa.Table:
-        table = pq.read_table(io.BytesIO(folder.read(commit.file)), columns=list(COUNT_COLUMNS))
+        table = read_result(folder, commit.file, COUNT_COLUMNS)
         return table.drop_null().slice(0, each)
 
     with ThreadPoolExecutor(READING_THREADS) as pool:

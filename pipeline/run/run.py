@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Literal
 
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from pipeline.actors.row_settings import job_sampling, rules_for_rows
@@ -28,7 +27,15 @@ from pipeline.errors import ConfigError, InputError, OutputError, Stopped
 from pipeline.io.input.listing import find_shards
 from pipeline.io.input.plan import InputPlan, check_ids_unique, plan_input
 from pipeline.io.output.columns import RESERVED_COLUMNS, Written, layout_schema
-from pipeline.io.output.commits import RETRIES, Commit, OutputLog, done_rows, epoch_of, retry_rows
+from pipeline.io.output.commits import (
+    RETRIES,
+    Commit,
+    OutputLog,
+    done_rows,
+    epoch_of,
+    read_result,
+    retry_rows,
+)
 from pipeline.io.output.journal import Journal
 from pipeline.io.output.lease import Fence, Lease, LeaseTimes
 from pipeline.io.output.manifest import Manifest
@@ -641,13 +648,11 @@ def show_answers(job: Job, console: Console) -> None:
     """Print a dozen answers from all over the first file, so that a person sees at once what came
     out.
     """
-    import io
-
     folder = OutputFolder(job.settings.output.path)
     first = min(OutputLog(folder).names(), default=None)
     if first is None:
         return
-    table = pq.read_table(io.BytesIO(folder.read(first)))
+    table = read_result(folder, first)
     columns = job.plan.names if job.settings.output.prompts == "columns" else ()
     shown = min(SHOWN_ANSWERS, len(table))
     for row in table.take([i * len(table) // shown for i in range(shown)]).to_pylist():
