@@ -4,7 +4,6 @@ large the output is.
 
 from __future__ import annotations
 
-import io
 import logging
 import random
 from collections import Counter
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from pipeline.io.output.columns import (
@@ -23,7 +21,7 @@ from pipeline.io.output.columns import (
     SAMPLE_SCHEMA,
     Written,
 )
-from pipeline.io.output.commits import Commit, OutputLog
+from pipeline.io.output.commits import Commit, OutputLog, read_result
 from pipeline.io.output.journal import read_entries
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.manifest import Manifest
@@ -111,7 +109,7 @@ def _numbers(
     each = -(-most_rows // max(1, len(commits)))
 
     def read(commit: Commit) -> pa.Table:
-        table = pq.read_table(io.BytesIO(folder.read(commit.file)), columns=list(COUNT_COLUMNS))
+        table = read_result(folder, commit.file, COUNT_COLUMNS)
         return table.drop_null().slice(0, each)
 
     with ThreadPoolExecutor(READING_THREADS) as pool:

@@ -33,10 +33,11 @@ def write_report(folder: OutputFolder, most_rows: int = 20_000, seed: int = 0) -
     """Write the report into an output; where it is.
 
     Raises:
-        OutputError: no run of this program began here.
+        OutputError: no run of this program began here, or it cannot be written.
     """
-    page = render(gather(folder, most_rows, seed))
-    folder.write(OutputLayout.REPORT, page.encode(errors="replace"))
+    page = render(gather(folder, most_rows, seed)).encode(errors="replace")
+    with folder.explained("write to"):
+        folder.write(OutputLayout.REPORT, page)
     return f"{folder.url}/{OutputLayout.REPORT}"
 
 

@@ -17,12 +17,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.errors import OutputError
 from pipeline.io.input.listing import SUFFIXES
-from pipeline.io.output.commits import Commit, OutputLog
+from pipeline.io.output.commits import Commit, OutputLog, read_result
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
 
@@ -58,8 +55,8 @@ def export(results: OutputFolder, target: OutputFolder, form: Form) -> Iterator[
         form: what is written.
 
     Raises:
-        OutputError: no run of this program began in `results`, or its rows cannot be told in this
-            form.
+        OutputError: no run of this program began in `results`, a file of it is damaged, its rows
+            cannot be told in this form, or `target` cannot be written.
     """
     manifest = Manifest.of_output(results)
     target.make()
@@ -75,15 +72,11 @@ def export(results: OutputFolder, target: OutputFolder, form: Form) -> Iterator[
         yield f"{target.url}/{name}"
 
 
-def _read(results: OutputFolder, file: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(results.read(file)))
-
-
 def _lines(
     results: OutputFolder, commits: Sequence[Commit], line: Callable[[Row], Row], form: Form
 ) -> Iterator[tuple[str, bytes]]:
     for commit in commits:
-        table = _read(results, commit.file)
+        table = read_result(results, commit.file)
         if form == "openai" and "text" not in table.column_names:
             raise OutputError(
                 "export.format: several prompts' columns are no chat answers; expected "
@@ -110,7 +103,7 @@ def _tars(
     for commit in commits:
         for shard in commit.rows:
             holding[shard].append(commit)
-    read = functools.lru_cache(maxsize=FILES_IN_MEMORY)(functools.partial(_read, results))
+    read = functools.lru_cache(maxsize=FILES_IN_MEMORY)(functools.partial(read_result, results))
     paths = {url: url.rpartition("://")[2] for url in manifest.shards}
     base = posixpath.commonpath(map(posixpath.dirname, paths.values()))
     for shard, (_, _, rows) in sorted(manifest.shards.items()):

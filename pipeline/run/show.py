@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.console import Console
 
-from pipeline.io.output.commits import OutputLog
+from pipeline.io.output.commits import OutputLog, read_result
 from pipeline.io.output.storage import OutputFolder
 from pipeline.quality.accuracy import Truth, is_right
 from pipeline.redact import printable
@@ -38,7 +36,7 @@ def show_answers(job: Job, console: Console) -> None:
     first = min(OutputLog(folder).names(), default=None)
     if first is None:
         return
-    table = pq.read_table(io.BytesIO(folder.read(first)))
+    table = read_result(folder, first)
     prompts = job.plan.names if job.settings.output.prompts == "columns" else ()
     shown = min(SHOWN_ANSWERS, len(table))
     for row in table.take([i * len(table) // shown for i in range(shown)]).to_pylist():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from benchmarks.harness import peak_memory
@@ -221,6 +222,24 @@ def test_conversion_writes_serving_tensors_and_a_manifest(golden: Path, tmp_path
         assert (tmp_path / "out" / name).read_bytes() == (
             golden / "released" / "base" / name
         ).read_bytes()
+
+
+def test_a_conversion_that_cannot_be_written_is_one_line(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(
+        str(golden / "released" / "base"), str(golden / "released" / "adapter")
+    )
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"^output.path: cannot write to .*NotADirectoryError"):
+        convert(source, tmp_path / "file" / "out", None, 1 << 30)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("pipeline.model.convert.save_file", full)
+    with pytest.raises(OutputError, match=r"^output.path: cannot write to .*No space left"):
+        convert(source, tmp_path / "out", None, 1 << 30)
 
 
 def test_a_converted_checkpoint_guards_its_settings(golden: Path, tmp_path: Path) -> None:

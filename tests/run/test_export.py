@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tarfile
 from pathlib import Path
@@ -208,3 +209,23 @@ def test_a_line_is_one_line_of_json_to_every_reader() -> None:
     assert "两" in line
     told = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert told == {**row, "n": None, "l": [1.5, None], "s": {"x": None}}
+
+
+def test_a_damaged_result_and_a_full_disk_are_one_line(
+    results: OutputFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = next((tmp_path / "out").glob("part-*.parquet"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4] + bytes(60) + whole[64:])
+    with pytest.raises(OutputError, match=rf"^output.path: .*{file.name} is damaged .*; move it"):
+        lines(results, tmp_path / "lines", "jsonl")
+    file.write_bytes(whole)
+
+    def full(self: OutputFolder, name: str, data: bytes) -> None:
+        if name.endswith(".jsonl"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OutputFolder, "write", full)
+    monkeypatch.setattr(OutputFolder, "make", lambda self: None)
+    with pytest.raises(OutputError, match="^output.path: cannot write to .*/lines .*; free some"):
+        lines(results, tmp_path / "lines", "jsonl")

@@ -59,6 +59,23 @@ SUFFIXES: dict[Form, tuple[str, ...]] = {
     "csv": tuple(name + zipped for name in (".csv", _TABS) for zipped in _COMPRESSED),
     "images": IMAGE_SUFFIXES,
 }
+_DATA_SUFFIXES = tuple(
+    suffix for form, suffixes in SUFFIXES.items() if form != "images" for suffix in suffixes
+)
+_UNREAD_PACKED = (
+    ".lz4",
+    ".zip",
+    ".7z",
+    ".rar",
+    ".snappy",
+    ".sz",
+    ".br",
+    ".lzma",
+    ".lz",
+    ".lzo",
+    ".z",
+)
+_READ_PACKED = "gzip, zstd, bzip2 or xz"
 #: The Hugging Face hub's name, less its suffix, for a table about the image files beside it.
 METADATA = "metadata"
 #: Endings of files passed over that are told.
@@ -197,12 +214,19 @@ def _find(
             FORM_NAMES[one] for one, own in by_form.items() if one is not None and own
         )
         there = f"; it holds {forms}" if forms else ""
+        if packed := _others(_packed(by_form)):
+            there += f"; {packed} cannot be read: unpack them, or compress with {_READ_PACKED}"
         raise InputError(f"input.path: no {expected} at {path!r} ({len(listing)} files){there}")
     files = by_form[chosen]
     if chosen == "images":
-        if tell is not None and (others := _others(by_form)):
+        if tell is not None and (others := _others(_beside(by_form, "images"))):
             tell(f"input.path: {path!r} holds {len(files):,} image files; passed over: {others}")
         files = _folders(files, base_url)
+    elif tell is not None and (others := _others(_packed(by_form))):
+        tell(
+            f"input.path: {path!r} holds files that cannot be read and are passed over: {others}; "
+            f"unpack them, or compress with {_READ_PACKED}"
+        )
     for file in files:
         # It is part of every row's place; of images it is the folder's.
         try:
@@ -214,9 +238,23 @@ def _find(
     return files
 
 
-def _others(by_form: Mapping[Form | None, Sequence[FileInfo]]) -> str:
-    """How many files there are beside the images, by their endings."""
-    names = (file.name for form, files in by_form.items() if form != "images" for file in files)
+def _beside(by_form: Mapping[Form | None, Sequence[FileInfo]], form: Form) -> list[str]:
+    """Names of all files but those of a form."""
+    return [file.name for one, files in by_form.items() if one != form for file in files]
+
+
+def _packed(by_form: Mapping[Form | None, Sequence[FileInfo]]) -> list[str]:
+    """Names of files that are data but for how they are packed: `a.jsonl.lz4`, `b.tar.zip`."""
+    named = ((file.name, posixpath.splitext(file.name.lower())) for file in by_form.get(None, ()))
+    return [
+        name
+        for name, (stem, ending) in named
+        if ending in _UNREAD_PACKED and stem.endswith(_DATA_SUFFIXES)
+    ]
+
+
+def _others(names: Iterable[str]) -> str:
+    """How many files there are, by their endings."""
     endings = Counter(posixpath.splitext(name)[1].lower() or "without ending" for name in names)
     told = [f"{count:,} {ascii(ending)[1:-1]}" for ending, count in endings.most_common(_TOLD)]
     return ", ".join(told) + (", ..." if len(endings) > _TOLD else "")

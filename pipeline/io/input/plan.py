@@ -24,7 +24,7 @@ import pandas as pd
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.io.input.formats import open_parquet, open_shard
+from pipeline.io.input.formats import FILE_NAMES, open_parquet, open_shard
 from pipeline.io.input.jsonl import Untyped, common_types
 from pipeline.io.input.listing import FORM_NAMES, IMAGE_SUFFIXES, UNTYPED, FileInfo, find_shards
 from pipeline.io.input.types import (
@@ -236,6 +236,8 @@ def plan_input(
     planned = _planned_types(kinds, files, own_schemas)
     schema = planned.schema
     columns = _settle_columns(settings, schema)
+    if columns.messages is None and not (columns.image or columns.images):
+        _tell_of_pictures(files, schema)
     _check_types(columns, schema, kinds)
     _check_contradictions(columns, planned.contradictions, kinds)
     _check_present(columns, files, own_schemas)
@@ -290,6 +292,22 @@ def _check_template(key: str, prompt: Template, schema: pa.Schema) -> None:
             raise InputError(
                 f"{key}: column {name!r} holds {shown_type(kind)}; expected text or numbers"
             )
+
+
+def _tell_of_pictures(files: list[FileInfo], schema: pa.Schema) -> None:
+    """Say that nobody looks at the pictures that a table beside them names."""
+    made = [
+        name
+        for name in schema.names
+        if any(f"{name}_{ending}" in schema.names for ending in FILE_NAMES)
+    ]
+    if made and any(file.is_metadata for file in files):
+        print(
+            f"input.path: rows name files in {_listed(made)}, and none of these is asked about; "
+            f"input.columns.image={made[0]} shows them to the model",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _check_names(files: list[FileInfo]) -> None:

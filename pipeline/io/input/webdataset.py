@@ -33,6 +33,9 @@ TEXTS = frozenset({"txt", "text", "caption", "prompt", "cls"})
 _IMAGES = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 #: What any other column of a sample may not be called.
 _OWN = ("id", "image")
+#: What systems leave beside people's files, beside what is hidden: of Windows, macOS and Synology.
+_LITTER = frozenset({"thumbs.db", "desktop.ini"})
+_LITTER_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
 #: Most bytes of all headers of a member: its name, and what else is told of it.
 HEADER_BYTES = 1 << 20
 _END = tarfile.NUL * tarfile.BLOCKSIZE
@@ -48,9 +51,9 @@ class WebDataset:
 
     Columns: `id`, the sample's key; `image`, its first picture; its texts and further pictures by
     their extensions (`txt`, `mask.png`); and the keys of its JSON, nested values as JSON text,
-    unless a file of the sample has that name. Files of other kinds and hidden ones (`._x.jpg`,
-    `.DS_Store`) are passed over. Headers, texts and JSON are read when it is planned, pictures are
-    not.
+    unless a file of the sample has that name. Files of other kinds, hidden ones (`._x.jpg`,
+    `.DS_Store`) and what systems leave (`Thumbs.db`, `__MACOSX/`) are passed over. Headers, texts
+    and JSON are read when it is planned, pictures are not.
     """
 
     def __init__(self, source: BinaryIO, untyped: Untyped) -> None:
@@ -211,8 +214,10 @@ def _key_and_extension(name: str) -> tuple[str, str] | None:
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     hidden = not stem or any(
-        part.startswith(".") and part not in (".", "..") for part in folder.split("/")
+        (part.startswith(".") and part not in (".", "..")) or part in _LITTER_FOLDERS
+        for part in folder.split("/")
     )
+    hidden |= base.lower() in _LITTER
     return None if hidden or not dot else (folder + slash + stem, extension.lower())
 
 

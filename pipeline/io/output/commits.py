@@ -20,11 +20,12 @@ answers would wait for the slowest.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,7 @@ from pipeline.io.output.lease import Fence, LeaseLostError, forget_earlier
 from pipeline.io.output.storage import OutputFolder, ReplacedError
 from pipeline.io.rowset import RowSet
 from pipeline.quality.accuracy import Truth
+from pipeline.redact import cause_of
 
 logger = logging.getLogger(__name__)
 
@@ -409,6 +411,27 @@ class OutputLog:
     def _writing(self) -> Fence:
         assert self._fence is not None, "a log without an epoch is only read"
         return self._fence
+
+
+def read_result(folder: OutputFolder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a result.
+
+    Args:
+        folder: the output.
+        name: the file's, within it.
+        columns: None: all.
+
+    Raises:
+        OutputError: its footer could be read, but these rows cannot.
+    """
+    data = io.BytesIO(folder.read(name))
+    try:
+        return pq.read_table(data, columns=None if columns is None else list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise OutputError(
+            f"output.path: {folder.url}/{name} is damaged ({cause_of(error)}); move it away and "
+            "run the job again, which answers its rows anew"
+        ) from error
 
 
 def retry_rows(commits: Iterable[Commit]) -> dict[str, RowSet]:

@@ -9,12 +9,9 @@ by the next run; putting them there twice changes nothing.
 
 from __future__ import annotations
 
-import io
-
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.io.output.commits import OutputLog, done_rows, retry_rows
+from pipeline.io.output.commits import OutputLog, done_rows, read_result, retry_rows
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim, Fence
 from pipeline.io.output.storage import OutputFolder
@@ -62,4 +59,4 @@ def merge_retries(claim: Claim, truth: Truth | None) -> int:
 
 
 def _read(folder: OutputFolder, name: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(folder.read(name))).replace_schema_metadata(None)
+    return read_result(folder, name).replace_schema_metadata(None)

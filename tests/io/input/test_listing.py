@@ -57,6 +57,20 @@ def test_files_among_images_that_are_passed_over_are_counted_and_said(
     assert not capsys.readouterr().err, "said once, where it is planned"
 
 
+def test_data_files_packed_in_a_way_that_is_not_read_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"id": "a", "prompt": "x"}])
+    for name in ("b.jsonl.lz4", "c.tar.zip", "d.jsonl.crc", "_e.jsonl.lz4", "README.md", "f.zip"):
+        (tmp_path / name).write_bytes(b"?")
+    assert [shard.file.name for shard in plan_of(tmp_path).shards] == ["a.jsonl"]
+    told = capsys.readouterr().err
+    assert "passed over: 1 .lz4, 1 .zip; unpack them" in told
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(InputError, match=r"no data at .*; 1 .lz4, 1 .zip cannot be read"):
+        find_shards(str(tmp_path))
+
+
 def test_an_image_file_whose_name_is_no_utf8_is_an_error_row(tmp_path: Path) -> None:
     write_images(tmp_path, ["d/a.png", "d/b.png"])
     (tmp_path / "d" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
@@ -124,7 +138,7 @@ def test_a_table_names_image_files_as_the_hugging_face_library_has_it(
 
 
 def test_columns_of_other_files_are_paths_too_and_pictures_in_the_table_stay(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     columns = {
         "file_name": ["1.png"],
@@ -137,8 +151,22 @@ def test_columns_of_other_files_are_paths_too_and_pictures_in_the_table_stay(
     assert plan.schema.names == [*columns, "mask"]
     table = read(plan)
     assert table["mask"] == ["a/m/1.png"]
+    assert "asked about" not in capsys.readouterr().err
     assert table[REFERENCES] == [[None]]
     assert read(plan_of(tmp_path, ask="What?", image="mask"))[REFERENCES] == [["a/m/1.png"]]
+
+
+def test_pictures_that_a_table_names_and_nobody_asks_about_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"left_file_name": ["1.png"], "right_file_name": ["2.png"]}
+    write_shard(tmp_path / "metadata.parquet", columns)
+    plan_of(tmp_path, ask="What?")
+    told = capsys.readouterr().err
+    assert "rows name files in left, right, and none of these is asked about" in told
+    assert "input.columns.image=left shows them to the model" in told
+    plan_of(tmp_path, ask="What?", image="right")
+    assert not capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

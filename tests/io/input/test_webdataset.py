@@ -86,7 +86,9 @@ def test_a_second_tar_that_breaks_off_is_named(tmp_path: Path) -> None:
 
 
 def test_hidden_members_belong_to_no_sample(tmp_path: Path) -> None:
-    """AppleDouble files of macOS, its .DS_Store, and what notebooks keep beside the data."""
+    """AppleDouble files of macOS, its .DS_Store, what notebooks keep beside the data, and what
+    other systems do.
+    """
     names = [
         "set/._000.jpg",
         "set/000.jpg",
@@ -102,6 +104,10 @@ def test_hidden_members_belong_to_no_sample(tmp_path: Path) -> None:
         "./c.d/e.jpg",
         "../f.jpg",
         "._x.y/g.jpg",
+        "__MACOSX/set/000.jpg",
+        "set/Thumbs.db",
+        "Desktop.ini",
+        "set/@eaDir/000.jpg",
     ]
     (tmp_path / "x.tar").write_bytes(tar_of(*names))
     table = read(planned(tmp_path))
