@@ -1,0 +1,197 @@
+"""What all settings share: they are read from YAML files, checked strictly, with `--set
+dotted.key=value` on top; errors name the key, what was expected and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import ConfigError
+from pipeline.redact import printable, scrubbed, without_secrets
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """A group of keys; unknown keys and values of the wrong kind are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+T = TypeVar("T", bound=Settings)
+
+
+def load_settings(kind: type[T], file: Path | None, assignments: Sequence[str]) -> T:
+    """Read settings from a YAML file and `dotted.key=value` assignments.
+
+    Args:
+        kind: the settings to read.
+        file: the YAML file, or None for assignments alone.
+        assignments: each `dotted.key=value`. Where the key takes text, the value is that text as it
+            stands, unless it is wholly a quoted YAML string, `null`, or a list for a key that takes
+            one as well; else it is read as YAML.
+
+    Raises:
+        ConfigError: one line that names the key, says what was expected and, for an unknown key,
+            the nearest valid one.
+    """
+    # A group whose keys are all commented out reads as null.
+    values = {
+        key: value
+        for key, value in (_read_yaml(kind, file) if file else {}).items()
+        if value is not None
+    }
+    for assignment in assignments:
+        _assign(kind, values, assignment)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(kind, error)) from error
+
+
+def _read_yaml(kind: type[Settings], file: Path) -> dict[str, Any]:
+    try:
+        node, values = _parse(file.read_text(encoding="utf-8-sig"), kind, f"--config {file}")
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {os.strerror(error.errno or 0)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--config {file}: no valid YAML: no UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+    except _NO_YAML as error:
+        raise ConfigError(
+            f"--config {file}: no valid YAML ({_reason(error)}){_hint(error)}"
+        ) from error
+    if node is None:
+        raise ConfigError(
+            f"--config {file}: expected keys and values, found nothing: the file is empty"
+        )
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"--config {file}: expected keys and values, found {type(values).__name__}"
+        )
+    return values
+
+
+def _assign(kind: type[Settings], values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {assignment}: expected dotted.key=value")
+    *parents, last = key.split(".")
+    wanted: Any = kind
+    for parent in parents:
+        wanted = _inside(wanted, parent)
+        # A group that the file leaves empty (`columns:`) reads as null.
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {key}: {parent!r} is a value, not a group of keys")
+    values[last] = _given(key, text, _inside(wanted, last))
+
+
+def _given(key: str, text: str, wanted: Any) -> Any:
+    """What `--set key=text` means for a key of the type `wanted`."""
+    options = _options(wanted)
+    if not text:
+        return None if type(None) in options else ""
+    try:
+        node, value = _parse(text, wanted, "--set", key, literally=True)
+    except (*_NO_YAML, ConfigError) as error:
+        if str in options:
+            return _as_it_stands(key, text, "it is no sound YAML")
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"--set {key}: {_cut(repr(text))} is no valid YAML ({_cut(_reason(error))})"
+        ) from error
+    if str not in options:
+        return value
+    if isinstance(node, yaml.ScalarNode):
+        whole = text[node.start_mark.index : node.end_mark.index] == text.strip()
+        if whole and (node.style in ("'", '"') or node.value in ("null", "Null", "NULL", "~")):
+            return value
+    if isinstance(node, yaml.SequenceNode) and any(
+        typing.get_origin(option) is list for option in options
+    ):
+        return value
+    try:
+        plain = yaml.load(text, _Loader)
+    except _NO_YAML:
+        return _as_it_stands(key, text, "it is no sound YAML")
+    return (
+        text
+        if plain == text
+        else _as_it_stands(key, text, f"YAML would have made {_cut(repr(plain))} of it")
+    )
+
+
+def _as_it_stands(key: str, text: str, why: str) -> str:
+    said = f"--set {key}: taken as the text {_cut(repr(text))} as it stands; {why}"
+    print(without_secrets(printable(said)), file=sys.stderr)
+    return text
+
+
+def _cut(text: str, width: int = 120) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _explain(kind: type[Settings], error: ValidationError) -> str:
+    lines = []
+    known = sorted(_dotted_keys(kind))
+    # Unknown keys first: a key that is missing may be one that was mistyped.
+    for detail in sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden"):
+        # Locations inside a union name its branches as well; only keys of ours belong in the
+        # message.
+        parts: list[str] = []
+        for part in map(str, detail["loc"]):
+            candidate = ".".join([*parts, part])
+            if detail["type"] == "extra_forbidden" or any(
+                k == candidate or k.startswith(candidate + ".") for k in known
+            ):
+                parts.append(part)
+        key = ".".join(parts) or "configuration"
+        if detail["type"] == "extra_forbidden":
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            lines.append(f"{key}: unknown key; did you mean {nearest[0]}?")
+        elif detail["type"] == "missing":
+            lines.append(f"{key}: missing; set it in the file or with --set {key}=...")
+        elif detail["type"] == "model_type":
+            lines.append(f"{key}: expected a group of keys, got {_cut(repr(detail['input']), 200)}")
+        else:
+            message = detail["msg"].removeprefix("Value error, ")
+            lines.append(
+                f"{key}: {message[0].lower()}{message[1:]}, got {_cut(repr(detail['input']), 200)}"
+            )
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        options = (
+            typing.get_args(field.annotation)
+            if _is_union(field.annotation)
+            else (field.annotation,)
+        )
+        for option in options:
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                keys += _dotted_keys(option, f"{prefix}{name}.")
+    return keys
+
+
+def as_yaml(settings: Settings) -> str:
+    """The settings as YAML, every default spelled out and credentials in URLs left out."""
+    return yaml.safe_dump(
+        scrubbed(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True
+    )

@@ -1,0 +1,114 @@
+"""Settings of the jobs around a job: plan, inspect, report, verify, export, convert."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.settings.base import PositiveInt, Settings
+from pipeline.settings.job import JobSettings, OutputSettings
+
+class PlanSettings(JobSettings):
+    """Everything that `jobs/plan.py` takes: a job's settings, and which job."""
+
+    task: Literal["caption", "vqa"] = Field("vqa", description="whose plan")
+
+
+class UnusedOutputSettings(OutputSettings):
+    """`output`, where nothing is written."""
+
+    path: str = Field("", description="not needed")
+
+
+class InspectSettings(PlanSettings):
+    """Everything that `jobs/inspect_row.py` takes: a job's settings, and which row."""
+
+    output: UnusedOutputSettings = Field(default_factory=UnusedOutputSettings)
+    row: str = Field("0", description="the row's number in the whole input, or its id")
+
+    @field_validator("row", mode="before")
+    @classmethod
+    def _row_may_be_a_number(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class FinishedOutputSettings(Settings):
+    """Which output is read."""
+
+    path: str = Field(min_length=1, description="output.path of a finished or running job")
+
+
+class ReportSettings(Settings):
+    """Everything that `jobs/report.py` takes."""
+
+    output: FinishedOutputSettings = Field(default_factory=dict, validate_default=True)
+    rows: PositiveInt = Field(
+        20_000, description="most rows whose numbers the charts are drawn from"
+    )
+    seed: int = Field(
+        0, description="of the draw of the output files that these rows are read from"
+    )
+
+
+class VerifySettings(Settings):
+    """Everything that `jobs/verify.py` takes."""
+
+    output: FinishedOutputSettings = Field(default_factory=dict, validate_default=True)
+    remove_superseded: bool = Field(
+        False, description="delete files of a run that had lost the output, as every run does"
+    )
+
+
+class ExportTargetSettings(Settings):
+    """Where results are exported to, and how."""
+
+    path: str = Field(min_length=1, description="folder for the files: local or any fsspec URL")
+    format: Literal["jsonl", "openai", "webdataset"] = Field(
+        "jsonl",
+        description="a row a line; the lines of an OpenAI batch's result; or a tar of answers "
+        "beside each tar of the input",
+    )
+
+
+class ExportSettings(Settings):
+    """Everything that `jobs/export.py` takes."""
+
+    output: FinishedOutputSettings = Field(default_factory=dict, validate_default=True)
+    export: ExportTargetSettings = Field(default_factory=dict, validate_default=True)
+
+
+class ConvertModelSettings(Settings):
+    """The checkpoint to convert."""
+
+    base: str = Field(description="Qwen2-VL: Hub id, folder or fsspec URL")
+    adapter: str | None = Field(
+        None, description="Awaker adapter: the same, or a pytorch_model.bin; null: plain Qwen2-VL"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="dtype to store; null: as stored, with q/k/v in float32 since their adapter is "
+        "added there",
+    )
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; null: twice the rank")
+
+
+class ConvertOutputSettings(Settings):
+    """Where the converted checkpoint goes."""
+
+    path: str = Field(
+        min_length=1,
+        description="local folder, new or empty; or what a conversion that was killed left",
+    )
+    shard_bytes: PositiveInt = Field(
+        128 << 20, description="a file is closed once it holds this much"
+    )
+
+
+class ConvertSettings(Settings):
+    """Everything that `jobs/convert.py` takes."""
+
+    model: ConvertModelSettings = Field(default_factory=dict, validate_default=True)
+    output: ConvertOutputSettings = Field(default_factory=dict, validate_default=True)
+
+
