@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.engine.repetition import CHECK_EVERY, ends_in_loop
-from pipeline.engine.runner import Running
+from pipeline.engine.request import LiveRequest
 from pipeline.engine.types import Answer
 
 
-def finish(running: Running, tokenizer: Any) -> Answer | None:
+def finish(live: LiveRequest, tokenizer: Any) -> Answer | None:
     """The answer, if the last new token ended it."""
-    encoded, token_ids = running.encoded, running.token_ids
-    sampling = encoded.request.sampling
+    encoded, token_ids, sampling = live.encoded, live.token_ids, live.request.sampling
     ended = token_ids[-1] in sampling.eos_token_ids or _stopped(token_ids, sampling.stop, tokenizer)
-    full = len(token_ids) >= encoded.max_new_tokens
+    full = len(token_ids) >= live.max_new_tokens
     # By the answer's own length, so that where it is cut off does not depend on what runs beside
     # it.
     looping = (
@@ -30,7 +29,7 @@ def finish(running: Running, tokenizer: Any) -> Answer | None:
         token_ids=tuple(token_ids),
         text=text[:cut],
         finish_reason="stop" if ended else "length" if full else "repetition",
-        prompt_tokens=len(encoded.request.input_ids),
+        prompt_tokens=live.prompt_tokens,
         visual_tokens=len(encoded.visual),
         prefill_gates=None if encoded.gates is None else encoded.gates[0],
         decode_gates=None if encoded.gates is None else encoded.gates[1],
