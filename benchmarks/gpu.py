@@ -25,7 +25,9 @@ from benchmarks.floors import Floors
 from benchmarks.harness import save
 from pipeline.engine import Engine, EngineOptions, Request, Sampling
 from pipeline.engine.encode import Encoder
-from pipeline.engine.runner import Part, Runner, Running
+from pipeline.engine.request import LiveRequest
+from pipeline.engine.runner import Runner
+from pipeline.engine.scheduler import Chunk, Schedule
 from pipeline.model.awaker import Model, assemble
 from pipeline.model.checkpoint import serving_shapes
 from pipeline.model.shape import AdapterShape, ModelShape, VisionShape
@@ -300,32 +302,31 @@ class Bench:
         most = max(scale.batches)
         runner = Runner(model, most, most * (scale.context + room))
         encoder = Encoder(model, IMAGE_PAD, "released", 0)
-        encoded = encoder.encode(
-            random_requests(scale.shape, most, None, scale.context, room)
-        ).finish()
-        running = [
-            Running(e, slot, slot * (scale.context + room)) for slot, e in enumerate(encoded)
-        ]
-        for one in running:
-            runner.admit(one)
+        requests = random_requests(scale.shape, most, None, scale.context, room)
+        running = []
+        for slot, encoded in enumerate(encoder.encode(requests).finish()):
+            live = LiveRequest(requests[slot], room)
+            live.encoded, live.slot, live.start = encoded, slot, slot * (scale.context + room)
+            runner.admit(live)
+            running.append(live)
         timed: list[float] = []
         each = max(1, scale.step_tokens // scale.context)
         for first in range(0, most, each):
-            parts = [Part(one, scale.context) for one in running[first : first + each]]
+            chunks = tuple(Chunk(live, 0, scale.context) for live in running[first : first + each])
             self.synchronize()
             started = time.perf_counter()
-            runner.launch(parts)
+            runner.launch(Schedule(chunks))
             self.synchronize()
-            timed.append((time.perf_counter() - started) / len(parts))
+            timed.append((time.perf_counter() - started) / len(chunks))
         rate = floors.prefill_flops(scale.context) / statistics.median(timed[1:] or timed) / 1e12
         name = f"prefill, {each} prompts of {scale.context} tokens"
         self.add(name, rate, "TFLOP/s", self.flops / 1e12, higher=True)
         for batch in scale.batches:
-            parts = [Part(one, 0) for one in running[:batch]]
+            step = Schedule((), tuple(running[:batch]))
 
-            def some(parts: list[Part] = parts) -> None:
+            def some(step: Schedule = step) -> None:
                 for _ in range(steps):
-                    runner.launch(parts)
+                    runner.launch(step)
 
             some()  # compiled and captured
             milliseconds = 1000 * self.seconds(some, 2) / steps
@@ -333,7 +334,7 @@ class Bench:
             self.add(
                 f"decode step, batch {batch}, context {scale.context}", milliseconds, "ms", floor
             )
-            self.profiled(f"decode step, batch {batch}", lambda parts=parts: runner.launch(parts))  # type: ignore[misc]
+            self.profiled(f"decode step, batch {batch}", lambda step=step: runner.launch(step))  # type: ignore[misc]
 
     def _requests(self, model: Model, floors: Floors) -> None:
         """Requests from pixels to tokens, through the engine; then the peer on some of them."""

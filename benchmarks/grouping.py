@@ -9,12 +9,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.harness import save
-from pipeline.engine import Engine, EngineOptions, Request, Sampling
-from pipeline.model.awaker import load_model
-from pipeline.model.checkpoint import open_checkpoint
+from pipeline import load
+from pipeline.engine import EngineOptions, Request, Sampling
 from pipeline.model.prompt import PromptProcessor
 from pipeline.synthetic.hub_folder import FolderShape
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
@@ -64,17 +62,13 @@ def main() -> list[str]:
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         base, adapter = write_random_checkpoint(Path(folder), SHAPE, seed=0)
-        checkpoint = open_checkpoint(str(base), str(adapter))
-        processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-        model = load_model(
-            checkpoint, processor.image_processor, torch.float32, torch.device("cpu")
-        )
-        asked = requests(processor)
+        loaded = load(str(base), str(adapter), dtype="float32", device="cpu")
+        asked = requests(loaded.processor)
         for grouped in (True, False):
             options = EngineOptions(batch_size=16, waiting=128, group_by_expert=grouped)
-            with Engine(model, processor.tokenizer, processor.special.image_pad, options) as engine:
+            with loaded.engine(options) as engine:
                 engine.generate(asked[:16])
-            with Engine(model, processor.tokenizer, processor.special.image_pad, options) as engine:
+            with loaded.engine(options) as engine:
                 started = time.perf_counter()
                 engine.generate(asked)
                 seconds = time.perf_counter() - started

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks.throughput
-import pipeline.engine.engine as engine_module
+import pipeline.engine.scheduler as scheduler_module
 from benchmarks.harness import save
 from benchmarks.workloads import DTYPE, load_random
 from pipeline.engine.engine import Engine
@@ -28,7 +28,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("sampling", Sampler, "sample"),
     ("routing: gates", Model, "route"),
     ("routing: expert strategy", Runner, "_gate_factors"),
-    ("grouping: choice of who starts", engine_module, "choose"),
+    ("grouping: choice of who starts", scheduler_module, "choose"),
     ("bookkeeping: encoding", Engine, "_encode"),
     ("bookkeeping: receiving", Engine, "_receive"),
     ("bookkeeping: admission", Engine, "_admit"),

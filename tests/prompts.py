@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -81,20 +80,15 @@ def greedy(new_tokens: int, **settings: Any) -> Sampling:
 
 def engine_for(base: Path, adapter: Path | None, **options: Any) -> tuple[Any, PromptProcessor]:
     """An engine over a checkpoint, on the CPU, and its prompt processor."""
-    from pipeline.engine import Engine, EngineOptions
-    from pipeline.model.awaker import load_model
-    from pipeline.model.checkpoint import open_checkpoint
+    from pipeline import load
+    from pipeline.engine import EngineOptions
 
-    top_k, dtype, prepack = (
-        options.pop("top_k", 1),
-        options.pop("dtype", torch.float32),
-        options.pop("prepack", True),
+    loaded = load(
+        str(base),
+        None if adapter is None else str(adapter),
+        dtype=options.pop("dtype", "float32"),
+        device="cpu",
+        top_k_experts=options.pop("top_k", 1),
+        prepack=options.pop("prepack", True),
     )
-    checkpoint = open_checkpoint(str(base), None if adapter is None else str(adapter), top_k=top_k)
-    processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    model = load_model(
-        checkpoint, processor.image_processor, dtype, torch.device("cpu"), prepack=prepack
-    )
-    return Engine(
-        model, processor.tokenizer, processor.special.image_pad, EngineOptions(**options)
-    ), processor
+    return loaded.engine(EngineOptions(**options)), loaded.processor

@@ -18,25 +18,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.actors.loading import engine_options, load_for_job
 from pipeline.actors.row_settings import job_sampling
 from pipeline.actors.samples import RowSampler, as_jpeg
 from pipeline.actors.witness import TRIES, Verdict
-from pipeline.engine import (
-    Answer,
-    Engine,
-    EngineOptions,
-    GenerationError,
-    OutOfMemoryError,
-    Request,
-    Sampling,
-)
+from pipeline.engine import Answer, GenerationError, OutOfMemoryError, Request, Sampling
 from pipeline.engine.repetition import ends_in_loop
 from pipeline.errors import CheckpointError, RowError, RowErrorCode
 from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
-from pipeline.model.awaker import load_model
-from pipeline.model.checkpoint import DTYPES, open_checkpoint
-from pipeline.model.prompt import PromptProcessor
-from pipeline.model.version import as_planned
 from pipeline.quality.flags import Flag, Flagger, FlagRules, doubt
 from pipeline.rows import PLACE_SCHEMA, Place, PreparedRow, carried, places, prepared_rows
 from pipeline.settings.job import JobSettings
@@ -53,45 +42,6 @@ class Judged:
     answer: Answer
     flags: list[Flag]
     tries: int = 1
-
-
-#: Models up to this width run on one thread of a CPU: handing their small products to others takes
-#: longer than computing them. The demo's, of 192: 93 rows a second on one thread, 48 on two.
-NARROW = 256
-
-
-def load_engine(
-    settings: JobSettings, device: torch.device, threads: int | None = None
-) -> tuple[Engine, Sampling]:
-    """Load checkpoint and tokenizer and start an engine, as a replica does; on a CPU with so many
-    threads at most.
-    """
-    model_settings = settings.model
-    checkpoint = open_checkpoint(
-        model_settings.base,
-        model_settings.adapter,
-        top_k=model_settings.top_k_experts,
-        lora_alpha=model_settings.lora_alpha,
-    )
-    if device.type == "cpu" and threads is not None:
-        torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else threads)
-    processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    dtype = DTYPES[model_settings.dtype]
-    model = load_model(
-        checkpoint, processor.image_processor, dtype, device, prepack=model_settings.prepack
-    )
-    sampling = job_sampling(settings.generation, checkpoint.folder)
-    options = EngineOptions(
-        **settings.engine.model_dump(), decode_route=model_settings.decode_route
-    )
-    return Engine(model, processor.tokenizer, processor.special.image_pad, options), sampling
-
-
-def _with_planned_model(settings: JobSettings, planned: Mapping[str, str]) -> JobSettings:
-    model = settings.model
-    base, adapter = as_planned(model.base, model.adapter, planned, weights=True)
-    local = model.model_copy(update={"base": base, "adapter": adapter})
-    return settings.model_copy(update={"model": local})
 
 
 class Replica:
@@ -131,17 +81,15 @@ class Replica:
         self._device = torch.device(device)
         self._refusal: CheckpointError | None = None
         try:
-            self._engine, self._sampling = load_engine(
-                settings if planned is None else _with_planned_model(settings, planned),
-                self._device,
-                threads,
-            )
+            loaded = load_for_job(settings, self._device, threads, planned)
         except CheckpointError as error:
             # An actor that cannot be made could not say why, and would be made again ten times.
             if monitor is None:
                 raise
             self._refusal = error
             return
+        self._sampling = job_sampling(settings.generation, loaded.folder)
+        self._engine = loaded.engine(engine_options(settings))
         self._flagger = Flagger(
             FlagRules(
                 min_words=settings.flags.min_words,

@@ -5,14 +5,12 @@ alone.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.errors import CheckpointError, RowError
-from pipeline.redact import cause_of
+from pipeline.errors import RowError
 from pipeline.settings.job import (
     GenerationSettings,
     NewTokens,
@@ -80,36 +78,11 @@ def job_sampling(generation: GenerationSettings, folder: Path) -> Sampling:
     """
     from dataclasses import fields
 
-    from transformers import GenerationConfig
-
     from pipeline.engine import Sampling
 
-    file = folder / "generation_config.json"
     # The other keys of `generation` are about what becomes of an answer.
     keys = {field.name for field in fields(Sampling)} - {"eos_token_ids"}
-    try:
-        config = GenerationConfig.from_pretrained(folder) if file.is_file() else GenerationConfig()
-        found = Sampling.from_generation_config(config, **generation.model_dump(include=keys))
-        _check_sampling(found)
-    except Exception as error:  # of any type: transformers', JSON's, a conversion's
-        raise CheckpointError(f"model.base: cannot read {file} ({cause_of(error)})") from error
-    return found
-
-
-def _check_sampling(found: Sampling) -> None:
-    """Raise ValueError where a checkpoint says what nothing could sample by; transformers takes it
-    as it stands.
-    """
-    odd: list[object] = [
-        n
-        for n in (found.max_new_tokens, found.top_k, *found.eos_token_ids)
-        if type(n) is not int or n < 0
-    ]
-    odd += [x for x in (found.top_p, found.repetition_penalty) if not 0 < x < math.inf]
-    odd += [found.temperature] if not 0 <= found.temperature < math.inf else []
-    odd += [text for text in found.stop if not isinstance(text, str)]
-    if odd:
-        raise ValueError(f"no value to sample by: {odd[0]!r}")
+    return Sampling.of_checkpoint(folder, **generation.model_dump(include=keys))
 
 
 def rules_for_rows(generation: GenerationSettings, folder: Path) -> str:

@@ -5,16 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.engine.repetition import CHECK_EVERY, ends_in_loop
-from pipeline.engine.runner import Running
-from pipeline.engine.types import Answer
+from pipeline.engine.request import LiveRequest
+from pipeline.engine.sampling import NOT_FINITE
+from pipeline.engine.types import Answer, GenerationError
 
 
-def finish(running: Running, tokenizer: Any) -> Answer | None:
-    """The answer, if the last new token ended it."""
-    encoded, token_ids = running.encoded, running.token_ids
-    sampling = encoded.request.sampling
+def take_token(live: LiveRequest, token: int, tokenizer: Any) -> Answer | GenerationError | None:
+    """Add a new token to a request: its answer or its failure, if it ends with it."""
+    if token == NOT_FINITE:
+        count = len(live.token_ids) + 1
+        return GenerationError(f"the logits of new token {count} are not finite")
+    live.token_ids.append(token)
+    return _finished(live, tokenizer)
+
+
+def _finished(live: LiveRequest, tokenizer: Any) -> Answer | None:
+    encoded, token_ids, sampling = live.encoded, live.token_ids, live.request.sampling
     ended = token_ids[-1] in sampling.eos_token_ids or _stopped(token_ids, sampling.stop, tokenizer)
-    full = len(token_ids) >= encoded.max_new_tokens
+    full = len(token_ids) >= live.max_new_tokens
     # By the answer's own length, so that where it is cut off does not depend on what runs beside
     # it.
     looping = (
@@ -30,7 +38,7 @@ def finish(running: Running, tokenizer: Any) -> Answer | None:
         token_ids=tuple(token_ids),
         text=text[:cut],
         finish_reason="stop" if ended else "length" if full else "repetition",
-        prompt_tokens=len(encoded.request.input_ids),
+        prompt_tokens=live.prompt_tokens,
         visual_tokens=len(encoded.visual),
         prefill_gates=None if encoded.gates is None else encoded.gates[0],
         decode_gates=None if encoded.gates is None else encoded.gates[1],

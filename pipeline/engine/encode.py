@@ -5,7 +5,7 @@ all its layers.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -19,30 +19,30 @@ from pipeline.model.awaker import Model, rope_positions
 from pipeline.model.ops import HostCopy, to_device
 from pipeline.model.routing import expert_factors
 
+#: Patches that the vision tower takes at once. On a GPU they bound its activations (about 1 GB for
+#: the 7B model in bfloat16), on a CPU they keep them in the processor's cache.
+ENCODE_PATCHES = {"cpu": 2048, "cuda": 16_384}
+
 
 @dataclass(frozen=True)
 class Encoded:
     """A request whose images went through the vision tower and whose experts are known.
 
     Attributes:
-        request: the request.
         visual: [visual tokens, hidden] on the model's device; empty without images.
         image_places: [visual tokens] int64, their places among the prompt's tokens.
         positions: [3, T] int64, rotary positions of the prompt.
         next_position: rotary position of the first new token.
-        max_new_tokens: most new tokens, within the model's context.
         factors: [2, G, E + 1] on the model's device, the gates' factors for the prompt and for new
             tokens; None without an adapter.
         gates: [2, G, E] float16, the gate values; None without an adapter.
         routes: [2, G] int8, the top expert of each gate; empty without an adapter.
     """
 
-    request: Request
     visual: Tensor
     image_places: np.ndarray
     positions: np.ndarray
     next_position: int
-    max_new_tokens: int
     factors: Tensor | None
     gates: np.ndarray | None
     routes: np.ndarray
@@ -53,11 +53,6 @@ class Encoded:
         without an adapter.
         """
         return None if self.gates is None else self.gates[1].tobytes()
-
-    @property
-    def rows_needed(self) -> int:
-        """Cache rows of prompt and new tokens; the last new token is never fed back."""
-        return len(self.request.input_ids) + self.max_new_tokens - 1
 
 
 _NO_ROUTES = np.zeros((2, 0), np.int8)
@@ -165,10 +160,19 @@ class Encoder:
                 f"the routing span {request.span} does not lie within {len(ids)} prompt tokens"
             )
 
-    def patches(self, request: Request) -> int:
-        """How many patches the vision tower would take for a request."""
-        pixels = sum(image.shape[0] * image.shape[1] for image in request.images)
-        return pixels // self._model.shape.vision.patch_size**2
+    def at_once(self, requests: Iterable[Request]) -> int:
+        """How many of the first requests should be encoded together: one at least, and as many as
+        the vision tower takes at once.
+        """
+        patch = self._model.shape.vision.patch_size**2
+        left = ENCODE_PATCHES[self._model.device.type]
+        count = 0
+        for request in requests:
+            left -= sum(image.shape[0] * image.shape[1] for image in request.images) // patch
+            if count and left < 0:
+                break
+            count += 1
+        return count
 
     def encode(self, requests: Sequence[Request]) -> Encoding:
         """Launch the encoding of checked requests, without waiting for the device; equal images
@@ -206,21 +210,16 @@ class Encoder:
         return Encoding(
             [
                 Encoded(
-                    request=request,
                     visual=nothing if own is None else own,
                     image_places=own_places,
                     positions=positions,
                     next_position=following,
-                    max_new_tokens=min(
-                        request.sampling.max_new_tokens,
-                        model.shape.max_positions - len(request.input_ids),
-                    ),
                     factors=None if factors is None else factors[index],
                     gates=None,
                     routes=_NO_ROUTES,
                 )
-                for index, (request, own, own_places, (positions, following)) in enumerate(
-                    zip(requests, joined, places, map(self._rope_positions, requests), strict=True)
+                for index, (own, own_places, (positions, following)) in enumerate(
+                    zip(joined, places, map(self._rope_positions, requests), strict=True)
                 )
             ],
             gates,

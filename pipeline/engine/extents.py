@@ -6,40 +6,40 @@ import bisect
 
 
 class Extents:
-    """Free and taken rows of a cache of `rows` rows.
+    """Free and taken parts of a cache of `tokens` tokens.
 
     Everything a request may need is taken when it starts, so a running request is never short of
     memory.
     """
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self._free: list[tuple[int, int]] = [(0, rows)]  # (first row, rows), sorted, never touching
+    def __init__(self, tokens: int) -> None:
+        # (first token, tokens), sorted, never touching
+        self._free: list[tuple[int, int]] = [(0, tokens)]
 
     @property
-    def free_rows(self) -> int:
-        """Rows that nobody holds, in however many pieces."""
-        return sum(rows for _, rows in self._free)
+    def free_tokens(self) -> int:
+        """Tokens that nobody holds, in however many pieces."""
+        return sum(tokens for _, tokens in self._free)
 
-    def take(self, rows: int) -> int | None:
-        """First row of an extent of `rows` rows in the smallest piece that holds it; None if none
+    def take(self, tokens: int) -> int | None:
+        """First token of an extent of `tokens` in the smallest piece that holds it; None if none
         does.
         """
-        fitting = [(size, first) for first, size in self._free if size >= rows]
+        fitting = [(size, first) for first, size in self._free if size >= tokens]
         if not fitting:
             return None
         size, first = min(fitting)
         at = self._free.index((first, size))
-        self._free[at : at + 1] = [(first + rows, size - rows)] if size > rows else []
+        self._free[at : at + 1] = [(first + tokens, size - tokens)] if size > tokens else []
         return first
 
-    def give_back(self, first: int, rows: int) -> None:
+    def give_back(self, first: int, tokens: int) -> None:
         """Free an extent that `take` returned."""
-        at = bisect.bisect(self._free, (first, rows))
-        if at < len(self._free) and first + rows == self._free[at][0]:
-            rows += self._free.pop(at)[1]
+        at = bisect.bisect(self._free, (first, tokens))
+        if at < len(self._free) and first + tokens == self._free[at][0]:
+            tokens += self._free.pop(at)[1]
         if at > 0 and sum(self._free[at - 1]) == first:
             first, before = self._free.pop(at - 1)
-            rows += before
+            tokens += before
             at -= 1
-        self._free.insert(at, (first, rows))
+        self._free.insert(at, (first, tokens))

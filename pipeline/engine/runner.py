@@ -1,22 +1,23 @@
-"""Runs steps: parts of prompts and new tokens of running requests as one packed pass through the
+"""Runs steps: chunks of prompts and new tokens of running requests as one packed pass through the
 decoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.encode import Encoded
 from pipeline.engine.folding import FoldedExperts
 from pipeline.engine.grouping import dense_and_sparse
+from pipeline.engine.request import LiveRequest
 from pipeline.engine.sampling import Sampler
+from pipeline.engine.scheduler import Chunk, Schedule
 from pipeline.engine.static_decode import StaticDecode, static_sizes
-from pipeline.model.attention import KVCache, Sequences, StepLayout
+from pipeline.model.attention import KVCache, Sequences, StepLayout, token_bytes
 from pipeline.model.awaker import Model
 from pipeline.model.decoder import Decoder
 from pipeline.model.experts import GateFactors
@@ -30,59 +31,22 @@ MASKED_BELOW = {"cpu": 0, "cuda": 256}
 MAJORITY_SHARE = 0.3
 
 
-@dataclass(eq=False)
-class Running:
-    """A request that holds a slot and an extent of the cache.
-
-    Attributes:
-        encoded: the request.
-        slot: its place in the tables of the runner and the sampler.
-        start: first cache row.
-        cached: tokens in the cache, or on their way there.
-        asked: new tokens that steps were launched for.
-        token_ids: new tokens that were read back.
-        finished: answered or failed; what steps on their way still bring is dropped.
-    """
-
-    encoded: Encoded
-    slot: int
-    start: int
-    cached: int = 0
-    asked: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    finished: bool = False
-
-    @property
-    def prompt_left(self) -> int:
-        """Prompt tokens that are not in the cache yet."""
-        return max(0, len(self.encoded.request.input_ids) - self.cached)
-
-    @property
-    def wants_token(self) -> bool:
-        """Whether a decode step should run for it."""
-        return (
-            not self.finished and self.prompt_left == 0 and self.asked < self.encoded.max_new_tokens
-        )
+#: On a GPU the cache takes this share of the memory that the loaded model leaves; the rest is for
+#: the steps themselves.
+MEMORY_SHARE = 0.7
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a step does for one request: `tokens` of its prompt, or (0) its next new token."""
-
-    running: Running
-    tokens: int
-
-    @property
-    def answers(self) -> bool:
-        """Whether the step samples a new token of the request."""
-        return self.tokens == 0 or self.tokens == self.running.prompt_left
+def room_for_cache(model: Model) -> int:
+    """How many tokens' keys and values the free memory of the model's GPU holds."""
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, int(MEMORY_SHARE * free) // token_bytes(model.shape, model.dtype))
 
 
 @dataclass(frozen=True)
 class Launched:
     """New tokens that a step computes: [requests] int64, -1 where the logits are not finite."""
 
-    running: tuple[Running, ...]
+    requests: tuple[LiveRequest, ...]
     tokens: HostCopy
 
     def read(self) -> list[int]:
@@ -101,22 +65,22 @@ class Runner:
     Args:
         model: the model.
         slots: how many requests run at once.
-        cache_rows: tokens that the key/value cache holds.
+        cache_tokens: tokens that the key/value cache holds.
         fold_experts: fold experts into the dense weights while all new tokens share them.
     """
 
     def __init__(
-        self, model: Model, slots: int, cache_rows: int, fold_experts: bool = False
+        self, model: Model, slots: int, cache_tokens: int, fold_experts: bool = False
     ) -> None:
         self._model = model
-        self._cache = KVCache(model.shape, cache_rows, model.dtype, model.device)
+        self._cache = KVCache(model.shape, cache_tokens, model.dtype, model.device)
         self._sampler = Sampler(slots, model.shape.vocabulary, model.device)
 
         def table() -> Tensor:
             return torch.zeros(slots + 1, dtype=torch.int64, device=model.device)
 
         self._last, self._position, self._start, self._cached = table(), table(), table(), table()
-        self._start[slots] = cache_rows
+        self._start[slots] = cache_tokens
         self._factors: Tensor | None = None
         if model.gates is not None:
             gates, experts = model.gates.bias.shape
@@ -134,31 +98,51 @@ class Runner:
             StaticDecode(self._folded_logits, sizes, slots, model.device) if sizes else None
         )
 
-    def admit(self, running: Running) -> None:
+    def admit(self, live: LiveRequest) -> None:
         """Fill a request's slot."""
-        request, slot = running.encoded.request, running.slot
+        request, encoded, slot = live.request, live.encoded, live.slot
         self._sampler.assign(slot, request.sampling, request.input_ids)
-        self._position[slot] = running.encoded.next_position
-        self._start[slot] = running.start
-        if self._factors is not None and running.encoded.factors is not None:
-            self._factors[2 * slot : 2 * slot + 2] = running.encoded.factors
+        self._position[slot] = encoded.next_position
+        self._start[slot] = live.start
+        if self._factors is not None and encoded.factors is not None:
+            self._factors[2 * slot : 2 * slot + 2] = encoded.factors
 
-    def launch(self, parts: Sequence[Part]) -> Launched:
-        """Run a step. Requests change only if it succeeds: after an error the same parts may run
-        again, or some of them.
+    def launch(self, schedule: Schedule) -> Launched:
+        """Run a step. The tables change only if it succeeds: after an error the same step may run
+        again, or parts of it.
+        """
+        chunks, decoding = schedule.chunks, schedule.decoding
+        slots = np.array([live.slot for live in decoding], np.int64)
+        slot_index = self._upload(slots)
+        logits = self._logits(schedule, slots, slot_index)
+        answering = schedule.answering
+        answer_slots = [live.slot for live in answering]
+        index = self._upload(np.array(answer_slots, np.int64))
+        tokens = self._sampler.sample(logits, answer_slots, index) if answering else self._last[:0]
+        self._last.index_copy_(0, index, tokens.clamp_min(0))
+        if decoding:
+            one = torch.ones_like(slot_index)
+            self._cached.index_add_(0, slot_index, one)
+            self._position.index_add_(0, slot_index, one)
+        if chunks:
+            filled = np.array([(chunk.live.slot, chunk.behind) for chunk in chunks], np.int64)
+            at, count = self._upload(filled.T)
+            self._cached.index_copy_(0, at, count)
+        return Launched(answering, HostCopy(tokens))
+
+    def _logits(self, schedule: Schedule, slots: np.ndarray, slot_index: Tensor) -> Tensor:
+        """Logits [requests, vocabulary] of a step's answering requests.
 
         Args:
-            parts: parts of prompts first, then requests that want their next token.
+            schedule: the step.
+            slots: [decoding requests] int64, their slots.
+            slot_index: the same on the device.
         """
-        chunks = [part for part in parts if part.tokens]
-        decoding = [part.running for part in parts if not part.tokens]
-        slots = np.array([own.slot for own in decoding], np.int64)
-        slot_index = self._upload(slots)
-        answering = [*(part.running for part in chunks if part.answers), *decoding]
+        chunks, decoding = schedule.chunks, schedule.decoding
         if (
             self._folded is not None
             and decoding
-            and self._folded.serves([own.encoded for own in decoding])
+            and self._folded.serves([live.encoded for live in decoding])
         ):
             # The prompts need the experts of their own routes: two passes instead of one.
             logits = (
@@ -167,94 +151,66 @@ class Runner:
                 else self._static_folded(slots)
             )
             if chunks:
-                logits = torch.cat([self._mixed_logits(chunks, chunks, slot_index[:0]), logits])
+                logits = torch.cat([self._mixed_logits(Schedule(chunks), slot_index[:0]), logits])
             self.folded_tokens += len(decoding)
-        elif chunks or self._static is None:
-            logits = self._mixed_logits(parts, chunks, slot_index)
-        else:
-            logits = self._static(slots)
-        answer_slots = [own.slot for own in answering]
-        index = self._upload(np.array(answer_slots, np.int64))
-        tokens = self._sampler.sample(logits, answer_slots, index) if answering else self._last[:0]
-        self._last.index_copy_(0, index, tokens.clamp_min(0))
-        if decoding:
-            one = torch.ones_like(slot_index)
-            self._cached.index_add_(0, slot_index, one)
-            self._position.index_add_(0, slot_index, one)
-        for part in parts:
-            part.running.cached += part.tokens or 1
-        if chunks:
-            filled = np.array(
-                [(part.running.slot, part.running.cached) for part in chunks], np.int64
-            )
-            at, count = self._upload(filled.T)
-            self._cached.index_copy_(0, at, count)
-        for own in answering:
-            own.asked += 1
-        return Launched(tuple(answering), HostCopy(tokens))
+            return logits
+        if chunks or self._static is None:
+            return self._mixed_logits(schedule, slot_index)
+        return self._static(slots)
 
-    def _mixed_logits(
-        self, parts: Sequence[Part], chunks: Sequence[Part], slot_index: Tensor
-    ) -> Tensor:
-        """Logits [requests, vocabulary] of a step, with parts of prompts (`chunks`) or not;
-        prompts' answers first.
+    def _mixed_logits(self, schedule: Schedule, slot_index: Tensor) -> Tensor:
+        """Logits [requests, vocabulary] of a step, with chunks of prompts or not; prompts' answers
+        first.
         """
-        model = self._model
-        prompt_ids, positions, rows, owner, places, visual = [], [], [], [], [], []
-        at = 0
-        for part in chunks:
-            own, encoded, first = part.running, part.running.encoded, part.running.cached
-            behind = first + part.tokens
-            prompt_ids.append(encoded.request.input_ids[first:behind])
-            positions.append(encoded.positions[:, first:behind])
-            rows.append(np.arange(own.start + first, own.start + behind))
-            owner.append(np.full(part.tokens, 2 * own.slot))
-            lower, upper = np.searchsorted(encoded.image_places, (first, behind))
-            if upper > lower:
-                places.append(encoded.image_places[lower:upper] - first + at)
-                visual.append(encoded.visual[lower:upper])
-            at += part.tokens
-        ends = np.cumsum([part.tokens for part in chunks]) - 1
-        answered = [int(end) for end, part in zip(ends, chunks, strict=True) if part.answers]
-        answered += range(at, at + len(slot_index))
-
+        model, chunks = self._model, schedule.chunks
         last, position, start, cached = self._decode_state(slot_index)
-        ids, place, write, gate_rows = (
-            last,
-            position.expand(3, -1),
-            start + cached,
-            2 * slot_index + 1,
-        )
+        ids, places, write = last, position.expand(3, -1), start + cached
+        factor_rows = 2 * slot_index + 1
         sequences = None
         if chunks:
             # One copy to the device for all that counts the prompts' tokens.
-            packed = np.vstack(
-                [
-                    np.concatenate(prompt_ids),
-                    np.concatenate(positions, 1),
-                    *map(np.concatenate, (rows, owner)),
-                ]
-            )
-            prompts = self._upload(packed.astype(np.int64))
+            prompts = self._upload(_packed(chunks))
             ids = torch.cat([prompts[0], ids])
-            place = torch.cat([prompts[1:4], place], dim=1)
-            write, gate_rows = torch.cat([prompts[4], write]), torch.cat([prompts[5], gate_rows])
+            places = torch.cat([prompts[1:4], places], dim=1)
+            write, factor_rows = (
+                torch.cat([prompts[4], write]),
+                torch.cat([prompts[5], factor_rows]),
+            )
             sequences = Sequences.pack(
-                [part.tokens for part in chunks],
-                [part.running.start for part in chunks],
-                [part.running.cached + part.tokens for part in chunks],
+                [chunk.tokens for chunk in chunks],
+                [chunk.live.start for chunk in chunks],
+                [chunk.behind for chunk in chunks],
                 None if model.device.type == "cpu" else self._upload,
             )
         embeddings = model.embeddings[ids]
-        if visual:
-            embeddings.index_copy_(0, self._upload(np.concatenate(places)), torch.cat(visual))
+        self._place_images(embeddings, chunks)
+        ends = np.cumsum([chunk.tokens for chunk in chunks], dtype=np.int64)
+        total = int(ends[-1]) if chunks else 0
+        answered = [
+            *(int(end) - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last),
+            *range(total, total + len(slot_index)),
+        ]
         return model.decoder.step(
             embeddings,
-            place,
+            places,
             StepLayout(self._cache, write, sequences, start, cached + 1),
-            model.layer_gates(self._gate_factors(parts, gate_rows)),
+            model.layer_gates(self._gate_factors(schedule, factor_rows)),
             self._upload(np.array(answered, np.int64)),
         )
+
+    def _place_images(self, embeddings: Tensor, chunks: Sequence[Chunk]) -> None:
+        """Write visual tokens in the places of their image tokens."""
+        places, visual = [], []
+        at = 0
+        for chunk in chunks:
+            encoded = chunk.live.encoded
+            lower, upper = np.searchsorted(encoded.image_places, (chunk.first, chunk.behind))
+            if upper > lower:
+                places.append(encoded.image_places[lower:upper] - chunk.first + at)
+                visual.append(encoded.visual[lower:upper])
+            at += chunk.tokens
+        if visual:
+            embeddings.index_copy_(0, self._upload(np.concatenate(places)), torch.cat(visual))
 
     def _decode_logits(self, slots: Tensor) -> Tensor:
         """Logits [slots, vocabulary] of the next tokens of slots, int64, a function of the tables
@@ -285,7 +241,7 @@ class Runner:
         )
 
     def _decode_state(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each slot: last token, its rotary position, first row of its extent, rows filled
+        """Of each slot: last token, its rotary position, first token of its extent, tokens filled
         before it.
         """
         return tuple(
@@ -293,17 +249,20 @@ class Runner:
             for t in (self._last, self._position, self._start, self._cached)
         )
 
-    def _gate_factors(self, parts: Sequence[Part], owner: Tensor) -> list[GateFactors]:
+    def _gate_factors(self, schedule: Schedule, rows: Tensor) -> list[GateFactors]:
+        """Factors of a step's tokens; `rows` int64 [tokens] are theirs in the table."""
         adapter = self._model.shape.adapter
         if self._factors is None or adapter is None:
             return []
-        factors = self._factors.index_select(0, owner).unbind(1)  # G of [tokens, E + 1]
+        factors = self._factors.index_select(0, rows).unbind(1)  # G of [tokens, E + 1]
         if adapter.top_k > 1:
             return [GateFactors(f, tuple(range(adapter.experts))) for f in factors]
-        tops = np.stack([part.running.encoded.routes[0 if part.tokens else 1] for part in parts])
+        chunks, decoding = schedule.chunks, schedule.decoding
+        tops = [chunk.live.encoded.routes[0] for chunk in chunks]
+        tops += [live.encoded.routes[1] for live in decoding]
         plan = dense_and_sparse(
-            tops,
-            [part.tokens or 1 for part in parts],
+            np.stack(tops),
+            [*(chunk.tokens for chunk in chunks), *(1 for _ in decoding)],
             adapter.experts,
             masked_below=MASKED_BELOW[self._model.device.type],
             majority_share=MAJORITY_SHARE,
@@ -322,3 +281,25 @@ class Runner:
 
     def _upload(self, values: np.ndarray) -> Tensor:
         return to_device(values, self._model.device)
+
+
+def _packed(chunks: Sequence[Chunk]) -> np.ndarray:
+    """[6, tokens] int64 of chunks: token ids, rotary positions (3), tokens of the cache, and rows
+    in the table of factors.
+    """
+    ids, positions, write, factor_rows = [], [], [], []
+    for chunk in chunks:
+        live, part = chunk.live, slice(chunk.first, chunk.behind)
+        ids.append(live.request.input_ids[part])
+        positions.append(live.encoded.positions[:, part])
+        write.append(np.arange(live.start + chunk.first, live.start + chunk.behind))
+        factor_rows.append(np.full(chunk.tokens, 2 * live.slot))
+    packed = np.vstack(
+        [
+            np.concatenate(ids),
+            np.concatenate(positions, 1),
+            np.concatenate(write),
+            np.concatenate(factor_rows),
+        ]
+    )
+    return packed.astype(np.int64)

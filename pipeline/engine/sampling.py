@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.errors import CheckpointError
 from pipeline.model.ops import to_device
+from pipeline.redact import cause_of
 
 #: New tokens where neither settings nor checkpoint say: transformers' own default.
 DEFAULT_NEW_TOKENS = 20
@@ -81,6 +85,42 @@ class Sampling:
             seed=seed,
             stop_repetition=stop_repetition,
         )
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path, **settings: Any) -> Sampling:
+        """Lay settings (see `from_generation_config`) over the generation_config.json of a
+        checkpoint's folder, if it has one.
+
+        Raises:
+            CheckpointError: the file cannot be read, or nothing can be sampled by what it says.
+        """
+        from transformers import GenerationConfig
+
+        file = folder / "generation_config.json"
+        try:
+            config = (
+                GenerationConfig.from_pretrained(folder) if file.is_file() else GenerationConfig()
+            )
+            sampling = cls.from_generation_config(config, **settings)
+            sampling._check()
+        except Exception as error:  # of any type: transformers', JSON's, a conversion's
+            raise CheckpointError(f"model.base: cannot read {file} ({cause_of(error)})") from error
+        return sampling
+
+    def _check(self) -> None:
+        """Raise ValueError for what nothing can be sampled by; transformers takes it as it
+        stands.
+        """
+        odd: list[object] = [
+            n
+            for n in (self.max_new_tokens, self.top_k, *self.eos_token_ids)
+            if type(n) is not int or n < 0
+        ]
+        odd += [x for x in (self.top_p, self.repetition_penalty) if not 0 < x < math.inf]
+        odd += [self.temperature] if not 0 <= self.temperature < math.inf else []
+        odd += [text for text in self.stop if not isinstance(text, str)]
+        if odd:
+            raise ValueError(f"no value to sample by: {odd[0]!r}")
 
     def with_own(self, settings: Mapping[str, Any]) -> Sampling:
         """For a request with settings of its own, by name: as if they had been laid over the

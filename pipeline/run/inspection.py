@@ -156,15 +156,21 @@ def marked_tokens(row: PreparedRow, tokenizer: Any) -> Text:
 def _routes(settings: InspectSettings, row: PreparedRow) -> Iterator[Table]:
     import torch
 
-    from pipeline.actors.replica import load_engine
+    from pipeline.actors.loading import load_for_job
+    from pipeline.actors.row_settings import job_sampling
     from pipeline.engine import Request
 
     device = "cuda" if settings.model.device != "cpu" and torch.cuda.is_available() else "cpu"
-    engine, sampling = load_engine(settings, torch.device(device))
+    loaded = load_for_job(settings, torch.device(device))
+    encoder = loaded.encoder(settings.model.decode_route)
     assert row.input_ids is not None
     assert row.span is not None
-    with engine:
-        gates = engine.gates(Request(row.input_ids, row.span, row.images, sampling))
+    sampling = job_sampling(settings.generation, loaded.folder)
+    request = Request(row.input_ids, row.span, row.images, sampling)
+    encoder.check(request)
+    with torch.inference_mode():
+        (encoded,) = encoder.encode([request]).finish()
+    gates = encoded.gates
     if gates is None:
         return
     table = Table(title="experts and their gate values", title_justify="left")

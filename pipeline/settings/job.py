@@ -17,6 +17,7 @@ from pipeline.quality.languages import Language
 from pipeline.settings.base import PositiveInt, Settings
 from pipeline.template import Template
 
+
 def _is_divisible_by(value: float) -> float:
     # Logits are divided by it, as float32: less than this is 0, or makes them infinite.
     if 0 < value < 1e-6:
@@ -536,5 +537,3 @@ class JobSettings(Settings):
         1, description="model replicas; each has a GPU of its own where there are GPUs"
     )
     ray: RaySettings = Field(default_factory=RaySettings)
-
-

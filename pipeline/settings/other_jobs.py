@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from pipeline.settings.base import PositiveInt, Settings
 from pipeline.settings.job import JobSettings, OutputSettings
 
+
 class PlanSettings(JobSettings):
     """Everything that `jobs/plan.py` takes: a job's settings, and which job."""
 
@@ -110,5 +111,3 @@ class ConvertSettings(Settings):
 
     model: ConvertModelSettings = Field(default_factory=dict, validate_default=True)
     output: ConvertOutputSettings = Field(default_factory=dict, validate_default=True)
-
-

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from pipeline.errors import ConfigError
 
+
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as in YAML 1.2 and in everybody's head; PyYAML reads it as
     text. It takes no tags.
@@ -239,5 +240,3 @@ def _inside(annotation: Any, what: Any) -> Any:
 
 def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.engine.engine as engine_module
+import pipeline.engine.scheduler as scheduler_module
 from pipeline.engine import Engine, GenerationError
 from pipeline.engine.repetition import CHECK_EVERY, ends_in_loop
-from pipeline.engine.runner import Launched, Part, Runner
+from pipeline.engine.runner import Launched, Runner
+from pipeline.engine.scheduler import Schedule
 from pipeline.model.decoder import Decoder
 from pipeline.model.prompt import PromptProcessor
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
@@ -79,7 +80,7 @@ def test_logits_that_are_not_finite_fail_their_request_alone(
         replace(r, input_ids=np.append(r.input_ids, i).astype(np.int32))
         for i, r in enumerate(requests)
     ]
-    marker = engine._model.embeddings[2].clone()  # the last token of request 2
+    marker = engine._runner._model.embeddings[2].clone()  # the last token of request 2
     step = Decoder.step
 
     def poisoned(self: Decoder, embeddings: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -107,11 +108,11 @@ def test_out_of_memory_runs_the_step_in_parts(
     launch = Runner.launch
     sizes = []
 
-    def short_of_memory(self: Runner, parts: list[Part]) -> Launched:
-        sizes.append(sum(part.tokens or 1 for part in parts))
+    def short_of_memory(self: Runner, schedule: Schedule) -> Launched:
+        sizes.append(sum(chunk.tokens for chunk in schedule.chunks) + len(schedule.decoding))
         if sizes[-1] > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return launch(self, parts)
+        return launch(self, schedule)
 
     with engine:
         monkeypatch.setattr(Runner, "launch", short_of_memory)
@@ -132,7 +133,7 @@ def test_a_failed_engine_tells_everyone_who_waits(
     def broken(*_: object, **__: object) -> list[int]:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(engine_module, "choose", broken)
+    monkeypatch.setattr(scheduler_module, "choose", broken)
     futures = [engine.submit(request) for request in requests]
     for future in futures:
         with pytest.raises(RuntimeError, match="the engine failed: a bug"):

@@ -1,4 +1,4 @@
-"""The cache's rows are handed out without overlap, and come back whole."""
+"""The cache's tokens are handed out without overlap, and come back whole."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pipeline.engine.extents import Extents
 
 @given(st.integers(1, 40), st.lists(st.tuples(st.booleans(), st.integers(1, 20)), max_size=60))
 def test_extents_never_overlap_and_come_back_whole(
-    rows: int, moves: list[tuple[bool, int]]
+    tokens: int, moves: list[tuple[bool, int]]
 ) -> None:
-    extents = Extents(rows)
+    extents = Extents(tokens)
     held: list[tuple[int, int]] = []
     for take, size in moves:
         if take:
             first = extents.take(size)
             if first is None:
-                taken = {row for begin, count in held for row in range(begin, begin + count)}
-                free = [row not in taken for row in range(rows)]
-                assert not any(all(free[at : at + size]) for at in range(rows - size + 1))
+                taken = {at for begin, count in held for at in range(begin, begin + count)}
+                free = [at not in taken for at in range(tokens)]
+                assert not any(all(free[at : at + size]) for at in range(tokens - size + 1))
                 continue
             held.append((first, size))
         elif held:
             extents.give_back(*held.pop(size % len(held)))
         used = sorted(held)
-        assert all(first >= 0 and first + count <= rows for first, count in used)
+        assert all(first >= 0 and first + count <= tokens for first, count in used)
         assert all(a + n <= b for (a, n), (b, _) in pairwise(used))
-        assert extents.free_rows == rows - sum(count for _, count in held)
+        assert extents.free_tokens == tokens - sum(count for _, count in held)
     for first, size in held:
         extents.give_back(first, size)
-    assert extents.take(rows) == 0
+    assert extents.take(tokens) == 0

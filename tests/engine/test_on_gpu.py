@@ -12,7 +12,9 @@ import torch
 from benchmarks.gpu import IMAGE_PAD, SMALL, NoText, moved, random_model, random_requests
 from pipeline.engine import Engine, EngineOptions
 from pipeline.engine.encode import Encoder
-from pipeline.engine.runner import Part, Runner, Running
+from pipeline.engine.request import LiveRequest
+from pipeline.engine.runner import Runner
+from pipeline.engine.scheduler import Chunk, Schedule
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -53,7 +55,7 @@ def test_no_step_waits_for_the_device(settings: dict[str, float]) -> None:
     """
     model = moved(random_model(SMALL, torch.float32, torch.device("cpu")), torch.device("cuda"))
     runner, encoder = (
-        Runner(model, slots=4, cache_rows=1000),
+        Runner(model, slots=4, cache_tokens=1000),
         Encoder(model, IMAGE_PAD, "released", 1 << 20),
     )
     requests = [
@@ -65,17 +67,20 @@ def test_no_step_waits_for_the_device(settings: dict[str, float]) -> None:
         if encoding is None:
             with waiting_is_an_error():
                 encoding = encoder.encode(requests[first : first + 4])
-        running = [Running(e, slot, 200 * slot) for slot, e in enumerate(encoding.finish())]
+        running = []
+        for slot, encoded in enumerate(encoding.finish()):
+            live = LiveRequest(requests[first + slot], 50)
+            live.encoded, live.slot, live.start = encoded, slot, 200 * slot
+            running.append(live)
 
-        def steps(running: list[Running] = running) -> None:
-            for one in running:
-                runner.admit(one)
-            runner.launch([Part(one, one.prompt_left) for one in running[:3]])
-            runner.launch(
-                [Part(running[3], running[3].prompt_left), *(Part(one, 0) for one in running[:3])]
-            )
+        def steps(running: list[LiveRequest] = running) -> None:
+            for live in running:
+                runner.admit(live)
+            prompts = tuple(Chunk(live, 0, live.prompt_tokens) for live in running)
+            runner.launch(Schedule(prompts[:3]))
+            runner.launch(Schedule(prompts[3:], tuple(running[:3])))
             for _ in range(3):
-                runner.launch([Part(one, 0) for one in running])
+                runner.launch(Schedule((), tuple(running)))
 
         if first == 0:
             steps()

@@ -4,7 +4,6 @@ cluster.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import runpy
 import subprocess
@@ -18,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.actors.loading import engine_options, load_for_job
 from pipeline.actors.prepare import Preparer
-from pipeline.actors.replica import load_engine
+from pipeline.actors.row_settings import job_sampling
 from pipeline.engine import Request
 from pipeline.io.input.plan import plan_input
 from pipeline.io.input.read import PlannedShards, read_piece
@@ -111,8 +111,9 @@ def answered_here(task: Task, assignments: dict[str, Any]) -> dict[str, dict[str
     rows = [
         row for table in read for prepared in preparer(table) for row in prepared_rows(prepared)
     ]
-    engine, sampling = load_engine(settings, torch.device("cpu"))
-    with contextlib.closing(engine):
+    loaded = load_for_job(settings, torch.device("cpu"))
+    sampling = job_sampling(settings.generation, loaded.folder)
+    with loaded.engine(engine_options(settings)) as engine:
         requests = [
             Request(row.input_ids, row.span, row.images, sampling)
             for row in rows

@@ -1,0 +1,78 @@
+"""The door: `from pipeline import load`, and six lines to an answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.engine.encode import Encoder
+from pipeline.engine.sampling import Sampling
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
+from tests.prompts import as_request, engine_for, greedy, random_questions
+
+SMALL = Path(__file__).parents[2] / "pipeline" / "demo" / "awaker-small"
+
+#: As in README, but for the names.
+SIX_LINES = """\
+from PIL import Image
+from pipeline import load
+
+awaker = load({base!r}, {adapter!r})
+with awaker.engine() as engine:
+    request = awaker.request("What is this?", Image.open({picture!r}), max_new_tokens=4)
+    print(engine.generate([request])[0].text)
+"""
+
+
+def test_six_lines_lead_from_a_checkpoint_to_an_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "photo.png"
+    Image.new("RGB", (56, 56), "orange").save(picture)
+    lines = SIX_LINES.format(
+        base=str(SMALL / "base"), adapter=str(SMALL / "adapter"), picture=str(picture)
+    )
+    exec(compile(lines, "README", "exec"), {})
+    assert len(capsys.readouterr().out.split()) >= 1
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, pipeline; print('torch' in sys.modules, callable(pipeline.load))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_a_question_is_sampled_as_the_checkpoint_says_unless_it_says_otherwise() -> None:
+    from pipeline import load
+
+    awaker = load(str(SMALL / "base"), str(SMALL / "adapter"), dtype="float32", device="cpu")
+    usual = Sampling.of_checkpoint(awaker.folder)
+    assert awaker.request("What is this?").sampling == usual
+    request = awaker.request("What is this?", max_new_tokens=3, stop=["."])
+    assert (request.sampling.max_new_tokens, request.sampling.stop) == (3, (".",))
+    assert request.sampling.eos_token_ids == usual.eos_token_ids
+    assert request.images == ()
+    with pytest.raises(TypeError, match="max_tokens"):
+        awaker.request("What is this?", max_tokens=3)
+
+
+def test_the_encoder_shows_the_experts_that_answer(tmp_path: Path) -> None:
+    import torch
+
+    from pipeline import load
+
+    base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
+    engine, processor = engine_for(base, adapter)
+    requests = [as_request(a, processor, greedy(2)) for a in random_questions(3, seed=1)]
+    with engine:
+        answers = engine.generate(requests)
+    encoder: Encoder = load(str(base), str(adapter), dtype="float32", device="cpu").encoder()
+    with torch.inference_mode():
+        shown = encoder.encode(requests).finish()
+    for answer, encoded in zip(answers, shown, strict=True):
+        assert encoded.gates[0].tolist() == answer.prefill_gates.tolist()
+        assert encoded.gates[1].tolist() == answer.decode_gates.tolist()
