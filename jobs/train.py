@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.run.cli import main
-from pipeline.settings.job import as_yaml
+from pipeline.settings.base import as_yaml
 from pipeline.training.settings import TrainSettings
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import RowError
+
+#: In which form the rows of a job's input come.
+Form = Literal["parquet", "webdataset", "arrow", "jsonl", "csv", "images"]
 
 OWN_PREFIX = "awaker:"
 
@@ -35,9 +38,9 @@ ERROR = "awaker:error"
 #: holds. And which of several prompts is asked of it, by name; empty where there is one.
 SHARD = "awaker:shard"
 ROW = "awaker:row"
-QUESTION = "awaker:question"
+PROMPT_NAME = "awaker:question"
 PLACE_SCHEMA = pa.schema(
-    [pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64()), pa.field(QUESTION, pa.string())]
+    [pa.field(SHARD, pa.string()), pa.field(ROW, pa.int64()), pa.field(PROMPT_NAME, pa.string())]
 )
 Place = tuple[str, int] | tuple[str, int, str]
 

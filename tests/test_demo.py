@@ -21,7 +21,8 @@ from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.convert import convert
 from pipeline.model.prompt import PromptProcessor
 from pipeline.quality.accuracy import is_right
-from pipeline.settings.job import JobSettings, load_settings
+from pipeline.settings.base import load_settings
+from pipeline.settings.job import JobSettings
 from pipeline.synthetic.scenes.questions import TASKS
 from tests.conftest import RayCluster
 from tests.jobs.support import ROOT, results, run_on_cluster

@@ -80,7 +80,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def test_every_command_in_the_documents_takes_its_arguments() -> None:
     """What is elided (`...`) aside; the settings are read as the command itself reads them."""
     from pipeline.run.commands import COMMANDS
-    from pipeline.settings.job import load_settings
+    from pipeline.settings.base import load_settings
 
     known = {
         name.replace("inspect", "inspect_row") if name == "inspect" else name: name
@@ -125,7 +125,7 @@ def test_the_kuberay_manifest_runs_a_job_that_is_there() -> None:
     command = manifest["spec"]["entrypoint"].split()
     assert (ROOT / command[1]).is_file()
     assert (ROOT / command[command.index("--config") + 1]).is_file()
-    from pipeline.settings.job import load_settings
+    from pipeline.settings.base import load_settings
     from pipeline.settings.nightly import NightlySettings
 
     assignments = [word for before, word in itertools.pairwise(command) if before == "--set"]

@@ -32,7 +32,9 @@ from pipeline.redact import (
 from pipeline.run.cli import _OneLine, main
 from pipeline.run.show import show_answers
 from pipeline.run.summary import Summary
-from pipeline.settings.job import JobSettings, ReportSettings, as_yaml
+from pipeline.settings.base import as_yaml
+from pipeline.settings.job import JobSettings
+from pipeline.settings.other_jobs import ReportSettings
 
 SECRET = "hunter2hunter2"
 

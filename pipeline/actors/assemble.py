@@ -11,8 +11,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipeline.errors import worth_another_try
-from pipeline.io.output.columns import ANSWER_COLUMNS, COUNT_COLUMNS, PROMPT_NAME
-from pipeline.rows import QUESTION, ROW, SHARD
+from pipeline.io.output.columns import ANSWER_COLUMNS, COUNT_COLUMNS, PROMPT_NAME_COLUMN
+from pipeline.rows import PROMPT_NAME, ROW, SHARD
 
 Layout = Literal["rows", "columns"]
 
@@ -56,24 +56,24 @@ class Assembler:
         for answered in table.to_pylist():
             place = (answered[SHARD], answered[ROW])
             parts = self._parts.setdefault(place, {})
-            parts[answered[QUESTION]] = answered
+            parts[answered[PROMPT_NAME]] = answered
             if len(parts) == len(self._prompts.names):
                 own = [self._parts[place][name] for name in self._prompts.names]
                 del self._parts[place]
                 complete += self._rows(own) if self._prompts.layout == "rows" else [self._row(own)]
-        places = [field for field in table.schema if field.name in (SHARD, ROW, QUESTION)]
+        places = [field for field in table.schema if field.name in (SHARD, ROW, PROMPT_NAME)]
         return pa.Table.from_pylist(complete, pa.schema([*self._schema, *places]))
 
     def _rows(self, parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**part, PROMPT_NAME: part[QUESTION]} for part in parts]
+        return [{**part, PROMPT_NAME_COLUMN: part[PROMPT_NAME]} for part in parts]
 
     def _row(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One row of all parts: what each answered in columns of its own, counts added up."""
         first = parts[0]
-        name = first[QUESTION]
+        name = first[PROMPT_NAME]
         row = {**first, "id": first["id"].removesuffix(f"/{name}")}
         for part in parts:
-            row |= {f"{column}_{part[QUESTION]}": part[column] for column in ANSWER_COLUMNS}
+            row |= {f"{column}_{part[PROMPT_NAME]}": part[column] for column in ANSWER_COLUMNS}
         for column in COUNT_COLUMNS:
             counts = [part[column] for part in parts if part[column] is not None]
             row[column] = sum(counts) if counts else None

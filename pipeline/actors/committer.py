@@ -26,7 +26,7 @@ from pipeline.io.output.lease import Claim, Fence
 from pipeline.io.rowset import RowSet
 from pipeline.quality.accuracy import Truth
 from pipeline.redact import cause_of
-from pipeline.rows import QUESTION, ROW, SHARD, own_columns_dropped
+from pipeline.rows import PROMPT_NAME, ROW, SHARD, own_columns_dropped
 from pipeline.settings.job import ErrorSettings
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class Committer:
         shards = np.array(table[SHARD].to_pylist(), object)
         numbers = table[ROW].to_numpy()
         fresh = np.ones(len(table), bool)
-        questions = np.unique(np.array(table[QUESTION].to_pylist(), str), return_inverse=True)[1]
+        questions = np.unique(np.array(table[PROMPT_NAME].to_pylist(), str), return_inverse=True)[1]
         passing = np.array([worth_another_try(error) for error in table["error"].to_pylist()], bool)
         for shard in dict.fromkeys(shards):
             of_shard = np.flatnonzero(shards == shard)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 
-from pipeline.engine import EngineOptions
 from pipeline.engine.load import LoadedModel, load
 from pipeline.model.version import as_planned
 from pipeline.settings.job import JobSettings
@@ -44,8 +43,3 @@ def load_for_job(
         prepack=model.prepack,
         threads=threads,
     )
-
-
-def engine_options(settings: JobSettings) -> EngineOptions:
-    """How a job's engines batch."""
-    return EngineOptions(**settings.engine.model_dump(), decode_route=settings.model.decode_route)

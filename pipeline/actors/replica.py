@@ -18,15 +18,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.actors.loading import engine_options, load_for_job
-from pipeline.actors.row_settings import job_sampling
+from pipeline.actors.loading import load_for_job
 from pipeline.actors.samples import RowSampler, as_jpeg
 from pipeline.actors.witness import TRIES, Verdict
 from pipeline.engine import Answer, GenerationError, OutOfMemoryError, Request, Sampling
 from pipeline.engine.repetition import ends_in_loop
 from pipeline.errors import CheckpointError, RowError, RowErrorCode
 from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
-from pipeline.quality.flags import Flag, Flagger, FlagRules, doubt
+from pipeline.quality.flags import Flag, Flagger, doubt
 from pipeline.rows import PLACE_SCHEMA, Place, PreparedRow, carried, places, prepared_rows
 from pipeline.settings.job import JobSettings
 
@@ -88,17 +87,9 @@ class Replica:
                 raise
             self._refusal = error
             return
-        self._sampling = job_sampling(settings.generation, loaded.folder)
-        self._engine = loaded.engine(engine_options(settings))
-        self._flagger = Flagger(
-            FlagRules(
-                min_words=settings.flags.min_words,
-                language=settings.flags.language,
-                refusals=tuple(settings.flags.refusals),
-                regex=settings.generation.regex,
-                json_schema=settings.generation.json_schema,
-            )
-        )
+        self._sampling = settings.generation.to_sampling(loaded.folder)
+        self._engine = loaded.engine(settings.to_options())
+        self._flagger = Flagger(settings.to_rules())
         if monitor is not None:
             name = (
                 torch.cuda.get_device_name(self._device)

@@ -22,7 +22,7 @@ from pipeline.settings.job import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.engine import Sampling
+    pass
 
 #: Most stop strings of a row; OpenAI allows four.
 MOST_STOPS = 16
@@ -72,25 +72,12 @@ _APART = {
 _APART |= {"stream_options", "user"}
 
 
-def job_sampling(generation: GenerationSettings, folder: Path) -> Sampling:
-    """How a job samples: its settings over the checkpoint's generation_config.json, if there is one
-    in its folder.
-    """
-    from dataclasses import fields
-
-    from pipeline.engine import Sampling
-
-    # The other keys of `generation` are about what becomes of an answer.
-    keys = {field.name for field in fields(Sampling)} - {"eos_token_ids"}
-    return Sampling.of_checkpoint(folder, **generation.model_dump(include=keys))
-
-
 def rules_for_rows(generation: GenerationSettings, folder: Path) -> str:
     """What a plan says of an input whose rows have settings of their own."""
     told = f"of their own where lines have them ({', '.join(_FOLLOWED)})"
     if generation.max_new_tokens is not None:
         told += f", at most {generation.max_new_tokens:,} new tokens (generation.max_new_tokens)"
-    if generation.top_k is None and job_sampling(generation, folder).top_k == 1:
+    if generation.top_k is None and generation.to_sampling(folder).top_k == 1:
         told += (
             "; the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 (and "
             "top_p=1) draws as OpenAI's API does"

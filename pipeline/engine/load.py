@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
 
 from pipeline.engine.encode import Encoder
 from pipeline.engine.engine import Engine
-from pipeline.engine.options import EngineOptions
+from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.types import Request
 from pipeline.model.awaker import Model, load_model
@@ -43,7 +42,7 @@ class LoadedModel:
             self.model, self.processor.tokenizer, self.processor.special.image_pad, options
         )
 
-    def encoder(self, decode_route: Literal["released", "prefill"] = "released") -> Encoder:
+    def encoder(self, decode_route: DecodeRoute = "released") -> Encoder:
         """What shows the experts of requests without answering them."""
         return Encoder(self.model, self.processor.special.image_pad, decode_route, cache_bytes=0)
 
@@ -71,7 +70,7 @@ def load(
     base: str,
     adapter: str | None = None,
     *,
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    dtype: DtypeName = "bfloat16",
     device: str | torch.device | None = None,
     top_k_experts: int = 1,
     lora_alpha: float | None = None,

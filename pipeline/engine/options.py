@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+#: Which experts new tokens take: those of the prompt's words alone, as the released code does, or
+#: those of the prefill.
+DecodeRoute = Literal["released", "prefill"]
+#: Names of the dtypes that a model may run in.
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -36,7 +42,7 @@ class EngineOptions:
     max_rounds_waiting: int = 8
     vision_cache_bytes: int = 256 << 20
     answer_cache: int = 4096
-    decode_route: Literal["released", "prefill"] = "released"
+    decode_route: DecodeRoute = "released"
     fold_experts: bool = False
 
 

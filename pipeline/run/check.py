@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
-from pipeline.actors.row_settings import job_sampling
 from pipeline.errors import ConfigError, OutputError
 from pipeline.io.input.plan import InputPlan, check_ids_unique, plan_input
 from pipeline.io.output.columns import RESERVED_COLUMNS
@@ -18,9 +16,7 @@ from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
 from pipeline.model.version import deciding_files, digests_of
 from pipeline.quality.accuracy import Truth
-from pipeline.settings.job import JobSettings
-
-Task = Literal["caption", "vqa"]
+from pipeline.settings.job import JobSettings, Task
 
 #: From this many ids on, reading them takes long enough to say so.
 MANY_IDS = 1_000_000
@@ -63,7 +59,7 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
         model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha
     )
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    job_sampling(settings.generation, checkpoint.folder)
+    settings.generation.to_sampling(checkpoint.folder)
     files = deciding_files(checkpoint.folder, checkpoint.files.files)
     manifest = Manifest.of(task, settings, digests_of(files), plan)
     job = Job(task, settings, plan, truth, checkpoint, manifest, growing=only is not None)
@@ -84,10 +80,10 @@ def _check_columns(task: Task, settings: JobSettings, plan: InputPlan, truth: Tr
     Raises:
         ConfigError: they are not.
     """
-    if truth is not None and plan.names and settings.output.prompts == "columns":
+    if truth is not None and plan.names and settings.output.prompt_layout == "columns":
         raise ConfigError(
             "evaluate.truth: one truth cannot be compared with several prompts' columns; set "
-            "output.prompts=rows"
+            "output.prompt_layout=rows"
         )
     columns = plan.columns
     shown = columns.messages is not None or columns.image or columns.images

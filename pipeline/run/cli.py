@@ -14,7 +14,7 @@ from pipeline.errors import JobError, Stopped
 from pipeline.redact import printable, traceback_of, without_secrets
 
 if TYPE_CHECKING:
-    from pipeline.settings.job import Settings
+    from pipeline.settings.base import Settings
 
 #: Exit code of a job that was pointless from the start: configuration, input, output or checkpoint.
 EXIT_POINTLESS = 2
@@ -64,9 +64,8 @@ def main(
         0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C; 143 after
         SIGTERM.
     """
-    from pipeline.settings.job import (
-        load_settings,
-    )  # which `kind` needed, too: it costs nothing here
+    # Which `kind` needed, too: it costs nothing here.
+    from pipeline.settings.base import load_settings
 
     parser = _parser(description, kind, default_config, program, example)
     parsed = parser.parse_args(arguments)

@@ -15,7 +15,8 @@ from pipeline.redact import printable
 from pipeline.run.cli import EXIT_INTERRUPTED, EXIT_POINTLESS, main
 
 if TYPE_CHECKING:
-    from pipeline.settings.job import JobSettings, Settings
+    from pipeline.settings.base import Settings
+    from pipeline.settings.job import JobSettings
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def _nightly() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
 
 def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
-    from pipeline.settings.job import ConvertSettings, as_yaml
+    from pipeline.settings.base import as_yaml
+    from pipeline.settings.other_jobs import ConvertSettings
 
     def work(settings: ConvertSettings, dry_run: bool) -> None:
         from pipeline.errors import OutputError
@@ -109,7 +111,7 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
 
 def _report() -> tuple[type[Settings], Callable[[Any, bool], None]]:
-    from pipeline.settings.job import ReportSettings
+    from pipeline.settings.other_jobs import ReportSettings
 
     def work(settings: ReportSettings, dry_run: bool) -> None:
         from pipeline.io.output.layout import OutputLayout
@@ -126,7 +128,7 @@ def _report() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
 
 def _verify() -> tuple[type[Settings], Callable[[Any, bool], None]]:
-    from pipeline.settings.job import VerifySettings
+    from pipeline.settings.other_jobs import VerifySettings
 
     def work(settings: VerifySettings, dry_run: bool) -> None:
         from pipeline.errors import OutputError
@@ -153,7 +155,7 @@ def _verify() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
 
 def _export() -> tuple[type[Settings], Callable[[Any, bool], None]]:
-    from pipeline.settings.job import ExportSettings
+    from pipeline.settings.other_jobs import ExportSettings
 
     def work(settings: ExportSettings, dry_run: bool) -> None:
         from pipeline.io.output.storage import OutputFolder
@@ -171,7 +173,7 @@ def _export() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
 
 def _plan() -> tuple[type[Settings], Callable[[Any, bool], None]]:
-    from pipeline.settings.job import PlanSettings
+    from pipeline.settings.other_jobs import PlanSettings
 
     def work(settings: PlanSettings, dry_run: bool) -> None:
         from pipeline.run.check import check_job
@@ -185,7 +187,7 @@ def _plan() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
 
 def _inspect() -> tuple[type[Settings], Callable[[Any, bool], None]]:
-    from pipeline.settings.job import InspectSettings
+    from pipeline.settings.other_jobs import InspectSettings
 
     def work(settings: InspectSettings, dry_run: bool) -> None:
         from pipeline.run.inspection import inspect

@@ -7,7 +7,7 @@ from pipeline.io.output.columns import layout_schema
 from pipeline.redact import printable
 from pipeline.rows import SETTINGS
 from pipeline.run.check import Job
-from pipeline.settings.job import as_yaml
+from pipeline.settings.base import as_yaml
 
 #: Shards that are listed one by one.
 SHOWN_SHARDS = 20

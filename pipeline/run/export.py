@@ -80,7 +80,7 @@ def _lines(
         if form == "openai" and "text" not in table.column_names:
             raise OutputError(
                 "export.format: several prompts' columns are no chat answers; expected "
-                "output.prompts=rows"
+                "output.prompt_layout=rows"
             )
         lines = (as_json(line(row)) + "\n" for row in table.to_pylist())
         yield f"{commit.file.removesuffix('.parquet')}.jsonl", "".join(lines).encode()
@@ -112,7 +112,7 @@ def _tars(
             own = commit.of_shard(read(commit.file), shard)
             if len(own) != len(commit.rows[shard]):
                 raise OutputError(
-                    "export.format: a sample has one answer; expected output.prompts=columns"
+                    "export.format: a sample has one answer; expected output.prompt_layout=columns"
                 )
             found += zip(commit.rows[shard], own.to_pylist(), strict=True)
         if len(found) < rows:

@@ -21,7 +21,7 @@ from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.io.rowset import RowSet
 from pipeline.redact import printable
 from pipeline.rows import PreparedRow, prepared_rows
-from pipeline.settings.job import InspectSettings
+from pipeline.settings.other_jobs import InspectSettings
 
 #: Most columns of a terminal that a picture takes.
 PICTURE_WIDTH = 72
@@ -157,7 +157,6 @@ def _routes(settings: InspectSettings, row: PreparedRow) -> Iterator[Table]:
     import torch
 
     from pipeline.actors.loading import load_for_job
-    from pipeline.actors.row_settings import job_sampling
     from pipeline.engine import Request
 
     device = "cuda" if settings.model.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -165,7 +164,7 @@ def _routes(settings: InspectSettings, row: PreparedRow) -> Iterator[Table]:
     encoder = loaded.encoder(settings.model.decode_route)
     assert row.input_ids is not None
     assert row.span is not None
-    sampling = job_sampling(settings.generation, loaded.folder)
+    sampling = settings.generation.to_sampling(loaded.folder)
     request = Request(row.input_ids, row.span, row.images, sampling)
     encoder.check(request)
     with torch.inference_mode():

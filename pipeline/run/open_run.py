@@ -18,7 +18,7 @@ from pipeline.redact import cause_of
 from pipeline.run.check import Job, check_may_go_on
 from pipeline.run.show import tell
 from pipeline.run.stopping import stoppable
-from pipeline.settings.job import as_yaml
+from pipeline.settings.base import as_yaml
 
 logger = logging.getLogger(__name__)
 

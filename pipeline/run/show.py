@@ -37,7 +37,7 @@ def show_answers(job: Job, console: Console) -> None:
     if first is None:
         return
     table = read_result(folder, first)
-    prompts = job.plan.names if job.settings.output.prompts == "columns" else ()
+    prompts = job.plan.names if job.settings.output.prompt_layout == "columns" else ()
     shown = min(SHOWN_ANSWERS, len(table))
     for row in table.take([i * len(table) // shown for i in range(shown)]).to_pylist():
         lines = (

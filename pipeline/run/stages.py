@@ -7,6 +7,7 @@ import secrets
 from typing import Any
 
 from pipeline.counters import Look
+from pipeline.engine.options import Sizes
 from pipeline.errors import Stopped
 from pipeline.io.output.columns import layout_schema
 from pipeline.io.rowset import RowSet
@@ -104,7 +105,7 @@ def _start_committer(job: Job, run: OpenRun, at: str, monitor: NamedActor) -> Na
             ),
             job.settings.errors,
             monitor,
-            Prompts(plan.names, output.prompts),
+            Prompts(plan.names, output.prompt_layout),
         ),
     )
 
@@ -173,8 +174,6 @@ def _dataset(
 
 def _blocks_in_flight(job: Job, resources: Resources) -> int:
     """Enough that a replica can fill a batch while it chooses from a full waiting room."""
-    from pipeline.engine import EngineOptions, Sizes
-
-    sizes = Sizes.of(EngineOptions(**job.settings.engine.model_dump()), resources.device)
+    sizes = Sizes.of(job.settings.to_options(), resources.device)
     rows = sizes.waiting + sizes.batch_size
     return -(-rows // job.settings.preparation.rows_per_block) + 1

@@ -14,11 +14,32 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline.errors import ConfigError
 from pipeline.redact import printable, scrubbed, without_secrets
+from pipeline.settings.yaml_text import (
+    NO_YAML,
+    Loader,
+    cut,
+    hint,
+    is_union,
+    options_of,
+    parse,
+    reason,
+    wanted_at,
+)
 
 PositiveInt = Annotated[int, Field(ge=1)]
+
+#: Keys that had other names, and the names that they have now.
+RENAMED = {"output.prompts": "output.prompt_layout"}
+
+#: Metadata of a field: whether another value may change answers, or what is written of them. What
+#: says nothing is as its group is; a group that says nothing may.
+_MAY_CHANGE_ANSWERS = "may_change_answers"
+KEEPS_ANSWERS: dict[str, Any] = {_MAY_CHANGE_ANSWERS: False}
+CHANGES_ANSWERS: dict[str, Any] = {_MAY_CHANGE_ANSWERS: True}
 
 
 class Settings(BaseModel):
@@ -60,16 +81,16 @@ def load_settings(kind: type[T], file: Path | None, assignments: Sequence[str]) 
 
 def _read_yaml(kind: type[Settings], file: Path) -> dict[str, Any]:
     try:
-        node, values = _parse(file.read_text(encoding="utf-8-sig"), kind, f"--config {file}")
+        node, values = parse(file.read_text(encoding="utf-8-sig"), kind, f"--config {file}")
     except OSError as error:
         raise ConfigError(f"--config {file}: {os.strerror(error.errno or 0)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"--config {file}: no valid YAML: no UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from error
-    except _NO_YAML as error:
+    except NO_YAML as error:
         raise ConfigError(
-            f"--config {file}: no valid YAML ({_reason(error)}){_hint(error)}"
+            f"--config {file}: no valid YAML ({reason(error)}){hint(error)}"
         ) from error
     if node is None:
         raise ConfigError(
@@ -89,30 +110,30 @@ def _assign(kind: type[Settings], values: dict[str, Any], assignment: str) -> No
     *parents, last = key.split(".")
     wanted: Any = kind
     for parent in parents:
-        wanted = _inside(wanted, parent)
+        wanted = wanted_at(wanted, parent)
         # A group that the file leaves empty (`columns:`) reads as null.
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
             raise ConfigError(f"--set {key}: {parent!r} is a value, not a group of keys")
-    values[last] = _given(key, text, _inside(wanted, last))
+    values[last] = _given(key, text, wanted_at(wanted, last))
 
 
 def _given(key: str, text: str, wanted: Any) -> Any:
     """What `--set key=text` means for a key of the type `wanted`."""
-    options = _options(wanted)
+    options = options_of(wanted)
     if not text:
         return None if type(None) in options else ""
     try:
-        node, value = _parse(text, wanted, "--set", key, literally=True)
-    except (*_NO_YAML, ConfigError) as error:
+        node, value = parse(text, wanted, "--set", key, literally=True)
+    except (*NO_YAML, ConfigError) as error:
         if str in options:
             return _as_it_stands(key, text, "it is no sound YAML")
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"--set {key}: {_cut(repr(text))} is no valid YAML ({_cut(_reason(error))})"
+            f"--set {key}: {cut(repr(text))} is no valid YAML ({cut(reason(error))})"
         ) from error
     if str not in options:
         return value
@@ -125,24 +146,20 @@ def _given(key: str, text: str, wanted: Any) -> Any:
     ):
         return value
     try:
-        plain = yaml.load(text, _Loader)
-    except _NO_YAML:
+        plain = yaml.load(text, Loader)
+    except NO_YAML:
         return _as_it_stands(key, text, "it is no sound YAML")
     return (
         text
         if plain == text
-        else _as_it_stands(key, text, f"YAML would have made {_cut(repr(plain))} of it")
+        else _as_it_stands(key, text, f"YAML would have made {cut(repr(plain))} of it")
     )
 
 
 def _as_it_stands(key: str, text: str, why: str) -> str:
-    said = f"--set {key}: taken as the text {_cut(repr(text))} as it stands; {why}"
+    said = f"--set {key}: taken as the text {cut(repr(text))} as it stands; {why}"
     print(without_secrets(printable(said)), file=sys.stderr)
     return text
-
-
-def _cut(text: str, width: int = 120) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _explain(kind: type[Settings], error: ValidationError) -> str:
@@ -160,17 +177,19 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
             ):
                 parts.append(part)
         key = ".".join(parts) or "configuration"
-        if detail["type"] == "extra_forbidden":
+        if key in RENAMED:
+            lines.append(f"{key}: is called {RENAMED[key]} now; rename it")
+        elif detail["type"] == "extra_forbidden":
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             lines.append(f"{key}: unknown key; did you mean {nearest[0]}?")
         elif detail["type"] == "missing":
             lines.append(f"{key}: missing; set it in the file or with --set {key}=...")
         elif detail["type"] == "model_type":
-            lines.append(f"{key}: expected a group of keys, got {_cut(repr(detail['input']), 200)}")
+            lines.append(f"{key}: expected a group of keys, got {cut(repr(detail['input']), 200)}")
         else:
             message = detail["msg"].removeprefix("Value error, ")
             lines.append(
-                f"{key}: {message[0].lower()}{message[1:]}, got {_cut(repr(detail['input']), 200)}"
+                f"{key}: {message[0].lower()}{message[1:]}, got {cut(repr(detail['input']), 200)}"
             )
     return "; ".join(dict.fromkeys(lines))
 
@@ -180,14 +199,36 @@ def _dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in kind.model_fields.items():
         keys.append(prefix + name)
         options = (
-            typing.get_args(field.annotation)
-            if _is_union(field.annotation)
-            else (field.annotation,)
+            typing.get_args(field.annotation) if is_union(field.annotation) else (field.annotation,)
         )
         for option in options:
             if isinstance(option, type) and issubclass(option, BaseModel):
                 keys += _dotted_keys(option, f"{prefix}{name}.")
     return keys
+
+
+def may_change_answers(field: FieldInfo, group: bool = True) -> bool:
+    """Whether another value of a setting may change answers; `group`: whether its group's may."""
+    extra = field.json_schema_extra
+    mark = extra.get(_MAY_CHANGE_ANSWERS) if isinstance(extra, dict) else None
+    return group if mark is None else bool(mark)
+
+
+def answer_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that may change answers, as `group.key` and JSON values: what must be the same
+    for a run to go on.
+    """
+    values = settings.model_dump(mode="json")
+    deciding: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        mark, group = may_change_answers(field), getattr(settings, name)
+        if isinstance(group, Settings):
+            inner = type(group).model_fields.items()
+            marked = [key for key, item in inner if may_change_answers(item, mark)]
+            deciding |= {f"{name}.{key}": values[name][key] for key in marked}
+        elif mark:
+            deciding[name] = values[name]
+    return deciding
 
 
 def as_yaml(settings: Settings) -> str:

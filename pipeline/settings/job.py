@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jsonschema
 import regex
 from PIL import ImageColor
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline.io.input.buckets import bucket_of
-from pipeline.io.input.listing import Form
-from pipeline.quality.flags import Flag
+from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions
+from pipeline.quality.flags import Flag, FlagRules
 from pipeline.quality.languages import Language
-from pipeline.settings.base import PositiveInt, Settings
+from pipeline.rows import Form
+from pipeline.settings.base import CHANGES_ANSWERS, KEEPS_ANSWERS, PositiveInt, Settings
+from pipeline.settings.buckets import bucket_of
 from pipeline.template import Template
+
+if TYPE_CHECKING:
+    from pipeline.engine import Sampling
+
+#: What a job does: describe pictures, or answer questions about them.
+Task = Literal["caption", "vqa"]
 
 
 def _is_divisible_by(value: float) -> float:
@@ -44,19 +52,19 @@ class ModelSettings(Settings):
     adapter: str | None = Field(
         None, description="Awaker adapter: the same, or a pytorch_model.bin; null: plain Qwen2-VL"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="dtype of weights and arithmetic"
-    )
+    dtype: DtypeName = Field("bfloat16", description="dtype of weights and arithmetic")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: CUDA where the cluster has GPUs"
+        "auto",
+        json_schema_extra=KEEPS_ANSWERS,
+        description="auto: CUDA where the cluster has GPUs",
     )
     prepack: bool = Field(
         True,
         description="on a CPU: lay large weights out for its products: faster, but replicas share "
         "no mapped file",
     )
-    decode_route: Literal["released", "prefill"] = Field(
-        "released",
+    decode_route: DecodeRoute = Field(
+        EngineOptions.decode_route,
         description="released: decode routes by the prompt's words alone; prefill: keep the "
         "prefill's route",
     )
@@ -98,8 +106,10 @@ class ColumnSettings(Settings):
 class InputSettings(Settings):
     """What is read."""
 
+    # Where a shard lies is not what it holds: that, the listing knows.
     path: str | list[str] = Field(
-        description="file, folder, glob or a list of them; local or any fsspec URL"
+        json_schema_extra=KEEPS_ANSWERS,
+        description="file, folder, glob or a list of them; local or any fsspec URL",
     )
     format: Literal["auto", Form] = Field(
         "auto",
@@ -291,12 +301,17 @@ class OutputSettings(Settings):
     """What is written."""
 
     path: str = Field(min_length=1, description="folder of the result: local or any fsspec URL")
-    token_ids: bool = Field(False, description="add the column token_ids")
-    routes: bool = Field(
-        False, description="add the columns prefill_route, decode_route, prefill_gate, decode_gate"
+    token_ids: bool = Field(
+        False, json_schema_extra=CHANGES_ANSWERS, description="add the column token_ids"
     )
-    prompts: Literal["rows", "columns"] = Field(
+    routes: bool = Field(
+        False,
+        json_schema_extra=CHANGES_ANSWERS,
+        description="add the columns prefill_route, decode_route, prefill_gate, decode_gate",
+    )
+    prompt_layout: Literal["rows", "columns"] = Field(
         "rows",
+        json_schema_extra=CHANGES_ANSWERS,
         description="of input.prompts: an output row each, or one row with columns text_<name> and "
         "so on",
     )
@@ -382,6 +397,27 @@ class GenerationSettings(Settings):
         0.7, gt=0, description="temperature of further tries; each has a seed of its own"
     )
 
+    def to_sampling(self, folder: Path) -> Sampling:
+        """How answers are sampled: these settings over the generation_config.json of a checkpoint's
+        folder.
+
+        Raises:
+            CheckpointError: that file cannot be read, or nothing can be sampled by what it says.
+        """
+        from pipeline.engine import Sampling  # it imports torch, which most readers do without
+
+        return Sampling.of_checkpoint(
+            folder,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            stop=self.stop,
+            seed=self.seed,
+            stop_repetition=self.stop_repetition,
+        )
+
     @field_validator("regex")
     @classmethod
     def _regex_compiles(cls, value: str | None) -> str | None:
@@ -413,7 +449,9 @@ class FlagSettings(Settings):
     """What makes an answer doubtful; docs/flags.md has the rules."""
 
     min_words: int = Field(
-        0, ge=0, description="answers of fewer words are too_short; a Chinese character is a word"
+        FlagRules.min_words,
+        ge=0,
+        description="answers of fewer words are too_short; a Chinese character is a word",
     )
     language: Literal["auto", "any", Language] = Field(
         "auto",
@@ -442,40 +480,62 @@ class EngineSettings(Settings):
     """How a replica batches requests."""
 
     batch_size: PositiveInt | None = Field(
-        None, description="most requests that run at once; null: 32 on a CPU, 256 on a GPU"
+        EngineOptions.batch_size,
+        description="most requests that run at once; null: 32 on a CPU, 256 on a GPU",
     )
     batch_tokens: PositiveInt | None = Field(
-        None,
+        EngineOptions.batch_tokens,
         description="tokens of prompts and answers that the key/value cache holds, which bounds "
         "what runs at once; "
         "null: 65,536 on a CPU, what the memory left by the model holds on a GPU",
     )
     step_tokens: PositiveInt | None = Field(
-        None,
+        EngineOptions.step_tokens,
         description="prompt tokens of one step, longer prompts take several; null: 2,048 on a CPU, "
         "8,192 on a GPU",
     )
     waiting: PositiveInt | None = Field(
-        None,
+        EngineOptions.waiting,
         description="requests a replica holds to choose from; null: 128 on a CPU, 512 on a GPU",
     )
     group_by_expert: bool = Field(
-        True, description="start requests whose routes agree; off: in order of arrival"
+        EngineOptions.group_by_expert,
+        description="start requests whose routes agree; off: in order of arrival",
     )
     max_rounds_waiting: PositiveInt = Field(
-        8, description="a request passed over this often starts before the others"
+        EngineOptions.max_rounds_waiting,
+        description="a request passed over this often starts before the others",
     )
     vision_cache_bytes: int = Field(
-        256 << 20, ge=0, description="visual tokens kept for images that come again"
+        EngineOptions.vision_cache_bytes,
+        ge=0,
+        description="visual tokens kept for images that come again",
     )
     answer_cache: int = Field(
-        4096, ge=0, description="greedy answers kept for rows that come again"
+        EngineOptions.answer_cache, ge=0, description="greedy answers kept for rows that come again"
     )
+    # It rounds otherwise.
     fold_experts: bool = Field(
-        False,
+        EngineOptions.fold_experts,
+        json_schema_extra=CHANGES_ANSWERS,
         description="fold experts into the weights while all running rows share them (one prompt, "
         "one image size)",
     )
+
+    def to_options(self, decode_route: DecodeRoute) -> EngineOptions:
+        """How an engine batches; which experts new tokens take says `model.decode_route`."""
+        return EngineOptions(
+            batch_size=self.batch_size,
+            batch_tokens=self.batch_tokens,
+            step_tokens=self.step_tokens,
+            waiting=self.waiting,
+            group_by_expert=self.group_by_expert,
+            max_rounds_waiting=self.max_rounds_waiting,
+            vision_cache_bytes=self.vision_cache_bytes,
+            answer_cache=self.answer_cache,
+            decode_route=decode_route,
+            fold_experts=self.fold_experts,
+        )
 
 
 class PreparationSettings(Settings):
@@ -523,17 +583,39 @@ class JobSettings(Settings):
     # Validated even when absent, so that the message names the key that is missing inside.
     model: ModelSettings = Field(default_factory=dict, validate_default=True)
     input: InputSettings = Field(default_factory=dict, validate_default=True)
-    output: OutputSettings = Field(default_factory=dict, validate_default=True)
+    output: OutputSettings = Field(
+        default_factory=dict, validate_default=True, json_schema_extra=KEEPS_ANSWERS
+    )
     images: ImageSettings = Field(default_factory=ImageSettings)
-    fetch: FetchSettings = Field(default_factory=FetchSettings)
-    errors: ErrorSettings = Field(default_factory=ErrorSettings)
+    fetch: FetchSettings = Field(default_factory=FetchSettings, json_schema_extra=KEEPS_ANSWERS)
+    errors: ErrorSettings = Field(default_factory=ErrorSettings, json_schema_extra=KEEPS_ANSWERS)
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
     flags: FlagSettings = Field(default_factory=FlagSettings)
-    engine: EngineSettings = Field(default_factory=EngineSettings)
-    preparation: PreparationSettings = Field(default_factory=PreparationSettings)
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
-    cost: CostSettings = Field(default_factory=CostSettings)
-    replicas: PositiveInt = Field(
-        1, description="model replicas; each has a GPU of its own where there are GPUs"
+    engine: EngineSettings = Field(default_factory=EngineSettings, json_schema_extra=KEEPS_ANSWERS)
+    preparation: PreparationSettings = Field(
+        default_factory=PreparationSettings, json_schema_extra=KEEPS_ANSWERS
     )
-    ray: RaySettings = Field(default_factory=RaySettings)
+    evaluate: EvaluateSettings = Field(
+        default_factory=EvaluateSettings, json_schema_extra=KEEPS_ANSWERS
+    )
+    cost: CostSettings = Field(default_factory=CostSettings, json_schema_extra=KEEPS_ANSWERS)
+    replicas: PositiveInt = Field(
+        1,
+        json_schema_extra=KEEPS_ANSWERS,
+        description="model replicas; each has a GPU of its own where there are GPUs",
+    )
+    ray: RaySettings = Field(default_factory=RaySettings, json_schema_extra=KEEPS_ANSWERS)
+
+    def to_options(self) -> EngineOptions:
+        """How the engines of the job's replicas batch."""
+        return self.engine.to_options(self.model.decode_route)
+
+    def to_rules(self) -> FlagRules:
+        """What makes an answer doubtful, or invalid."""
+        return FlagRules(
+            min_words=self.flags.min_words,
+            language=self.flags.language,
+            refusals=tuple(self.flags.refusals),
+            regex=self.generation.regex,
+            json_schema=self.generation.json_schema,
+        )

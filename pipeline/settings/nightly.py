@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.settings.job import JobSettings, Settings
+from pipeline.settings.base import Settings
+from pipeline.settings.job import JobSettings, Task
 
 
 class NightSettings(Settings):
     """What a nightly run asks, and where it writes."""
 
-    task: Literal["caption", "vqa"] = Field(
-        "caption", description="which job runs: jobs/caption.py or jobs/vqa.py"
-    )
+    task: Task = Field("caption", description="which job runs: jobs/caption.py or jobs/vqa.py")
     date: str | None = Field(
         None, description="the partition's date, YYYY-MM-DD; null: today's, in UTC"
     )

@@ -6,14 +6,15 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from pipeline.engine.options import DtypeName
 from pipeline.settings.base import PositiveInt, Settings
-from pipeline.settings.job import JobSettings, OutputSettings
+from pipeline.settings.job import JobSettings, OutputSettings, Task
 
 
 class PlanSettings(JobSettings):
     """Everything that `jobs/plan.py` takes: a job's settings, and which job."""
 
-    task: Literal["caption", "vqa"] = Field("vqa", description="whose plan")
+    task: Task = Field("vqa", description="whose plan")
 
 
 class UnusedOutputSettings(OutputSettings):
@@ -86,7 +87,7 @@ class ConvertModelSettings(Settings):
     adapter: str | None = Field(
         None, description="Awaker adapter: the same, or a pytorch_model.bin; null: plain Qwen2-VL"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+    dtype: DtypeName | None = Field(
         None,
         description="dtype to store; null: as stored, with q/k/v in float32 since their adapter is "
         "added there",

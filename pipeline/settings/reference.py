@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,24 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline.settings.job import (
+from pipeline.settings.base import Settings, may_change_answers
+from pipeline.settings.job import JobSettings
+from pipeline.settings.nightly import NightlySettings
+from pipeline.settings.other_jobs import (
     ConvertSettings,
     ExportSettings,
-    JobSettings,
     ReportSettings,
-    Settings,
     VerifySettings,
 )
-from pipeline.settings.nightly import NightlySettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 HEAD = """# Configuration
 
 Every key of every job, with its default; `python jobs/NAME.py --set key=value` sets one, a YAML
-file of `--config` sets many. Unknown keys are errors that name the nearest valid one. This page is
-written by
+file of `--config` sets many. Unknown keys are errors that name the nearest valid one. A run of
+caption, vqa or nightly goes on with an output only under the same settings; keys marked * change no
+answer and may differ. This page is written by
 `python -m pipeline.settings.reference` from
 [pipeline/settings/job.py](../pipeline/settings/job.py).
 """
@@ -38,7 +39,7 @@ written by
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD, "## caption, vqa\n", *_group(JobSettings)]
+    parts = [HEAD, "## caption, vqa\n", *_group(JobSettings, marked=True)]
     own = [name for name in NightlySettings.model_fields if name not in JobSettings.model_fields]
     parts += [
         "## nightly\n",
@@ -58,20 +59,31 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _group(kind: type[Settings], only: list[str] | None = None) -> Iterator[str]:
-    """A table of a job's plain keys, then one for each group of keys."""
+def _group(
+    kind: type[Settings], only: list[str] | None = None, *, marked: bool = False
+) -> Iterator[str]:
+    """A table of a job's plain keys, then one for each group of keys; `marked`: say which of them
+    change no answer.
+    """
     fields = {
         name: field for name, field in kind.model_fields.items() if only is None or name in only
     }
+
+    def free_of(keys: dict[str, FieldInfo], group: bool) -> set[str]:
+        return {
+            key for key, field in keys.items() if marked and not may_change_answers(field, group)
+        }
+
     plain = {name: field for name, field in fields.items() if _settings_of(field) is None}
     if plain:
-        yield _table("", plain)
+        yield _table("", plain, free=free_of(plain, True))
     for name, field in fields.items():
         group = _settings_of(field)
         if group is not None:
             yield f"### {name}\n"
             yield f"{' '.join((group.__doc__ or '').split())}\n"
-            yield _table(f"{name}.", dict(_leaves(group)))
+            leaves = dict(_leaves(group))
+            yield _table(f"{name}.", leaves, free=free_of(leaves, may_change_answers(field)))
 
 
 def _leaves(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -88,11 +100,11 @@ def _settings_of(field: FieldInfo) -> type[Settings] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
 
 
-def _table(prefix: str, fields: dict[str, FieldInfo]) -> str:
+def _table(prefix: str, fields: dict[str, FieldInfo], free: Set[str]) -> str:
     lines = ["| key | values | default | |", "|---|---|---|---|"]
     for name, field in fields.items():
         cells = (
-            f"`{prefix}{name}`",
+            f"`{prefix}{name}`" + ("\\*" if name in free else ""),
             _kind(field.annotation),
             _default(field),
             field.description or "",

@@ -16,12 +16,13 @@ from pydantic import BaseModel
 from pipeline.errors import ConfigError
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as in YAML 1.2 and in everybody's head; PyYAML reads it as
     text. It takes no tags.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; what anchor it has is kept beside it."""
         event = self.peek_event()
         if getattr(event, "tag", None) not in (None, "!"):
             raise yaml.composer.ComposerError(
@@ -37,7 +38,7 @@ class _Loader(yaml.SafeLoader):
         self.anchored: dict[int, str | None] = {}
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
@@ -63,20 +64,22 @@ MOST_LEVELS = 100
 
 
 #: What PyYAML raises at text that is none of its own; ValueError at a date that there is not.
-_NO_YAML = (yaml.YAMLError, RecursionError, ValueError)
+NO_YAML = (yaml.YAMLError, RecursionError, ValueError)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a text is no YAML, in one line."""
     return "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
 
 
-def _hint(error: Exception) -> str:
+def hint(error: Exception) -> str:
+    """What helps against it, if anything is known to."""
     if not isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError):
         return ""
     return "; quote a text that begins with a mark such as @ % ` { [ & * ! | > - or holds ': '"
 
 
-def _parse(
+def parse(
     text: str, wanted: Any, where: str, key: str = "", *, literally: bool = False
 ) -> tuple[yaml.Node | None, Any]:
     """A YAML document for a key of the type `wanted`, as node and as value.
@@ -89,7 +92,7 @@ def _parse(
         literally: where text is wanted, what YAML reads otherwise (`yes`) is the text that it is;
             else it is an error.
     """
-    loader = _Loader(text)
+    loader = Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -118,12 +121,12 @@ class _Check:
                 key,
                 f"more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, aliases followed",
             )
-        options = _options(wanted)
+        options = options_of(wanted)
         if str in options and not self._literally:
             self._check_text(node, options, key)
         if isinstance(node, yaml.SequenceNode):
             for item in node.value:
-                self.check(item, _inside(wanted, list), key, level + 1)
+                self.check(item, wanted_at(wanted, list), key, level + 1)
         elif isinstance(node, yaml.MappingNode):
             self._check_mapping(node, wanted, key, level)
         elif node.tag not in (_TEXT, _NULL):
@@ -153,13 +156,13 @@ class _Check:
         # Comments stand two blanks off, by the custom of YAML; `path: s3://b/in # ours` is one
         # beyond doubt, too.
         if " " in node.value and comment.startswith("#") and len(behind) - len(comment) < 2:
-            what = f"ends before {_cut(repr(comment), 40)}, which is a comment; quote the text"
+            what = f"ends before {cut(repr(comment), 40)}, which is a comment; quote the text"
             raise self._wrong(node, key, f"{what}, or put two blanks before the comment")
         if not node.value and comment.startswith("#") and comment[1:2].strip("# !"):
             raise self._wrong(
                 node,
                 key,
-                f"is empty: {_cut(repr(comment), 40)} is a comment; quote it to mean text",
+                f"is empty: {cut(repr(comment), 40)} is a comment; quote it to mean text",
             )
 
     def _check_mapping(self, node: yaml.MappingNode, wanted: Any, key: str, level: int) -> None:
@@ -171,29 +174,33 @@ class _Check:
                 raise self._wrong(
                     name, key, "a list or group stands where a key should; quote it to mean text"
                 )
-            own = f"{key}.{name.value}".lstrip(".")
+            inner_key = f"{key}.{name.value}".lstrip(".")
             if name.tag != _TEXT:
-                self._check_scalar(name, str, own)
+                self._check_scalar(name, str, inner_key)
             if name.value in seen:
-                raise self._wrong(name, own, "stands here a second time; keep one of the two")
+                raise self._wrong(name, inner_key, "stands here a second time; keep one of the two")
             seen.add(name.value)
-            self.check(value, _inside(wanted, name.value), own, level + 1)
+            self.check(value, wanted_at(wanted, name.value), inner_key, level + 1)
 
     def _check_scalar(self, node: yaml.Node, wanted: Any, key: str) -> None:
-        options, kind = _options(wanted), node.tag.rpartition(":")[2]
+        options, kind = options_of(wanted), node.tag.rpartition(":")[2]
         if str in options:
             if self._literally:
                 node.tag = _TEXT
                 return
-            told = "null" if node.tag == _NULL else _READ_AS.get(kind, kind)
+            reading = "null" if node.tag == _NULL else _READ_AS.get(kind, kind)
             raise self._wrong(
-                node, key, f"{node.value} is read as {told}, not as text; quote it: '{node.value}'"
+                node,
+                key,
+                f"{node.value} is read as {reading}, not as text; quote it: '{node.value}'",
             )
         odd = kind in ("int", "float") and _ODD_NUMBER.fullmatch(node.value)
         if kind == "timestamp" or odd or (Any in options and _ODD_WORD.fullmatch(node.value)):
-            told = f"YAML reads {node.value} as {_READ_AS.get(kind, kind)} of its own kind"
+            reading = f"YAML reads {node.value} as {_READ_AS.get(kind, kind)} of its own kind"
             raise self._wrong(
-                node, key, f"{told}; quote it to mean text, or write true, false or a plain number"
+                node,
+                key,
+                f"{reading}; quote it to mean text, or write true, false or a plain number",
             )
 
     def _wrong(self, node: yaml.Node, key: str, what: str) -> ConfigError:
@@ -203,22 +210,22 @@ class _Check:
         return ConfigError(f"{where} {key}: {what}" if key else f"{where} {what}")
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
+def options_of(annotation: Any) -> tuple[Any, ...]:
     """The types that an annotation allows; a Literal's values count as their types."""
     if typing.get_origin(annotation) is Annotated:
-        return _options(typing.get_args(annotation)[0])
-    if _is_union(annotation):
-        return tuple(one for option in typing.get_args(annotation) for one in _options(option))
+        return options_of(typing.get_args(annotation)[0])
+    if is_union(annotation):
+        return tuple(one for option in typing.get_args(annotation) for one in options_of(option))
     if typing.get_origin(annotation) is Literal:
         return tuple({type(value) for value in typing.get_args(annotation)})
     return (annotation,)
 
 
-def _inside(annotation: Any, what: Any) -> Any:
+def wanted_at(annotation: Any, what: Any) -> Any:
     """What an annotation wants at a key, or (`what` is list) of its items; Any where it does not
     say.
     """
-    for option in _options(annotation):
+    for option in options_of(annotation):
         if what is list:
             if typing.get_origin(option) is list:
                 return typing.get_args(option)[0]
@@ -233,10 +240,16 @@ def _inside(annotation: Any, what: Any) -> Any:
     # An unknown key is an error of its own, which says more than one about its value.
     groups = any(
         isinstance(option, type) and issubclass(option, BaseModel)
-        for option in _options(annotation)
+        for option in options_of(annotation)
     )
     return object if groups else Any
 
 
-def _is_union(annotation: Any) -> bool:
+def is_union(annotation: Any) -> bool:
+    """Whether an annotation allows several types, written in either way."""
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def cut(text: str, width: int = 120) -> str:
+    """A text that fits into a message."""
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.settings.job import as_yaml
+from pipeline.settings.base import as_yaml
 from pipeline.training.adapter_stages import train_adapter
 from pipeline.training.base_stages import train_vision_and_base
 from pipeline.training.batches import Example

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.settings.job import PositiveInt, Settings
+from pipeline.settings.base import PositiveInt, Settings
 from pipeline.training.small_base import Shape
 
 StageName = Literal["vision", "base", "lora", "mixture", "instruct", "report"]

@@ -11,7 +11,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from pipeline.settings.job import PositiveInt, Settings
+from pipeline.settings.base import PositiveInt, Settings
 from pipeline.synthetic.hub_folder import FolderShape, train_tokenizer, write_hub_folder
 from pipeline.synthetic.scenes.phrases import vocabulary
 

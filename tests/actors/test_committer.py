@@ -26,7 +26,7 @@ from pipeline.io.output.lease import Claim, LeaseLostError
 from pipeline.io.output.retries import merge_retries
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
-from pipeline.rows import QUESTION, ROW, SHARD
+from pipeline.rows import PROMPT_NAME, ROW, SHARD
 from pipeline.settings.job import ErrorSettings, OutputSettings
 from tests.io.output.epochs import hold
 
@@ -63,7 +63,12 @@ def block(shard: str, *rows: int, error: str | None = None) -> pa.Table:
     }
     columns["error"] = pa.array([error] * count, pa.string())
     return pa.table(
-        {**columns, SHARD: [shard] * count, ROW: pa.array(rows, pa.int64()), QUESTION: [""] * count}
+        {
+            **columns,
+            SHARD: [shard] * count,
+            ROW: pa.array(rows, pa.int64()),
+            PROMPT_NAME: [""] * count,
+        }
     )
 
 
@@ -317,7 +322,7 @@ def parts(
         "text": texts,
         "error": errors,
         "prompt_tokens": [7] * len(pairs),
-        QUESTION: names,
+        PROMPT_NAME: names,
     }
     for name, values in own.items():
         at = answered.schema.get_field_index(name)

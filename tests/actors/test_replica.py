@@ -13,7 +13,8 @@ import torch
 from pipeline.actors.replica import Judged, Replica, process_gauges
 from pipeline.model.prompt import PromptProcessor
 from pipeline.rows import PreparedRow
-from pipeline.settings.job import JobSettings, load_settings
+from pipeline.settings.base import load_settings
+from pipeline.settings.job import JobSettings
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.prompts import random_questions
 

@@ -22,7 +22,7 @@ from pipeline.actors.monitor import Monitor
 from pipeline.actors.prepare import Preparer
 from pipeline.errors import RowError
 from pipeline.io.input.plan import Columns
-from pipeline.rows import QUESTION, READ_SCHEMA, ROW, SHARD, PreparedRow, prepared_rows
+from pipeline.rows import PROMPT_NAME, READ_SCHEMA, ROW, SHARD, PreparedRow, prepared_rows
 from pipeline.settings.job import FetchSettings, JobSettings
 from tests.io.shards import picture
 
@@ -43,7 +43,7 @@ def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     for name, values in {
         SHARD: ["s"] * count,
         ROW: list(range(count)),
-        QUESTION: [""] * count,
+        PROMPT_NAME: [""] * count,
     }.items():
         made = made.append_column(name, pa.array(values))
     return made

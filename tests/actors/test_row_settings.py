@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.actors.prepare import Preparer
 from pipeline.actors.replica import Judged, Replica
-from pipeline.actors.row_settings import job_sampling, row_settings, rules_for_rows
+from pipeline.actors.row_settings import row_settings, rules_for_rows
 from pipeline.engine import Answer, Request
 from pipeline.errors import CheckpointError, InputError, RowError
 from pipeline.io.input.plan import plan_input
@@ -121,7 +121,7 @@ def test_a_line_is_answered_as_by_a_job_with_its_settings(tmp_path: Path) -> Non
         replica = Replica(job(), pa.schema([]), len(rows), "cpu", 1, None, None)
         with contextlib.closing(replica._engine) as engine:
             together = await replica._answer(rows)
-            jobs = [job_sampling(job(**settings).generation, base) for _, settings in SAME]
+            jobs = [job(**settings).generation.to_sampling(base) for _, settings in SAME]
             alone = [engine.generate([Request(ids, span, (), sampling)])[0] for sampling in jobs]
             middle = together[0].answer.text[2:4]
             stops = [
@@ -256,7 +256,7 @@ def test_a_plan_says_what_holds_for_lines(tmp_path: Path) -> None:
         in told
     )
     assert "greedy" not in rules_for_rows(GenerationSettings(top_k=0), tmp_path)
-    assert job_sampling(GenerationSettings(), tmp_path).with_own(
+    assert GenerationSettings().to_sampling(tmp_path).with_own(
         {"stop": ["a"], "top_k": 0}
     ).stop == ("a",)
 
@@ -286,4 +286,4 @@ def test_a_checkpoints_sampling_that_cannot_be_read_is_an_error_in_one_line(
     with pytest.raises(
         CheckpointError, match=r"^model.base: cannot read .*/generation_config.json \([^\n]*$"
     ):
-        job_sampling(GenerationSettings(), tmp_path)
+        GenerationSettings().to_sampling(tmp_path)

@@ -27,7 +27,7 @@ from pipeline.rows import (
     IMAGES,
     MESSAGES,
     PROMPT,
-    QUESTION,
+    PROMPT_NAME,
     READ_SCHEMA,
     REFERENCES,
     ROW,
@@ -199,7 +199,7 @@ def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answere
     places = {
         SHARD: pa.array(["a"] * 6),
         ROW: pa.array(range(6), pa.int64()),
-        QUESTION: pa.array([""] * 6),
+        PROMPT_NAME: pa.array([""] * 6),
     }
     for name, values in places.items():
         table = table.append_column(name, values)

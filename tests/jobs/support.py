@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.actors.loading import engine_options, load_for_job
+from pipeline.actors.loading import load_for_job
 from pipeline.actors.prepare import Preparer
-from pipeline.actors.row_settings import job_sampling
 from pipeline.engine import Request
 from pipeline.io.input.plan import plan_input
 from pipeline.io.input.read import PlannedShards, read_piece
@@ -29,7 +28,8 @@ from pipeline.rows import prepared_rows
 from pipeline.run.check import Task, check_job
 from pipeline.run.run import run_job
 from pipeline.run.summary import Summary
-from pipeline.settings.job import JobSettings, load_settings
+from pipeline.settings.base import load_settings
+from pipeline.settings.job import JobSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,8 +112,8 @@ def answered_here(task: Task, assignments: dict[str, Any]) -> dict[str, dict[str
         row for table in read for prepared in preparer(table) for row in prepared_rows(prepared)
     ]
     loaded = load_for_job(settings, torch.device("cpu"))
-    sampling = job_sampling(settings.generation, loaded.folder)
-    with loaded.engine(engine_options(settings)) as engine:
+    sampling = settings.generation.to_sampling(loaded.folder)
+    with loaded.engine(settings.to_options()) as engine:
         requests = [
             Request(row.input_ids, row.span, row.images, sampling)
             for row in rows

@@ -16,7 +16,8 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.run.check import check_job
 from pipeline.run.run import run_job
-from pipeline.settings.job import JobSettings, load_settings
+from pipeline.settings.base import load_settings
+from pipeline.settings.job import JobSettings
 from tests.conftest import RayCluster
 from tests.io.shards import IMAGE_STRUCT, picture, write_shard
 from tests.jobs.support import (

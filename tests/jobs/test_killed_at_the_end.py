@@ -23,7 +23,8 @@ from pipeline.io.rowset import RowSet
 from pipeline.run.check import Job, check_job
 from pipeline.run.run import run_job
 from pipeline.run.verify import verify
-from pipeline.settings.job import JobSettings, load_settings
+from pipeline.settings.base import load_settings
+from pipeline.settings.job import JobSettings
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.io.shards import write_shard
 from tests.jobs.support import ROOT, sets
@@ -39,7 +40,8 @@ from dataclasses import replace
 import pipeline.report.page
 from pipeline.run.check import check_job
 from pipeline.run.run import run_job
-from pipeline.settings.job import JobSettings, load_settings
+from pipeline.settings.base import load_settings
+from pipeline.settings.job import JobSettings
 
 module, name, template, *assignments = sys.argv[1:]
 module = importlib.import_module(module)

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.errors import CheckpointError
 from pipeline.run.run import check_job, run_job
-from pipeline.settings.job import JobSettings, load_settings
+from pipeline.settings.base import load_settings
+from pipeline.settings.job import JobSettings
 from tests.conftest import RayCluster
 from tests.io.shards import write_shard
 

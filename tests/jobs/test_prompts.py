@@ -45,7 +45,7 @@ def test_several_prompts_get_the_answers_that_each_would_get_alone(
             )
 
     summary = run_on_cluster(
-        "vqa", {**several, "output.path": tmp_path / "columns", "output.prompts": "columns"}
+        "vqa", {**several, "output.path": tmp_path / "columns", "output.prompt_layout": "columns"}
     )
     assert (summary.written.rows, dict(summary.written.errors)) == (
         4,
@@ -66,6 +66,6 @@ def test_several_prompts_get_the_answers_that_each_would_get_alone(
     # Run again, both do nothing.
     for layout in ("rows", "columns"):
         again = run_on_cluster(
-            "vqa", {**several, "output.path": tmp_path / layout, "output.prompts": layout}
+            "vqa", {**several, "output.path": tmp_path / layout, "output.prompt_layout": layout}
         )
         assert again.answered["rows"] == 0

@@ -16,7 +16,7 @@ from pipeline.redact import printable
 from pipeline.run import commands
 from pipeline.run.commands import COMMANDS, run
 from pipeline.run.inspection import as_blocks
-from pipeline.settings.job import load_settings
+from pipeline.settings.base import load_settings
 from tests.io.shards import write_shard
 from tests.jobs.support import ROOT, expected_rows, released_model, run_script_here, sets
 

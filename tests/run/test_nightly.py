@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, OutputError
 from pipeline.io.output.lease import Claim, Lease, LeaseTimes
 from pipeline.io.output.storage import OutputFolder
 from pipeline.run.nightly import Partition, plan_night, read_partitions, run_night
-from pipeline.settings.job import load_settings
+from pipeline.settings.base import load_settings
 from pipeline.settings.nightly import NightlySettings
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.conftest import RayCluster

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.engine.options import EngineOptions
 from pipeline.errors import ConfigError
-from pipeline.settings.job import ConvertSettings, JobSettings, Settings, as_yaml, load_settings
+from pipeline.settings.base import Settings, answer_settings, as_yaml, load_settings
+from pipeline.settings.job import EngineSettings, JobSettings
 from pipeline.settings.nightly import NightlySettings
+from pipeline.settings.other_jobs import ConvertSettings
 from pipeline.synthetic.scenes.dataset import ScenesSettings
 from pipeline.training.settings import TrainSettings
 
@@ -110,6 +113,7 @@ def test_defaults_of_the_fixed_keys() -> None:
         ("model.dtyp=float32", "model.dtyp: unknown key; did you mean model.dtype?"),
         ("input.column.id=a", "input.column: unknown key; did you mean input.columns?"),
         ("replica=2", "replica: unknown key; did you mean replicas?"),
+        ("output.prompts=columns", "output.prompts: is called output.prompt_layout now; rename it"),
         (
             "generation.max_tokens=5",
             "generation.max_tokens: unknown key; did you mean generation.max_new_tokens?",
@@ -503,3 +507,52 @@ def test_a_prompt_whose_braces_are_no_columns_is_an_error_that_says_how_to_write
         match=r"input\.prompt: is no template .* braces themselves are written \{\{ and \}\}",
     ):
         load(f"input.prompt={json.dumps(prompt)}")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "decides"),
+    [
+        ("engine.fold_experts=true", True),
+        ("engine.batch_size=7", False),
+        ("engine.answer_cache=0", False),
+        ("output.prompt_layout=columns", True),
+        ("output.token_ids=true", True),
+        ("output.routes=true", True),
+        ("output.samples=0", False),
+        ("model.device=cpu", False),
+        ("model.dtype=float32", True),
+        ("model.prepack=false", True),
+        ("input.path=elsewhere", False),
+        ("input.limit=3", True),
+        ("images.max_pixels=3", True),
+        ("fetch.tries=9", False),
+        ("generation.seed=9", True),
+        ("flags.min_words=9", True),
+        ("replicas=2", False),
+        ("ray.address=here", False),
+    ],
+)
+def test_a_setting_says_whether_it_may_change_answers(assignment: str, decides: bool) -> None:
+    required = ["model.base=m", "input.path=in", "output.path=out"]
+    before = answer_settings(load_settings(JobSettings, None, required))
+    after = answer_settings(load_settings(JobSettings, None, [*required, assignment]))
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == ({assignment.partition("=")[0]} if decides else set())
+
+
+def test_engine_settings_are_the_engines_own_options() -> None:
+    assert EngineSettings().to_options("released") == EngineOptions()
+    changed = {
+        "batch_size": 1,
+        "batch_tokens": 2,
+        "step_tokens": 3,
+        "waiting": 4,
+        "group_by_expert": False,
+        "max_rounds_waiting": 5,
+        "vision_cache_bytes": 6,
+        "answer_cache": 7,
+        "fold_experts": True,
+    }
+    assert changed.keys() == EngineSettings.model_fields.keys()
+    options = EngineSettings.model_validate(changed).to_options("prefill")
+    assert options == EngineOptions(**changed, decode_route="prefill")  # type: ignore[arg-type]

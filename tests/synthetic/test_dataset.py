@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ConfigError, OutputError
-from pipeline.settings.job import load_settings
+from pipeline.settings.base import load_settings
 from pipeline.synthetic.scenes.dataset import SCHEMA, ScenesSettings, scene_table, write_scenes
 from pipeline.synthetic.scenes.questions import TASKS
 

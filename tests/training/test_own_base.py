@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.settings.job import load_settings
+from pipeline.settings.base import load_settings
 from pipeline.synthetic.scenes.dataset import ScenesSettings, scene_table
 from pipeline.training.data import ParquetSource
 from pipeline.training.mixture import Routing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.settings.job import load_settings
+from pipeline.settings.base import load_settings
 from pipeline.training.base_stages import train_vision_and_base
 from pipeline.training.mixture import Routing
 from pipeline.training.plot import read_log

@@ -37,10 +37,10 @@ from pipeline.io.input.addresses import (
     not_public,
     public_socket,
 )
-from pipeline.io.input.buckets import bucket_of, buckets_of, has_buckets, holds_credentials
 from pipeline.io.input.data_uri import data_of, header_of, is_bare_base64, is_data_uri
 from pipeline.io.output.storage import WRAPPERS, open_filesystem
 from pipeline.redact import LOOKED_AT, cause_of, one_line, without_secrets
+from pipeline.settings.buckets import bucket_of, buckets_of, has_buckets, holds_credentials
 from pipeline.settings.job import FetchSettings
 
 MAX_REDIRECTS = 5

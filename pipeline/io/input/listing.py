@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.errors import InputError
-from pipeline.io.input.buckets import holds_password
 from pipeline.io.output.storage import PARQUET_SUFFIXES, open_filesystem
 from pipeline.redact import without_secrets
+from pipeline.rows import Form
+from pipeline.settings.buckets import holds_password
 
-Form = Literal["parquet", "webdataset", "arrow", "jsonl", "csv", "images"]
 #: What people call them.
 FORM_NAMES: dict[Form, str] = {
     "parquet": "Parquet",

@@ -36,7 +36,7 @@ from pipeline.rows import (
     MESSAGES,
     PLACE_SCHEMA,
     PROMPT,
-    QUESTION,
+    PROMPT_NAME,
     READ_SCHEMA,
     REFERENCES,
     ROW,
@@ -251,7 +251,7 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         SHARD: pa.array([shard.file.url] * count, pa.string()),
         ROW: pa.array(numbers, pa.int64()),
     }
-    place[QUESTION] = pa.array([""] * count, pa.string())
+    place[PROMPT_NAME] = pa.array([""] * count, pa.string())
     arrays = {
         **place,
         ID: ids,
@@ -303,7 +303,7 @@ def _asked_each(table: pa.Table, own: _Columns, plan: InputPlan) -> pa.Table:
         for id_ in table[ID].to_pylist()
         for name in names
     ]
-    columns = {ID: ids, PROMPT: filled.reshape(-1).tolist(), QUESTION: list(names) * len(table)}
+    columns = {ID: ids, PROMPT: filled.reshape(-1).tolist(), PROMPT_NAME: list(names) * len(table)}
     for name, values in columns.items():
         at = repeated.schema.get_field_index(name)
         repeated = repeated.set_column(

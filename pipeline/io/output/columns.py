@@ -27,7 +27,7 @@ _COLUMNS = [
 ]
 #: Where several prompts are asked of each row: which one a row is (an output row each), or what
 #: each prompt has a column of (one row for all), and what is then added up.
-PROMPT_NAME = "prompt_name"
+PROMPT_NAME_COLUMN = "prompt_name"
 ANSWER_COLUMNS = ("prompt", "text", "finish_reason", "error")
 COUNT_COLUMNS = ("prompt_tokens", "visual_tokens", "new_tokens")
 
@@ -47,7 +47,9 @@ SAMPLE_SCHEMA = pa.schema(
 SAMPLE_SEED = 0
 
 #: Names that the output may use; extra input columns of these names are renamed.
-RESERVED_COLUMNS = frozenset({PROMPT_NAME, *(f.name for f in (*_COLUMNS, *_TOKEN_IDS, *_ROUTES))})
+RESERVED_COLUMNS = frozenset(
+    {PROMPT_NAME_COLUMN, *(f.name for f in (*_COLUMNS, *_TOKEN_IDS, *_ROUTES))}
+)
 
 
 def output_schema(settings: OutputSettings, extras: pa.Schema) -> pa.Schema:
@@ -65,8 +67,10 @@ def layout_schema(settings: OutputSettings, extras: pa.Schema, prompts: Sequence
     plain = output_schema(settings, extras)
     if not prompts:
         return plain
-    if settings.prompts == "rows":
-        return plain.insert(plain.get_field_index("prompt"), pa.field(PROMPT_NAME, pa.string()))
+    if settings.prompt_layout == "rows":
+        return plain.insert(
+            plain.get_field_index("prompt"), pa.field(PROMPT_NAME_COLUMN, pa.string())
+        )
     each = [
         pa.field(f"{name}_{prompt}", pa.string()) for prompt in prompts for name in ANSWER_COLUMNS
     ]

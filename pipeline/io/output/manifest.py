@@ -18,26 +18,16 @@ from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.storage import OutputFolder
 from pipeline.redact import cause_of, scrubbed
+from pipeline.settings.base import RENAMED, answer_settings
 from pipeline.settings.job import JobSettings
 
-#: Settings that change how fast rows are answered, never what the answers are.
-FREE_SETTINGS = (
-    "engine",
-    "preparation",
-    "fetch",
-    "errors",
-    "ray",
-    "replicas",
-    "evaluate",
-    "cost",
-    "output",
-)
-#: Of `output`, these decide what is written all the same.
-OUTPUT_COLUMNS = ("token_ids", "routes", "prompts")
 #: Of what is compared, what leads somewhere.
 PATH_SETTINGS = ("input.image_root", "model.base", "model.adapter")
 #: Files of a checkpoint that versions before 26 Nov 2026 did not tell.
 _TOLD_LATER = (".jinja", ".model", ".txt")
+#: Settings that manifests did not hold before they were seen to decide answers, with what was the
+#: case unless somebody said otherwise.
+_DECIDING_LATER = {"engine.fold_experts": False}
 _SHOWN = 8
 
 
@@ -82,10 +72,12 @@ class Manifest:
             OutputError: it cannot be read.
         """
         try:
-            told = json.loads(folder.read(OutputLayout.MANIFEST))
-            told["shards"] = {name: tuple(facts) for name, facts in told["shards"].items()}
+            values = json.loads(folder.read(OutputLayout.MANIFEST))
+            values["shards"] = {name: tuple(facts) for name, facts in values["shards"].items()}
+            settings = {RENAMED.get(key, key): value for key, value in values["settings"].items()}
+            values["settings"] = _DECIDING_LATER | settings
             # What a later version adds is not known here; what it compares, that version compares.
-            return cls(**{name: told[name] for name in cls.__dataclass_fields__})
+            return cls(**{name: values[name] for name in cls.__dataclass_fields__})
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -170,18 +162,12 @@ class Manifest:
 
 
 def _deciding(settings: JobSettings) -> dict[str, Any]:
-    told = settings.model_dump(mode="json")
-    found: dict[str, Any] = {f"output.{name}": told["output"][name] for name in OUTPUT_COLUMNS}
-    for group, values in told.items():
-        if group not in FREE_SETTINGS:
-            found |= {f"{group}.{key}": value for key, value in values.items()}
-    # Where the model runs is not what it says; nor is where a shard lies: the listing knows its
-    # content.
-    for key in ("model.device", "input.path"):
-        found.pop(key, None)
     # Paths may hold credentials, which change from night to night. (Prompts stay: what looks like
     # one decides an answer.)
-    return {key: scrubbed(value) if key in PATH_SETTINGS else value for key, value in found.items()}
+    return {
+        key: scrubbed(value) if key in PATH_SETTINGS else value
+        for key, value in answer_settings(settings).items()
+    }
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from rich.progress import track
 
 from pipeline.errors import OutputError
-from pipeline.settings.job import PositiveInt, Settings
+from pipeline.settings.base import PositiveInt, Settings
 from pipeline.synthetic.scenes.draw import draw_scenes, encode
 from pipeline.synthetic.scenes.phrases import LANGUAGES
 from pipeline.synthetic.scenes.questions import TASKS, WITHOUT_IMAGE, ask

@@ -18,10 +18,10 @@ from moto.s3.models import S3Backend, s3_backends
 from moto.server import ThreadedMotoServer
 
 from pipeline.errors import InputError
-from pipeline.io.input.buckets import holds_password
 from pipeline.io.input.listing import find_shards
 from pipeline.io.input.plan import check_ids_unique
 from pipeline.rows import ERROR, ID, REFERENCES
+from pipeline.settings.buckets import holds_password
 from tests.io.input.test_formats import read, write_images, write_lines
 from tests.io.shards import plan_of, write_shard
 

@@ -22,7 +22,7 @@ from pipeline.rows import (
     MESSAGES,
     PLACE_SCHEMA,
     PROMPT,
-    QUESTION,
+    PROMPT_NAME,
     READ_SCHEMA,
     REFERENCES,
     ROW,
@@ -236,7 +236,7 @@ def test_what_was_read_has_the_schema_of_every_block(tmp_path: Path) -> None:
         {
             SHARD: f"file://{tmp_path}/a.parquet",
             ROW: 0,
-            QUESTION: "",
+            PROMPT_NAME: "",
             ID: "7",
             IMAGES: [b"x"],
             REFERENCES: [None],
@@ -275,7 +275,7 @@ def test_a_template_is_filled_with_each_rows_values(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", rows)
     write_shard(tmp_path / "b.parquet", {"id": ["v"], "n": [4]})
     table = read_all(plan_of(tmp_path, ask="{n}: {what}, {{{id}}}?"))
-    assert set(table[QUESTION].to_pylist()) == {""}
+    assert set(table[PROMPT_NAME].to_pylist()) == {""}
     assert table[PROMPT].to_pylist() == ["1: dog, {x}?", "2: {id} of a cat, {y}?", None, None]
     assert table["what"].to_pylist() == ["dog", "{id} of a cat", None, None]
 
@@ -289,7 +289,7 @@ def test_several_prompts_are_asked_of_each_row(tmp_path: Path) -> None:
     table = read_all(plan, 5)
     assert table[ID].to_pylist() == ["x/long", "x/short", "y/long", "y/short"]
     assert table[PROMPT].to_pylist() == ["Describe the dog.", "Name it.", None, "Name it."]
-    assert table[QUESTION].to_pylist() == ["long", "short"] * 2
+    assert table[PROMPT_NAME].to_pylist() == ["long", "short"] * 2
     assert table[ROW].to_pylist() == [0, 0, 1, 1]
     assert table[IMAGES].to_pylist() == [[b"1"], [b"1"], [b"2"], [b"2"]]
     assert table.schema == pa.schema([*PLACE_SCHEMA, *READ_SCHEMA, *plan.extras_schema])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from pipeline.errors import OutputError
+from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.manifest import Manifest
+from pipeline.io.output.storage import OutputFolder
 
 
 def of(**model: str) -> Manifest:
@@ -30,3 +35,19 @@ def test_an_output_that_told_fewer_files_of_its_model_is_gone_on_with() -> None:
 def test_a_file_that_changed_is_refused_by_name(before: Manifest, told: str) -> None:
     with pytest.raises(OutputError, match=f"model file {told}"):
         of(config__json="a", merges__txt="b").check_same(before, "out")
+
+
+def test_a_manifest_of_an_earlier_version_is_gone_on_with_under_what_it_meant(
+    tmp_path: Path,
+) -> None:
+    folder = OutputFolder(str(tmp_path))
+    earlier = Manifest("vqa", {"output.prompts": "rows"}, {}, {}, "0")
+    folder.write(OutputLayout.MANIFEST, json.dumps(vars(earlier)).encode())
+    loaded = Manifest.load(folder)
+    assert loaded is not None
+    same = {"engine.fold_experts": False, "output.prompt_layout": "rows"}
+    Manifest("vqa", same, {}, {}, "1").check_same(loaded, "out")
+    with pytest.raises(OutputError, match="engine.fold_experts was False, is True"):
+        Manifest("vqa", {**same, "engine.fold_experts": True}, {}, {}, "1").check_same(
+            loaded, "out"
+        )
