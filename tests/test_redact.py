@@ -228,7 +228,7 @@ def test_the_answers_shown_hold_nothing_that_a_terminal_obeys(tmp_path: Path) ->
     )
     pq.write_table(table, tmp_path / "part-x.parquet")
     job: Any = SimpleNamespace(
-        settings=SimpleNamespace(output=SimpleNamespace(path=str(tmp_path), prompts="rows")),
+        settings=SimpleNamespace(output=SimpleNamespace(path=str(tmp_path), prompt_layout="rows")),
         plan=SimpleNamespace(names=()),
         truth=SimpleNamespace(column="truth"),
     )
