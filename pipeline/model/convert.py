@@ -63,6 +63,7 @@ def convert(
     Raises:
         OutputError: the folder holds something else or cannot be written.
     """
+    check_target(checkpoint, folder, dtype, shard_bytes)
     with _explained(folder):
         _begin(folder, _identity(checkpoint, dtype, shard_bytes))
         shards = _Shards(folder, shard_bytes)
@@ -171,14 +172,18 @@ def _identity(
     }
 
 
-def _begin(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder ready for a conversion, or find the beginning of this one in it.
+def check_target(
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, shard_bytes: int
+) -> None:
+    """Make sure that a conversion (`convert`) may write to a folder; changes nothing.
 
     Raises:
-        OutputError: it holds something else.
+        OutputError: it holds something other than the beginning of this very conversion, or is no
+            folder.
     """
     progress = folder / PROGRESS
     if progress.is_file():
+        identity = _identity(checkpoint, dtype, shard_bytes)
         try:
             before = dict(json.loads(progress.read_text()))
         except (ValueError, TypeError):  # of somebody else's making
@@ -189,9 +194,18 @@ def _begin(folder: Path, identity: Mapping[str, Any]) -> None:
                 f"({', '.join(changed)} differ); choose a new folder, or delete this one"
             )
         return
-    if folder.exists() and any(file.suffix != PARTIAL for file in folder.iterdir()):
+    with _explained(folder):
+        taken = folder.exists() and any(file.suffix != PARTIAL for file in folder.iterdir())
+    if taken:
         raise OutputError(f"output.path: {folder} is not empty; choose a new folder")
+
+
+def _begin(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder, and say in it what it is the beginning of."""
     folder.mkdir(parents=True, exist_ok=True)
+    progress = folder / PROGRESS
+    if progress.is_file():
+        return
     partial = folder / f"{PROGRESS}{PARTIAL}"
     partial.write_text(json.dumps(identity, indent=1))
     _name_whole(partial, progress)

@@ -80,7 +80,7 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
         from pipeline.errors import OutputError
         from pipeline.io.output.storage import local_path
         from pipeline.model.checkpoint import DTYPES, open_checkpoint
-        from pipeline.model.convert import convert
+        from pipeline.model.convert import check_target, convert
 
         model, output = settings.model, settings.output
         if "://" in output.path:
@@ -90,7 +90,9 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
             )
         folder = Path(local_path(output.path, "output.path"))
         checkpoint = open_checkpoint(model.base, model.adapter, lora_alpha=model.lora_alpha)
+        dtype = DTYPES[model.dtype] if model.dtype else None
         if dry_run:
+            check_target(checkpoint, folder, dtype, output.shard_bytes)
             lines = ["# configuration", *as_yaml(settings).split("\n")]
             print(
                 "\n".join(map(printable, lines)),
@@ -98,7 +100,6 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
                 sep="\n",
             )
             return
-        dtype = DTYPES[model.dtype] if model.dtype else None
         done = convert(checkpoint, folder, dtype, output.shard_bytes)
         print(
             printable(

@@ -213,6 +213,11 @@ def test_where_a_conversion_or_an_export_cannot_go(
     blocked.write_text("")
     done = job("convert", input__path="", output__path=blocked / "out")
     assert_one_line(done, f"output.path: cannot write to {blocked}/out (NotADirectoryError")
+    for flags in ((), ("--dry-run",)):
+        done = job("convert", *flags, input__path="", output__path=tmp_path / "in")
+        assert_one_line(done, f"output.path: {tmp_path}/in is not empty; choose a new folder")
+    done = job("convert", input__path="", output__path=blocked)
+    assert_one_line(done, f"output.path: cannot write to {blocked} (NotADirectoryError")
     done = job("convert", input__path="", output__path="s3://bucket/out")
     assert_one_line(done, "output.path: s3://bucket/out is a URL", "a local folder")
     (tmp_path / "out/_run").mkdir(parents=True)
