@@ -6,11 +6,20 @@ from typing import Any
 
 from pipeline.engine.repetition import CHECK_EVERY, ends_in_loop
 from pipeline.engine.request import LiveRequest
-from pipeline.engine.types import Answer
+from pipeline.engine.sampling import NOT_FINITE
+from pipeline.engine.types import Answer, GenerationError
 
 
-def finish(live: LiveRequest, tokenizer: Any) -> Answer | None:
-    """The answer, if the last new token ended it."""
+def take_token(live: LiveRequest, token: int, tokenizer: Any) -> Answer | GenerationError | None:
+    """Add a new token to a request: its answer or its failure, if it ends with it."""
+    if token == NOT_FINITE:
+        count = len(live.token_ids) + 1
+        return GenerationError(f"the logits of new token {count} are not finite")
+    live.token_ids.append(token)
+    return _finished(live, tokenizer)
+
+
+def _finished(live: LiveRequest, tokenizer: Any) -> Answer | None:
     encoded, token_ids, sampling = live.encoded, live.token_ids, live.request.sampling
     ended = token_ids[-1] in sampling.eos_token_ids or _stopped(token_ids, sampling.stop, tokenizer)
     full = len(token_ids) >= live.max_new_tokens

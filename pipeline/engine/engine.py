@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.answers import finish
-from pipeline.engine.encode import Encoder, Encoding
-from pipeline.engine.narrow import halves, narrow
+from pipeline.engine.answers import take_token
+from pipeline.engine.encode import Encoder
+from pipeline.engine.intake import Intake
+from pipeline.engine.narrow import narrow
 from pipeline.engine.options import EngineOptions, Sizes
 from pipeline.engine.request import LiveRequest, Stage
 from pipeline.engine.reuse import Reuse
 from pipeline.engine.runner import Launched, Runner, room_for_cache
-from pipeline.engine.sampling import NOT_FINITE
 from pipeline.engine.scheduler import Schedule, Scheduler
 from pipeline.engine.types import Answer, GenerationError, OutOfMemoryError, Request
 from pipeline.model.awaker import Model
@@ -60,10 +60,12 @@ class Engine:
         options = options or EngineOptions()
         self._sizes = sizes = Sizes.of(options, model.device.type)
         self._cache_tokens = sizes.batch_tokens or room_for_cache(model)
-        self._max_positions, self._tokenizer = model.shape.max_positions, tokenizer
+        self._tokenizer = tokenizer
+        self._max_positions = model.shape.max_positions
         self._encoder = Encoder(
             model, image_token_id, options.decode_route, options.vision_cache_bytes
         )
+        self._intake = Intake(self._encoder)
         self._scheduler = Scheduler(
             slots=sizes.batch_size,
             cache_tokens=self._cache_tokens,
@@ -79,10 +81,9 @@ class Engine:
         self._ahead = 0 if model.device.type == "cpu" else 1
         self._inbox: queue.SimpleQueue[LiveRequest | None] = queue.SimpleQueue()
         self._live: set[LiveRequest] = set()
-        self._arrived: deque[LiveRequest] = deque()
-        self._encoding: deque[tuple[list[LiveRequest], Encoding]] = deque()
         self._launched: deque[Launched] = deque()
-        self._seconds: dict[str, float] = {}
+        self._stages = {"encode": self._encode, "admit": self._admit, "step": self._step}
+        self._seconds = dict.fromkeys(self._stages, 0.0)
         self._closing = False
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -125,9 +126,7 @@ class Engine:
             images_reused=self._encoder.images_reused,
             answers_reused=self._reuse.reused,
             folded_tokens=self._runner.folded_tokens,
-            **{
-                f"{name}_ms": round(1000 * seconds) for name, seconds in list(self._seconds.items())
-            },
+            **{f"{name}_ms": round(1000 * seconds) for name, seconds in self._seconds.items()},
             **self._scheduler.agreement.counts(),
         )
 
@@ -167,15 +166,10 @@ class Engine:
                 open_for_more = True
                 while open_for_more or self._live:
                     open_for_more = self._receive(open_for_more)
-                    for name, work in (
-                        ("encode", self._encode),
-                        ("admit", self._admit),
-                        ("step", self._step),
-                    ):
+                    for name, work in self._stages.items():
                         started = time.perf_counter()
                         work()
-                        taken = time.perf_counter() - started
-                        self._seconds[name] = self._seconds.get(name, 0.0) + taken
+                        self._seconds[name] += time.perf_counter() - started
         except Exception as error:
             # Not a request's fault. Nobody may wait for ever: every caller learns of it, and may
             # start a new engine.
@@ -219,40 +213,19 @@ class Engine:
         self._live.add(live)
         try:
             self._encoder.check(live.request)
-            if live.cache_tokens > self._cache_tokens:
-                raise GenerationError(
-                    f"prompt and answer may take {live.cache_tokens} tokens, above "
-                    f"engine.batch_tokens {self._cache_tokens}; "
-                    "raise it, or lower generation.max_new_tokens"
-                )
+            self._scheduler.check(live)
         except GenerationError as error:
             self._end(live, error)
         else:
-            self._arrived.append(live)
+            self._intake.add(live)
 
     def _encode(self) -> None:
-        """Run the vision tower and the routers over new requests: all of them, or one bounded part
-        while others run.
-        """
-        while self._arrived and not (self._scheduler.running and self._encoding):
-            count = self._encoder.at_once(live.request for live in self._arrived)
-            batch = [self._arrived.popleft() for _ in range(count)]
-            launched, failures = narrow(batch, self._launch_encoding, self._halved)
-            self._encoding += launched
-            for (live,), error in failures:
-                self._end(live, _blaming_it(error))
-        while self._encoding and (not self._scheduler.running or self._encoding[0][1].ready):
-            requests, encoding = self._encoding.popleft()
-            for live, encoded in zip(requests, encoding.finish(), strict=True):
-                live.encoded = encoded
-                self._scheduler.add(live)
-
-    def _launch_encoding(self, batch: list[LiveRequest]) -> tuple[list[LiveRequest], Encoding]:
-        return batch, self._encoder.encode([live.request for live in batch])
-
-    def _halved(self, batch: list[LiveRequest], error: Exception) -> list[list[LiveRequest]]:
-        self._recover(len(batch), error)
-        return halves(batch)
+        """Run the vision tower and the routers over new requests."""
+        busy = bool(self._scheduler.running)
+        for live, error in self._intake.launch(self._recover, busy=busy):
+            self._end(live, _blaming_it(error))
+        for live in self._intake.encoded(busy=busy):
+            self._scheduler.add(live)
 
     def _admit(self) -> None:
         """Start waiting requests in free slots."""
@@ -263,7 +236,7 @@ class Engine:
         """Launch the next step, and read those before it, as far as it need not wait for them."""
         schedule = self._scheduler.schedule()
         if schedule.requests:
-            launched, failures = narrow(schedule, self._launch, self._smaller)
+            launched, failures = narrow(schedule, self._launch, self._recover, Schedule.smaller)
             self._launched += launched
             for piece, error in failures:
                 self._end(piece.requests[0], _blaming_it(error))
@@ -272,56 +245,39 @@ class Engine:
 
     def _launch(self, schedule: Schedule) -> Launched:
         launched = self._runner.launch(schedule)
-        self._scheduler.launched(schedule)
+        self._scheduler.advance(schedule)
         return launched
 
-    def _smaller(self, schedule: Schedule, error: Exception) -> list[Schedule]:
-        short = self._recover(len(schedule.requests), error)
-        return schedule.smaller(short_of_memory=short)
-
-    def _recover(self, requests: int, error: Exception) -> bool:
+    def _recover(self, error: Exception) -> bool:
         """Whether a failure was one of memory; then steps are smaller from now on.
 
         Raises:
-            Exception: the failure itself, where nothing can run after it.
+            Exception: the failure itself, where the device's context is lost: blaming one request
+                after another would spoil all.
         """
-        short = isinstance(error, torch.OutOfMemoryError)
-        if isinstance(error, torch.AcceleratorError) and not short:
-            # The device's context is lost: blaming one request after another would spoil all.
-            raise error
-        if short:
+        if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             self._scheduler.halve_steps()
-        if requests > 1:
-            logger.warning(
-                "a step for %d requests failed (%s); running its halves", requests, error
-            )
-        return short
+            return True
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+        return False
 
     def _collect(self, launched: Launched) -> None:
         """Read a step's new tokens, and answer the requests that end with them."""
         for live, token in zip(launched.requests, launched.read(), strict=True):
             if live.stage is Stage.ENDED:
                 continue  # it ended while this step was on its way
-            if token == NOT_FINITE:
-                count = len(live.token_ids) + 1
-                self._end(live, GenerationError(f"the logits of new token {count} are not finite"))
-                continue
-            live.token_ids.append(token)
-            answer = finish(live, self._tokenizer)
-            if answer is not None:
-                self._end(live, answer)
+            outcome = take_token(live, token, self._tokenizer)
+            if outcome is not None:
+                self._end(live, outcome)
 
     def _end(self, live: LiveRequest, outcome: Answer | Exception) -> None:
         """Free what a request holds, and give everybody who waits its answer or its failure."""
         self._scheduler.finish(live)
         self._live.discard(live)
-        if isinstance(outcome, Answer):
-            self._reuse.end(live, outcome)
-            live.answer(outcome)
-        else:
-            self._reuse.end(live, None)
-            live.fail(outcome)
+        self._reuse.end(live, outcome)
+        live.resolve(outcome)
 
 
 def _blaming_it(error: Exception) -> GenerationError:

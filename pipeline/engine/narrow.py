@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -9,11 +10,14 @@ Work = TypeVar("Work")
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
+logger = logging.getLogger(__name__)
+
 
 def narrow(
     work: Work,
     run: Callable[[Work], Result],
-    smaller: Callable[[Work, Exception], Sequence[Work]],
+    recover: Callable[[Exception], bool],
+    smaller: Callable[[Work, bool], Sequence[Work]],
 ) -> tuple[list[Result], list[tuple[Work, Exception]]]:
     """Run work, and where that fails smaller pieces of it, so that whatever one request does does
     not reach the others.
@@ -23,8 +27,10 @@ def narrow(
     Args:
         work: what to run.
         run: runs work or a piece of it; where it raises it has changed nothing.
-        smaller: pieces to run in the place of what failed; none if nothing smaller would do better.
-            What it raises ends the whole.
+        recover: whether a failure was one of memory, for which it has made room where it can; it
+            raises the failure where nothing can run after it.
+        smaller: pieces to run in the place of what failed, of memory or otherwise; none if nothing
+            smaller would do better.
 
     Returns:
         The results of what ran, in order, and the pieces that failed with their errors.
@@ -34,13 +40,14 @@ def narrow(
     except Exception as failure:
         # Without its traceback, which keeps alive all that the failed run held on the device.
         error = failure.with_traceback(None)
-    pieces = smaller(work, error)
+    pieces = smaller(work, recover(error))
     if not pieces:
         return [], [(work, error)]
+    logger.warning("work failed (%s); running it in smaller pieces", error)
     results: list[Result] = []
     failures: list[tuple[Work, Exception]] = []
     for piece in pieces:
-        done, failed = narrow(piece, run, smaller)
+        done, failed = narrow(piece, run, recover, smaller)
         results += done
         failures += failed
     return results, failures

@@ -78,13 +78,11 @@ class LiveRequest:
         """Whether a running request's next step is a new token."""
         return self.prefilled == self.prompt_tokens and self.asked < self.max_new_tokens
 
-    def answer(self, answer: Answer) -> None:
-        """Hand the answer to everybody who waits."""
+    def resolve(self, outcome: Answer | Exception) -> None:
+        """Give everybody who waits the answer, or the reason why there is none."""
         for future in self.futures:
-            future.set_result(answer)
-
-    def fail(self, error: Exception) -> None:
-        """Tell everybody who still waits that there will be no answer."""
-        for future in self.futures:
-            if not future.done():
-                future.set_exception(error)
+            if isinstance(outcome, Exception):
+                if not future.done():  # a failed engine tells also those who no longer wait
+                    future.set_exception(outcome)
+            else:
+                future.set_result(outcome)

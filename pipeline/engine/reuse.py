@@ -36,7 +36,7 @@ class Reuse:
             return False
         if key in self._answers:
             self._answers.move_to_end(key)
-            live.answer(self._answers[key])
+            live.resolve(self._answers[key])
         elif key in self._on_their_way:
             self._on_their_way[key].futures += live.futures
         else:
@@ -45,14 +45,14 @@ class Reuse:
         self.reused += 1
         return True
 
-    def end(self, live: LiveRequest, answer: Answer | None) -> None:
-        """Note that a request which `serves` let through has ended; None: without an answer."""
+    def end(self, live: LiveRequest, outcome: Answer | Exception) -> None:
+        """Note what a request that `serves` let through has ended with."""
         key = live.request.key
         if key is None:
             return
         if self._on_their_way.get(key) is live:
             del self._on_their_way[key]
-        if answer is not None:
-            self._answers[key] = answer
+        if not isinstance(outcome, Exception):
+            self._answers[key] = outcome
             if len(self._answers) > self._most:
                 self._answers.popitem(last=False)

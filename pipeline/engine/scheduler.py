@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.engine.extents import Extents
 from pipeline.engine.grouping import AgreementReport, choose
 from pipeline.engine.request import LiveRequest, Stage
+from pipeline.engine.types import GenerationError
 
 #: Below this many tokens a step is not divided further: memory that does not suffice for so few
 #: never will.
@@ -60,7 +61,7 @@ class Schedule:
         """The requests that the step samples a new token of, in their order."""
         return (*(chunk.live for chunk in self.chunks if chunk.is_last), *self.decoding)
 
-    def smaller(self, *, short_of_memory: bool) -> list[Schedule]:
+    def smaller(self, short_of_memory: bool) -> list[Schedule]:
         """Steps to run in the place of this one, which failed; none if one request is to blame.
 
         Args:
@@ -87,7 +88,7 @@ class Scheduler:
 
     Args:
         slots: how many requests run at once.
-        cache_tokens: tokens that the cache holds; no request may need more (`cache_tokens`).
+        cache_tokens: tokens that the cache holds.
         step_tokens: most prompt tokens of a step.
         experts: E; 0 without an adapter.
         group_by_expert: start requests whose routes agree; else in order of arrival.
@@ -114,6 +115,7 @@ class Scheduler:
         self.agreement = AgreementReport()
         self._slots = list(range(slots))
         self._least_free = max(1, int(slots * LEAST_FREE_SHARE))
+        self._cache_tokens = cache_tokens
         self._extents = Extents(cache_tokens)
         self._step_tokens = step_tokens
         self._experts = experts
@@ -125,8 +127,20 @@ class Scheduler:
         """Tokens of the cache that nobody holds."""
         return self._extents.free_tokens
 
+    def check(self, live: LiveRequest) -> None:
+        """Refuse what could never start.
+
+        Raises:
+            GenerationError: the cache is too small for the request.
+        """
+        if live.cache_tokens > self._cache_tokens:
+            raise GenerationError(
+                f"prompt and answer may take {live.cache_tokens} tokens, above engine.batch_tokens "
+                f"{self._cache_tokens}; raise it, or lower generation.max_new_tokens"
+            )
+
     def add(self, live: LiveRequest) -> None:
-        """Take in an encoded request."""
+        """Take in a checked request that is encoded by now."""
         live.stage = Stage.WAITING
         self.waiting.append(live)
         if self._experts:
@@ -172,8 +186,8 @@ class Scheduler:
                 budget -= chunks[-1].tokens
         return Schedule(tuple(chunks), tuple(live for live in self.running if live.wants_token))
 
-    def launched(self, schedule: Schedule) -> None:
-        """Note that a step is on its way, so that the next one goes on from there."""
+    def advance(self, schedule: Schedule) -> None:
+        """Note that a step was launched, so that the next one goes on from there."""
         for chunk in schedule.chunks:
             chunk.live.prefilled = chunk.behind
         for live in schedule.answering:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pipeline.engine.sampling import Sampling
+if TYPE_CHECKING:
+    from pipeline.engine.sampling import Sampling
 
 
 class GenerationError(Exception):
