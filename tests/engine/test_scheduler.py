@@ -31,15 +31,15 @@ def arrived(
         np.zeros(prompt, np.int32), (0, 1), (), Sampling(max_new_tokens=new, eos_token_ids=())
     )
     live = LiveRequest(request, new)
-    both = [routes or [], decoders if decoders is not None else routes or []]
+    pair = [routes or [], decoders if decoders is not None else routes or []]
     live.encoded = Encoded(
         visual=torch.empty(0, 1),
         image_places=NOTHING,
         positions=np.zeros((3, prompt), np.int64),
         next_position=prompt,
         factors=None,
-        gates=None,
-        routes=np.array(both, np.int8).reshape(2, -1),
+        expert_weights=None,
+        routes=np.array(pair, np.int8).reshape(2, -1),
     )
     return live
 
