@@ -17,7 +17,7 @@ import torch
 from benchmarks.harness import save
 from benchmarks.workloads import CPU_SHAPE
 from pipeline.engine.grouping import dense_and_sparse
-from pipeline.model.experts import GateFactors, Mixture, mixture_linear
+from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
 from pipeline.training.precision import products_dtype
 
 REPEATS = 15
@@ -74,12 +74,12 @@ def main() -> list[str]:
                 )[0]
                 if name == "masked":
                     dense = tuple(range(experts))
-                gate = GateFactors(
+                routed = ExpertFactors(
                     factors,
                     dense,
                     tuple((e, torch.from_numpy(i).to(device)) for e, i in sparse.items()),
                 )
-                times[name] = 1000 * _median(layer, gate, tokens, device, dtype)
+                times[name] = 1000 * _median(layer, routed, tokens, device, dtype)
             plain = 1000 * _median(layer, None, tokens, device, dtype)
             measured = " | ".join(
                 f"{milliseconds:.2f}" for milliseconds in (*times.values(), plain)
@@ -100,13 +100,13 @@ def main() -> list[str]:
 @torch.inference_mode()
 def _median(
     layer: list[Mixture],
-    gate: GateFactors | None,
+    routed: ExpertFactors | None,
     tokens: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Seconds of the four projections; without a gate, of their W alone."""
-    if gate is None:
+    """Seconds of the four projections; without a router, of their W alone."""
+    if routed is None:
         layer = [Mixture.of(m.weight, None, 0, prepack=True) for m in layer]
     inputs = [torch.randn(tokens, m.dense.shape[1], device=device, dtype=dtype) for m in layer]
     taken = []
@@ -115,7 +115,7 @@ def _median(
             torch.cuda.synchronize()
         started = time.perf_counter()
         for x, mixture in zip(inputs, layer, strict=True):
-            mixture_linear(x, mixture, gate)
+            mixture_linear(x, mixture, routed)
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)

@@ -272,10 +272,10 @@ class Replica:
         if "prefill_route" in schema.names:
             for phase in ("prefill", "decode"):
                 columns[f"{phase}_route"] = column(
-                    lambda a, p=phase: _top_experts(getattr(a, f"{p}_gates"))
+                    lambda a, p=phase: _top_experts(getattr(a, f"{p}_weights"))
                 )
                 columns[f"{phase}_gate"] = column(
-                    lambda a, p=phase: _top_values(getattr(a, f"{p}_gates"))
+                    lambda a, p=phase: _top_values(getattr(a, f"{p}_weights"))
                 )
         own = {name: pa.array(values, schema.field(name).type) for name, values in columns.items()}
         return pa.table(
@@ -303,9 +303,9 @@ def _code_of(error: GenerationError) -> RowErrorCode:
     return "out_of_memory" if isinstance(error, OutOfMemoryError) else "generation"
 
 
-def _top_experts(gates: np.ndarray | None) -> np.ndarray | None:
-    return None if gates is None else gates.argmax(-1).astype(np.int8)
+def _top_experts(weights: np.ndarray | None) -> np.ndarray | None:
+    return None if weights is None else weights.argmax(-1).astype(np.int8)
 
 
-def _top_values(gates: np.ndarray | None) -> np.ndarray | None:
-    return None if gates is None else gates.max(-1).astype(np.float32)
+def _top_values(weights: np.ndarray | None) -> np.ndarray | None:
+    return None if weights is None else weights.max(-1).astype(np.float32)

@@ -40,8 +40,8 @@ def _finished(live: LiveRequest, tokenizer: Any) -> Answer | None:
         finish_reason="stop" if ended else "length" if full else "repetition",
         prompt_tokens=live.prompt_tokens,
         visual_tokens=len(encoded.visual),
-        prefill_gates=None if encoded.gates is None else encoded.gates[0],
-        decode_gates=None if encoded.gates is None else encoded.gates[1],
+        prefill_weights=None if encoded.expert_weights is None else encoded.expert_weights[0],
+        decode_weights=None if encoded.expert_weights is None else encoded.expert_weights[1],
     )
 
 

@@ -33,10 +33,10 @@ class Encoded:
         image_places: [visual tokens] int64, their places among the prompt's tokens.
         positions: [3, T] int64, rotary positions of the prompt.
         next_position: rotary position of the first new token.
-        factors: [2, G, E + 1] on the model's device, the gates' factors for the prompt and for new
-            tokens; None without an adapter.
-        gates: [2, G, E] float16, the gate values; None without an adapter.
-        routes: [2, G] int8, the top expert of each gate; empty without an adapter.
+        factors: [2, G, E + 1] on the model's device, the experts' factors for the prompt and for
+            new tokens; None without an adapter.
+        expert_weights: [2, G, E] float16, the routers' weights; None without an adapter.
+        routes: [2, G] int8, the top expert of each router; empty without an adapter.
     """
 
     visual: Tensor
@@ -44,7 +44,7 @@ class Encoded:
     positions: np.ndarray
     next_position: int
     factors: Tensor | None
-    gates: np.ndarray | None
+    expert_weights: np.ndarray | None
     routes: np.ndarray
 
     @cached_property
@@ -52,25 +52,25 @@ class Encoded:
         """Equal for requests whose new tokens take the same experts with the same weights; None
         without an adapter.
         """
-        return None if self.gates is None else self.gates[1].tobytes()
+        return None if self.expert_weights is None else self.expert_weights[1].tobytes()
 
 
 _NO_ROUTES = np.zeros((2, 0), np.int8)
 
 
 class Encoding:
-    """Requests on their way through the vision tower and the gates; their routes are the only thing
-    the host waits for.
+    """Requests on their way through the vision tower and the routers; their routes are the only
+    thing the host waits for.
 
     Args:
-        requests: the requests, still without gates and routes.
-        gates: [R, 2, G, E] float16 on the device; G and E are 0 without an adapter.
+        requests: the requests, still without expert weights and routes.
+        weights: [R, 2, G, E] float16 on the device; G and E are 0 without an adapter.
         routes: [R, 2, G] int8, the same.
     """
 
-    def __init__(self, requests: list[Encoded], gates: Tensor, routes: Tensor) -> None:
+    def __init__(self, requests: list[Encoded], weights: Tensor, routes: Tensor) -> None:
         self._requests = requests
-        self._routed = HostCopy(gates, routes)
+        self._routed = HostCopy(weights, routes)
 
     @property
     def ready(self) -> bool:
@@ -79,10 +79,12 @@ class Encoding:
 
     def finish(self) -> list[Encoded]:
         """The encoded requests; waits for the device if they are not ready."""
-        gates, routes = (tensor.numpy() for tensor in self._routed.wait())
-        routed = gates.size > 0
-        each = zip(self._requests, gates, routes, strict=True)
-        return [replace(r, gates=g if routed else None, routes=t) for r, g, t in each]
+        weights, routes = (tensor.numpy() for tensor in self._routed.wait())
+        routed = weights.size > 0
+        return [
+            replace(request, expert_weights=w if routed else None, routes=top)
+            for request, w, top in zip(self._requests, weights, routes, strict=True)
+        ]
 
 
 class VisionCache:
@@ -95,10 +97,10 @@ class VisionCache:
 
     def get(self, key: bytes) -> Tensor | None:
         """An image's visual tokens, if it was seen lately."""
-        found = self._held.get(key)
-        if found is not None:
+        visual = self._held.get(key)
+        if visual is not None:
             self._held.move_to_end(key)
-        return found
+        return visual
 
     def put(self, key: bytes, visual: Tensor) -> None:
         """Keep an image's visual tokens, at the cost of those not asked for longest."""
@@ -112,7 +114,7 @@ class VisionCache:
 
 
 class Encoder:
-    """Runs the vision tower and the gates.
+    """Runs the vision tower and the routers.
 
     Args:
         model: the model.
@@ -186,43 +188,43 @@ class Encoder:
         # One product for the routes of all requests, all layers and both routes.
         places = [np.flatnonzero(request.input_ids == self._image_token_id) for request in requests]
         prefill_h, decode_h = [], []
-        for request, own, own_places in zip(requests, joined, places, strict=True):
+        for request, visual, image_places in zip(requests, joined, places, strict=True):
             words = model.embeddings[to_device(request.input_ids.astype(np.int64), model.device)]
             start, end = request.span
             decode_h.append(words[start:end].mean(0))
-            if own is not None:
-                words = words.index_copy(0, to_device(own_places, model.device), own)
+            if visual is not None:
+                words = words.index_copy(0, to_device(image_places, model.device), visual)
             prefill_h.append(words[start:end].mean(0))
         if self._decode_route == "prefill":
             decode_h = prefill_h
         routes = model.route(torch.stack([*prefill_h, *decode_h]))
         count = len(requests)
         factors = None
-        gates, top = (
+        weights, top = (
             torch.zeros(count, 2, 0, 0, dtype=torch.float16),
             torch.zeros(count, 2, 0, dtype=torch.int8),
         )
         if routes is not None and model.shape.adapter is not None:
-            gates = routes.gates.view(2, count, *routes.gates.shape[1:]).transpose(0, 1)
-            factors = expert_factors(gates, model.shape.adapter.scale).to(model.dtype)
+            weights = routes.weights.view(2, count, *routes.weights.shape[1:]).transpose(0, 1)
+            factors = expert_factors(weights, model.shape.adapter.scale).to(model.dtype)
             top = routes.top.to(torch.int8).view(2, count, -1).transpose(0, 1)
         nothing = torch.empty(0, model.shape.hidden, dtype=model.dtype, device=model.device)
         return Encoding(
             [
                 Encoded(
-                    visual=nothing if own is None else own,
-                    image_places=own_places,
+                    visual=nothing if visual is None else visual,
+                    image_places=image_places,
                     positions=positions,
                     next_position=following,
                     factors=None if factors is None else factors[index],
-                    gates=None,
+                    expert_weights=None,
                     routes=_NO_ROUTES,
                 )
-                for index, (own, own_places, (positions, following)) in enumerate(
+                for index, (visual, image_places, (positions, following)) in enumerate(
                     zip(joined, places, map(self._rope_positions, requests), strict=True)
                 )
             ],
-            gates,
+            weights,
             top,
         )
 
@@ -231,29 +233,28 @@ class Encoder:
 
     def _visual(self, requests: Sequence[Request]) -> dict[bytes, Tensor]:
         """Visual tokens of all images of the requests, by digest."""
-        found: dict[bytes, Tensor] = {}
+        visual: dict[bytes, Tensor] = {}
         fresh: dict[bytes, np.ndarray] = {}
         for request in requests:
             for digest, image in zip(request.digests, request.images, strict=True):
-                known = found.get(digest)
+                known = visual.get(digest)
                 if (
                     known is None
                     and digest not in fresh
                     and (known := self._cache.get(digest)) is not None
                 ):
-                    found[digest] = known
+                    visual[digest] = known
                 if known is not None or digest in fresh:
                     self.images_reused += 1
                 else:
                     fresh[digest] = image
         if fresh:
-            for digest, visual in zip(
-                fresh, self._model.vision.encode(list(fresh.values())), strict=True
-            ):
-                found[digest] = visual
-                self._cache.put(digest, visual)
+            encoded = self._model.vision.encode(list(fresh.values()))
+            for digest, tokens in zip(fresh, encoded, strict=True):
+                visual[digest] = tokens
+                self._cache.put(digest, tokens)
             self.images_encoded += len(fresh)
-        return found
+        return visual
 
     def _grids(self, request: Request) -> list[tuple[int, int]]:
         side = self._model.shape.vision.patch_size * self._model.shape.vision.merge_size

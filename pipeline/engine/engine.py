@@ -86,6 +86,7 @@ class Engine:
         self._seconds = dict.fromkeys(self._stages, 0.0)
         self._closing = False
         self._failure: Exception | None = None
+        self._abandoning = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -178,12 +179,13 @@ class Engine:
             self._abandon()
 
     def _abandon(self) -> None:
-        """Give the engine's failure to everyone who waits."""
-        while not self._inbox.empty():
-            if (live := self._inbox.get()) is not None:
-                self._live.add(live)
-        for live in tuple(self._live):
-            self._end(live, RuntimeError(f"the engine failed: {self._failure}"))
+        """Give the engine's failure to everyone who waits, whatever state it left them in."""
+        with self._abandoning:
+            while not self._inbox.empty():
+                if (live := self._inbox.get()) is not None:
+                    self._live.add(live)
+            for live in self._live:
+                live.resolve(RuntimeError(f"the engine failed: {self._failure}"))
 
     def _receive(self, open_for_more: bool) -> bool:
         """Take what is in the inbox, as far as there is room to wait; False once the engine is

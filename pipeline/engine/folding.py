@@ -70,12 +70,13 @@ class FoldedExperts:
                 for layer in self._layers
             ]
         assert encoded.factors is not None
-        assert encoded.gates is not None
+        assert encoded.expert_weights is not None
         for index, (layer, weights) in enumerate(zip(self._layers, self._folded, strict=True)):
             for name, into in weights.items():
-                gate = 2 * index + (name != "o")
-                experts = [*encoded.gates[1, gate].nonzero()[0].tolist(), encoded.gates.shape[-1]]
-                _fold_mixture(getattr(layer, name), encoded.factors[1, gate], experts, into)
+                router = 2 * index + (name != "o")
+                weights = encoded.expert_weights[1, router]
+                experts = [*weights.nonzero()[0].tolist(), len(weights)]
+                _fold_mixture(getattr(layer, name), encoded.factors[1, router], experts, into)
         layers = zip(self._layers, self._folded, strict=True)
         self.decoder = replace(
             self.decoder, layers=tuple(_with(layer, weights) for layer, weights in layers)
@@ -98,8 +99,10 @@ def _fold_mixture(mixture: Mixture, factors: Tensor, experts: Sequence[int], int
     rank = mixture.rank
     total = mixture.weight.float()
     for expert in experts:
-        own = slice(expert * rank, (expert + 1) * rank)
+        columns = slice(expert * rank, (expert + 1) * rank)
         total = torch.addmm(
-            total, mixture.b[:, own].float() * factors[expert].float(), mixture.a(expert).float()
+            total,
+            mixture.b[:, columns].float() * factors[expert].float(),
+            mixture.a(expert).float(),
         )
     into.copy_(total)

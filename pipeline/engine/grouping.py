@@ -92,10 +92,10 @@ def choose(
     order = _nearest(packed, centre, experts, size)
     if not len(overdue):
         # Once more around those found: the commonest decisions of all need not be anybody's.
-        found = majority(routes[order], experts)
+        commonest = majority(routes[order], experts)
         if len(running):
-            found[decisions // 2 :] = centre[decisions // 2 :]
-        order = _nearest(packed, found, experts, size)
+            commonest[decisions // 2 :] = centre[decisions // 2 :]
+        order = _nearest(packed, commonest, experts, size)
     first = set(overdue.tolist())
     return [*overdue.tolist(), *(i for i in order.tolist() if i not in first)][:size]
 
@@ -175,8 +175,8 @@ def dense_and_sparse(
     masked_below: int,
     majority_share: float,
 ) -> list[tuple[tuple[int, ...], dict[int, np.ndarray]]]:
-    """Choose for each gate which experts are computed for all of a step's tokens, and which for
-    their own (`GateFactors`).
+    """Choose for each router which experts are computed for all of a step's tokens, and which for
+    their own (`ExpertFactors`).
 
     Args:
         tops: [S, G] int8, the one expert of each request that has tokens in the step.
@@ -187,7 +187,7 @@ def dense_and_sparse(
             of them.
 
     Returns:
-        For each gate the dense experts, and the token indices of each sparse one.
+        For each router the dense experts, and the token indices of each sparse one.
     """
     total = sum(tokens)
     everyone = tuple(range(experts))
@@ -196,11 +196,11 @@ def dense_and_sparse(
         return [((int(tops[0, g]),) if shared[g] else everyone, {}) for g in range(tops.shape[1])]
     weights = np.asarray(tokens)
     per_token = np.repeat(tops, weights, axis=0)  # [tokens, G]
-    found: list[tuple[tuple[int, ...], dict[int, np.ndarray]]] = []
+    plan: list[tuple[tuple[int, ...], dict[int, np.ndarray]]] = []
     for column, top in zip(per_token.T, tops.T, strict=True):
         counts = np.bincount(top, weights, minlength=experts)
         commonest = int(counts.argmax())
         dense = (commonest,) if counts[commonest] >= majority_share * total else ()
         others = [e for e in everyone if counts[e] and e not in dense]
-        found.append((dense, {e: np.flatnonzero(column == e) for e in others}))
-    return found
+        plan.append((dense, {e: np.flatnonzero(column == e) for e in others}))
+    return plan

@@ -20,7 +20,7 @@ from pipeline.engine.static_decode import StaticDecode, static_sizes
 from pipeline.model.attention import KVCache, Sequences, StepLayout, token_bytes
 from pipeline.model.awaker import Model
 from pipeline.model.decoder import Decoder
-from pipeline.model.experts import GateFactors
+from pipeline.model.experts import ExpertFactors
 from pipeline.model.ops import HostCopy, to_device
 
 #: Steps of fewer tokens compute every expert for every token, because reading the weights is what
@@ -82,13 +82,13 @@ class Runner:
         self._last, self._position, self._start, self._cached = table(), table(), table(), table()
         self._start[slots] = cache_tokens
         self._factors: Tensor | None = None
-        if model.gates is not None:
-            gates, experts = model.gates.bias.shape
+        if model.routers is not None:
+            routers, experts = model.routers.bias.shape
             # Row 2 * slot for the prompt, the next for new tokens.
             self._factors = torch.zeros(
-                2 * slots + 2, gates, experts + 1, dtype=model.dtype, device=model.device
+                2 * slots + 2, routers, experts + 1, dtype=model.dtype, device=model.device
             )
-        self._folded = FoldedExperts(model) if fold_experts and model.gates is not None else None
+        self._folded = FoldedExperts(model) if fold_experts and model.routers is not None else None
         self.folded_tokens = 0
         sizes = static_sizes(model.device, slots)
         self._static = (
@@ -109,7 +109,7 @@ class Runner:
 
     def launch(self, schedule: Schedule) -> Launched:
         """Run a step. The tables change only if it succeeds: after an error the same step may run
-        again, or parts of it.
+        again, or smaller pieces of it.
         """
         chunks, decoding = schedule.chunks, schedule.decoding
         slots = np.array([live.slot for live in decoding], np.int64)
@@ -194,7 +194,7 @@ class Runner:
             embeddings,
             places,
             StepLayout(self._cache, write, sequences, start, cached + 1),
-            model.layer_gates(self._gate_factors(schedule, factor_rows)),
+            model.layer_factors(self._expert_factors(schedule, factor_rows)),
             self._upload(np.array(answered, np.int64)),
         )
 
@@ -219,25 +219,25 @@ class Runner:
         Every expert is computed for every token: which of them are needed is not known when a CUDA
         graph is captured, and memory is what such a step waits for.
         """
-        gates = []
+        routed = []
         if self._factors is not None:
             factors = self._factors.index_select(0, 2 * slots + 1).unbind(1)
             everyone = tuple(range(self._factors.shape[-1] - 1))
-            gates = [GateFactors(f, everyone) for f in factors]
-        return self._next_logits(self._model.decoder, slots, gates)
+            routed = [ExpertFactors(f, everyone) for f in factors]
+        return self._next_logits(self._model.decoder, slots, routed)
 
     def _folded_logits(self, slots: Tensor) -> Tensor:
         """The same from the folded weights."""
         assert self._folded is not None
         return self._next_logits(self._folded.decoder, slots, [])
 
-    def _next_logits(self, decoder: Decoder, slots: Tensor, gates: list[GateFactors]) -> Tensor:
+    def _next_logits(self, decoder: Decoder, slots: Tensor, routed: list[ExpertFactors]) -> Tensor:
         last, position, start, cached = self._decode_state(slots)
         layout = StepLayout(self._cache, start + cached, None, start, cached + 1)
         every = torch.arange(len(slots), device=slots.device)
-        layer_gates = self._model.layer_gates(gates)
+        factors = self._model.layer_factors(routed)
         return decoder.step(
-            self._model.embeddings[last], position.expand(3, -1), layout, layer_gates, every
+            self._model.embeddings[last], position.expand(3, -1), layout, factors, every
         )
 
     def _decode_state(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -249,14 +249,14 @@ class Runner:
             for t in (self._last, self._position, self._start, self._cached)
         )
 
-    def _gate_factors(self, schedule: Schedule, rows: Tensor) -> list[GateFactors]:
+    def _expert_factors(self, schedule: Schedule, rows: Tensor) -> list[ExpertFactors]:
         """Factors of a step's tokens; `rows` int64 [tokens] are theirs in the table."""
         adapter = self._model.shape.adapter
         if self._factors is None or adapter is None:
             return []
         factors = self._factors.index_select(0, rows).unbind(1)  # G of [tokens, E + 1]
         if adapter.top_k > 1:
-            return [GateFactors(f, tuple(range(adapter.experts))) for f in factors]
+            return [ExpertFactors(f, tuple(range(adapter.experts))) for f in factors]
         chunks, decoding = schedule.chunks, schedule.decoding
         tops = [chunk.live.encoded.routes[0] for chunk in chunks]
         tops += [live.encoded.routes[1] for live in decoding]
@@ -267,7 +267,7 @@ class Runner:
             masked_below=MASKED_BELOW[self._model.device.type],
             majority_share=MAJORITY_SHARE,
         )
-        # All gates' token indices in one copy to the device.
+        # All routers' token indices in one copy to the device.
         indices = [tokens for _, sparse in plan for tokens in sparse.values()]
         on_device = iter(
             self._upload(np.concatenate(indices)).split([len(i) for i in indices])
@@ -275,7 +275,7 @@ class Runner:
             else ()
         )
         return [
-            GateFactors(f, dense, tuple((expert, next(on_device)) for expert in sparse))
+            ExpertFactors(f, dense, tuple((expert, next(on_device)) for expert in sparse))
             for f, (dense, sparse) in zip(factors, plan, strict=True)
         ]
 

@@ -126,10 +126,10 @@ class Sampling:
         """For a request with settings of its own, by name: as if they had been laid over the
         configuration.
         """
-        own = dict(settings)
-        if "stop" in own:
-            own["stop"] = tuple(own["stop"])
-        return replace(self, **own)
+        values = dict(settings)
+        if "stop" in values:
+            values["stop"] = tuple(values["stop"])
+        return replace(self, **values)
 
     def varied(self, temperature: float, attempt: int) -> Sampling:
         """For another try at the same request: drawn at this temperature, from all tokens, with a

@@ -194,15 +194,13 @@ class Scheduler:
             live.asked += 1
 
     def finish(self, live: LiveRequest) -> None:
-        """Free what a request holds. A step on its way may still write there; the next owner's
-        steps come after it.
+        """End a request and free what it holds, if it runs. A step on its way may still write
+        there; the next owner's steps come after it.
         """
         if live.stage is Stage.RUNNING:
             self.running.remove(live)
             self._slots.append(live.slot)
             self._extents.give_back(live.start, live.cache_tokens)
-        elif live.stage is Stage.WAITING:
-            self.waiting.remove(live)
         live.stage = Stage.ENDED
 
     def halve_steps(self) -> None:

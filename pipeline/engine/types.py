@@ -70,8 +70,9 @@ class Answer:
             a loop).
         prompt_tokens: T, visual tokens included.
         visual_tokens: tokens of the images.
-        prefill_gates: [G, E] float16 gate values of the prompt's pass; None without an adapter.
-        decode_gates: the same for the new tokens.
+        prefill_weights: [G, E] float16, the routers' weights of the experts in the prompt's pass;
+            None without an adapter.
+        decode_weights: the same for the new tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -79,5 +80,5 @@ class Answer:
     finish_reason: Literal["stop", "length", "repetition"]
     prompt_tokens: int
     visual_tokens: int
-    prefill_gates: np.ndarray | None
-    decode_gates: np.ndarray | None
+    prefill_weights: np.ndarray | None
+    decode_weights: np.ndarray | None

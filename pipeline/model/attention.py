@@ -1,4 +1,4 @@
-"""Attention over packed sequences: images of the vision tower, and over the cache parts of prompts
+"""Attention over packed sequences: images of the vision tower, and over the cache chunks of prompts
 and single new tokens.
 
 The plain twins on torch's scaled-dot-product attention run anywhere and are what the CUDA forms are
@@ -22,21 +22,20 @@ from pipeline.model.shape import ModelShape
 
 
 class KVCache:
-    """Keys and values of all requests: one row a token, each request in a contiguous extent of
-    rows.
+    """Keys and values of all requests, each one's tokens in a contiguous extent.
 
     Attributes:
-        keys: [layers, rows + 1, kv_heads, head_dim]; the last row is nobody's, for what fills up a
+        keys: [layers, tokens + 1, kv_heads, head_dim]; the last is nobody's, for what fills up a
             batch of fixed size.
         values: the same.
     """
 
     def __init__(
-        self, shape: ModelShape, rows: int, dtype: torch.dtype, device: torch.device
+        self, shape: ModelShape, tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        size = (shape.layers, rows + 1, shape.kv_heads, shape.head_dim)
-        # Not cleared: only rows that were written are ever read, and untouched memory costs nothing
-        # on a CPU.
+        size = (shape.layers, tokens + 1, shape.kv_heads, shape.head_dim)
+        # Not cleared: only what was written is ever read, and untouched memory costs nothing on a
+        # CPU.
         self.keys = torch.empty(size, dtype=dtype, device=device)
         self.values = torch.empty(size, dtype=dtype, device=device)
 
@@ -48,20 +47,20 @@ def token_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Packed queries of several sequences, and the rows of keys that each may attend to.
+    """Packed queries of several sequences, and the keys that each may attend to.
 
     Attributes:
         queries: how many queries each sequence has; they follow one another.
-        starts: its first row of keys.
-        rows: how many rows of keys it has. Where attention is causal, the last query belongs to the
-            last row.
-        on_device: queries' and keys' offsets, int32 [S + 1] each, and rows, int32 [S]; None on a
-            CPU, which needs none.
+        starts: its first key.
+        keys: how many keys it has. Where attention is causal, the last query belongs to the last
+            key.
+        on_device: queries' and keys' offsets, int32 [S + 1] each, and numbers of keys, int32 [S];
+            None on a CPU, which needs none.
     """
 
     queries: tuple[int, ...]
     starts: tuple[int, ...]
-    rows: tuple[int, ...]
+    keys: tuple[int, ...]
     on_device: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
@@ -69,7 +68,7 @@ class Sequences:
         cls,
         queries: Sequence[int],
         starts: Sequence[int],
-        rows: Sequence[int],
+        keys: Sequence[int],
         upload: Callable[[np.ndarray], Tensor] | None,
     ) -> Sequences:
         """Describe sequences; `upload` takes an array to the device without waiting (None on a
@@ -78,18 +77,18 @@ class Sequences:
         on_device = None
         if upload is not None:
             offsets = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
-            # Only starts are read from the keys' offsets where the numbers of rows are given; one
+            # Only starts are read from the keys' offsets where the numbers of keys are given; one
             # more ends the array.
             first = np.append(starts, 0).astype(np.int32)
-            counts = np.asarray(rows, np.int32)
+            counts = np.asarray(keys, np.int32)
             on_device = (upload(offsets), upload(first), upload(counts))
-        return cls(tuple(queries), tuple(starts), tuple(rows), on_device)
+        return cls(tuple(queries), tuple(starts), tuple(keys), on_device)
 
 
-#: Requests whose keys are gathered into one table fill this share of it at least; and how many rows
-#: such a table has.
+#: Requests whose keys are gathered into one table fill this share of it at least; and how many
+#: tokens such a table has.
 LEAST_FILLED = 0.75
-GATHERED_ROWS = 1 << 14
+GATHERED_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -99,37 +98,36 @@ class Gathered:
 
     Attributes:
         requests: [B] int64, which of the step's decoding requests they are.
-        rows: [B * L] int64, rows of the cache, L for each request. Behind its last one stands that
-            row again: what a row that was never written holds must not reach a product, not even
-            times zero.
+        tokens: [B * L] int64, tokens of the cache, L for each request. Behind its last one stands
+            that token again: what was never written must not reach a product, not even times zero.
         mask: [B, 1, 1, L] bool, which of them count; None: all.
     """
 
     requests: Tensor
-    rows: Tensor
+    tokens: Tensor
     mask: Tensor | None
 
     @classmethod
     def of(cls, requests: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Gathered:
-        """Those of requests [B] with extents that start at and have filled so many rows [B]."""
+        """Those of requests [B] with extents that start at and have so many tokens [B]."""
         steps = np.arange(lengths.max())
-        rows = starts[:, None] + np.minimum(steps, lengths[:, None] - 1)
+        tokens = starts[:, None] + np.minimum(steps, lengths[:, None] - 1)
         counts = steps < lengths[:, None]
         mask = None if counts.all() else torch.from_numpy(counts)[:, None, None]
-        return cls(torch.from_numpy(requests), torch.from_numpy(rows.ravel()), mask)
+        return cls(torch.from_numpy(requests), torch.from_numpy(tokens.ravel()), mask)
 
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Which request a step's tokens belong to: first the parts of prompts, then one new token for
+    """Which request a step's tokens belong to: first the chunks of prompts, then one new token for
     each decoding request.
 
     Attributes:
         cache: keys and values.
-        write: [tokens] int64, the cache row of each token.
-        chunks: the prompts' parts, in the order of the tokens; None without any.
-        starts: [decoding requests] int64, first row of each one's extent.
-        lengths: [decoding requests] int64, rows that each has filled, the new token's included.
+        write: [tokens] int64, where in the cache each token goes.
+        chunks: the prompts' chunks, in the order of the tokens; None without any.
+        starts: [decoding requests] int64, first token of each one's extent.
+        lengths: [decoding requests] int64, tokens that each has there, the new one included.
     """
 
     cache: KVCache
@@ -149,9 +147,11 @@ class StepLayout:
         while first < len(order):
             longest = lengths[order[first]]
             alike = int((lengths[order[first:]] >= longest * LEAST_FILLED).sum())
-            own = np.sort(order[first : first + min(alike, max(1, GATHERED_ROWS // int(longest)))])
-            groups.append(Gathered.of(own, starts[own], lengths[own]))
-            first += len(own)
+            group = np.sort(
+                order[first : first + min(alike, max(1, GATHERED_TOKENS // int(longest)))]
+            )
+            groups.append(Gathered.of(group, starts[group], lengths[group]))
+            first += len(group)
         return groups
 
 
@@ -184,14 +184,14 @@ def attend(layout: StepLayout, layer: int, q: Tensor, k: Tensor, v: Tensor) -> T
 def attend_sequences(
     q: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, *, causal: bool
 ) -> Tensor:
-    """Each query against the rows of its own sequence.
+    """Each query against the keys of its own sequence.
 
     Args:
         q: [queries, heads, head_dim].
-        keys: [rows, kv_heads, head_dim].
+        keys: [tokens, kv_heads, head_dim].
         values: the same.
         sequences: whose they are.
-        causal: a sequence's last query sees all its rows, the one before all but the last, and so
+        causal: a sequence's last query sees all its keys, the one before all but the last, and so
             on; else all see all.
 
     Returns:
@@ -199,27 +199,36 @@ def attend_sequences(
     """
     if q.is_cuda and q.dtype != torch.float32:  # flash attention knows half precision only
         assert sequences.on_device is not None
-        query_offsets, key_offsets, rows = sequences.on_device
-        # The kernel reads a sequence's rows from its offset on, as many as `seqused_k` says,
+        query_offsets, key_offsets, key_counts = sequences.on_device
+        # The kernel reads a sequence's keys from its offset on, as many as `seqused_k` says,
         # wherever the next begins.
-        most = (max(sequences.queries), max(sequences.rows))
-        found = torch.ops.aten._flash_attention_forward(
-            q, keys, values, query_offsets, key_offsets, *most, 0.0, causal, False, seqused_k=rows
+        most = (max(sequences.queries), max(sequences.keys))
+        outputs = torch.ops.aten._flash_attention_forward(
+            q,
+            keys,
+            values,
+            query_offsets,
+            key_offsets,
+            *most,
+            0.0,
+            causal,
+            False,
+            seqused_k=key_counts,
         )
-        return found[0].flatten(1)
+        return outputs[0].flatten(1)
     attended = []
     at = 0
-    for count, queries, start, rows in _alike(sequences):
-        own = slice(start, start + count * rows)
+    for count, queries, start, length in _alike(sequences):
+        part = slice(start, start + count * length)
         query, key, value = (
             t.unflatten(0, (count, -1)).transpose(1, 2)
-            for t in (q[at : at + count * queries], keys[own], values[own])
+            for t in (q[at : at + count * queries], keys[part], values[part])
         )
         mask = None
-        if causal and rows > queries:
+        if causal and length > queries:
             # `is_causal` would align the first query with the first key.
-            mask = torch.ones(queries, rows, dtype=torch.bool, device=q.device).tril_(
-                rows - queries
+            mask = torch.ones(queries, length, dtype=torch.bool, device=q.device).tril_(
+                length - queries
             )
         whole = causal and mask is None
         out = scaled_dot_product_attention(
@@ -231,16 +240,16 @@ def attend_sequences(
 
 
 def _alike(sequences: Sequences) -> Iterator[tuple[int, int, int, int]]:
-    """Runs of sequences of one size whose rows follow one another: (how many, queries, first row,
-    rows) of each.
+    """Runs of sequences of one size whose keys follow one another: (how many, queries, first key,
+    keys) of each.
     """
-    ends = [0, *np.cumsum(sequences.rows).tolist()]
-    each = zip(sequences.queries, sequences.rows, sequences.starts, ends, strict=False)
-    for (queries, rows, _), run in groupby(
-        ((q, r, s - e, s) for q, r, s, e in each), key=lambda item: item[:3]
+    ends = [0, *np.cumsum(sequences.keys).tolist()]
+    sizes = zip(sequences.queries, sequences.keys, sequences.starts, ends, strict=False)
+    for (queries, keys, _), run in groupby(
+        ((q, k, start - end, start) for q, k, start, end in sizes), key=lambda item: item[:3]
     ):
         members = list(run)
-        yield len(members), queries, members[0][3], rows
+        yield len(members), queries, members[0][3], keys
 
 
 def attend_decode(q: Tensor, keys: Tensor, values: Tensor, layout: StepLayout) -> Tensor:
@@ -248,7 +257,7 @@ def attend_decode(q: Tensor, keys: Tensor, values: Tensor, layout: StepLayout) -
 
     Args:
         q: [requests, heads, head_dim].
-        keys: [all rows, kv_heads, head_dim].
+        keys: [all tokens, kv_heads, head_dim].
         values: the same.
         layout: whose `starts` and `lengths` these are.
 
@@ -266,7 +275,7 @@ def attend_decode(q: Tensor, keys: Tensor, values: Tensor, layout: StepLayout) -
     for group in layout.gathered:
         count = len(group.requests)
         key, value = (
-            t.index_select(0, group.rows).unflatten(0, (count, -1)).transpose(1, 2)
+            t.index_select(0, group.tokens).unflatten(0, (count, -1)).transpose(1, 2)
             for t in (keys, values)
         )
         attended = scaled_dot_product_attention(

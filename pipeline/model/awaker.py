@@ -1,4 +1,4 @@
-"""Awaker2.5-VL (or plain Qwen2-VL) loaded on one device: the vision tower, the gates and the
+"""Awaker2.5-VL (or plain Qwen2-VL) loaded on one device: the vision tower, the routers and the
 decoder as one model.
 """
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.decoder import Decoder, DecoderLayer, LayerGates
-from pipeline.model.experts import GateFactors, Mixture
+from pipeline.model.decoder import Decoder, DecoderLayer, LayerFactors
+from pipeline.model.experts import ExpertFactors, Mixture
 from pipeline.model.ops import pack
-from pipeline.model.routing import Gates, Routes, route
-from pipeline.model.shape import GATES, ModelShape
+from pipeline.model.routing import Routers, Routes, route
+from pipeline.model.shape import ROUTED, ModelShape
 from pipeline.model.vision import Affine, VisionBlock, VisionTower, pixel_table
 
 
@@ -29,14 +29,14 @@ class Model:
         shape: its sizes.
         embeddings: [vocabulary, hidden], the token embeddings.
         vision: the vision tower.
-        gates: the stacked gates, None without an adapter.
+        routers: the stacked routers, None without an adapter.
         decoder: the decoder.
     """
 
     shape: ModelShape
     embeddings: Tensor
     vision: VisionTower
-    gates: Gates | None
+    routers: Routers | None
     decoder: Decoder
 
     @property
@@ -51,19 +51,21 @@ class Model:
 
     def route(self, h: Tensor) -> Routes | None:
         """Route requests by their mean prompt embeddings [R, hidden]; None without an adapter."""
-        if self.gates is None or self.shape.adapter is None:
+        if self.routers is None or self.shape.adapter is None:
             return None
-        return route(h, self.gates, self.shape.adapter.top_k)
+        return route(h, self.routers, self.shape.adapter.top_k)
 
-    def layer_gates(self, gates: Sequence[GateFactors]) -> list[LayerGates]:
-        """Hand the gates' factors for a step to their layers; none of them without an adapter.
+    def layer_factors(self, factors: Sequence[ExpertFactors]) -> list[LayerFactors]:
+        """Hand the experts' factors for a step to their layers; none of them without an adapter.
 
         Args:
-            gates: one entry for each of the G gates, or nothing.
+            factors: one entry for each of the G routers, or nothing.
         """
-        if not gates:
-            return [LayerGates(None, None)] * self.shape.layers
-        return [LayerGates(*gates[i : i + len(GATES)]) for i in range(0, len(gates), len(GATES))]
+        if not factors:
+            return [LayerFactors(None, None)] * self.shape.layers
+        return [
+            LayerFactors(*factors[i : i + len(ROUTED)]) for i in range(0, len(factors), len(ROUTED))
+        ]
 
 
 def load_model(
@@ -159,8 +161,8 @@ def assemble(
     embeddings = tensors["embeddings.weight"]
     lm_head = tensors.pop("lm_head.weight") if not shape.tied_embeddings else embeddings
     lm_head = pack(lm_head) if prepack else lm_head
-    gates = (
-        Gates(tensors["gates.norm"], tensors["gates.weight"], tensors["gates.bias"])
+    routers = (
+        Routers(tensors["gates.norm"], tensors["gates.weight"], tensors["gates.bias"])
         if shape.adapter is not None
         else None
     )
@@ -168,7 +170,7 @@ def assemble(
         shape,
         embeddings,
         vision,
-        gates,
+        routers,
         Decoder(shape, layers, tensors["final_norm.weight"], lm_head),
     )
 

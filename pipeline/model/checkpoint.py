@@ -2,8 +2,8 @@
 for converting.
 
 A replica's tensors ("serving tensors") are: q, k and v stacked with their plain adapter folded in,
-each projection's experts stacked, all gates stacked. `recipes` says for every serving tensor which
-source tensors it is made of and how. Loading the released format builds them in memory;
+each projection's experts stacked, all routers stacked. `recipes` says for every serving tensor
+which source tensors it is made of and how. Loading the released format builds them in memory;
 `convert.py` writes them to files, which a replica then maps.
 """
 
@@ -31,7 +31,7 @@ MIXTURES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-_GATED = ("self_attn.o_proj", "mlp.gate_proj")
+_ROUTED = ("self_attn.o_proj", "mlp.gate_proj")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -90,7 +90,7 @@ def open_checkpoint(
         base: Hub id, folder or fsspec URL of Qwen2-VL or of a converted checkpoint.
         adapter: the same, or a `pytorch_model.bin`, of the released Awaker format; None for plain
             Qwen2-VL.
-        top_k: experts kept per gate.
+        top_k: experts kept per router.
         lora_alpha: the adapter's alpha; None is twice the rank (a converted checkpoint: what it was
             converted with).
 
@@ -261,8 +261,8 @@ def released_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
                 for expert in _expert_names(shape.adapter):
                     shapes[f"{projection}.lora_moe_A.{expert}.weight"] = (shape.adapter.rank, into)
                     shapes[f"{projection}.lora_moe_B.{expert}.weight"] = (out, shape.adapter.rank)
-                if MIXTURES[name] in _GATED:
-                    # The gate reads prompt embeddings, whatever the projection reads.
+                if MIXTURES[name] in _ROUTED:
+                    # The router reads prompt embeddings, whatever the projection reads.
                     shapes[f"{projection}.w_gate.weight"] = (shape.adapter.experts, hidden)
                     shapes[f"{projection}.w_gate.bias"] = (shape.adapter.experts,)
                     shapes[f"{projection}.ln.weight"] = (hidden,)
@@ -352,14 +352,16 @@ def recipes(shape: ModelShape) -> Iterator[Recipe]:
                 yield Recipe(f"{to}.{ours}.b", b, _stack_columns)
         yield Recipe(f"{to}.post_norm.weight", (f"{at}.post_attention_layernorm.weight",), _same)
     if adapter:
-        gated = [f"model.layers.{layer}.{name}" for layer in range(shape.layers) for name in _GATED]
+        routed = [
+            f"model.layers.{layer}.{name}" for layer in range(shape.layers) for name in _ROUTED
+        ]
         for name, part in (
             ("norm", "ln.weight"),
             ("weight", "w_gate.weight"),
             ("bias", "w_gate.bias"),
         ):
             yield Recipe(
-                f"gates.{name}", tuple(f"{g}.{part}" for g in gated), lambda *t: torch.stack(t)
+                f"gates.{name}", tuple(f"{g}.{part}" for g in routed), lambda *t: torch.stack(t)
             )
     yield Recipe("final_norm.weight", ("model.norm.weight",), _same)
     if not shape.tied_embeddings:

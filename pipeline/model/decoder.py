@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.model.attention import StepLayout, attend
-from pipeline.model.experts import GateFactors, Mixture, mixture_linear
+from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
 from pipeline.model.ops import add_rms_norm, linear, rotate_, silu_multiply
 from pipeline.model.shape import ModelShape
 
@@ -33,13 +33,13 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True)
-class LayerGates:
-    """Factors of a layer's two gates for a step; up_proj and down_proj obey gate_proj's. None
+class LayerFactors:
+    """Factors of a layer's two routers for a step; up_proj and down_proj obey gate_proj's. None
     without an adapter.
     """
 
-    o: GateFactors | None
-    mlp: GateFactors | None
+    o: ExpertFactors | None
+    mlp: ExpertFactors | None
 
 
 def rotary(positions: Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -77,17 +77,17 @@ class Decoder:
         embeddings: Tensor,
         positions: Tensor,
         layout: StepLayout,
-        gates: list[LayerGates],
+        factors: list[LayerFactors],
         answered: Tensor,
     ) -> Tensor:
-        """Run a step's tokens: parts of prompts and new tokens of running requests together, packed
-        without padding.
+        """Run a step's tokens: chunks of prompts and new tokens of running requests together,
+        packed without padding.
 
         Args:
             embeddings: [tokens, hidden].
             positions: [3, tokens] int64, rotary positions.
             layout: which requests the tokens belong to; their keys and values go into its cache.
-            gates: one entry a layer, factors per token.
+            factors: one entry a layer, factors per token.
             answered: [requests] int64, the tokens behind which a new one is wanted.
 
         Returns:
@@ -98,7 +98,7 @@ class Decoder:
         cos, sin = rotary(positions, shape, embeddings.dtype)
         x, delta = embeddings, None
         last = len(self.layers) - 1 if layout.chunks is not None else None
-        for index, (layer, gate) in enumerate(zip(self.layers, gates, strict=True)):
+        for index, (layer, routed) in enumerate(zip(self.layers, factors, strict=True)):
             x, normed = add_rms_norm(x, delta, layer.input_norm, shape.rms_eps)
             qkv = linear(normed, layer.qkv_weight, layer.qkv_bias).unflatten(
                 1, (-1, shape.head_dim)
@@ -109,17 +109,17 @@ class Decoder:
                 # Behind the last attention only what is answered matters: of a prompt, its last
                 # token.
                 x, attended = x.index_select(0, answered), attended.index_select(0, answered)
-                gate = LayerGates(
-                    *(None if own is None else own.of_few(answered) for own in (gate.o, gate.mlp))
+                routed = LayerFactors(
+                    *(f if f is None else f.of_few(answered) for f in (routed.o, routed.mlp))
                 )
             x, normed = add_rms_norm(
-                x, mixture_linear(attended, layer.o, gate.o), layer.post_norm, shape.rms_eps
+                x, mixture_linear(attended, layer.o, routed.o), layer.post_norm, shape.rms_eps
             )
             hidden = silu_multiply(
-                mixture_linear(normed, layer.gate, gate.mlp),
-                mixture_linear(normed, layer.up, gate.mlp),
+                mixture_linear(normed, layer.gate, routed.mlp),
+                mixture_linear(normed, layer.up, routed.mlp),
             )
-            delta = mixture_linear(hidden, layer.down, gate.mlp)
+            delta = mixture_linear(hidden, layer.down, routed.mlp)
         if last is None:
             x = x.index_select(0, answered)
             delta = None if delta is None else delta.index_select(0, answered)

@@ -1,10 +1,10 @@
 """The mixture of LoRA experts on one projection: the one place that computes it at inference.
 
-Formula (released Awaker2.5-VL, see `routing.py` for the gate):
+Formula (released Awaker2.5-VL, see `routing.py` for the router):
 
     y = W x + m * sum_e g_e * s * B_e A_e x + (1 - m) * s * B_g A_g x
 
-with g_e the gate's value for expert e (0 outside its top k), m = max_e g_e, s = alpha / rank and
+with g_e the router's weight of expert e (0 outside its top k), m = max_e g_e, s = alpha / rank and
 B_g A_g the global expert. The factors of a request are constants of its route: `factors` holds s *
 m * g_e for every expert and s * (1 - m) for the global one, so a projection is W x plus one scaled
 low-rank product.
@@ -63,7 +63,9 @@ class Mixture:
         pairs = (
             ()
             if b is None
-            else tuple(torch.cat([b[:, below:], own], 1) for own in b[:, :below].split(rank, 1))
+            else tuple(
+                torch.cat([b[:, below:], routed], 1) for routed in b[:, :below].split(rank, 1)
+            )
         )
         return cls(low.clone(), packed, None, b, pairs, rank)
 
@@ -80,8 +82,9 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class GateFactors:
-    """What one gate contributes to a step, and which experts are computed for which of its tokens.
+class ExpertFactors:
+    """What one router contributes to a step, and which experts are computed for which of its
+    tokens.
 
     The experts of `dense` are computed for every token, those of `sparse` for the tokens named
     there; a factor of zero makes an expert's part vanish exactly. Every expert that a token chose
@@ -102,29 +105,29 @@ class GateFactors:
     dense: tuple[int, ...]
     sparse: tuple[tuple[int, Tensor], ...] = ()
 
-    def of_few(self, tokens: Tensor) -> GateFactors:
+    def of_few(self, tokens: Tensor) -> ExpertFactors:
         """The factors of a few tokens, int64 indices: every expert is computed for each of them."""
-        return GateFactors(
+        return ExpertFactors(
             self.factors.index_select(0, tokens), tuple(range(self.factors.shape[-1] - 1))
         )
 
 
-def mixture_linear(x: Tensor, mixture: Mixture, gate: GateFactors | None) -> Tensor:
+def mixture_linear(x: Tensor, mixture: Mixture, routed: ExpertFactors | None) -> Tensor:
     """Apply a projection with its experts.
 
     Args:
         x: [tokens, in].
         mixture: the projection's weights.
-        gate: the factors of the gate that this projection obeys; None without an adapter.
+        routed: the factors of the router that this projection obeys; None without an adapter.
 
     Returns:
         [tokens, out], in the dtype of `x`.
     """
     b, rank = mixture.b, mixture.rank
-    if gate is None or b is None:
+    if routed is None or b is None:
         return linear(x, mixture.dense)
-    experts = gate.factors.shape[-1] - 1
-    if len(gate.dense) == experts:
+    experts = routed.factors.shape[-1] - 1
+    if len(routed.dense) == experts:
         if mixture.whole is not None:
             product = linear(x, mixture.whole)
             below = (experts + 1) * rank
@@ -132,24 +135,26 @@ def mixture_linear(x: Tensor, mixture: Mixture, gate: GateFactors | None) -> Ten
         else:
             product = linear(x, mixture.dense)
             low, out = torch.cat([linear(x, mixture.low), product[:, :rank]], 1), product[:, rank:]
-        scaled = low.unflatten(-1, (-1, rank)) * gate.factors.unsqueeze(-1)
+        scaled = low.unflatten(-1, (-1, rank)) * routed.factors.unsqueeze(-1)
         return out.addmm_(scaled.flatten(-2), b.t())
 
-    def own_b(expert: int) -> Tensor:
+    def b_of(expert: int) -> Tensor:
         return b[:, expert * rank : (expert + 1) * rank]
 
     product = linear(x, mixture.dense)
     out = product[:, rank:]
-    parts = [product[:, :rank] * gate.factors[:, experts, None]]
-    parts += [linear(x, mixture.a(expert)) * gate.factors[:, expert, None] for expert in gate.dense]
-    if len(gate.dense) == 1 and mixture.pairs:
-        up = mixture.pairs[gate.dense[0]]
+    parts = [product[:, :rank] * routed.factors[:, experts, None]]
+    parts += [
+        linear(x, mixture.a(expert)) * routed.factors[:, expert, None] for expert in routed.dense
+    ]
+    if len(routed.dense) == 1 and mixture.pairs:
+        up = mixture.pairs[routed.dense[0]]
     else:
-        up = torch.cat([own_b(experts), *map(own_b, gate.dense)], dim=1)
+        up = torch.cat([b_of(experts), *map(b_of, routed.dense)], dim=1)
     # One pass over the output for all of them: at prefill that is what the experts cost.
     out.addmm_(torch.cat(parts, dim=1), up.t())
-    for expert, tokens in gate.sparse:
-        factors = gate.factors[:, expert].index_select(0, tokens).unsqueeze(-1)
+    for expert, tokens in routed.sparse:
+        factors = routed.factors[:, expert].index_select(0, tokens).unsqueeze(-1)
         low = linear(x.index_select(0, tokens), mixture.a(expert)) * factors
-        out.index_add_(0, tokens, low @ own_b(expert).t())
+        out.index_add_(0, tokens, low @ b_of(expert).t())
     return out

@@ -170,16 +170,16 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @triton.jit
 def _decode_part(
     q, keys, values, starts, lengths, sums, maxima, totals, scale,
-    q_stride, row_stride, head_stride, splits,
+    q_stride, token_stride, head_stride, splits,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    # One request, one key/value head with all its queries, one part of the request's rows.
+    # One request, one key/value head with all its queries, one part of the request's tokens.
     request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     length = tl.load(lengths + request)
     start = tl.load(starts + request).to(tl.int64)
-    share = tl.cdiv(tl.cdiv(length, splits), ROWS) * ROWS
+    share = tl.cdiv(tl.cdiv(length, splits), TOKENS) * TOKENS
     first = split * share
     behind = tl.minimum(first + share, length)
     member, column = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
@@ -189,10 +189,10 @@ def _decode_part(
     highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     attended = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
-    for at in range(first, behind, ROWS):
-        row = at + tl.arange(0, ROWS)
-        filled = row < behind
-        place = (start + row) * row_stride + head * head_stride
+    for at in range(first, behind, TOKENS):
+        token = at + tl.arange(0, TOKENS)
+        filled = token < behind
+        place = (start + token) * token_stride + head * head_stride
         key = tl.load(
             keys + place[None, :] + column[:, None],
             mask=filled[None, :] & (column < DIM)[:, None],
@@ -241,8 +241,8 @@ def _decode_join(
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, lengths: Tensor
 ) -> Tensor:
-    """See `attention.attend_decode`; each request's rows are cut into parts that run side by side,
-    then joined.
+    """See `attention.attend_decode`; each request's tokens are cut into parts that run side by
+    side, then joined.
 
     How many parts depends on the number of requests alone, never on their lengths, so that the same
     launch serves a CUDA graph whatever it is replayed on. Source: "Flash-Decoding for long-context
@@ -260,7 +260,7 @@ def decode_attention(
     _decode_part[(requests, kv_heads, splits)](
         q, keys, values, starts, lengths, sums, maxima, totals,
         dim**-0.5, q.stride(0), keys.stride(0), keys.stride(1), splits,
-        GROUP_BLOCK=max(16, triton.next_power_of_2(group)), ROWS=64,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(group)), TOKENS=64,
         num_warps=4, num_stages=3, **dims,
     )  # fmt: skip
     _decode_join[(requests, kv_heads, group)](

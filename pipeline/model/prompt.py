@@ -105,7 +105,7 @@ class Prompt:
 
 
 def prompt_span(input_ids: np.ndarray, special: SpecialTokens) -> tuple[int, int]:
-    """The positions whose mean embedding is the gates' input.
+    """The positions whose mean embedding is the routers' input.
 
     With an image the span starts at the first `<|vision_start|>`, without one at the second
     `<|im_start|>` + 2; it ends before the second `<|im_end|>`. Source: the released README's

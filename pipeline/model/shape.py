@@ -11,8 +11,9 @@ from typing import Any
 from pipeline.errors import CheckpointError
 from pipeline.redact import cause_of
 
-#: The gates of a layer, in the order in which routes are flattened everywhere: [layer, gate].
-GATES = ("o_proj", "gate_proj")
+#: The projections of a layer that have a router (up_proj and down_proj obey gate_proj's), in the
+#: order in which routes are flattened everywhere: [layer, router].
+ROUTED = ("o_proj", "gate_proj")
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ def find_row(plan: InputPlan, wanted: str) -> tuple[Shard, int]:
         if plan.columns.id is not None:
             at = 0
             for ids in iter_ids(shard, plan.schema.field(plan.columns.id), plan.untyped):
-                if len(found := np.flatnonzero(ids == wanted)):
-                    return shard, at + int(found[0])
+                if len(matches := np.flatnonzero(ids == wanted)):
+                    return shard, at + int(matches[0])
                 at += len(ids)
         elif shard.file.name == name and number.isdecimal() and int(number) < shard.rows:
             return shard, int(number)
@@ -169,15 +169,15 @@ def _routes(settings: InspectSettings, row: PreparedRow) -> Iterator[Table]:
     encoder.check(request)
     with torch.inference_mode():
         (encoded,) = encoder.encode([request]).finish()
-    gates = encoded.gates
-    if gates is None:
+    weights = encoded.expert_weights
+    if weights is None:
         return
-    table = Table(title="experts and their gate values", title_justify="left")
+    table = Table(title="experts and their weights", title_justify="left")
     for column in ("layer", "prefill o", "prefill gate", "decode o", "decode gate"):
         table.add_column(column, justify="right")
-    prefill, decode = gates
+    prefill, decode = weights
     for layer in range(len(prefill) // 2):
-        cells = [phase[2 * layer + gate] for phase in (prefill, decode) for gate in (0, 1)]
+        cells = [phase[2 * layer + router] for phase in (prefill, decode) for router in (0, 1)]
         table.add_row(
             str(layer), *(f"{int(values.argmax())} ({float(values.max()):.2f})" for values in cells)
         )

@@ -77,10 +77,12 @@ def test_golden_rows_in_any_batch(
         assert list(answer.token_ids) == row["token_ids"]
         assert answer.text == row["text"]
         assert answer.visual_tokens == row["n_visual_tokens"]
-        assert answer.prefill_gates.ravel().tolist() == pytest.approx(
+        assert answer.prefill_weights.ravel().tolist() == pytest.approx(
             row["prefill_gates"], abs=1e-3
         )
-        assert answer.decode_gates.ravel().tolist() == pytest.approx(row["decode_gates"], abs=1e-3)
+        assert answer.decode_weights.ravel().tolist() == pytest.approx(
+            row["decode_gates"], abs=1e-3
+        )
 
 
 @st.composite
@@ -172,7 +174,7 @@ def test_plain_qwen2_vl_equals_transformers(tmp_path: Path) -> None:
             repetition_penalty=1.0,
         )
         assert list(answer.token_ids) == expected
-        assert answer.prefill_gates is None
+        assert answer.prefill_weights is None
 
 
 def test_requests_of_different_lengths_leave_and_the_others_go_on(tmp_path: Path) -> None:
@@ -202,8 +204,8 @@ def test_half_precision_routes_as_float32_does(golden: Path, dtype: str) -> None
         answers = engine.generate([as_request(a, processor, greedy(4)) for a in asked])
     same = [
         (
-            answer.decode_gates.argmax(-1)
-            == np.reshape(row["decode_gates"], answer.decode_gates.shape).argmax(-1)
+            answer.decode_weights.argmax(-1)
+            == np.reshape(row["decode_gates"], answer.decode_weights.shape).argmax(-1)
         ).mean()
         for row, answer in zip(rows, answers, strict=True)
     ]

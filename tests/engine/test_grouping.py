@@ -109,9 +109,9 @@ def test_every_token_has_its_expert_computed(
     tokens = data.draw(st.lists(st.integers(1, 9), min_size=requests, max_size=requests))
     plan = dense_and_sparse(tops, tokens, experts, masked_below=masked_below, majority_share=share)
     per_token = np.repeat(tops, tokens, axis=0)
-    for gate, (dense, sparse) in enumerate(plan):
+    for router, (dense, sparse) in enumerate(plan):
         assert len(dense) in (0, 1, experts)
-        for token, expert in enumerate(per_token[:, gate]):
+        for token, expert in enumerate(per_token[:, router]):
             assert (int(expert) in dense) != (token in sparse.get(int(expert), ()))
 
 

@@ -74,5 +74,5 @@ def test_the_encoder_shows_the_experts_that_answer(tmp_path: Path) -> None:
     with torch.inference_mode():
         shown = encoder.encode(requests).finish()
     for answer, encoded in zip(answers, shown, strict=True):
-        assert encoded.gates[0].tolist() == answer.prefill_gates.tolist()
-        assert encoded.gates[1].tolist() == answer.decode_gates.tolist()
+        assert encoded.expert_weights[0].tolist() == answer.prefill_weights.tolist()
+        assert encoded.expert_weights[1].tolist() == answer.decode_weights.tolist()

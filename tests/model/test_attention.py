@@ -59,7 +59,7 @@ def test_chunks_and_single_tokens_equal_whole_attention(cuts: list[list[int]], s
     ]
     starts = np.cumsum([3, *(n + 2 for n in lengths)])[
         :-1
-    ].tolist()  # extents with gaps, whose rows hold garbage
+    ].tolist()  # extents with gaps that hold garbage
     cache = KVCache(
         small_shape(), sum(lengths) + 2 * len(lengths) + 3, torch.float32, torch.device("cpu")
     )

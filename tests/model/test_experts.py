@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.engine.grouping import dense_and_sparse
-from pipeline.model.experts import GateFactors, Mixture, mixture_linear
+from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
 from pipeline.model.routing import expert_factors
 
 OUT, IN, RANK = 7, 5, 3
@@ -62,12 +62,14 @@ def test_every_strategy_is_exact(
     assert torch.equal(mixture.weight, w)
     assert all(torch.equal(mixture.a(expert), own) for expert, own in enumerate(a))
     tops = torch.randint(experts, (len(tokens), 1), generator=draw)
-    gates = (
+    weights = (
         torch.zeros(len(tokens), experts)
         .scatter_(1, tops, torch.rand(len(tokens), 1, generator=draw))
         .half()
     )
-    factors = expert_factors(gates, scale=2.0).to(dtype).repeat_interleave(torch.tensor(tokens), 0)
+    factors = (
+        expert_factors(weights, scale=2.0).to(dtype).repeat_interleave(torch.tensor(tokens), 0)
+    )
     x = random(sum(tokens), IN)
     plan = dense_and_sparse(
         tops.numpy().astype(np.int8),
@@ -77,7 +79,9 @@ def test_every_strategy_is_exact(
         majority_share=share,
     )
     dense, sparse = plan[0]
-    gate = GateFactors(factors, dense, tuple((e, torch.from_numpy(i)) for e, i in sparse.items()))
+    routed = ExpertFactors(
+        factors, dense, tuple((e, torch.from_numpy(i)) for e, i in sparse.items())
+    )
     exact = formula(
         *(t.double() for t in (x, w)),
         [t.double() for t in a],
@@ -85,7 +89,7 @@ def test_every_strategy_is_exact(
         factors.double(),
     )
     torch.testing.assert_close(
-        mixture_linear(x, mixture, gate).double(), exact, atol=1e-4 if packed else 1e-7, rtol=1e-5
+        mixture_linear(x, mixture, routed).double(), exact, atol=1e-4 if packed else 1e-7, rtol=1e-5
     )
 
 

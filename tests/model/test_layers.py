@@ -1,4 +1,4 @@
-"""The decoder, the gates and the vision tower against the released code's own numbers."""
+"""The decoder, the routers and the vision tower against the released code's own numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 from pipeline.model.attention import KVCache, Sequences, StepLayout
 from pipeline.model.awaker import Model, load_model, rope_positions
 from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.experts import GateFactors
+from pipeline.model.experts import ExpertFactors
 from pipeline.model.routing import expert_factors
 from pipeline.model.vision import PatchPlaces, cut_images, pixel_table
 
@@ -68,7 +68,7 @@ def cases(golden: Path, name: str) -> list[dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("name", ["text_only", "one_image", "two_images", "batch"])
 @torch.inference_mode()
-def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, name: str) -> None:
+def test_routers_and_logits_equal_the_released_code(model: Model, golden: Path, name: str) -> None:
     requests = cases(golden, name)
     config = json.loads((golden / "layers" / "config.json").read_text())
     ids = [torch.from_numpy(r["ids"]) for r in requests]
@@ -93,8 +93,8 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
 
     prefill, decode = model.route(torch.stack(prefill_h)), model.route(torch.stack(decode_h))
     for row, request in enumerate(requests):
-        np.testing.assert_allclose(prefill.gates[row].float(), request["gates"][0], atol=1e-3)
-        np.testing.assert_allclose(decode.gates[row].float(), request["gates"][1], atol=1e-3)
+        np.testing.assert_allclose(prefill.weights[row].float(), request["gates"][0], atol=1e-3)
+        np.testing.assert_allclose(decode.weights[row].float(), request["gates"][1], atol=1e-3)
 
     lengths = [len(tokens) for tokens in ids]
     steps = len(requests[0]["logits"])
@@ -104,10 +104,10 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
     )
     everyone = tuple(range(model.shape.adapter.experts))
 
-    def factors(gates: torch.Tensor, tokens: list[int]) -> list[GateFactors]:
-        per_request = expert_factors(gates, model.shape.adapter.scale)
+    def factors(weights: torch.Tensor, tokens: list[int]) -> list[ExpertFactors]:
+        per_request = expert_factors(weights, model.shape.adapter.scale)
         per_token = per_request.repeat_interleave(torch.tensor(tokens), 0)
-        return [GateFactors(f, everyone) for f in per_token.unbind(1)]
+        return [ExpertFactors(f, everyone) for f in per_token.unbind(1)]
 
     rows = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     chunks = Sequences.pack(lengths, starts, lengths, None)
@@ -116,10 +116,10 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
         torch.cat(merged),
         torch.from_numpy(np.concatenate(positions, axis=1)),
         StepLayout(cache, torch.from_numpy(np.concatenate(rows)), chunks, none, none),
-        model.layer_gates(factors(prefill.gates, lengths)),
+        model.layer_factors(factors(prefill.weights, lengths)),
         torch.tensor(lengths).cumsum(0) - 1,
     )
-    gates = model.layer_gates(factors(decode.gates, [1] * len(ids)))
+    routed = model.layer_factors(factors(decode.weights, [1] * len(ids)))
     for step in range(steps):
         for row, request in enumerate(requests):
             np.testing.assert_allclose(logits[row], request["logits"][step], atol=1e-4)
@@ -131,7 +131,7 @@ def test_gates_and_logits_equal_the_released_code(model: Model, golden: Path, na
         write = torch.tensor(starts) + torch.tensor(filled)
         layout = StepLayout(cache, write, None, torch.tensor(starts), torch.tensor(filled) + 1)
         logits = model.decoder.step(
-            model.embeddings[tokens], rope, layout, gates, torch.arange(len(ids))
+            model.embeddings[tokens], rope, layout, routed, torch.arange(len(ids))
         )
 
 
