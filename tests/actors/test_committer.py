@@ -346,7 +346,9 @@ def test_a_row_of_several_prompts_is_done_once_all_are_answered(
         folder = OutputFolder(path)
         folder.make()
         hold(folder)
-        schema = layout_schema(OutputSettings(path="out", prompt_layout=layout), pa.schema([]), NAMES)
+        schema = layout_schema(
+            OutputSettings(path="out", prompt_layout=layout), pa.schema([]), NAMES
+        )
         limits = CommitSettings(4, 60.0)
         writer = Committer(
             Claim(folder, "mine"),
