@@ -87,7 +87,7 @@ class Manifest:
             return cls(**{name: told[name] for name in cls.__dataclass_fields__})
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise OutputError(
                 f"output.path: {folder.url}/{MANIFEST} is damaged ({cause_of(error)}); put it back "
                 "from a copy, or choose "
