@@ -17,6 +17,8 @@ SHOWN = 1000
 LOGGED_LINES = 60
 
 _WORD = re.compile(r"[^\s\"]+")
+#: What IDNA takes for an `@`.
+_AT_SIGNS = {0xFF20: "@", 0xFE6B: "@"}
 _AUTHORITY_ENDS = re.compile(r"[/?#\\]")
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 _WEB_QUERY = re.compile(r"[?#]")
@@ -31,7 +33,7 @@ _PORT = re.compile(r"\d{1,5}(?=/|$)")
 #: close, or plain.
 _NAMED = re.compile(
     r"(?<![\w.\-])(?P<name>[\w.\-]++)(?P<between>(?:\\*[\"'])?\s{0,4}(?:=>|[=:]|%3D|%3A)\s{0,4})"
-    r"(?:(?P<quote>\\*[\"'])|(?P<kind>(?:Bearer|Basic|Digest|Token|Negotiate|AWS4-HMAC-SHA256|AWS4-HMAC)\s{1,4})?)",
+    r"(?:[bur]{0,2}(?P<quote>\\*[\"'])|(?P<kind>(?:Bearer|Basic|Digest|Token|Negotiate|AWS4-HMAC-SHA256|AWS4-HMAC)\s{1,4})?)",
     re.IGNORECASE,
 )
 _PLAIN_VALUE = re.compile(r"[^\s'\",;&)}\]]*")
@@ -62,12 +64,13 @@ _SECRET_NAMES = (
         "storagekey",
         "sessionkey",
     ),
-    *("accesskeyid", "accessid", "secretid", "tokenid", "connectionstring"),
+    *("sessionid", "accesskeyid", "accessid", "secretid", "tokenid", "connectionstring"),
 )
 _SHORT_NAMES = frozenset({"sas", "sig", "pwd", "pass", "jwt", "auth", "cookie"})
 #: Credentials that tell themselves, wherever they stand.
 _SHAPES = re.compile(
-    r"(?<![\w\-])(?:(?:hf_|gh[pousr]_|github_pat_|xox[abpr]-|AKIA|ASIA|AIza|eyJ)[\w\-.]{16,}|Bearer\s{1,4}[\w.~+/=\-]{6,})"
+    r"(?<![\w\-])(?:(?:hf_|gh[pousr]_|github_pat_|xox[abpr]-|AKIA|ASIA|AIza|eyJ|glpat-|npm_|ya29\.)"
+    r"[\w\-.]{16,}|sk-(?:[A-Za-z0-9]{20,}|(?:proj|ant|svcacct|admin)-[\w\-]{16,})|Bearer\s{1,4}[\w.~+/=\-]{6,})"
 )
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*", re.DOTALL)
 
@@ -106,6 +109,11 @@ def without_secrets(text: str, *, cut: bool = False) -> str:
 
 def _without_user(word: str, *, cut: bool) -> str:
     """A word without the user and password of a URL in it; passwords may hold slashes and `@`."""
+    if "//" not in word and (encoded := word.lower().find("%3a%2f%2f")) >= 0:
+        at = word.lower().rfind("%40")
+        begin = encoded + len("%3a%2f%2f")
+        return f"{word[:begin]}***{word[at:]}" if at >= begin else word
+    word = word.translate(_AT_SIGNS)
     at = max(word.rfind("@"), word.lower().rfind("%40"))
     end = at + (1 if word[at : at + 1] == "@" else 3)
     slashes = min(
@@ -117,6 +125,8 @@ def _without_user(word: str, *, cut: bool) -> str:
             return f"{word[: colon + 1]}***@{word[end:]}"
         return word
     begin = slashes + 2
+    if _WEB.search(word, 0, begin):  # browsers take as many as there are for two
+        begin += len(word[begin:]) - len(word[begin:].lstrip("/\\"))
     stop = _AUTHORITY_ENDS.search(word, begin)
     authority = word[begin : stop.start() if stop else len(word)]
     _, colon_, password = authority.partition(":")

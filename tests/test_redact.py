@@ -89,6 +89,13 @@ SECRET = "hunter2hunter2"
         ),
         (f"for hf_{SECRET}{SECRET} there", "for *** there"),
         (f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}", "***"),
+        (f"for sk-{SECRET}{SECRET} and sk-proj-{SECRET}{SECRET} there", "for *** and *** there"),
+        (f"glpat-{SECRET}{SECRET} npm_{SECRET}{SECRET} ya29.{SECRET}{SECRET}", "*** *** ***"),
+        (f"{{'token': b'{SECRET}', 'region': 1}}", "'region': 1"),
+        (f"s3%3A%2F%2FAK%3A{SECRET}%40b%2Fk", "s3%3A%2F%2F***%40b%2Fk"),
+        (f"http://u:{SECRET}\uff20h/x", "http://***@h/x"),
+        (f"https:////u:{SECRET}@h/x", "https:////***@h/x"),
+        (f"https://h/p;jsessionid={SECRET}", "https://h/p;jsessionid=***"),
     ],
 )
 def test_secrets_are_taken_out_and_the_rest_stays(text: str, kept: str) -> None:

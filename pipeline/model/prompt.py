@@ -197,6 +197,23 @@ class PromptProcessor:
         if backend.normalizer is not None:
             self._plain.normalizer = backend.normalizer
         self._most_characters = max_positions * max(map(len, self.tokenizer.get_vocab()))
+        self._check_template(folder)
+
+    def _check_template(self, folder: Path) -> None:
+        """Make sure that the chat template says something: else every row would fail alone.
+
+        Raises:
+            CheckpointError: there is none, or it fails.
+        """
+        asked = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+        ]
+        try:
+            self._processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja's, or whatever a template raises
+            raise CheckpointError(
+                f"model.base: the chat template of {folder} cannot be used ({cause_of(error)})"
+            ) from error
 
     @classmethod
     def from_settings(

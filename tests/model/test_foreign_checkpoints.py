@@ -415,3 +415,27 @@ def test_a_config_that_cannot_be_read_is_an_error_in_one_line(
         with pytest.raises(CheckpointError) as caught:
             load()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{% for message in messages %}",
+        "{{ raise_exception('not for you') }}",
+        "{% for n in range(999999999) %}x{% endfor %}",
+        "{{ 1 / 0 }}",
+        None,
+    ],
+)
+def test_a_chat_template_that_fails_ends_the_job_before_it_starts(
+    template: str | None, golden: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(golden / "released/base", tmp_path / "ckpt")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        told = json.loads((base / name).read_text())
+        told["chat_template"] = template
+        (base / name).write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"^model.base: ") as caught:
+        PromptProcessor.from_settings(str(base), None, None)
+    assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, OutputError
+from pipeline.io.output.columns import Written
 from pipeline.io.output.lease import Claim, Lease, LeaseTimes
 from pipeline.io.output.storage import OutputFolder
 from pipeline.run.nightly import Partition, plan_night, read_partitions, run_night
+from pipeline.run.summary import Summary
 from pipeline.settings.base import load_settings
 from pipeline.settings.nightly import NightlySettings
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.conftest import RayCluster
+from tests.io.output.epochs import hold
 from tests.io.shards import write_shard
 
 MONDAY, TUESDAY = "date=2026-11-23", "date=2026-11-24"
@@ -202,3 +206,26 @@ def test_a_clock_that_goes_back_takes_nothing_twice() -> None:
     assert plan_night([later], {"a": (1, "x")}, MONDAY) == []
     (work,) = plan_night([later], {"a": (1, "x"), "b": (1, "x")}, MONDAY)
     assert (work.partition, work.shards) == (MONDAY, {"b"})
+
+
+@pytest.mark.parametrize("when", ["check_job", "run_job"])
+def test_success_moves_only_under_the_lock(
+    when: str, night: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was paused and lost the partitions neither removes nor writes another's."""
+    write_shard(tmp_path / "in/a.parquet", {"prompt": pa.array(["?"])})
+    root = OutputFolder(str(tmp_path / "out"))
+    success = tmp_path / "out" / MONDAY / "_SUCCESS"
+
+    def overtaken(*_: Any, **__: Any) -> Any:
+        hold(root, "another")
+        success.parent.mkdir(parents=True, exist_ok=True)
+        success.write_text("another's")
+
+    monkeypatch.setattr(f"pipeline.run.nightly.{when}", overtaken)
+    if when == "run_job":
+        summary = Summary("out", Written(), Counter(), 1.0, 1.0, Counter())
+        monkeypatch.setattr("pipeline.run.nightly.run_job", lambda job: (overtaken(), summary)[1])
+    with pytest.raises(OutputError, match="held by run another"):
+        run(night)
+    assert success.read_text() == "another's"

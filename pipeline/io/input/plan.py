@@ -296,10 +296,9 @@ def _check_template(key: str, prompt: Template, schema: pa.Schema) -> None:
 
 def _tell_of_pictures(files: list[FileInfo], schema: pa.Schema) -> None:
     """Say that nobody looks at the pictures that a table beside them names."""
+    names = frozenset(schema.names)
     made = [
-        name
-        for name in schema.names
-        if any(f"{name}_{ending}" in schema.names for ending in FILE_NAMES)
+        name for name in schema.names if any(f"{name}_{ending}" in names for ending in FILE_NAMES)
     ]
     if made and any(file.is_metadata for file in files):
         print(

@@ -137,6 +137,7 @@ class Accepted:
                 ValueError,
                 TypeError,
                 KeyError,
+                RecursionError,
             ):  # damaged: the one before says nearly the same
                 continue
         return cls()
@@ -272,7 +273,14 @@ class OutputLog:
                 (Commit.from_dict(entry), entry.get("size"))
                 for entry in json.loads(self._folder.read(name))
             ]
-        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        except (
+            FileNotFoundError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ):
             return []  # gone or damaged: it only repeats what the footers say
 
     def read_commit(self, file: str) -> Commit | None:

@@ -15,6 +15,7 @@ back.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import socket
@@ -113,9 +114,10 @@ def read_lock(folder: OutputFolder) -> Holder | None:
         known: dict[str, Any] = {
             name: told[name] for name in Holder.__dataclass_fields__ if name in told
         }
-        return Holder(
-            **known | {"epoch": epoch, "run": str(told["run"]), "expire": float(told["expire"])}
-        )
+        expire = float(told["expire"])
+        if not 0 < expire < math.inf:
+            raise ValueError(f"expires after {expire} s")
+        return Holder(**known | {"epoch": epoch, "run": str(told["run"]), "expire": expire})
     except FileNotFoundError:  # a later one has begun meanwhile
         return read_lock(folder)
     except (
@@ -123,6 +125,7 @@ def read_lock(folder: OutputFolder) -> Holder | None:
         TypeError,
         KeyError,
         AttributeError,
+        RecursionError,
     ):  # cut short by a power cut, or of somebody else's making
         return Holder(epoch, UNKNOWN)
 

@@ -80,7 +80,7 @@ class Manifest:
             return cls(**{name: values[name] for name in cls.__dataclass_fields__})
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise OutputError(
                 f"output.path: {folder.url}/{OutputLayout.MANIFEST} is damaged "
                 f"({cause_of(error)}); put it back from a copy, or choose "

@@ -20,6 +20,8 @@ from moto.server import ThreadedMotoServer
 from pipeline.errors import InputError
 from pipeline.io.input.listing import find_shards
 from pipeline.io.input.plan import check_ids_unique
+from pipeline.io.output.commits import OutputLog
+from pipeline.io.output.storage import OutputFolder
 from pipeline.rows import ERROR, ID, REFERENCES
 from pipeline.settings.buckets import holds_password
 from tests.io.input.test_formats import read, write_images, write_lines
@@ -201,6 +203,16 @@ def test_a_listing_of_more_than_a_thousand_objects_is_whole(bucket: S3Backend) -
         "0/0000.png",
         "0/0003.png",
     ]
+
+
+def test_an_output_of_more_than_a_thousand_objects_is_listed_whole(bucket: S3Backend) -> None:
+    """Else the files of the second page would be answered again, and beside themselves."""
+    for n in range(1110):
+        bucket.put_object("many", f"out/part-{n:05d}.parquet", b"x")
+        bucket.put_object("many", f"out/_run/index/{n:05d}.json", b"[]")
+    folder = OutputFolder("s3://many/out")
+    assert len(folder.sizes()) == len(OutputLog(folder).names()) == 1110
+    assert len(folder.names("_run/index")) == 1110
 
 
 ODD_KEYS = ["a#1", "b?x=1&y", "c+d", "e f ", "100%25", "g[1]*", "h=1/i", "j'\"k", "日本", "~(l)"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import uuid
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -527,6 +528,17 @@ def test_keys_that_vary_from_row_to_row_are_no_columns(
         match=r"^input.path: the shards have 28 different columns, such as c26, c27, c28, expected",
     ):
         plan_of(tmp_path)
+
+
+def test_a_table_of_thousands_of_columns_is_planned_and_read_in_seconds(tmp_path: Path) -> None:
+    columns = {f"c{number}": [number] for number in range(6000)}
+    write_shard(tmp_path / "a.parquet", {"prompt": ["?"], **columns})
+    began = time.process_time()
+    plan = plan_of(tmp_path)
+    table = read(plan)
+    assert time.process_time() - began < 10, "quadratic it would take minutes"
+    assert len(plan.extras) == 6000
+    assert table["c5999"].to_pylist() == [5999]
 
 
 def test_a_column_that_an_answers_column_would_meet_is_renamed(tmp_path: Path) -> None:

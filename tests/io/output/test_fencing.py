@@ -366,6 +366,7 @@ def test_what_only_repeats_the_footers_may_be_damaged(tmp_path: Path) -> None:
         b"[",
         b"{}",
         b"[1]",
+        b"[" * 100_000,
         b"\xff",
         b'[{"file": "x"}]',
         b'[{"file": 1, "rows": [], "written": {}}]',
@@ -384,9 +385,10 @@ def test_a_list_of_what_counts_that_cannot_be_read_gives_way_to_the_one_before(
     committer(folder, rows=1).take(block("a", 1))
     records = folder.names(OutputLayout.ACCEPTED)
     assert len(records) == 2
-    folder.write(records[-1], b"")
-    assert Accepted.load(folder).epoch == 2
-    assert done_rows(OutputLog(folder).commits()) == {"a": RowSet.range(0, 2)}
+    for content in (b"", b"null", b'{"files": 5}', b"\xff", b"[" * 100_000):
+        folder.write(records[-1], content)
+        assert Accepted.load(folder).epoch == 2
+        assert done_rows(OutputLog(folder).commits()) == {"a": RowSet.range(0, 2)}
 
 
 def test_a_fresh_start_leaves_nothing_to_count_even_if_it_dies_before_it_has_deleted_anything(

@@ -164,7 +164,18 @@ def test_one_that_listed_before_others_came_and_went_does_not_hold_it(folder: Ou
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"run": "a"}', b'{"run": "a", "expire": "soon"}']
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[1]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"run": "a"}',
+        b'{"run": "a", "expire": "soon"}',
+        b'{"run": "a", "expire": NaN}',
+        b'{"run": "a", "expire": -5}',
+    ],
 )
 def test_a_lock_that_cannot_be_read_counts_as_one_to_wait_for(
     content: bytes, tmp_path: Path

@@ -4,6 +4,7 @@ nothing else.
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -46,6 +47,29 @@ def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(tmp_path
     folder.write("part-0.parquet", b"new")
     assert folder.read("part-0.parquet") == b"new"
     assert [Path(name).name for name in folder.results()] == ["part-0.parquet"]
+
+
+@pytest.mark.parametrize("what", ["write", "create"])
+def test_a_file_is_synced_before_it_has_its_name_and_its_folder_after_that(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut leaves an empty file of that name."""
+    folder = OutputFolder(str(tmp_path))
+    done: list[str] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append("folder synced" if path.is_dir() else f"{path.read_text()} synced")
+        if path.is_dir():
+            done.append("has its name" if (path / "a.json").exists() else "has no name")
+        else:
+            done.append("has its name" if (tmp_path / "a.json").exists() else "has no name")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    getattr(folder, what)("a.json", b"data")
+    assert done == ["data synced", "has no name", "folder synced", "has its name"]
 
 
 def test_clearing_deletes_results_and_run_folder_but_the_lock_and_nothing_else(
