@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import CheckpointError
-from pipeline.run.run import check_job, run_job
+from pipeline.run.check import check_job
+from pipeline.run.run import run_job
 from pipeline.settings.base import load_settings
 from pipeline.settings.job import JobSettings
 from tests.conftest import RayCluster
