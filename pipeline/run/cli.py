@@ -65,13 +65,18 @@ def main(
         JobSettings,
         load_settings,
     )  # which `kind` needed, too: it costs nothing here
+    from pipeline.settings.shipped import configuration, names
 
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.epilog = f"example:\n  {parser.prog} {example}" if example else None
     parser.add_argument(
-        "--config", type=Path, default=default_config, metavar="FILE", help="YAML settings"
+        "--config",
+        type=Path,
+        default=default_config,
+        metavar="FILE",
+        help=f"YAML settings: a file, or one that comes with the program: {', '.join(names())}",
     )
     parser.add_argument(
         "--set",
@@ -107,7 +112,8 @@ def main(
     # Tokenizers fork-safety warning: preparing actors tokenize in one thread anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        work(load_settings(kind, parsed.config, parsed.assignments), parsed.dry_run)
+        file = configuration(parsed.config) if parsed.config else None
+        work(load_settings(kind, file, parsed.assignments), parsed.dry_run)
     except JobError as error:
         print(printable(f"error: {without_secrets(' '.join(str(error).split()))}"), file=sys.stderr)
         return EXIT_POINTLESS
