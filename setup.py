@@ -15,8 +15,9 @@ class WithConfigurations(build_py):
     """Puts `configs/` into the package, where `pipeline.settings.shipped` looks, and the commit
     into `pipeline/COMMIT`, where `pipeline.io.output.manifest` looks.
 
-    An editable installation needs neither: the checkout has both. The demo's configurations stay
-    with the demo's files, which are in no wheel.
+    An editable installation needs neither: the checkout has both. Where there is no git (an image
+    is built), that file may be there already. The demo's configurations stay with the demo's
+    files, which are in no wheel.
     """
 
     def run(self) -> None:
