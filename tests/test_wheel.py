@@ -18,11 +18,13 @@ import pytest
 
 import pipeline
 from tests.jobs.support import ROOT, sets
+from tests.test_front import ignored, instructions
 
 pytestmark = pytest.mark.slow
 
 SMALL = ROOT / "pipeline" / "demo" / "awaker-small"
 GIT = ["git", "-c", "user.name=somebody", "-c", "user.email=somebody@example.com"]
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,20 @@ def _copy_of_the_repository(folder: Path) -> Path:
     return folder
 
 
+def _built(source: Path, folder: Path) -> Path:
+    build = [*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "--wheel-dir", str(folder), str(source)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     """The wheel of this repository, without network; its dependencies are those of the tests."""
     folder = tmp_path_factory.mktemp("wheel")
     source = _copy_of_the_repository(folder / "source")
     commit = _commit_all(source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "--wheel-dir", str(folder), str(source)], check=True)
-    (wheel,) = folder.glob("*.whl")
+    wheel = _built(source, folder)
 
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
@@ -91,7 +97,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     # Folders that a .pth names have their own .pth files unread: no editable installation of this
     # repository is seen through them.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [*pip, "--python", str(environment / "bin" / "python"), "install", "--quiet"]
+    install = [*PIP, "--python", str(environment / "bin" / "python"), "install", "--quiet"]
     subprocess.run([*install, "--no-deps", "--no-index", str(wheel)], check=True)
     return Installed(wheel, environment, elsewhere, commit)
 
@@ -158,3 +164,37 @@ def test_a_manifest_tells_the_wheels_commit_not_the_one_of_the_repository_around
     told = "from pipeline.io.output.manifest import _code_version; print(_code_version())"
     done = installed.run("python", "-c", told)
     assert done.stdout == f"{pipeline.__version__} ({installed.commit})\n", done.stderr
+
+
+def test_each_layer_of_the_image_can_be_built(tmp_path: Path) -> None:
+    """What the Dockerfile does with files and pip, without docker; its packages of Debian aside."""
+    image = tmp_path / "image"
+    wheels = []
+    for name, rest in instructions():
+        if name == "COPY":
+            *sources, target = rest.split()
+            for source in sources:
+                if (ROOT / source).is_dir():
+                    _copy_folder(ROOT / source, image / target)
+                    continue
+                to = image / target / (source if target == "./" else "")
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / source, to)
+        elif name == "RUN" and "pip install" in rest:
+            if "COMMIT" in rest:
+                (image / "pipeline" / "COMMIT").write_text("1234abc\n")
+            wheels.append(zipfile.ZipFile(_built(image, tmp_path / f"layer-{len(wheels)}")))
+            shutil.rmtree(image / "build")
+    first, last = wheels
+    assert [name for name in first.namelist() if name.endswith(".py")] == ["pipeline/__init__.py"]
+    names = set(last.namelist())
+    assert {"pipeline/run/cli.py", "pipeline/configs/nightly.yaml"} <= names
+    assert last.read("pipeline/COMMIT") == b"1234abc\n"
+    assert not (image / "pipeline" / "demo").exists()
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if ignored(str((Path(folder) / name).relative_to(ROOT)))]
+
+    shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
