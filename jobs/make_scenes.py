@@ -9,30 +9,7 @@ from pathlib import Path
 # or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.run.cli import main
-from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
-
-CONFIG = Path(__file__).resolve().parents[1] / "configs/scenes.yaml"
-
-
-def make(settings: ScenesSettings, dry_run: bool) -> None:
-    """Write the shards, or say what would be written."""
-    if dry_run:
-        print(
-            f"{settings.rows} rows, {settings.rows_per_shard} a shard, would go to "
-            f"{settings.output}"
-        )
-        return
-    for file in write_scenes(settings):
-        print(file)
-
+from pipeline.run.commands import run
 
 if __name__ == "__main__":
-    sys.exit(
-        main(
-            "Write Parquet shards of drawn scenes with true answers.",
-            ScenesSettings,
-            make,
-            default_config=CONFIG,
-        )
-    )
+    sys.exit(run("make_scenes", sys.argv[1:], "python jobs/make_scenes.py"))

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.engine.load import load as load
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name: str) -> Any:
     # Loaded when it is asked for: it imports torch, which most commands do without.

@@ -41,7 +41,7 @@ class TooManyErrorsError(JobError):
     """So many rows fail that the configuration must be at fault."""
 
 
-#: Every code an `error` row can carry. docs: README, "Bad rows".
+#: Every code an `error` row can carry. docs/errors.md says when.
 RowErrorCode = Literal[
     "image_decode",
     "image_fetch",

@@ -66,6 +66,7 @@ def main(
     """
     # Which `kind` needed, too: it costs nothing here.
     from pipeline.settings.base import load_settings
+    from pipeline.settings.shipped import configuration
 
     parser = _parser(description, kind, default_config, program, example)
     parsed = parser.parse_args(arguments)
@@ -75,7 +76,8 @@ def main(
     # Tokenizers fork-safety warning: preparing actors tokenize in one thread anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        work(load_settings(kind, parsed.config, parsed.assignments), parsed.dry_run)
+        file = configuration(parsed.config) if parsed.config else None
+        work(load_settings(kind, file, parsed.assignments), parsed.dry_run)
     except JobError as error:
         print(printable(f"error: {without_secrets(' '.join(str(error).split()))}"), file=sys.stderr)
         return EXIT_POINTLESS
@@ -97,13 +99,18 @@ def _parser(
 ) -> argparse.ArgumentParser:
     """What takes the arguments of a job of this kind of settings."""
     from pipeline.settings.job import JobSettings
+    from pipeline.settings.shipped import names
 
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.epilog = f"example:\n  {parser.prog} {example}" if example else None
     parser.add_argument(
-        "--config", type=Path, default=default_config, metavar="FILE", help="YAML settings"
+        "--config",
+        type=Path,
+        default=default_config,
+        metavar="FILE",
+        help=f"YAML settings: a file, or one that comes with the program: {', '.join(names())}",
     )
     parser.add_argument(
         "--set",

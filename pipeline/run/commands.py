@@ -28,11 +28,14 @@ class Command:
         example: arguments that make sense.
         load: imports what it needs, and gives its settings and its work, which takes them and
             whether this is a dry run.
+        config: the configuration used without `--config`; None: settings may come from `--set`
+            alone.
     """
 
     description: str
     example: str
     load: Callable[[], tuple[type[Settings], Callable[[Any, bool], None]]]
+    config: Path | None = None
 
 
 def _answer(task: Any) -> Callable[[], tuple[type[Settings], Callable[[Any, bool], None]]]:
@@ -199,21 +202,59 @@ def _inspect() -> tuple[type[Settings], Callable[[Any, bool], None]]:
     return InspectSettings, work
 
 
+def _train() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+    from pipeline.training.settings import TrainSettings
+
+    def work(settings: TrainSettings, dry_run: bool) -> None:
+        from pipeline.errors import ConfigError
+        from pipeline.settings.base import as_yaml
+
+        if dry_run:
+            print(as_yaml(settings))
+            return
+        try:
+            from pipeline.training.run import train
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"training needs {error.name}, which is not installed; pip install "
+                "'awaker-batch[train]'"
+            ) from error
+        train(settings)
+
+    return TrainSettings, work
+
+
+def _make_scenes() -> tuple[type[Settings], Callable[[Any, bool], None]]:
+    from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
+
+    def work(settings: ScenesSettings, dry_run: bool) -> None:
+        if dry_run:
+            print(
+                f"{settings.rows} rows, {settings.rows_per_shard} a shard, would go to "
+                f"{settings.output}"
+            )
+            return
+        for file in write_scenes(settings):
+            print(file)
+
+    return ScenesSettings, work
+
+
 _IN_AND_OUT = "--set input.path=s3://b/shards/ --set output.path=s3://b/answers/"
 COMMANDS = {
     "caption": Command(
         "Caption the images of Parquet shards with Awaker2.5-VL.",
-        f"--config configs/caption.yaml {_IN_AND_OUT}",
+        f"--config caption {_IN_AND_OUT}",
         _answer("caption"),
     ),
     "vqa": Command(
         "Answer questions about the images of Parquet shards with Awaker2.5-VL.",
-        f"--config configs/vqa.yaml {_IN_AND_OUT}",
+        f"--config vqa {_IN_AND_OUT}",
         _answer("vqa"),
     ),
     "nightly": Command(
         "Answer what is new in the input, into a partition for today.",
-        f"--config configs/nightly.yaml {_IN_AND_OUT}",
+        f"--config nightly {_IN_AND_OUT}",
         _nightly,
     ),
     "convert": Command(
@@ -241,14 +282,25 @@ COMMANDS = {
     ),
     "plan": Command(
         "Say what a job would run, without a cluster and without loading the model.",
-        f"--config configs/vqa.yaml {_IN_AND_OUT}",
+        f"--config vqa {_IN_AND_OUT}",
         _plan,
     ),
     "inspect": Command(
         "Show one row: its picture, tokens, prompt span and, unless --dry-run, the experts that "
         "the model sends it to.",
-        "--config configs/vqa.yaml --set input.path=s3://b/shards/ --set row=17",
+        "--config vqa --set input.path=s3://b/shards/ --set row=17",
         _inspect,
+    ),
+    "train": Command(
+        "Train experts on a Qwen2-VL, or a small Awaker2.5-VL from nothing.",
+        "--config train-qwen2-vl-7b --set data.path=/data/my-shards --set output=/data/my-experts",
+        _train,
+    ),
+    "make_scenes": Command(
+        "Write Parquet shards of drawn scenes with questions and their true answers.",
+        "--set output=scenes --set rows=10000",
+        _make_scenes,
+        Path("scenes"),
     ),
 }
 
@@ -271,6 +323,7 @@ def run(name: str, arguments: Sequence[str], program: str | None = None) -> int:
         command.description,
         kind,
         work,
+        command.config,
         program=program,
         example=command.example,
         arguments=arguments,
@@ -292,7 +345,7 @@ def awaker_batch() -> int:
     print("usage: awaker-batch COMMAND [--config FILE] [--set KEY=VALUE ...] [--dry-run]\n")
     for name, command in COMMANDS.items():
         print(
-            f"  {name:<8}  {command.description}\n            awaker-batch {name} "
+            f"  {name:<11}  {command.description}\n               awaker-batch {name} "
             f"{command.example}\n"
         )
     print(

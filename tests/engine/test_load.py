@@ -16,16 +16,7 @@ from tests.prompts import as_request, engine_for, greedy, random_questions
 
 SMALL = Path(__file__).parents[2] / "pipeline" / "demo" / "awaker-small"
 
-#: As in README, but for the names.
-SIX_LINES = """\
-from PIL import Image
-from pipeline import load
-
-awaker = load({base!r}, {adapter!r})
-with awaker.engine() as engine:
-    request = awaker.request("What is this?", Image.open({picture!r}), max_new_tokens=4)
-    print(engine.generate([request])[0].text)
-"""
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_six_lines_lead_from_a_checkpoint_to_an_answer(
@@ -33,9 +24,15 @@ def test_six_lines_lead_from_a_checkpoint_to_an_answer(
 ) -> None:
     picture = tmp_path / "photo.png"
     Image.new("RGB", (56, 56), "orange").save(picture)
-    lines = SIX_LINES.format(
-        base=str(SMALL / "base"), adapter=str(SMALL / "adapter"), picture=str(picture)
-    )
+    lines = README.read_text().partition("```python\n")[2].partition("```")[0]
+    for name, path in (
+        ("Qwen/Qwen2-VL-7B-Instruct", SMALL / "base"),
+        ("MetabrainAGI/Awaker2.5-VL", SMALL / "adapter"),
+        ("photo.jpg", picture),
+    ):
+        assert name in lines
+        lines = lines.replace(name, str(path))
+    assert len([line for line in lines.splitlines() if line]) == 6
     exec(compile(lines, "README", "exec"), {})
     assert len(capsys.readouterr().out.split()) >= 1
 

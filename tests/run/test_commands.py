@@ -17,6 +17,7 @@ from pipeline.run import commands
 from pipeline.run.commands import COMMANDS, run
 from pipeline.run.inspection import as_blocks
 from pipeline.settings.base import load_settings
+from pipeline.settings.shipped import configuration
 from tests.io.shards import write_shard
 from tests.jobs.support import ROOT, expected_rows, released_model, run_script_here, sets
 
@@ -32,7 +33,7 @@ def test_every_command_has_help_with_an_example_that_it_takes(
     assert f"example:\n  awaker-batch {name} {COMMANDS[name].example}" in shown
     kind, _ = COMMANDS[name].load()
     words = shlex.split(COMMANDS[name].example)
-    file = ROOT / words[words.index("--config") + 1] if "--config" in words else None
+    file = configuration(Path(words[words.index("--config") + 1])) if "--config" in words else None
     load_settings(kind, file, [words[at + 1] for at, word in enumerate(words) if word == "--set"])
 
 

@@ -8,10 +8,10 @@ import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pipeline
 from pipeline.errors import OutputError
 from pipeline.io.input.plan import InputPlan
 from pipeline.io.output.commits import OutputLog
@@ -183,14 +183,17 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _code_version() -> str:
-    root = Path(__file__).parents[3]
+    """The version and the commit of this very package, not of a repository that holds the folder
+    where it is installed, nor of another version that is installed beside it.
+    """
+    package = Path(pipeline.__file__).resolve().parent
+    checkout = package.parent
+    git = ["git", f"--git-dir={checkout / '.git'}", f"--work-tree={checkout}"]
     try:
         commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
+            [*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown commit"
-    return f"{version('awaker-batch')} ({commit})"
+        built_from = package / "COMMIT"  # in a wheel: setup.py writes it
+        commit = built_from.read_text().strip() if built_from.is_file() else "unknown commit"
+    return f"{pipeline.__version__} ({commit})"
