@@ -160,10 +160,10 @@ PIECES = [
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_hostile_text_takes_no_longer_than_its_length(piece: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     without_secrets(piece * (200_000 // len(piece)))
     without_secrets(piece * (200_000 // len(piece)) + "'\" @")
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_what_is_shown_of_a_long_text_is_short_and_holds_no_half_of_a_secret() -> None:
