@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 import pipeline
 from tests.jobs.support import ROOT
@@ -45,9 +46,13 @@ def test_every_figure_of_the_readme_was_measured() -> None:
             assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d,]*\d)", measured), number
 
 
-@pytest.mark.skipif(not hasattr(pipeline, "load"), reason="pipeline.load comes with the engine")
-def test_the_readmes_python_answers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readmes_python_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (code,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 6
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (112, 112), "red").save("photo.jpg")
     code = code.replace("Qwen/Qwen2-VL-7B-Instruct", str(SMALL / "base"))
     exec(code.replace("MetabrainAGI/Awaker2.5-VL", str(SMALL / "adapter")), {})
     assert capsys.readouterr().out.strip()
