@@ -227,6 +227,7 @@ class Lease:
         self._stop = threading.Event()
         self._beats = 0
         self._held = False
+        self._beating = threading.Lock()
 
     def take(self) -> Fence:
         """Take the output, waiting for a dead run's time to be over; the run's first epoch.
@@ -277,7 +278,9 @@ class Lease:
         """Give the output back."""
         self._stop.set()
         if self._held:
-            self._beat(released=True)
+            # A renewal that is under way must not be the last word.
+            with self._beating:
+                self._beat(released=True)
 
     def _wait_for(self, found: Holder) -> None:
         """Wait until the holder is known to be dead.
@@ -311,7 +314,9 @@ class Lease:
         while not self._stop.wait(self._times.renew):
             try:
                 self.check()
-                self._beat()
+                with self._beating:
+                    if not self._stop.is_set():
+                        self._beat()
             except LeaseLostError:
                 return  # whoever writes finds out by itself
             except Exception:  # every fsspec backend has error types of its own

@@ -70,6 +70,33 @@ def test_a_second_run_on_one_output_is_refused_while_the_first_lives(folder: Out
     third.release()
 
 
+def test_a_renewal_that_is_under_way_is_not_the_last_word(tmp_path: Path) -> None:
+    class Slow(OutputFolder):
+        """Storage whose second renewal takes its time."""
+
+        written = 0
+        renewing, go_on = threading.Event(), threading.Event()
+
+        def write(self, name: str, data: bytes) -> None:
+            if name.endswith(".beat"):
+                self.written += 1
+                if self.written == 2:
+                    self.renewing.set()
+                    assert self.go_on.wait(10)
+            super().write(name, data)
+
+    folder = Slow(str(tmp_path))
+    folder.make()
+    lease = Lease(folder, "mine", QUICK)
+    lease.take()
+    assert folder.renewing.wait(10)
+    threading.Timer(0.2, folder.go_on.set).start()
+    lease.release()
+    time.sleep(0.3)
+    (beat,) = (name for name in folder.names(LEASE) if name.endswith(".beat"))
+    assert json.loads(folder.read(beat))["released"]
+
+
 def test_a_dead_runs_lock_expires(folder: OutputFolder) -> None:
     put(folder, elsewhere())
     told: list[str] = []
