@@ -27,7 +27,8 @@ from rich.console import Console
 from pipeline.actors.row_settings import job_sampling, rules_for_rows
 from pipeline.errors import ConfigError, InputError, OutputError, Stopped
 from pipeline.io.input.listing import find_shards
-from pipeline.io.input.plan import InputPlan, check_ids_unique, plan_input
+from pipeline.io.input.plan import InputPlan, plan_input
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.output.columns import RESERVED_COLUMNS, Written, layout_schema
 from pipeline.io.output.commits import RETRIES, Commit, OutputLog, done_rows, epoch_of, retry_rows
 from pipeline.io.output.journal import Journal

@@ -20,7 +20,7 @@ from moto.server import ThreadedMotoServer
 from pipeline.errors import InputError
 from pipeline.io.input.buckets import holds_password
 from pipeline.io.input.listing import find_shards
-from pipeline.io.input.plan import check_ids_unique
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.rows import ERROR, ID, REFERENCES
 from tests.io.input.test_formats import read, write_images, write_lines
 from tests.io.shards import plan_of, write_shard
