@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.errors import JobError
-from pipeline.io.input.fetch import shown
+from pipeline.io.input.references import shown
 from pipeline.io.output.columns import Written
 from pipeline.io.output.manifest import _deciding
 from pipeline.quality.accuracy import Accuracy

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import RowError
 from pipeline.io.input.data_uri import bytes_of, data_of, is_data_uri
-from pipeline.io.input.fetch import shown
+from pipeline.io.input.references import shown
 from pipeline.model.prompt import Message
 
 

@@ -17,8 +17,8 @@ from pipeline.actors.pictures import EncodedPicture, RowPictures
 from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
 from pipeline.errors import CheckpointError, RowError, RowErrorCode, told
-from pipeline.io.input.fetch import shown
-from pipeline.io.input.plan import Columns
+from pipeline.io.input.columns import Columns
+from pipeline.io.input.references import shown
 from pipeline.model.prompt import PromptProcessor
 from pipeline.model.version import as_planned
 from pipeline.redact import cause_of, printable, traceback_of

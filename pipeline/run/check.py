@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError, OutputError
-from pipeline.io.input.plan import InputPlan, check_ids_unique, plan_input
+from pipeline.io.input.plan import InputPlan, plan_input
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.layout import OutputLayout

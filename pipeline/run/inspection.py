@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import InputError
-from pipeline.io.input.plan import InputPlan, Shard, iter_ids, plan_input
+from pipeline.io.input.plan import InputPlan, plan_input
+from pipeline.io.input.shard import Shard
+from pipeline.io.input.unique import iter_ids
 from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.io.rowset import RowSet
 from pipeline.redact import printable

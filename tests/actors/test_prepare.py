@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 
 from pipeline.actors.conversation import from_messages, from_prompt
 from pipeline.actors.prepare import Preparer
-from pipeline.io.input.plan import Columns
+from pipeline.io.input.columns import Columns
 from pipeline.model.prompt import Prompt, PromptProcessor
 from pipeline.model.shape import ModelShape
 from pipeline.model.vision import cut_images, pixel_table

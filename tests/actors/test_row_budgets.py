@@ -21,7 +21,7 @@ from pipeline.actors.ahead import Ahead
 from pipeline.actors.monitor import Monitor
 from pipeline.actors.prepare import Preparer
 from pipeline.errors import RowError
-from pipeline.io.input.plan import Columns
+from pipeline.io.input.columns import Columns
 from pipeline.rows import PROMPT_NAME, READ_SCHEMA, ROW, SHARD, PreparedRow, prepared_rows
 from pipeline.settings.job import FetchSettings, JobSettings
 from tests.io.shards import picture

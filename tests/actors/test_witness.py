@@ -20,7 +20,7 @@ from pipeline.actors.monitor import Monitor
 from pipeline.actors.prepare import Preparer
 from pipeline.actors.replica import Replica
 from pipeline.actors.witness import Verdict, Witness
-from pipeline.io.input.plan import Columns
+from pipeline.io.input.columns import Columns
 from pipeline.rows import (
     ERROR,
     ID,

@@ -15,16 +15,11 @@ import asyncio
 import errno
 import os
 import random
-import re
-import stat
 import threading
-import unicodedata
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urljoin
 
 import aiohttp
 from yarl import URL
@@ -37,32 +32,36 @@ from pipeline.io.input.addresses import (
     not_public,
     public_socket,
 )
-from pipeline.io.input.data_uri import data_of, header_of, is_bare_base64, is_data_uri
+from pipeline.io.input.data_uri import data_of, is_bare_base64, is_data_uri
+from pipeline.io.input.image_files import read_below
+from pipeline.io.input.references import (
+    MAX_REFERENCE,
+    climbs,
+    parsed_url,
+    paths_of,
+    redirected,
+    scheme_of,
+    shown,
+)
 from pipeline.io.output.storage import WRAPPERS, open_filesystem
-from pipeline.redact import LOOKED_AT, cause_of, one_line, without_secrets
+from pipeline.redact import cause_of, one_line
 from pipeline.settings.buckets import bucket_of, buckets_of, has_buckets, holds_credentials
 from pipeline.settings.job import FetchSettings
 
 MAX_REDIRECTS = 5
-#: Longest path or URL, in characters; what browsers and servers take.
-MAX_REFERENCE = 8192
+
 #: Answers that may be another a moment later.
 PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
 #: Seconds before the second try, doubled for each further one, of which a random share is waited.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
+
 #: What the system says of names that can lead nowhere.
 _NO_SUCH_FILE = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 )
+
 _CHUNK = 1 << 16
-_HAS_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]{0,31}(?=:)")
-_HOST = re.compile(r"[a-z0-9._\-]+|[0-9a-f:.]*:[0-9a-f:.]*")
-#: Characters of the longest name that can be resolved, and a port; how long mapping a name takes is
-#: not bounded otherwise.
-_LONGEST_HOST = 260
-#: All of ASCII that is seen: what a URL keeps as it is. Whether it should have been quoted is up to
-#: its author.
-_SEEN = "".join(map(chr, range(0x21, 0x7F)))
 
 
 class _PassingError(Exception):
@@ -78,7 +77,7 @@ class Fetcher:
 
     Args:
         image_root: folder (local or any fsspec URL) that paths lie in; None: paths are refused.
-        settings: the `fetch` settings.
+        options: what rows may name, and how it is fetched.
         max_bytes: most bytes of an image.
         inputs: paths and URLs of the job's input; rows may name objects of the same buckets.
 
@@ -89,21 +88,21 @@ class Fetcher:
     def __init__(
         self,
         image_root: str | None,
-        settings: FetchSettings,
+        options: FetchSettings,
         max_bytes: int,
         inputs: str | Sequence[str] = (),
     ) -> None:
-        self._root, self._settings, self._max_bytes = image_root, settings, max_bytes
-        self._allowed = frozenset(host.lower().strip("[]") for host in settings.allow_hosts)
-        self._schemes = frozenset(scheme.lower() for scheme in settings.schemes)
+        self._root, self._options, self._max_bytes = image_root, options, max_bytes
+        self._allowed = frozenset(host.lower().strip("[]") for host in options.allow_hosts)
+        self._schemes = frozenset(scheme.lower() for scheme in options.schemes)
         named = [inputs] if isinstance(inputs, str) else inputs
-        self._buckets = buckets_of([*named, image_root, *settings.buckets])
+        self._buckets = buckets_of([*named, image_root, *options.buckets])
         web = image_root is not None and scheme_of(image_root) in ("http", "https")
         self._web_root = parsed_url(f"{image_root}".rstrip("/") + "/", own=True) if web else None
         self._loop = asyncio.new_event_loop()
-        self._pool = ThreadPoolExecutor(settings.concurrency, "fetch")
+        self._pool = ThreadPoolExecutor(options.concurrency, "fetch")
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
-        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._slots = asyncio.Semaphore(options.concurrency)
         self.retries = 0
         threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True).start()
 
@@ -134,23 +133,23 @@ class Fetcher:
     async def _fetch(self, reference: str) -> bytes:
         """Try until it is there, cannot be there, or was tried often enough."""
         async with self._slots:
-            for number in range(1, self._settings.tries + 1):
+            for number in range(1, self._options.tries + 1):
                 try:
                     return await asyncio.wait_for(
-                        self._try(reference), self._settings.timeout_seconds
+                        self._try(reference), self._options.timeout_seconds
                     )
                 except _PassingError as error:
                     failure, pause = str(error), error.pause
                 except TimeoutError:
-                    failure, pause = f"nothing within {self._settings.timeout_seconds:g} s", None
-                if number < self._settings.tries:
+                    failure, pause = f"nothing within {self._options.timeout_seconds:g} s", None
+                if number < self._options.tries:
                     self.retries += 1
                     backoff = random.uniform(0.5, 1.0) * min(
                         LONGEST_PAUSE, FIRST_PAUSE * 2 ** (number - 1)
                     )
                     await asyncio.sleep(backoff if pause is None else min(pause, LONGEST_PAUSE))
             raise RowError(
-                "image_fetch", f"{shown(reference)}: {failure}, tried {self._settings.tries} times"
+                "image_fetch", f"{shown(reference)}: {failure}, tried {self._options.tries} times"
             )
 
     def _try(self, reference: str) -> Coroutine[Any, Any, bytes]:
@@ -219,7 +218,7 @@ class Fetcher:
 
     async def _from_root(self, reference: str) -> bytes:
         missing: RowError | None = None
-        for path in _paths_of(reference):
+        for path in paths_of(reference):
             try:
                 return await self._from_path(path, reference)
             except RowError as error:
@@ -236,8 +235,8 @@ class Fetcher:
                 f"{shown(reference)} is a path; set input.image_root to the folder of the images",
             )
         if scheme_of(root) in (None, "file"):
-            return self._in_pool(reference, partial(_from_disk, root, path, self._max_bytes))
-        if path.startswith(("/", "\\")) or "://" in path or _climbs(path):
+            return self._in_pool(reference, partial(read_below, root, path, self._max_bytes))
+        if path.startswith(("/", "\\")) or "://" in path or climbs(path):
             raise RowError(
                 "image_forbidden", f"{shown(reference)} does not lie below input.image_root"
             )
@@ -263,7 +262,7 @@ class Fetcher:
                 "input.image_root name; put "
                 f"{one_line(str(bucket), 100)} into fetch.buckets if they may name this one's",
             )
-        if _climbs(url):
+        if climbs(url):
             raise RowError("image_forbidden", f"{shown(url)} leads out of its folder ('..')")
 
     def _from_storage(self, url: str) -> bytes:
@@ -285,7 +284,7 @@ class Fetcher:
             try:
                 async with session.get(target, allow_redirects=False) as response:
                     if response.status in (301, 302, 303, 307, 308):
-                        url = _redirected(target, response.headers.get("Location", "").strip())
+                        url = redirected(target, response.headers.get("Location", "").strip())
                         continue
                     return await self._body(url, response)
             except (
@@ -318,9 +317,9 @@ class Fetcher:
             # `identity`, and no unpacking of what comes packed all the same: the cap counts the
             # bytes that there are.
             self._sessions[trusted] = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._settings.concurrency, **guards),
+                connector=aiohttp.TCPConnector(limit=self._options.concurrency, **guards),
                 auto_decompress=False,
-                headers={"Accept-Encoding": "identity", "User-Agent": self._settings.user_agent},
+                headers={"Accept-Encoding": "identity", "User-Agent": self._options.user_agent},
                 cookie_jar=aiohttp.DummyCookieJar(),
                 trust_env=False,
             )
@@ -334,7 +333,7 @@ class Fetcher:
             root.port,
         ):
             return False
-        return url.raw_path.startswith(root.raw_path) and not _climbs(url.raw_path)
+        return url.raw_path.startswith(root.raw_path) and not climbs(url.raw_path)
 
     async def _body(self, url: str, response: aiohttp.ClientResponse) -> bytes:
         if response.status in PASSING_STATUS:
@@ -354,178 +353,6 @@ class Fetcher:
             if len(content) > self._max_bytes:
                 raise _too_large(url, self._max_bytes)
         return bytes(content)
-
-
-def scheme_of(reference: str) -> str | None:
-    """The scheme of a URL in lower case, None of a path. `a:b.jpg` is a path, `file:b.jpg` is
-    not.
-    """
-    found = _HAS_SCHEME.match(reference)
-    if found and (reference.startswith("://", found.end()) or found[0].lower() == "file"):
-        return found[0].lower()
-    return None
-
-
-def shown(reference: str) -> str:
-    """A path or URL as an error may show it: without credentials or query, and short."""
-    if is_data_uri(reference.lstrip()):
-        return f"{header_of(reference.lstrip())!r} and {len(reference):,} characters"
-    cut = len(reference) > LOOKED_AT
-    clean = without_secrets(reference[:LOOKED_AT], cut=cut)
-    return repr(clean if len(clean) <= 200 and not cut else clean[:200] + "…")
-
-
-def parsed_url(text: str, *, own: bool = False) -> URL:
-    """A web address with the spelling that it has, of which only blanks and what is not ASCII is
-    quoted.
-
-    Signatures cover the spelling: `%2F` and `/` are two things to those who check them. The host
-    alone is written anew, as it will be resolved.
-
-    Args:
-        text: the address.
-        own: it is the job's own, which may hold credentials.
-
-    Raises:
-        RowError: `image_missing` where it is none, `image_forbidden` where it holds credentials or
-            an odd host.
-    """
-    scheme, _, rest = text.strip().partition("://")
-    if scheme.lower() not in ("http", "https"):
-        raise RowError("image_forbidden", f"{shown(text)}: expected http or https")
-    end = re.search(r"[/?#\\]|$", rest)
-    authority = rest[: end.start()] if end else rest
-    tail = rest[len(authority) :].partition("#")[0]
-    if "@" in authority and not own:
-        raise RowError("image_forbidden", f"{shown(text)} holds credentials")
-    try:
-        if tail.startswith("\\") or (len(authority) > _LONGEST_HOST and not own):
-            raise ValueError("no host")
-        base = URL(f"{scheme.lower()}://{authority}")
-        tail = quote(
-            tail if tail.startswith("/") else f"/{tail}", safe=_SEEN, errors="surrogateescape"
-        )
-        url = URL(f"{base.scheme}://{base.raw_authority}{tail}", encoded=True)
-        host = url.raw_host
-        if not host or host != base.raw_host:
-            raise ValueError("no host")
-        _ = url.port
-    except ValueError as error:  # a host that no codec takes, a port that is no number
-        raise RowError("image_missing", f"{shown(text)} is no URL") from error
-    if not _HOST.fullmatch(host):
-        raise RowError(
-            "image_forbidden", f"{shown(text)}: expected a host of letters, digits, '-' and '.'"
-        )
-    return url
-
-
-def _redirected(url: URL, location: str) -> str:
-    if not location:
-        raise RowError("image_missing", f"{shown(str(url))}: a redirect that leads nowhere")
-    if len(location) > MAX_REFERENCE:
-        raise RowError(
-            "image_forbidden", f"{shown(location)}: a redirect of {len(location):,} characters"
-        )
-    if scheme_of(location):
-        return location
-    if location.startswith("//"):
-        return f"{url.scheme}:{location}"
-    if location.startswith("/"):  # joining would tidy it up
-        return f"{url.scheme}://{url.raw_authority.rpartition('@')[2]}{location}"
-    try:
-        return urljoin(str(url.with_user(None) if url.raw_user else url), location)
-    except ValueError as error:
-        raise RowError("image_missing", f"{shown(location)} is no URL") from error
-
-
-def _paths_of(reference: str) -> list[str]:
-    """The paths that a reference may mean, the likeliest first; where one is missing, the next is
-    tried.
-
-    A name is what it is, also with blanks around it or if it begins with `file:`. `file://0.png` is
-    a path as qwen-vl-utils reads it, `file://localhost/a.png` one as URLs are.
-    """
-    plain = reference.strip()
-    found = [reference, plain]
-    if scheme_of(plain) == "file":
-        rest = plain[len("file:") :]
-        rest = rest.removeprefix("//")
-        path = unquote(re.split(r"[?#]", rest, maxsplit=1)[0], errors="surrogateescape")
-        local = [path.removeprefix("localhost")] if path.startswith("localhost/") else []
-        # Where no name has a colon, the whole is none.
-        found = (
-            [*local, path, rest, *found]
-            if plain.startswith("/", len("file:"))
-            else [*found, *local, path, rest]
-        )
-    return [path for path in dict.fromkeys(found) if path]
-
-
-def _climbs(path: str) -> bool:
-    """Whether a server might read a path as one that leads upwards: however encoded, with whichever
-    slash or dot.
-    """
-    for _ in range(5):
-        for part in re.split(r"[/\\]", unicodedata.normalize("NFKC", path)):
-            name = part.partition(";")[0].strip("\0\t\r\n\v\f ")
-            if len(name) > 1 and not name.strip("."):
-                return True
-        decoded = unquote(path)
-        if decoded == path:
-            return False
-        path = decoded
-    return True  # nobody encodes a name this often
-
-
-def _from_disk(root: str, path: str, most: int) -> bytes:
-    """Read a file below a local folder.
-
-    Raises:
-        RowError: `image_forbidden` or `image_missing`.
-        OSError: it cannot be read.
-    """
-    named = os.path.abspath(os.path.expanduser(root.removeprefix("file://")))
-    folder = os.path.realpath(named)
-    if "\0" in path:
-        raise RowError("image_forbidden", f"{shown(path)} is no path")
-    target = os.path.realpath(os.path.join(folder, path))  # links lead where they lead
-    if not _lies_in(target, folder):
-        if not any(
-            _lies_in(os.path.normpath(os.path.join(own, path)), own) for own in (named, folder)
-        ):
-            raise RowError("image_forbidden", f"{shown(path)} does not lie below input.image_root")
-        if os.path.dirname(target) not in _blobs_of(folder):
-            raise RowError(
-                "image_forbidden",
-                f"{shown(path)} is a link to what does not lie below input.image_root; copy the "
-                "file there instead (cp "
-                "-L), or set input.image_root to a folder that both lie below",
-            )
-    # Not blocking: a pipe without a writer would hold this thread for good.
-    handle = os.open(target, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise RowError("image_missing", f"{shown(path)} is no file")
-        with open(handle, "rb", closefd=False) as file:
-            return file.read(most + 1)
-    finally:
-        os.close(handle)
-
-
-def _lies_in(path: str, folder: str) -> bool:
-    return os.path.commonpath([folder, path]) == folder
-
-
-def _blobs_of(folder: str) -> list[str]:
-    """Where links of a folder of the Hugging Face hub's cache may lead; nowhere for any other
-    folder.
-
-    There `<repository>/snapshots/<revision>/...` consists of links to files of
-    `<repository>/blobs`.
-    """
-    parts = Path(folder).parts
-    found = [at for at, name in enumerate(parts) if name == "snapshots" and at < len(parts) - 1]
-    return [os.path.realpath(os.path.join(*parts[:at], "blobs")) for at in found]
 
 
 def _too_large(reference: str, most: int) -> RowError:

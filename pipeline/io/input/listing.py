@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fsspec import AbstractFileSystem
+
 from pipeline.errors import InputError
 from pipeline.io.output.storage import PARQUET_SUFFIXES, open_filesystem
 from pipeline.redact import without_secrets
@@ -170,30 +172,7 @@ def _find(
             "answer; give them to fsspec, as FSSPEC_FTP_USERNAME and FSSPEC_FTP_PASSWORD or in "
             "~/.config/fsspec"
         )
-    try:
-        filesystem, root = open_filesystem(path)
-        if filesystem.isfile(root):
-            listing, base = {root: filesystem.info(root)}, posixpath.dirname(root)
-        elif filesystem.isdir(root):
-            listing, base = filesystem.find(root, detail=True), root
-        elif wildcards := [at for at in map(root.find, "*?[") if at >= 0]:
-            listing = {
-                info["name"]: info
-                for info in filesystem.glob(root, detail=True).values()
-                if info["type"] == "file"
-            }
-            # Names count from the folder before the first wildcard.
-            base = posixpath.dirname(root[: min(wildcards)])
-        else:
-            raise InputError(
-                f"input.path: {path!r} does not exist; expected a file, a folder or a glob"
-            )
-    except InputError:
-        raise
-    except Exception as error:  # every fsspec backend has error types of its own
-        raise InputError(
-            f"input.path: cannot list {path!r} ({type(error).__name__}: {error})"
-        ) from error
+    filesystem, listing, base = _listed(path)
     base_url = filesystem.unstrip_protocol(base)
     # None: of no form.
     by_form: dict[Form | None, list[FileInfo]] = defaultdict(list)
@@ -251,6 +230,40 @@ def _packed(by_form: Mapping[Form | None, Sequence[FileInfo]]) -> list[str]:
         for name, (stem, ending) in named
         if ending in _UNREAD_PACKED and stem.endswith(_DATA_SUFFIXES)
     ]
+
+
+def _listed(path: str) -> tuple[AbstractFileSystem, dict[str, dict[str, Any]], str]:
+    """All files of a path with what its storage says of them, and the folder that names count
+    from.
+
+    Raises:
+        InputError: the path does not exist, or cannot be listed.
+    """
+    try:
+        filesystem, root = open_filesystem(path)
+        if filesystem.isfile(root):
+            listing, base = {root: filesystem.info(root)}, posixpath.dirname(root)
+        elif filesystem.isdir(root):
+            listing, base = filesystem.find(root, detail=True), root
+        elif wildcards := [at for at in map(root.find, "*?[") if at >= 0]:
+            listing = {
+                info["name"]: info
+                for info in filesystem.glob(root, detail=True).values()
+                if info["type"] == "file"
+            }
+            # Names count from the folder before the first wildcard.
+            base = posixpath.dirname(root[: min(wildcards)])
+        else:
+            raise InputError(
+                f"input.path: {path!r} does not exist; expected a file, a folder or a glob"
+            )
+    except InputError:
+        raise
+    except Exception as error:  # every fsspec backend has error types of its own
+        raise InputError(
+            f"input.path: cannot list {path!r} ({type(error).__name__}: {error})"
+        ) from error
+    return filesystem, listing, base
 
 
 def _others(names: Iterable[str]) -> str:

@@ -16,8 +16,9 @@ from ray.data.block import BlockMetadata
 
 from pipeline.errors import RowError
 from pipeline.io.input.data_uri import header_of, is_data_uri
-from pipeline.io.input.formats import IMAGES_PER_GROUP
-from pipeline.io.input.plan import InputPlan, Shard
+from pipeline.io.input.images import IMAGES_PER_GROUP
+from pipeline.io.input.plan import InputPlan
+from pipeline.io.input.shard import Shard
 from pipeline.io.input.types import (
     chats,
     fitted,

@@ -11,7 +11,8 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 
 from pipeline.errors import RowError
-from pipeline.io.input.jsonl import (
+from pipeline.io.input.listing import IMAGE_SUFFIXES
+from pipeline.io.input.untyped import (
     Row,
     Untyped,
     batches_of,
@@ -23,7 +24,6 @@ from pipeline.io.input.jsonl import (
     shown,
     too_large,
 )
-from pipeline.io.input.listing import IMAGE_SUFFIXES
 from pipeline.rows import ERROR
 
 #: Names of WebDataset's own.

@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import OutputError
-from pipeline.io.input.formats import open_parquet
+from pipeline.io.input.parquet import open_parquet
 from pipeline.io.output.columns import Written
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Fence, LeaseLostError, forget_earlier

@@ -18,8 +18,9 @@ from ray import cloudpickle
 
 from pipeline.errors import InputError
 from pipeline.io.input.listing import find_shards
-from pipeline.io.input.plan import InputPlan, check_ids_unique
+from pipeline.io.input.plan import InputPlan
 from pipeline.io.input.read import PlannedShards, read_piece
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.rowset import RowSet
 from pipeline.rows import ERROR, ID, IMAGES, MESSAGES, PROMPT, REFERENCES, ROW
 from tests.io.shards import picture, plan_of, write_shard

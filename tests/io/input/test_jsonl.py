@@ -15,10 +15,11 @@ import pytest
 import zstandard
 
 from pipeline.errors import InputError
-from pipeline.io.input import jsonl
+from pipeline.io.input import untyped
 from pipeline.io.input.formats import open_shard
 from pipeline.io.input.listing import find_shards
-from pipeline.io.input.plan import InputPlan, check_ids_unique, plan_input
+from pipeline.io.input.plan import InputPlan, plan_input
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.rows import ERROR, ID, IMAGES, PROMPT, REFERENCES
 from pipeline.settings.job import InputSettings
@@ -206,7 +207,7 @@ def test_a_batch_is_closed_once_it_is_large_enough(
         tmp_path / "a.jsonl",
         [{"id": f"{n}", "prompt": "x" * 60, "other": "y" * 1000} for n in range(6)],
     )
-    monkeypatch.setattr(jsonl, "BATCH_BYTES", 100)
+    monkeypatch.setattr(untyped, "BATCH_BYTES", 100)
     (file,) = find_shards(str(tmp_path))
     columns = pa.schema([("id", pa.string()), ("prompt", pa.string())])
     with open_shard(file) as shard:

@@ -19,7 +19,7 @@ from moto.server import ThreadedMotoServer
 
 from pipeline.errors import InputError
 from pipeline.io.input.listing import find_shards
-from pipeline.io.input.plan import check_ids_unique
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.storage import OutputFolder
 from pipeline.rows import ERROR, ID, REFERENCES

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import ConfigError, InputError, JobError
 from pipeline.io.input.listing import find_shards
-from pipeline.io.input.plan import check_ids_unique
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.template import Template
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 

@@ -12,8 +12,9 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.io.input.plan import InputPlan, check_ids_unique
+from pipeline.io.input.plan import InputPlan
 from pipeline.io.input.read import ROWS_PER_TASK, PlannedShards, read_piece
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.rowset import RowSet
 from pipeline.rows import (
     ERROR,

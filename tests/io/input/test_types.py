@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.io.input import plan as planning
-from pipeline.io.input.plan import InputPlan, check_ids_unique, partition_of
+from pipeline.io.input import schemas as planning
+from pipeline.io.input.plan import InputPlan
 from pipeline.io.input.read import PlannedShards, read_piece
+from pipeline.io.input.shard import partition_of
 from pipeline.io.input.types import fitted, plain_type
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.rowset import RowSet
 from pipeline.rows import ERROR, ID, IMAGES, MESSAGES, PROMPT, REFERENCES, ROW
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
@@ -443,7 +445,7 @@ def test_a_row_larger_than_its_bound_is_an_error_row_without_what_it_held(tmp_pa
 def test_rows_of_a_large_group_are_decoded_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.io.input.formats.BATCH_BYTES", 10_000)
+    monkeypatch.setattr("pipeline.io.input.parquet.BATCH_BYTES", 10_000)
     monkeypatch.setattr("pipeline.io.input.read.PART_BYTES", 3_000)
     values = [f"{row:04d}" * 250 for row in range(100)]
     write_shard(tmp_path / "a.parquet", {"prompt": ["?"] * 100, "x": values})
@@ -516,7 +518,7 @@ def test_one_name_for_two_fields_is_an_error_that_names_file_and_column(tmp_path
 def test_keys_that_vary_from_row_to_row_are_no_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.io.input.plan.MAX_COLUMNS", 20)
+    monkeypatch.setattr("pipeline.io.input.schemas.MAX_COLUMNS", 20)
     for shard in range(3):
         write_shard(
             tmp_path / f"{shard}.parquet",

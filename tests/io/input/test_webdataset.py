@@ -14,7 +14,8 @@ import pytest
 import zstandard
 
 from pipeline.errors import InputError
-from pipeline.io.input.plan import InputPlan, check_ids_unique, plan_input
+from pipeline.io.input.plan import InputPlan, plan_input
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.input.webdataset import HEADER_BYTES
 from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.rows import ERROR, ID, IMAGES

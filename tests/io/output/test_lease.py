@@ -93,7 +93,7 @@ def test_a_renewal_that_is_under_way_is_not_the_last_word(tmp_path: Path) -> Non
     threading.Timer(0.2, folder.go_on.set).start()
     lease.release()
     time.sleep(0.3)
-    (beat,) = (name for name in folder.names(LEASE) if name.endswith(".beat"))
+    (beat,) = (name for name in folder.names(OutputLayout.LEASE) if name.endswith(".beat"))
     assert json.loads(folder.read(beat))["released"]
 
 

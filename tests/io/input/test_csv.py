@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.io.input.plan import check_ids_unique
+from pipeline.io.input.unique import check_ids_unique
 from pipeline.rows import ERROR, ID, PROMPT, REFERENCES
 from tests.io.input.test_formats import read
 from tests.io.shards import plan_of

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from pipeline.errors import RowError
-from pipeline.io.input.jsonl import Row, Untyped, batches_of, check_names, layout_of, too_large
+from pipeline.io.input.untyped import Row, Untyped, batches_of, check_names, layout_of, too_large
 from pipeline.rows import ERROR
 
 #: What pandas calls a column without a name.

@@ -1,0 +1,107 @@
+"""Tables about the image files beside them, as the Hugging Face hub has them."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.io.input.shard_file import ShardFile
+from pipeline.rows import ERROR
+
+#: The Hugging Face hub's names, in a table about image files, for the file of a row and for its
+#: files; a column `mask_file_name` makes a column `mask`.
+FILE_NAMES = {"file_name": "image", "file_names": "images"}
+
+
+class BesideImages:
+    """A table whose `file_name` names image files beside it: `image` is then their path below the
+    input.
+
+    So with every column that has one of `FILE_NAMES` as its name or as the end of it, as the
+    library `datasets` has it.
+    """
+
+    def __init__(self, table: ShardFile, folder: str) -> None:
+        self._table, self._folder = table, folder
+
+    def layout(self) -> tuple[tuple[int, ...], pa.Schema]:
+        """See `ShardFile`."""
+        groups, schema = self._table.layout()
+        for field in schema:
+            made = _made_of(field)
+            # A table that has pictures of its own needs none by its files' names.
+            if (
+                made is not None
+                and made.name not in schema.names
+                and not _second_image(made.name, schema.names)
+            ):
+                schema = schema.append(made)
+        return groups, schema
+
+    def batches(
+        self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """See `ShardFile`."""
+        sources = {
+            field.name: _sources(field) if _holds_paths(field.type) else [] for field in columns
+        }
+        extra = [
+            one for found in sources.values() for one in found if one.name not in columns.names
+        ]
+        wanted = pa.schema([*columns, *{field.name: field for field in extra}.values()])
+        for batch in self._table.batches(rows, wanted, row_groups):
+            own = {name: batch.column(name) for name in batch.schema.names}
+            for field in columns:
+                for source in (
+                    one.name for one in sources[field.name] if one.name in batch.schema.names
+                ):
+                    own[field.name] = self._paths(own.get(field.name), own[source], field.type)
+            kept = [name for name in own if name in columns.names or name == ERROR]
+            yield pa.RecordBatch.from_arrays([own[name] for name in kept], names=kept)
+
+    def _paths(self, named: pa.Array | None, files: pa.Array, kind: pa.DataType) -> pa.Array:
+        """Paths of files, where nothing is named already."""
+        if not _holds_paths(files.type):
+            files = files.cast(kind)
+        before = [None] * len(files) if named is None else named.to_pylist()
+        paths = [
+            self._path(file) if path is None else path
+            for path, file in zip(before, files.to_pylist(), strict=True)
+        ]
+        return pa.array(paths, kind)
+
+    def _path(self, file: str | list[str | None] | None) -> Any:
+        if isinstance(file, list):
+            return [self._path(one) for one in file]
+        return posixpath.join(self._folder, file) if file else None
+
+
+def _made_of(field: pa.Field) -> pa.Field | None:
+    """The column of paths that one of files' names makes; None of any other column."""
+    for ending, alone in FILE_NAMES.items():
+        if field.name == ending or field.name.endswith(f"_{ending}"):
+            kind = pa.list_(pa.string()) if ending == "file_names" else pa.string()
+            return pa.field(field.name.removesuffix(ending).removesuffix("_") or alone, kind)
+    return None
+
+
+def _sources(field: pa.Field) -> list[pa.Field]:
+    """The columns of files' names that a column of paths may be made of."""
+    names = [*FILE_NAMES, *(f"{field.name}_{ending}" for ending in FILE_NAMES)]
+    return [
+        one
+        for name in names
+        if (made := _made_of(one := pa.field(name, field.type))) and made.name == field.name
+    ]
+
+
+def _holds_paths(kind: pa.DataType) -> bool:
+    own = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return pa.types.is_string(own) or pa.types.is_large_string(own)
+
+
+def _second_image(name: str, names: Sequence[str]) -> bool:
+    return name in FILE_NAMES.values() and bool(set(FILE_NAMES.values()) & set(names))

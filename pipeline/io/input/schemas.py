@@ -1,0 +1,228 @@
+"""The schemas of shards, brought to one: each column gets a type that holds the values of all
+shards.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.errors import InputError
+from pipeline.io.input.listing import UNTYPED, FileInfo
+from pipeline.io.input.parquet import open_parquet
+from pipeline.io.input.shard import partition_of
+from pipeline.io.input.types import (
+    Within,
+    contains,
+    is_new_form,
+    names_twice,
+    plain_type,
+    shown_type,
+    widened,
+)
+
+#: Footers and id columns are read by this many threads: object storage answers slowly, but many at
+#: once.
+LISTING_THREADS = 16
+
+#: More columns than this are not a table but keys that vary from row to row.
+MAX_COLUMNS = 20_000
+
+
+class Schemas:
+    """The plain schemas of shards, each once: most shards have the same one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._latest: tuple[pa.Schema, pa.Schema] | None = None
+        self._known: dict[tuple[tuple[str, ...], tuple[pa.DataType, ...]], pa.Schema] = {}
+
+    def plain(self, schema: pa.Schema, url: str) -> pa.Schema:
+        """A schema with its planned types, one object for all equal ones.
+
+        Raises:
+            InputError: two columns, or two fields of a struct, have one name.
+        """
+        with self._lock:
+            if self._latest is not None and self._latest[0].equals(schema):
+                return self._latest[1]
+            key = tuple(schema.names), tuple(schema.types)
+            if key not in self._known:
+                check_distinct(schema, url)
+                self._known[key] = pa.schema(
+                    [(field.name, plain_type(field.type)) for field in schema]
+                )
+            self._latest = schema.remove_metadata(), self._known[key]
+            return self._known[key]
+
+
+def check_distinct(schema: pa.Schema, url: str) -> None:
+    """Make sure that no two columns, and no two fields of a struct, have one name.
+
+    Raises:
+        InputError: two have.
+    """
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"input.path: {url} has {twice[0]!r} as the name of two columns; rename one of them"
+        )
+    if twice := [field.name for field in schema if names_twice(field.type)]:
+        raise InputError(
+            f"input.path: {url} has a struct with two fields of one name in column {twice[0]!r} "
+            f"({shown_type(schema.field(twice[0]).type)}); rename one of them"
+        )
+
+
+#: The types that a column has in shards, each with the first shard that has it.
+Kinds = dict[str, dict[pa.DataType, FileInfo]]
+
+
+def retyped(schema: pa.Schema, kinds: Mapping[str, pa.DataType]) -> pa.Schema:
+    """A schema with the types of some of its columns changed."""
+    if kinds.keys().isdisjoint(schema.names):
+        return schema
+    return pa.schema([field.with_type(kinds.get(field.name, field.type)) for field in schema])
+
+
+def column_kinds(files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> Kinds:
+    """All columns, those included that only the names of folders give, with their types.
+
+    Raises:
+        InputError: there are more than `MAX_COLUMNS`.
+    """
+    kinds: Kinds = {}
+    seen: set[int] = set()
+    for file, schema in zip(files, schemas, strict=True):
+        if id(schema) in seen:
+            continue
+        seen.add(id(schema))
+        for field in schema:
+            kinds.setdefault(field.name, {}).setdefault(field.type, file)
+    if len(kinds) > MAX_COLUMNS:
+        raise InputError(
+            f"input.path: the shards have {len(kinds):,} different columns, such as "
+            f"{listed(list(kinds)[-3:])}, "
+            f"expected at most {MAX_COLUMNS:,}; keep what varies from row to row in one column, as "
+            "JSON text or a map"
+        )
+    # A column that shards have themselves is read from them alone: its type is known.
+    told = {key: file for file in files for key in partition_of(file.name) if key not in kinds}
+    return kinds | {key: {pa.string(): file} for key, file in told.items()}
+
+
+@dataclass(frozen=True)
+class PlannedTypes:
+    """Types of all columns; columns whose shards contradict each other, and what people should hear
+    of others.
+    """
+
+    schema: pa.Schema
+    contradictions: Mapping[str, tuple[pa.DataType, pa.DataType]]
+    notes: Mapping[str, str]
+
+
+def planned_types(
+    kinds: Kinds, files: Sequence[FileInfo], schemas: Sequence[pa.Schema]
+) -> PlannedTypes:
+    """One type for each column, which holds the values of all shards with every digit."""
+    fields, contradictions, notes = [], {}, {}
+    integers = _Integers(files, schemas)
+    for name, own in kinds.items():
+        first, *others = own
+        within = integers.within(name)
+        planned = first
+        for kind in others:
+            wider = widened(planned, kind, within)
+            if wider is None:
+                contradictions[name] = planned, kind
+                untyped = (kind for kind, file in own.items() if file.form in UNTYPED)
+                planned = next(untyped, planned)
+                break
+            planned = wider
+        fields.append((name, planned))
+        told = [kind for kind in own if not pa.types.is_null(kind)]
+        if len(told) > 1 and is_new_form(planned, told):
+            listed = " and ".join(map(shown_type, told[:3]))
+            notes[name] = (
+                f"column {name!r} is {listed} in different shards, and written as "
+                f"{shown_type(planned)}"
+            )
+    return PlannedTypes(pa.schema(fields), contradictions, notes)
+
+
+class _Integers:
+    """How large the integers are that shards store, by what their footers say; read once, and only
+    where types differ.
+    """
+
+    def __init__(self, files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> None:
+        self._schemas = {id(schema): schema for schema in schemas}
+        self._files: dict[int, list[FileInfo]] = {}
+        for file, schema in zip(files, schemas, strict=True):
+            self._files.setdefault(id(schema), []).append(file)
+        self._largest: dict[int, dict[str, tuple[float, float]]] = {}
+
+    def within(self, name: str) -> Within:
+        """For the integers in a column."""
+
+        def within(kind: pa.DataType, limit: int) -> bool:
+            raw = pa.types.is_temporal(kind)
+            # Parquet has no seconds: they are kept as milliseconds.
+            times = 1000 if pa.types.is_timestamp(kind) and kind.unit == "s" else 1
+            for key, schema in self._schemas.items():
+                if schema.get_field_index(name) < 0 or not contains(schema.field(name).type, kind):
+                    continue
+                if any(file.form != "parquet" for file in self._files[key]):
+                    return False
+                for path, largest in self._of(key).items():
+                    if f"{path}.".startswith(f"{name}.") and largest[raw] > limit * times:
+                        return False
+            return True
+
+        return within
+
+    def _of(self, key: int) -> dict[str, tuple[float, float]]:
+        """By a value's place in the columns: the largest integer, and the largest as it is
+        stored.
+        """
+        if key not in self._largest:
+            largest: dict[str, tuple[float, float]] = {}
+            with ThreadPoolExecutor(LISTING_THREADS) as pool:
+                for own in pool.map(_largest_integers, self._files[key]):
+                    for path, ends in own.items():
+                        before = largest.get(path, (0, 0))
+                        largest[path] = max(before[0], ends[0]), max(before[1], ends[1])
+            self._largest[key] = largest
+        return self._largest[key]
+
+
+def _largest_integers(file: FileInfo) -> dict[str, tuple[float, float]]:
+    largest: dict[str, tuple[float, float]] = {}
+    with open_parquet(file.url) as parquet:
+        groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
+        for chunk in (
+            group.column(index) for group in groups for index in range(group.num_columns)
+        ):
+            if chunk.physical_type != "INT64":
+                continue
+            told, own = chunk.statistics, (math.inf, math.inf)
+            if told is not None and told.has_min_max:
+                ends = [told.min, told.max] if isinstance(told.min, int) else [math.inf]
+                own = max(map(abs, ends)), max(abs(told.min_raw), abs(told.max_raw))
+            elif told is not None and told.null_count == chunk.num_values:
+                own = 0, 0
+            before = largest.get(chunk.path_in_schema, (0, 0))
+            largest[chunk.path_in_schema] = max(before[0], own[0]), max(before[1], own[1])
+    return largest
+
+
+def listed(names: list[str]) -> str:
+    """Names for an error's text, the first of them."""
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
