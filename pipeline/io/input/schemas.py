@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -181,15 +181,14 @@ class _Integers:
                     continue
                 if any(file.form != "parquet" for file in self._files[key]):
                     return False
-                for path, largest in self._of(key).items():
-                    if f"{path}.".startswith(f"{name}.") and largest[raw] > limit * times:
-                        return False
+                if self._of(key).get(name, (0, 0))[raw] > limit * times:
+                    return False
             return True
 
         return within
 
     def _of(self, key: int) -> dict[str, tuple[float, float]]:
-        """By a value's place in the columns: the largest integer, and the largest as it is
+        """By a column, and by a place within one: the largest integer, and the largest as it is
         stored.
         """
         if key not in self._largest:
@@ -197,10 +196,18 @@ class _Integers:
             with ThreadPoolExecutor(LISTING_THREADS) as pool:
                 for own in pool.map(_largest_integers, self._files[key]):
                     for path, ends in own.items():
-                        before = largest.get(path, (0, 0))
-                        largest[path] = max(before[0], ends[0]), max(before[1], ends[1])
+                        for place in _places(path):
+                            before = largest.get(place, (0, 0))
+                            largest[place] = max(before[0], ends[0]), max(before[1], ends[1])
             self._largest[key] = largest
         return self._largest[key]
+
+
+def _places(path: str) -> Iterator[str]:
+    """A value's path and all that it lies in: a column's own name may have dots, too."""
+    parts = path.split(".")
+    for count in range(1, len(parts) + 1):
+        yield ".".join(parts[:count])
 
 
 def _largest_integers(file: FileInfo) -> dict[str, tuple[float, float]]:
