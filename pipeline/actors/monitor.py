@@ -18,7 +18,7 @@ from pipeline.errors import JobError
 from pipeline.rows import Place
 
 #: A block has the same name in both.
-WatchedStage = Literal["prepare", "answer"]
+WatchedStage = Literal["prepare", "generate"]
 
 #: Reports come several times a second; Ray exports every few seconds.
 TELL_SECONDS = 1.0

@@ -199,7 +199,7 @@ def _routes(rows: Entries, phase: str) -> np.ndarray:
 
 
 def experts(rows: Entries, phase: str) -> go.Figure | None:
-    """Share of the sampled rows that each gate sends to each expert, layer by layer."""
+    """Share of the kept rows that each gate sends to each expert, layer by layer."""
     routes = _routes(rows, phase)
     if not routes.size:
         return None

@@ -10,9 +10,10 @@ import pytest
 import regex
 import torch
 
-from pipeline.actors.replica import Judged, Replica, process_gauges
+from pipeline.actors.outcome import Judged
+from pipeline.actors.replica import Replica, process_gauges
 from pipeline.model.prompt import PromptProcessor
-from pipeline.rows import PreparedRow
+from pipeline.rows import ReadyRow
 from pipeline.settings.base import load_settings
 from pipeline.settings.job import JobSettings
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
@@ -43,9 +44,7 @@ def answers(checkpoint: tuple[Path, Path], count: int = 3, **generation: Any) ->
     for number, asked in enumerate(random_questions(count, seed=7)):
         prompt = processor.prepare(asked.messages)
         rows.append(
-            PreparedRow(
-                str(number), asked.question, None, prompt.input_ids, prompt.span, prompt.images
-            )
+            ReadyRow(str(number), asked.question, prompt.input_ids, prompt.span, prompt.images)
         )
 
     async def run() -> list[Any]:
