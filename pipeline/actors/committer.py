@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import tenacity
 
 from pipeline.actors.assemble import Assembler, Prompts
-from pipeline.counters import COMMITTED
+from pipeline.counters import COMMITTED, RowCounts
 from pipeline.errors import JobError, OutputError, TooManyErrorsError, code_of, worth_another_try
 from pipeline.io.output.commits import OutputLog, done_rows
 from pipeline.io.output.lease import Claim, Fence
@@ -153,7 +153,7 @@ class Committer:
             import ray
 
             # What it is told comes in order: once it has answered, it knows of every file.
-            ray.wait([self._monitor.count.remote({})], timeout=LAST_WORD_SECONDS)
+            ray.wait([self._monitor.count.remote(RowCounts())], timeout=LAST_WORD_SECONDS)
 
     def _take(self, table: pa.Table) -> int:
         shards = np.array(table[SHARD].to_pylist(), object)
@@ -246,7 +246,7 @@ class Committer:
         if self._monitor is not None:
             answers = len(table) * self._assembler.answers_per_row
             spent = round(1000 * (time.monotonic() - started))
-            self._monitor.count.remote({"committed": answers, "commit_ms": spent})
+            self._monitor.count.remote(RowCounts(committed=answers, commit_ms=spent))
             self._monitor.event.remote(COMMITTED, {shard: len(own) for shard, own in rows.items()})
 
     def _explained(self, error: Exception) -> Exception:

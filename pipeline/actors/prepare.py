@@ -16,6 +16,7 @@ from pipeline.actors.decoder import Decoder
 from pipeline.actors.pictures import EncodedPicture, RowPictures
 from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
+from pipeline.counters import RowCounts
 from pipeline.errors import CheckpointError, RowError, RowErrorCode, RowFailure
 from pipeline.io.input.fetch import shown
 from pipeline.io.input.plan import Columns
@@ -145,8 +146,9 @@ class Preparer:
             self._last = None
         if self._monitor is not None:
             more = self._ahead.retries - retries
+            spent = round(1000 * seconds)
             self._monitor.count.remote(
-                {"prepared": len(table), "prepare_ms": round(1000 * seconds), "fetch_retries": more}
+                RowCounts(prepared=len(table), prepare_ms=spent, fetch_retries=more)
             )
 
     @contextlib.contextmanager

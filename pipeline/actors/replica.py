@@ -8,7 +8,6 @@ import os
 import socket
 import sys
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.actors.kept import RowKeeper, Why, as_jpeg
 from pipeline.actors.loading import load_for_job
 from pipeline.actors.outcome import Judged, Outcome, failure_of, output_table
 from pipeline.actors.witness import TRIES, Verdict
+from pipeline.counters import ProcessGauges, ReplicaGauges, RowCounts
 from pipeline.engine import GenerationError, Request, Sampling
 from pipeline.engine.repetition import ends_in_loop
 from pipeline.errors import CheckpointError, RowError, RowFailure
@@ -203,7 +203,7 @@ class Replica:
     async def _report(self, rows: Sequence[PreparedRow], outcomes: Sequence[Outcome]) -> None:
         judged = [outcome for outcome in outcomes if isinstance(outcome, Judged)]
         ready = [row for row in rows if isinstance(row, ReadyRow)]
-        counts = Counter(
+        counts = RowCounts(
             rows=len(rows),
             errors=len(rows) - len(judged),
             images=sum(len(row.images) for row in ready),
@@ -214,7 +214,7 @@ class Replica:
             flagged=sum(bool(one.flags) for one in judged),
         )
         # Awaited: once the last block is written, every block is counted.
-        gauges = {**self._engine.gauges(), **process_gauges(self._device)}
+        gauges = ReplicaGauges(self._engine.gauges(), process_gauges(self._device))
         await self._monitor.report.remote(self._name, counts, self._engine.counts(), gauges)
 
     def _kept(
@@ -249,17 +249,16 @@ def _pictures(row: PreparedRow) -> list[bytes]:
     return [as_jpeg(image) for image in row.images] if isinstance(row, ReadyRow) else []
 
 
-def process_gauges(device: torch.device) -> dict[str, float]:
+def process_gauges(device: torch.device) -> ProcessGauges:
     """Bytes that this process takes; of its GPU the bytes taken by anybody, and the share of time
     in which it computed.
     """
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
-    told = {"memory": float(pages * os.sysconf("SC_PAGE_SIZE"))}
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        told |= {"gpu_memory": float(total - free), "gpu_memory_total": float(total)}
-        with contextlib.suppress(
-            Exception
-        ):  # not every driver tells, nor any part of a divided GPU
-            told["gpu_use"] = torch.cuda.utilization(device) / 100
-    return told
+    memory = float(pages * os.sysconf("SC_PAGE_SIZE"))
+    if device.type != "cuda":
+        return ProcessGauges(memory)
+    free, total = torch.cuda.mem_get_info(device)
+    use = None
+    with contextlib.suppress(Exception):  # not every driver tells, nor any part of a divided GPU
+        use = torch.cuda.utilization(device) / 100
+    return ProcessGauges(memory, float(total - free), float(total), use)

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.counters import agreement, duration
+from pipeline.counters import EngineCounts, duration
 from pipeline.errors import STAGES, STAGES_OF, code_of
 from pipeline.io.output.columns import KEPT_SEED, Written
 from pipeline.io.output.layout import OutputLayout
@@ -66,7 +66,7 @@ def render(gathered: Gathered) -> str:
         facts=_facts(gathered),
         errors=_errors(gathered),
         flags=gathered.written.flags.most_common(),
-        agreement=agreement(charts.totals(gathered.timeline)),
+        agreement=charts.totals(gathered.timeline, EngineCounts).agreement(),
         accuracy=gathered.written.accuracy.as_list(),
         patterns=_patterns(gathered),
         sample=_sample(gathered),

@@ -98,7 +98,7 @@ def test_a_gpu_that_does_not_say_how_busy_it_is_is_told_without(
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 93)
     told = process_gauges(gpu)
-    assert (told["gpu_use"], told["gpu_memory"], told["gpu_memory_total"]) == (
+    assert (told.gpu_use, told.gpu_memory, told.gpu_memory_total) == (
         0.93,
         5 << 30,
         8 << 30,
@@ -109,6 +109,6 @@ def test_a_gpu_that_does_not_say_how_busy_it_is_is_told_without(
 
     monkeypatch.setattr(torch.cuda, "utilization", unknown)
     told = process_gauges(gpu)
-    assert told["gpu_memory"] == 5 << 30
-    assert "gpu_use" not in told
-    assert process_gauges(torch.device("cpu")).keys() == {"memory"}
+    assert told.gpu_memory == 5 << 30
+    assert told.gpu_use is None
+    assert process_gauges(torch.device("cpu")).as_dict().keys() == {"memory"}
