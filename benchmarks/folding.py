@@ -20,9 +20,9 @@ def _measured(loaded: Loaded, asked: list[Asked], fold: bool) -> tuple[float, li
     with loaded.engine(batch_size=64, fold_experts=fold) as engine:
         requests = loaded.requests(asked)
         seconds = median_seconds(lambda: engine.generate(requests))
-        before = engine.counts()["folded_tokens"]
+        before = engine.counts().folded_tokens
         tokens = [token for answer in engine.generate(requests) for token in answer.token_ids]
-        folded = engine.counts()["folded_tokens"] - before
+        folded = engine.counts().folded_tokens - before
     return len(tokens) / seconds, tokens, folded / len(tokens)
 
 

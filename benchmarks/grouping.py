@@ -74,7 +74,8 @@ def main() -> list[str]:
                 seconds = time.perf_counter() - started
             counts = engine.counts()
             shares = {
-                phase: counts[phase] / counts[f"{phase}_pairs"] for phase in ("prefill", "decode")
+                "prefill": counts.prefill / counts.prefill_pairs,
+                "decode": counts.decode / counts.decode_pairs,
             }
             runs.append({"grouped": grouped, "requests": REQUESTS, "seconds": seconds, **shares})
     save("grouping", {"runs": runs})

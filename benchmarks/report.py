@@ -1,7 +1,7 @@
 """How long does the report of an output of two million rows take to make, and to open in a browser?
 
-200 files of 10,000 rows; as many samples as a report ever shows, with pictures of the greatest size
-that is kept.
+200 files of 10,000 rows; as many kept rows as a report ever shows, with pictures of the greatest
+size that is kept.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from benchmarks.harness import ROOT, mebibytes, peak_memory, save
-from pipeline.actors.samples import SIDE, as_jpeg
-from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
+from pipeline.actors.kept import SIDE, as_jpeg
+from pipeline.io.output.columns import KEPT_SCHEMA, output_schema
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.journal import Journal
 from pipeline.io.output.layout import OutputLayout
@@ -33,7 +33,7 @@ from tests.browser import chromium
 
 FILES, ROWS_PER_FILE = 200, 10_000
 LAYERS = 28
-SAMPLES_PER_FILE = 50
+KEPT_PER_FILE = 50
 
 
 def photograph(rng: np.random.Generator) -> bytes:
@@ -97,18 +97,18 @@ def generate(folder: OutputFolder) -> None:
         [
             *output_schema(OutputSettings(path="o", routes=True), pa.schema([])),
             *PLACE_SCHEMA,
-            *SAMPLE_SCHEMA,
+            *KEPT_SCHEMA,
         ]
     )
     number = 0
     for why, most in SHOWN.items():
-        for start in range(0, most, SAMPLES_PER_FILE):
+        for start in range(0, most, KEPT_PER_FILE):
             rows = []
-            for _ in range(start, min(start + SAMPLES_PER_FILE, most)):
+            for _ in range(start, min(start + KEPT_PER_FILE, most)):
                 number += 1
                 place = {SHARD: "in", ROW: number, "sample": why, "pictures": [photograph(rng)]}
                 rows.append({**row(rng, number), **place})
-            log.keep_samples(pa.Table.from_pylist(rows, kept))
+            log.keep_rows(pa.Table.from_pylist(rows, kept))
     with Journal(Claim(folder, "mine")) as journal:
         journal.event("run_started")
         for step in range(720):

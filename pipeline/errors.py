@@ -4,7 +4,10 @@ single row.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from pipeline.redact import escaped
 
 
 class JobError(Exception):
@@ -41,6 +44,10 @@ class TooManyErrorsError(JobError):
     """So many rows fail that the configuration must be at fault."""
 
 
+#: The stages of a row's way, in order; events, metrics, errors and documents call them so.
+Stage = Literal["read", "prepare", "generate", "write"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
 #: Every code an `error` row can carry. docs/errors.md says when.
 RowErrorCode = Literal[
     "image_decode",
@@ -61,23 +68,23 @@ RowErrorCode = Literal[
 ]
 
 
-#: Where in a row's path each code arises.
-STAGES: dict[RowErrorCode, Literal["read", "fetch", "decode", "prompt", "generate"]] = {
-    "image_decode": "decode",
-    "image_fetch": "fetch",
-    "image_forbidden": "fetch",
-    "image_missing": "fetch",
-    "image_too_large": "decode",
-    "messages_invalid": "prompt",
-    "prompt_invalid": "prompt",
-    "prompt_missing": "prompt",
-    "prompt_positions": "prompt",
-    "prompt_too_long": "prompt",
-    "row_malformed": "read",
-    "generation": "generate",
-    "out_of_memory": "generate",
-    "worker_died": "decode",
-    "unexpected": "prompt",
+#: The stages in which each code can arise. Where it did is the failure's (`RowFailure.stage`).
+STAGES_OF: dict[RowErrorCode, tuple[Stage, ...]] = {
+    "image_decode": ("prepare",),
+    "image_fetch": ("prepare",),
+    "image_forbidden": ("prepare",),
+    "image_missing": ("prepare",),
+    "image_too_large": ("prepare",),
+    "messages_invalid": ("prepare",),
+    "prompt_invalid": ("prepare",),
+    "prompt_missing": ("prepare",),
+    "prompt_positions": ("prepare",),
+    "prompt_too_long": ("prepare",),
+    "row_malformed": ("read", "prepare"),
+    "generation": ("generate",),
+    "out_of_memory": ("generate",),
+    "worker_died": ("prepare", "generate"),
+    "unexpected": ("prepare",),
 }
 
 
@@ -87,32 +94,38 @@ WORTH_ANOTHER_TRY: frozenset[RowErrorCode] = frozenset(
 )
 
 
+def code_of(error: str) -> RowErrorCode:
+    """The code of an output row's `error`, which reads `code: cause`."""
+    return cast(RowErrorCode, error.partition(":")[0])
+
+
 def worth_another_try(error: str | None) -> bool:
     """Whether an output row's `error` may not come again."""
-    return error is not None and error.split(":", 1)[0] in WORTH_ANOTHER_TRY
+    return error is not None and code_of(error) in WORTH_ANOTHER_TRY
 
 
-#: Most characters of what an error says; a row's own text in it would have no end.
-MOST_CHARACTERS = 1000
+@dataclass(frozen=True)
+class RowFailure:
+    """Why a row is not answered.
 
-
-def told(text: str) -> str:
-    """A text that holds a row's own, as an error may say it: one line that can be written and shown
-    anywhere, and short.
-
-    Control characters, line ends and halves of surrogate pairs are escaped.
+    Attributes:
+        code: one of the closed list above.
+        cause: what was wrong and with which field, for a person; `redact.escaped` bounds it.
+        stage: where it happened.
     """
-    text = text[:MOST_CHARACTERS] + "…" if len(text) > MOST_CHARACTERS else text
-    if text.isprintable():
-        return text
-    shown = "".join(
-        c if c.isprintable() or c in SPACES else c.encode("unicode_escape").decode() for c in text
-    )
-    return shown[:MOST_CHARACTERS] + "…" if len(shown) > MOST_CHARACTERS + 1 else shown
 
+    code: RowErrorCode
+    cause: str
+    stage: Stage
 
-#: Blanks that str.isprintable does not count as such: of French and of Chinese text.
-SPACES = "\u00a0\u202f\u3000"
+    def __str__(self) -> str:
+        """As the column `error` has it."""
+        return f"{self.code}: {self.cause}"
+
+    @classmethod
+    def of_column(cls, error: str, stage: Stage) -> RowFailure:
+        """What `str` gave, and where it happened."""
+        return cls(code_of(error), error.partition(": ")[2], stage)
 
 
 class RowError(Exception):
@@ -120,14 +133,18 @@ class RowError(Exception):
 
     Args:
         code: One of the closed list above.
-        cause: What was wrong and with which field, for a person; `told` bounds it.
+        cause: What was wrong and with which field, for a person; `redact.escaped` bounds it.
     """
 
     def __init__(self, code: RowErrorCode, cause: str) -> None:
-        cause = told(cause)
+        cause = escaped(cause)
         super().__init__(code, cause)
         self.code: RowErrorCode = code
         self.cause = cause
 
     def __str__(self) -> str:
         return f"{self.code}: {self.cause}"
+
+    def at(self, stage: Stage) -> RowFailure:
+        """The row's fate, as the stage knows it that gives the row up."""
+        return RowFailure(self.code, self.cause, stage)

@@ -13,6 +13,8 @@ from typing import Any
 LOOKED_AT = 2000
 #: Characters of an error's text that are shown.
 SHOWN = 1000
+#: Blanks that str.isprintable does not count as such: of French and of Chinese text.
+_SPACES = "\u00a0\u202f\u3000"
 #: Lines of a traceback that are logged.
 LOGGED_LINES = 60
 
@@ -192,6 +194,36 @@ def _without_values(text: str) -> str:
     return "".join((*parts, text[done:]))
 
 
+# A foreign text is cleaned for where it goes: `printable` for what is only shown, `escaped` for a
+# row's error, `one_line` for what others say, which may hold credentials.
+
+
+def printable(text: str) -> str:
+    """`text` in one line as a terminal or a page may show it, without what they would obey or hide:
+    every character that is not printable is a blank.
+
+    That is Unicode's own idea of it: controls (C0, C1, ESC), separators but the blank, format
+    characters (bidi controls, zero width), halves of surrogate pairs, and code points that nobody
+    has assigned.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
+def escaped(text: str) -> str:
+    """A row's own text as an error may hold it, in a column and in a log: one line that can be
+    written and shown anywhere, and short; what it held can still be read.
+
+    Control characters, line ends and halves of surrogate pairs are escaped.
+    """
+    text = text[:SHOWN] + "…" if len(text) > SHOWN else text
+    if text.isprintable():
+        return text
+    shown = "".join(
+        c if c.isprintable() or c in _SPACES else c.encode("unicode_escape").decode() for c in text
+    )
+    return shown[:SHOWN] + "…" if len(shown) > SHOWN + 1 else shown
+
+
 def one_line(text: str, most: int = SHOWN) -> str:
     """A foreign text as an error may show it: one line of at most `most` characters, no secrets,
     valid Unicode.
@@ -236,14 +268,3 @@ def scrubbed(value: Any) -> Any:
 
 def _hides(key: Any) -> bool:
     return isinstance(key, str) and key != "key" and is_secret_name(key)
-
-
-def printable(text: str) -> str:
-    """`text` in one line, without what a terminal would obey or hide: every character that is not
-    printable is a blank.
-
-    That is Unicode's own idea of it: controls (C0, C1, ESC), separators but the blank, format
-    characters (bidi controls, zero width), halves of surrogate pairs, and code points that nobody
-    has assigned.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)

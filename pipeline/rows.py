@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import RowError
+from pipeline.errors import RowError, RowFailure
 
 #: In which form the rows of a job's input come.
 Form = Literal["parquet", "webdataset", "arrow", "jsonl", "csv", "images"]
@@ -64,14 +64,17 @@ INPUT_IDS = "awaker:input_ids"
 SPAN = "awaker:span"
 PIXELS = "awaker:pixels"
 SIZES = "awaker:sizes"
+STAGE = "awaker:stage"
 SAMPLING = "awaker:sampling"
 
-#: What preparing makes of them: uint8 pixels instead of image files.
+#: What preparing makes of them: uint8 pixels instead of image files; beside an error the stage that
+#: it happened in.
 PREPARED_SCHEMA = pa.schema(
     [
         pa.field(ID, pa.string()),
         pa.field(PROMPT, pa.string()),
         pa.field(ERROR, pa.string()),
+        pa.field(STAGE, pa.string()),
         pa.field(INPUT_IDS, pa.list_(pa.int32())),
         pa.field(SPAN, pa.list_(pa.int32(), 2)),
         pa.field(PIXELS, pa.list_(pa.large_binary())),
@@ -82,13 +85,12 @@ PREPARED_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class PreparedRow:
-    """A row that is ready for a replica, or whose error is known.
+class ReadyRow:
+    """A row that is ready for a replica.
 
     Attributes:
         id: its id.
         prompt: its question, as the output shows it.
-        error: None, or `code: cause`; then there is nothing else.
         input_ids: [T] int32.
         span: the positions that route it.
         images: each [height, width, 3] uint8.
@@ -97,9 +99,8 @@ class PreparedRow:
 
     id: str
     prompt: str | None
-    error: str | None = None
-    input_ids: np.ndarray | None = None
-    span: tuple[int, int] | None = None
+    input_ids: np.ndarray
+    span: tuple[int, int]
     images: tuple[np.ndarray, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
@@ -107,6 +108,24 @@ class PreparedRow:
     def pixel_bytes(self) -> int:
         """Bytes of its pixels."""
         return sum(image.nbytes for image in self.images)
+
+
+@dataclass(frozen=True)
+class FailedRow:
+    """A row that no replica needs to see.
+
+    Attributes:
+        id: its id.
+        prompt: its question, as the output shows it, as far as it is known.
+        failure: why it is not answered.
+    """
+
+    id: str
+    prompt: str | None
+    failure: RowFailure
+
+
+PreparedRow = ReadyRow | FailedRow
 
 
 def own_columns_dropped(table: pa.Table) -> pa.Table:
@@ -184,47 +203,59 @@ def _storable(text: str | None) -> str | None:
 
 def prepared_table(rows: Sequence[PreparedRow]) -> pa.Table:
     """Rows as a table of `PREPARED_SCHEMA`."""
-    return pa.table(
-        {
-            ID: [row.id for row in rows],
-            PROMPT: [_storable(row.prompt) for row in rows],
-            ERROR: [row.error for row in rows],
-            INPUT_IDS: [row.input_ids for row in rows],
-            SPAN: [row.span for row in rows],
-            PIXELS: [[image.tobytes() for image in row.images] for row in rows],
-            SIZES: [[side for image in row.images for side in image.shape[:2]] for row in rows],
-            SAMPLING: [json.dumps(row.sampling) if row.sampling else None for row in rows],
-        },
-        schema=PREPARED_SCHEMA,
-    )
+    columns: dict[str, list[Any]] = {name: [] for name in PREPARED_SCHEMA.names}
+    for row in rows:
+        for name, value in _cells(row).items():
+            columns[name].append(value)
+    return pa.table(columns, schema=PREPARED_SCHEMA)
+
+
+def _cells(row: PreparedRow) -> dict[str, Any]:
+    """A row by the columns of `PREPARED_SCHEMA`."""
+    cells = dict.fromkeys(PREPARED_SCHEMA.names)
+    cells |= {ID: row.id, PROMPT: _storable(row.prompt)}
+    if isinstance(row, FailedRow):
+        return cells | {ERROR: str(row.failure), STAGE: row.failure.stage}
+    return cells | {
+        INPUT_IDS: row.input_ids,
+        SPAN: row.span,
+        PIXELS: [image.tobytes() for image in row.images],
+        SIZES: [side for image in row.images for side in image.shape[:2]],
+        SAMPLING: json.dumps(row.sampling) if row.sampling else None,
+    }
 
 
 def prepared_rows(table: pa.Table) -> list[PreparedRow]:
     """The rows of a table of `PREPARED_SCHEMA`; pixels are views of the table's memory."""
-    rows = []
-    columns = (
-        table[name] for name in (ID, PROMPT, ERROR, INPUT_IDS, SPAN, PIXELS, SIZES, SAMPLING)
+    columns = (table[name] for name in PREPARED_SCHEMA.names)
+    return [_row(*cells) for cells in zip(*columns, strict=True)]
+
+
+def _row(
+    id_: pa.Scalar,
+    prompt: pa.Scalar,
+    error: pa.Scalar,
+    stage: pa.Scalar,
+    input_ids: pa.Scalar,
+    span: pa.Scalar,
+    pixels: pa.Scalar,
+    sizes: pa.Scalar,
+    sampling: pa.Scalar,
+) -> PreparedRow:
+    if error.is_valid:
+        failure = RowFailure.of_column(error.as_py(), stage.as_py())
+        return FailedRow(id_.as_py(), prompt.as_py(), failure)
+    sides = sizes.as_py()
+    images = tuple(
+        np.frombuffer(buffer.as_buffer(), dtype=np.uint8).reshape(height, width, 3)
+        for buffer, height, width in zip(pixels.values, sides[::2], sides[1::2], strict=True)
     )
-    for id_, prompt, error, ids, span, pixels, sizes, sampling in zip(*columns, strict=True):
-        if error.is_valid:
-            rows.append(PreparedRow(id_.as_py(), prompt.as_py(), error.as_py()))
-            continue
-        sides = sizes.as_py()
-        images = tuple(
-            np.frombuffer(buffer.as_buffer(), dtype=np.uint8).reshape(height, width, 3)
-            for buffer, height, width in zip(pixels.values, sides[::2], sides[1::2], strict=True)
-        )
-        start, end = span.as_py()
-        own = json.loads(sampling.as_py()) if sampling.is_valid else {}
-        rows.append(
-            PreparedRow(
-                id_.as_py(),
-                prompt.as_py(),
-                None,
-                ids.values.to_numpy().astype(np.int32),
-                (start, end),
-                images,
-                own,
-            )
-        )
-    return rows
+    start, end = span.as_py()
+    return ReadyRow(
+        id_.as_py(),
+        prompt.as_py(),
+        input_ids.values.to_numpy().astype(np.int32),
+        (start, end),
+        images,
+        json.loads(sampling.as_py()) if sampling.is_valid else {},
+    )

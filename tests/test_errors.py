@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.errors import MOST_CHARACTERS, RowError
+from pipeline.errors import RowError
+from pipeline.redact import SHOWN
 
 
 @pytest.mark.parametrize(
@@ -14,9 +15,9 @@ from pipeline.errors import MOST_CHARACTERS, RowError
         ("\ud800", "\\ud800"),
         ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
         ("two\nlines\u2028three", "two\\nlines\\u2028three"),
-        ("x" * MOST_CHARACTERS, "x" * MOST_CHARACTERS),
-        ("x" * 5_000_000, "x" * MOST_CHARACTERS + "…"),
-        ("\x1b" * 5_000_000, ("\\x1b" * MOST_CHARACTERS)[:MOST_CHARACTERS] + "…"),
+        ("x" * SHOWN, "x" * SHOWN),
+        ("x" * 5_000_000, "x" * SHOWN + "…"),
+        ("\x1b" * 5_000_000, ("\\x1b" * SHOWN)[:SHOWN] + "…"),
     ],
 )
 def test_an_error_is_one_short_line_that_can_be_written(cause: str, shown: str) -> None:

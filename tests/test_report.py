@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.actors.samples import EACH, SIDE, RowSampler, as_jpeg
-from pipeline.errors import OutputError
-from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
+from pipeline.actors.kept import EACH, SIDE, RowKeeper, as_jpeg
+from pipeline.actors.outcome import Judged
+from pipeline.engine import Answer
+from pipeline.errors import OutputError, RowFailure
+from pipeline.io.output.columns import KEPT_SCHEMA, output_schema
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.journal import Journal
 from pipeline.io.output.layout import OutputLayout
@@ -26,8 +28,8 @@ from pipeline.io.output.lease import Claim
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
 from pipeline.report import charts
-from pipeline.report.page import write_report
-from pipeline.rows import PLACE_SCHEMA, ROW, SHARD
+from pipeline.report.page import _stages, write_report
+from pipeline.rows import PLACE_SCHEMA, ROW, SHARD, STAGE
 from pipeline.settings.job import OutputSettings
 from tests.browser import browser  # noqa: F401  (a fixture)
 from tests.io.output.epochs import hold
@@ -111,8 +113,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
         for at, row in enumerate(made)
     ]
     with_routes = output_schema(OutputSettings(path="o", routes=True), EXTRAS)
-    log.keep_samples(
-        pa.Table.from_pylist(kept, pa.schema([*with_routes, *PLACE_SCHEMA, *SAMPLE_SCHEMA]))
+    log.keep_rows(
+        pa.Table.from_pylist(kept, pa.schema([*with_routes, *PLACE_SCHEMA, *KEPT_SCHEMA]))
     )
     with Journal(Claim(folder, "mine")) as journal:
         journal.event("run_started", versions={"ray": "2"})
@@ -291,7 +293,7 @@ def test_damaged_lines_and_samples_and_names_that_are_no_utf_8_cost_no_report(
         journal.event("shard_committed", shard="file:///\udcff\u2028.parquet")
     folder.write(OutputLayout.EVENTS, folder.read(OutputLayout.EVENTS) + b'{"torn')
     folder.write(OutputLayout.TIMELINE, b"\xff\n[1]\n{}\n")
-    folder.write(f"{OutputLayout.SAMPLES}/00000-mine-torn.arrow", b"ARROW1")
+    folder.write(f"{OutputLayout.KEPT}/00000-mine-torn.arrow", b"ARROW1")
     write_report(folder)
     page = folder.read(OutputLayout.REPORT).decode()
     assert "shard_committed" in page
@@ -351,23 +353,26 @@ def test_a_report_of_millions_of_rows_is_made_from_a_bounded_part(output: Output
 
 
 def test_random_rows_are_drawn_alike_by_every_replica_and_faults_are_kept_up_to_a_number() -> None:
-    one, two = RowSampler(100, 10_000), RowSampler(100, 10_000)
-    drawn = [at for at in range(10_000) if one.why(("a", at), None, []) == "random"]
+    answer = Answer((1,), "a thing", "stop", 3, 0, None, None)
+    doubtful = Judged(answer, ["empty", "refusal"])
+    failed = RowFailure("image_decode", "x", "prepare")
+    one, two = RowKeeper(100, 10_000), RowKeeper(100, 10_000)
+    drawn = [at for at in range(10_000) if one.why(("a", at), Judged(answer, [])) == "random"]
     assert 60 < len(drawn) < 150
     assert (
         drawn
-        == [
-            at
-            for at in reversed(range(10_000))
-            if two.why(("a", at), "image_decode: x", ["empty"]) == "random"
-        ][::-1]
+        == [at for at in reversed(range(10_000)) if two.why(("a", at), failed) == "random"][::-1]
     )
-    faults = Counter(
-        one.why(("b", at), ["image_decode: x", None][at % 2], ["empty", "refusal"])
-        for at in range(1000)
-    )
+    faults = Counter(one.why(("b", at), [failed, doubtful][at % 2]) for at in range(1000))
     assert (faults["error"], faults["flag"]) == (EACH, 2 * EACH)
-    assert RowSampler(0, 10).why(("a", 1), "image_decode: x", ["empty"]) is None
+    assert RowKeeper(0, 10).why(("a", 1), failed) is None
+
+
+def test_an_error_stands_beside_the_stage_that_kept_rows_say_or_where_it_can_be() -> None:
+    assert _stages("worker_died", []) == "prepare, generate"
+    assert _stages("worker_died", [{STAGE: "generate"}, {STAGE: None}]) == "generate"
+    assert _stages("worker_died", [{}]) == "prepare, generate"  # kept by an earlier version
+    assert _stages("of another version", []) == "?"
 
 
 def test_pictures_are_kept_small() -> None:

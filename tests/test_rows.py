@@ -7,9 +7,12 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import STAGES, RowFailure
 from pipeline.rows import (
     PREPARED_SCHEMA,
+    FailedRow,
     PreparedRow,
+    ReadyRow,
     own_columns_dropped,
     prepared_rows,
     prepared_table,
@@ -22,13 +25,14 @@ text = st.text(st.characters(codec="utf-8"), max_size=8)
 @st.composite
 def rows(draw: st.DrawFn) -> PreparedRow:
     if draw(st.booleans()):
-        return PreparedRow(draw(text), draw(st.none() | text), error=f"image_decode: {draw(text)}")
+        stage = draw(st.sampled_from(STAGES))
+        failure = RowFailure("image_decode", draw(text), stage)
+        return FailedRow(draw(text), draw(st.none() | text), failure)
     sides = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=3))
     noise = np.random.default_rng(draw(st.integers(0, 99)))
-    return PreparedRow(
+    return ReadyRow(
         draw(text),
         draw(text),
-        None,
         noise.integers(0, 1 << 17, draw(st.integers(1, 20)), dtype=np.int32),
         draw(st.tuples(st.integers(0, 50), st.integers(0, 50))),
         tuple(
@@ -38,11 +42,11 @@ def rows(draw: st.DrawFn) -> PreparedRow:
 
 
 def equal(a: PreparedRow, b: PreparedRow) -> bool:
-    same = (a.id, a.prompt, a.error, a.span) == (b.id, b.prompt, b.error, b.span)
-    ids = (a.input_ids is None and b.input_ids is None) or np.array_equal(a.input_ids, b.input_ids)
+    if isinstance(a, FailedRow) or isinstance(b, FailedRow):
+        return a == b
     return (
-        same
-        and ids
+        (a.id, a.prompt, a.span) == (b.id, b.prompt, b.span)
+        and np.array_equal(a.input_ids, b.input_ids)
         and len(a.images) == len(b.images)
         and all(map(np.array_equal, a.images, b.images))
     )
@@ -64,9 +68,10 @@ def test_prepared_rows_survive_the_table_and_any_cut_of_it(
 
 
 def test_extra_columns_stay_beside_ours() -> None:
+    failure = RowFailure("unexpected", "y", "prepare")
     extras = pa.table({"score": [1, 2], "tags": [["a"], []]})
     whole = with_own_columns(
-        extras, prepared_table([PreparedRow("a", "?", "x: y"), PreparedRow("b", "?", "x: y")])
+        extras, prepared_table([FailedRow("a", "?", failure), FailedRow("b", "?", failure)])
     )
     assert own_columns_dropped(whole).equals(extras)
     assert [row.id for row in prepared_rows(whole)] == ["a", "b"]

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import tenacity
 
 from pipeline.actors.assemble import Assembler, Prompts
-from pipeline.counters import COMMITTED
-from pipeline.errors import JobError, OutputError, TooManyErrorsError, worth_another_try
+from pipeline.counters import COMMITTED, RowCounts
+from pipeline.errors import JobError, OutputError, TooManyErrorsError, code_of, worth_another_try
 from pipeline.io.output.commits import OutputLog, done_rows
 from pipeline.io.output.lease import Claim, Fence
 from pipeline.io.rowset import RowSet
@@ -62,7 +62,7 @@ class CommitSettings:
 @dataclass
 class _Gathered:
     tables: list[pa.Table] = field(default_factory=list)
-    samples: list[pa.Table] = field(default_factory=list)
+    kept: list[pa.Table] = field(default_factory=list)
     rows: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
     retry: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
     count: int = 0
@@ -121,7 +121,7 @@ class Committer:
         self._examples: dict[str, str] = {}
         threading.Thread(target=self._commit_in_time, name="commit", daemon=True).start()
 
-    def take(self, table: pa.Table, samples: pa.Table | None = None) -> int:
+    def take(self, table: pa.Table, kept: pa.Table | None = None) -> int:
         """Take a block of answered rows, and those of them that are kept with their pictures; how
         many were new.
         """
@@ -129,8 +129,8 @@ class Committer:
             if self._failure is not None:
                 raise self._failure
             new = self._take(self._assembler.add(table))
-            if samples is not None:
-                self._gathered.samples.append(samples)
+            if kept is not None:
+                self._gathered.kept.append(kept)
             self._judge(table)
             if self._gathered.count >= self._settings.rows or self._gathered.size >= FILE_BYTES:
                 self._commit()
@@ -153,7 +153,7 @@ class Committer:
             import ray
 
             # What it is told comes in order: once it has answered, it knows of every file.
-            ray.wait([self._monitor.count.remote({})], timeout=LAST_WORD_SECONDS)
+            ray.wait([self._monitor.count.remote(RowCounts())], timeout=LAST_WORD_SECONDS)
 
     def _take(self, table: pa.Table) -> int:
         shards = np.array(table[SHARD].to_pylist(), object)
@@ -196,8 +196,8 @@ class Committer:
         failed = pc.drop_null(table["error"]).to_pylist()
         self._rows += len(table)
         for error in failed:
-            self._examples.setdefault(error.split(":", 1)[0], error)
-        self._errors.update(error.split(":", 1)[0] for error in failed)
+            self._examples.setdefault(code_of(error), error)
+        self._errors.update(map(code_of, failed))
         share = self._errors.total() / self._rows
         if (
             self._rows < self._error_settings.after_rows
@@ -238,15 +238,15 @@ class Committer:
             self._failure = self._explained(error)
             raise self._failure from error
         self._gathered = _Gathered()
-        if gathered.samples:
+        if gathered.kept:
             try:
-                self._log.keep_samples(pa.concat_tables(gathered.samples))
+                self._log.keep_rows(pa.concat_tables(gathered.kept))
             except Exception as error:  # they are for looking at; the results are what counts
-                logger.warning("cannot write samples (%s)", cause_of(error))
+                logger.warning("cannot write the rows to look at (%s)", cause_of(error))
         if self._monitor is not None:
             answers = len(table) * self._assembler.answers_per_row
             spent = round(1000 * (time.monotonic() - started))
-            self._monitor.count.remote({"committed": answers, "commit_ms": spent})
+            self._monitor.count.remote(RowCounts(committed=answers, commit_ms=spent))
             self._monitor.event.remote(COMMITTED, {shard: len(own) for shard, own in rows.items()})
 
     def _explained(self, error: Exception) -> Exception:

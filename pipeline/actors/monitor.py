@@ -7,18 +7,20 @@ One and not three, since every process of a job costs seconds to start.
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any, Literal
 
 from pipeline.actors.metrics import Metrics
 from pipeline.actors.witness import Verdict, Witness
-from pipeline.counters import Look
+from pipeline.counters import EngineCounts, ReplicaGauges, RowCounts, Snapshot
 from pipeline.errors import JobError
 from pipeline.rows import Place
 
 #: A block has the same name in both.
-WatchedStage = Literal["prepare", "answer"]
+WatchedStage = Literal["prepare", "generate"]
 
 #: Reports come several times a second; Ray exports every few seconds.
 TELL_SECONDS = 1.0
@@ -40,9 +42,9 @@ class Monitor:
         self._told = float("-inf")
         self._witnesses: dict[WatchedStage, Witness] = defaultdict(Witness)
         self._replicas = replicas
-        self._counts: Counter[str] = Counter()
-        self._engines: dict[str, Counter[str]] = {}
-        self._gauges: dict[str, Mapping[str, float]] = {}
+        self._counts = RowCounts()
+        self._engines: dict[str, EngineCounts] = {}
+        self._gauges: dict[str, ReplicaGauges] = {}
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._dropped = 0
         self._refusal: JobError | None = None
@@ -61,34 +63,30 @@ class Monitor:
             self._events.append(
                 ("replica_lost", {"lost_so_far": len(self._engines) - self._replicas + 1})
             )
-        self._engines[replica] = Counter()
+        self._engines[replica] = EngineCounts()
         self._events.append(
             ("replica_started", {"replica": replica, "node": node, "device": device})
         )
 
     def report(
-        self,
-        replica: str,
-        counts: Mapping[str, int],
-        engine: Counter[str],
-        gauges: Mapping[str, float] | None = None,
+        self, replica: str, counts: RowCounts, engine: EngineCounts, gauges: ReplicaGauges
     ) -> None:
         """Add a block's counts, and replace what a replica's engine says of itself; its counters
         only grow.
         """
-        self._counts.update(counts)
+        self._counts += counts
         self._engines[replica] = engine
         # Those of a replica that was lost go when the next one tells: as many as may live are
         # shown.
         self._gauges.pop(replica, None)
-        self._gauges[replica] = gauges or {}
+        self._gauges[replica] = gauges
         while len(self._gauges) > self._replicas:
             del self._gauges[next(iter(self._gauges))]
         self._tell()
 
-    def count(self, counts: Mapping[str, int]) -> None:
+    def count(self, counts: RowCounts) -> None:
         """Add what an actor of another stage counted."""
-        self._counts.update(counts)
+        self._counts += counts
         self._tell()
 
     def _tell(self) -> None:
@@ -97,19 +95,21 @@ class Monitor:
             self._told = now
             self._metrics.tell(self._now())
 
-    def _now(self) -> Look:
-        engines: Counter[str] = Counter()
-        for counters in self._engines.values():
-            engines.update(counters)
-        return Look(
-            self._counts, engines, self._gauges, self._events, self._dropped + len(self._events)
+    def _now(self) -> Snapshot:
+        engines = reduce(add, self._engines.values(), EngineCounts())
+        return Snapshot(
+            self._counts,
+            engines,
+            dict(self._gauges),
+            self._events,
+            self._dropped + len(self._events),
         )
 
     def event(self, kind: str, facts: dict[str, Any]) -> None:
         """Note that something happened."""
         self._events.append((kind, facts))
 
-    def look(self, next_event: int = 0) -> Look:
+    def snapshot(self, next_event: int = 0) -> Snapshot:
         """What is known; events before `next_event` were read and are forgotten."""
         read = max(0, next_event - self._dropped)
         self._events, self._dropped = (

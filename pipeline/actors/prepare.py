@@ -16,12 +16,13 @@ from pipeline.actors.decoder import Decoder
 from pipeline.actors.pictures import EncodedPicture, RowPictures
 from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
-from pipeline.errors import CheckpointError, RowError, RowErrorCode, told
+from pipeline.counters import RowCounts
+from pipeline.errors import CheckpointError, RowError, RowErrorCode, RowFailure
 from pipeline.io.input.columns import Columns
 from pipeline.io.input.references import shown
 from pipeline.model.prompt import PromptProcessor
 from pipeline.model.version import as_planned
-from pipeline.redact import cause_of, printable, traceback_of
+from pipeline.redact import cause_of, escaped, printable, traceback_of
 from pipeline.rows import (
     ERROR,
     ID,
@@ -30,7 +31,9 @@ from pipeline.rows import (
     PROMPT,
     REFERENCES,
     SETTINGS,
+    FailedRow,
     PreparedRow,
+    ReadyRow,
     carried,
     places,
     prepared_table,
@@ -40,6 +43,9 @@ from pipeline.rows import (
 from pipeline.settings.job import JobSettings
 
 logger = logging.getLogger(__name__)
+
+#: Asked before each row, by its number in the block: why it is to be given up, or None.
+Watch = Callable[[int], RowFailure | None]
 
 #: A table of prepared rows is passed on once its pixels take this much, however few its rows.
 TABLE_BYTES = 64 << 20
@@ -126,11 +132,13 @@ class Preparer:
                 self._ahead.hand(index)
                 own = [column[index] for column in columns]
                 started = time.monotonic()
-                error = str(died) if died else unread[index]
-                row = PreparedRow(written(own[0]), None, error) if error else self._prepare(*own)
+                failure = died
+                if failure is None and (error := unread[index]):
+                    failure = RowFailure.of_column(error, "read")
+                row = FailedRow(written(own[0]), None, failure) if failure else self._prepare(*own)
                 seconds += time.monotonic() - started
                 ready.append(row)
-                size += row.pixel_bytes
+                size += row.pixel_bytes if isinstance(row, ReadyRow) else 0
                 if size >= TABLE_BYTES or index == len(table) - 1:
                     yield with_own_columns(extras.slice(start, len(ready)), prepared_table(ready))
                     start, ready, size = index + 1, [], 0
@@ -138,12 +146,13 @@ class Preparer:
             self._last = None
         if self._monitor is not None:
             more = self._ahead.retries - retries
+            spent = round(1000 * seconds)
             self._monitor.count.remote(
-                {"prepared": len(table), "prepare_ms": round(1000 * seconds), "fetch_retries": more}
+                RowCounts(prepared=len(table), prepare_ms=spent, fetch_retries=more)
             )
 
     @contextlib.contextmanager
-    def _watched(self, table: pa.Table) -> Iterator[tuple[Callable[[int], RowError | None], bool]]:
+    def _watched(self, table: pa.Table) -> Iterator[tuple[Watch, bool]]:
         """Tell the monitor of a block.
 
         What this yields is to be asked before each row whether it is to be given up; beside it,
@@ -157,11 +166,10 @@ class Preparer:
         own = places(table)
         known = ray.get(self._monitor.begin.remote("prepare", own[0]))
 
-        def watch(index: int) -> RowError | None:
+        def watch(index: int) -> RowFailure | None:
             if own[index] in known.given_up:
-                return RowError(
-                    "worker_died", f"the process that prepared this row died, {TRIES} times"
-                )
+                cause = f"the process that prepared this row died, {TRIES} times"
+                return RowError("worker_died", cause).at("prepare")
             if known.died:
                 ray.get(self._monitor.hand.remote("prepare", own[0], [own[index]]))
             return None
@@ -200,16 +208,17 @@ class Preparer:
             prepared = self.processor.prepare(conversation)
             if self._require_images and not prepared.images:
                 raise RowError("image_missing", f"{self._images_field} holds no image to caption")
-            return PreparedRow(
-                row_id, asked, None, prepared.input_ids, prepared.span, prepared.images, sampling
+            return ReadyRow(
+                row_id, asked, prepared.input_ids, prepared.span, prepared.images, sampling
             )
         except RowError as error:
-            return PreparedRow(row_id, asked, str(error))
+            return FailedRow(row_id, asked, error.at("prepare"))
         except Exception as error:  # an exception here would end the job, for the sake of one row
             logger.error(
-                "row %s cannot be prepared\n%s", printable(told(row_id)), traceback_of(error)
+                "row %s cannot be prepared\n%s", printable(escaped(row_id)), traceback_of(error)
             )
-            return PreparedRow(row_id, asked, str(RowError("unexpected", cause_of(error))))
+            failure = RowError("unexpected", cause_of(error)).at("prepare")
+            return FailedRow(row_id, asked, failure)
 
     def _decode(self, data: bytes, field: str) -> EncodedPicture:
         return self._pictures.picture(data, field)

@@ -8,39 +8,39 @@ import os
 import socket
 import sys
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.actors.kept import RowKeeper, Why, as_jpeg
 from pipeline.actors.loading import load_for_job
-from pipeline.actors.samples import RowSampler, as_jpeg
+from pipeline.actors.outcome import Judged, Outcome, failure_of, output_table
 from pipeline.actors.witness import TRIES, Verdict
-from pipeline.engine import Answer, GenerationError, OutOfMemoryError, Request, Sampling
+from pipeline.counters import ProcessGauges, ReplicaGauges, RowCounts
+from pipeline.engine import GenerationError, Request, Sampling
 from pipeline.engine.repetition import ends_in_loop
-from pipeline.errors import CheckpointError, RowError, RowErrorCode
-from pipeline.io.output.columns import SAMPLE_SCHEMA, output_schema
-from pipeline.quality.flags import Flag, Flagger, doubt
-from pipeline.rows import PLACE_SCHEMA, Place, PreparedRow, carried, places, prepared_rows
+from pipeline.errors import CheckpointError, RowError, RowFailure
+from pipeline.io.output.columns import KEPT_SCHEMA, output_schema
+from pipeline.quality.flags import Flagger, doubt
+from pipeline.rows import (
+    PLACE_SCHEMA,
+    FailedRow,
+    Place,
+    PreparedRow,
+    ReadyRow,
+    carried,
+    places,
+    prepared_rows,
+)
 from pipeline.settings.job import JobSettings
 
 #: Rows of a suspect block that are answered at a time: few enough that little is left to search,
 #: and enough that a node that merely went away does not cost a replica minutes.
 SUSPECTS = 8
-
-
-@dataclass(frozen=True)
-class Judged:
-    """An answer, what makes it doubtful, and how many tries it took."""
-
-    answer: Answer
-    flags: list[Flag]
-    tries: int = 1
 
 
 class Replica:
@@ -72,8 +72,8 @@ class Replica:
         self._settings = settings
         self._schema = pa.schema([*output_schema(settings.output, extras), *PLACE_SCHEMA])
         with_routes = settings.output.model_copy(update={"routes": True, "token_ids": False})
-        self._sample_schema = pa.schema([*output_schema(with_routes, extras), *PLACE_SCHEMA])
-        self._sampler = RowSampler(settings.output.samples, rows)
+        self._kept_schema = pa.schema([*output_schema(with_routes, extras), *PLACE_SCHEMA])
+        self._keeper = RowKeeper(settings.output.samples, rows)
         self._monitor, self._committer = monitor, committer
         self._alone = asyncio.Lock()
         self._name = uuid.uuid4().hex
@@ -110,31 +110,32 @@ class Replica:
             raise self._refusal
         rows = prepared_rows(table)
         own = places(table)
-        results = await self._answer_watched(rows, own)
-        for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, GenerationError):
-                raise result  # the engine's failure, not the row's: it ends the job
-        errors = [
-            str(RowError(_code_of(result), str(result)))
-            if isinstance(result, GenerationError)
-            else result
-            for result in results
-        ]
-        await self._report(rows, errors)
+        outcomes = await self._answer_watched(rows, own)
+        await self._report(rows, outcomes)
         # Awaited: a block counts as answered only once the committer has it.
         extras = carried(table)
-        output = self._output(rows, errors, extras, self._schema)
-        new = await self._committer.take.remote(output, self._samples(rows, own, errors, extras))
-        self._monitor.end.remote("answer", own[0])
+        output = output_table(rows, outcomes, extras, self._schema)
+        new = await self._committer.take.remote(output, self._kept(rows, own, outcomes, extras))
+        self._monitor.end.remote("generate", own[0])
         return pa.table({"rows": [new]})
 
-    async def _answer(self, rows: Sequence[PreparedRow]) -> list[Any]:
-        """A `Judged`, an exception or an earlier stage's error for each row."""
-        return await asyncio.gather(*map(self._answer_row, rows), return_exceptions=True)
+    async def _answer(self, rows: Sequence[PreparedRow]) -> list[Outcome]:
+        """What becomes of each row.
 
-    async def _answer_row(self, row: PreparedRow) -> Judged | str | None:
-        if row.input_ids is None or row.span is None:
-            return row.error
+        Raises:
+            RuntimeError: the engine failed, which is no row's fault and ends the job.
+        """
+        return await asyncio.gather(*map(self._answer_row, rows))
+
+    async def _answer_row(self, row: PreparedRow) -> Outcome:
+        if isinstance(row, FailedRow):
+            return row.failure
+        try:
+            return await self._best_of_tries(row)
+        except GenerationError as error:
+            return failure_of(error)
+
+    async def _best_of_tries(self, row: ReadyRow) -> Judged:
         generation = self._settings.generation
         sampling = self._sampling.with_own(row.sampling)
         best = await self._try(row, sampling)
@@ -148,9 +149,7 @@ class Replica:
             best = replace(better, tries=best.tries + 1)
         return best
 
-    async def _try(self, row: PreparedRow, sampling: Sampling) -> Judged:
-        assert row.input_ids is not None
-        assert row.span is not None
+    async def _try(self, row: ReadyRow, sampling: Sampling) -> Judged:
         answer = await asyncio.wrap_future(
             self._engine.submit(Request(row.input_ids, row.span, row.images, sampling))
         )
@@ -161,30 +160,30 @@ class Replica:
             self._flagger.flags(row.prompt, answer.text, truncated=truncated, looping=looping),
         )
 
-    async def _answer_watched(self, rows: Sequence[PreparedRow], own: Sequence[Place]) -> list[Any]:
+    async def _answer_watched(
+        self, rows: Sequence[PreparedRow], own: Sequence[Place]
+    ) -> list[Outcome]:
         """The same, and the monitor knows of it; whoever calls this tells it once the block is
         over.
         """
-        known: Verdict = await self._monitor.begin.remote("answer", own[0])
+        known: Verdict = await self._monitor.begin.remote("generate", own[0])
         return await (
             self._answer_carefully(rows, own, known) if known.died else self._answer(rows)
         )
 
     async def _answer_carefully(
         self, rows: Sequence[PreparedRow], own: Sequence[Place], known: Verdict
-    ) -> list[Any]:
+    ) -> list[Outcome]:
         """The same, for a block that was in hand when a replica died: some rows at a time, so that
         the one is found.
 
         Blocks that are in no suspicion go on beside it; of those that are, one is worked on at a
         time.
         """
-        results: list[Any] = [None] * len(rows)
         open_ = [index for index, place in enumerate(own) if place not in known.given_up]
-        for index in set(range(len(rows))) - set(open_):
-            results[index] = str(
-                RowError("worker_died", f"the replica that answered this row died, {TRIES} times")
-            )
+        cause = f"the replica that answered this row died, {TRIES} times"
+        died = RowError("worker_died", cause).at("generate")
+        outcomes: list[Outcome] = [died] * len(rows)
         cleared = [index for index in open_ if known.suspects and own[index] not in known.suspects]
         rest = [index for index in open_ if index not in cleared]
         at_once = 1 if known.suspects else SUSPECTS
@@ -194,20 +193,20 @@ class Replica:
         ]
         for group in filter(None, groups):
             async with self._alone:
-                await self._monitor.hand.remote("answer", own[0], [own[index] for index in group])
-                for index, result in zip(
-                    group, await self._answer([rows[index] for index in group]), strict=True
-                ):
-                    results[index] = result
-                await self._monitor.hand.remote("answer", own[0], [])
-        return results
+                await self._monitor.hand.remote("generate", own[0], [own[index] for index in group])
+                answered = await self._answer([rows[index] for index in group])
+                for index, outcome in zip(group, answered, strict=True):
+                    outcomes[index] = outcome
+                await self._monitor.hand.remote("generate", own[0], [])
+        return outcomes
 
-    async def _report(self, rows: list[PreparedRow], results: list[Any]) -> None:
-        judged = [result for result in results if isinstance(result, Judged)]
-        counts = Counter(
+    async def _report(self, rows: Sequence[PreparedRow], outcomes: Sequence[Outcome]) -> None:
+        judged = [outcome for outcome in outcomes if isinstance(outcome, Judged)]
+        ready = [row for row in rows if isinstance(row, ReadyRow)]
+        counts = RowCounts(
             rows=len(rows),
             errors=len(rows) - len(judged),
-            images=sum(len(row.images) for row in rows),
+            images=sum(len(row.images) for row in ready),
             new_tokens=sum(len(one.answer.token_ids) for one in judged),
             prompt_tokens=sum(one.answer.prompt_tokens for one in judged),
             visual_tokens=sum(one.answer.visual_tokens for one in judged),
@@ -215,97 +214,51 @@ class Replica:
             flagged=sum(bool(one.flags) for one in judged),
         )
         # Awaited: once the last block is written, every block is counted.
-        gauges = {**self._engine.gauges(), **process_gauges(self._device)}
+        gauges = ReplicaGauges(self._engine.gauges(), process_gauges(self._device))
         await self._monitor.report.remote(self._name, counts, self._engine.counts(), gauges)
 
-    def _samples(
-        self, rows: list[PreparedRow], own: list[Place], results: list[Any], extras: pa.Table
+    def _kept(
+        self,
+        rows: Sequence[PreparedRow],
+        own: Sequence[Place],
+        outcomes: Sequence[Outcome],
+        extras: pa.Table,
     ) -> pa.Table | None:
         """The rows to keep with their pictures, if any: all columns of the output, routes whether
         it has them or not.
         """
-        kept: dict[int, str] = {}
-        for index, (place, result) in enumerate(zip(own, results, strict=True)):
-            judged = isinstance(result, Judged)
-            why = self._sampler.why(
-                place, None if judged else result, result.flags if judged else []
-            )
-            if why is not None:
-                kept[index] = why
-        if not kept:
+        chosen: dict[int, Why] = {}
+        for index, (place, outcome) in enumerate(zip(own, outcomes, strict=True)):
+            if why := self._keeper.why(place, outcome):
+                chosen[index] = why
+        if not chosen:
             return None
-        chosen = [rows[index] for index in kept]
-        table = self._output(
-            chosen, [results[index] for index in kept], extras.take(list(kept)), self._sample_schema
+        rows, outcomes = [rows[at] for at in chosen], [outcomes[at] for at in chosen]
+        table = output_table(rows, outcomes, extras.take(list(chosen)), self._kept_schema)
+        columns = (
+            list(chosen.values()),
+            [one.stage if isinstance(one, RowFailure) else None for one in outcomes],
+            [_pictures(row) for row in rows],
         )
-        pictures = [[as_jpeg(image) for image in row.images] for row in chosen]
-        for field, values in zip(SAMPLE_SCHEMA, (list(kept.values()), pictures), strict=True):
+        for field, values in zip(KEPT_SCHEMA, columns, strict=True):
             table = table.append_column(field, pa.array(values, field.type))
         return table
 
-    def _output(
-        self, rows: list[PreparedRow], results: list[Any], extras: pa.Table, schema: pa.Schema
-    ) -> pa.Table:
-        def column(value_of: Any) -> list[Any]:
-            return [
-                value_of(result.answer) if isinstance(result, Judged) else None
-                for result in results
-            ]
 
-        is_error = [not isinstance(result, Judged) for result in results]
-        columns: dict[str, Any] = {
-            "id": [row.id for row in rows],
-            "prompt": [row.prompt for row in rows],
-            "text": column(lambda a: a.text),
-            "status": ["error" if bad else "ok" for bad in is_error],
-            "error": [
-                result if bad else None for result, bad in zip(results, is_error, strict=True)
-            ],
-            "finish_reason": column(lambda a: a.finish_reason),
-            "prompt_tokens": column(lambda a: a.prompt_tokens),
-            "visual_tokens": column(lambda a: a.visual_tokens),
-            "new_tokens": column(lambda a: len(a.token_ids)),
-            "flags": [result.flags if isinstance(result, Judged) else None for result in results],
-        }
-        if "token_ids" in schema.names:
-            columns["token_ids"] = column(lambda a: a.token_ids)
-        if "prefill_route" in schema.names:
-            for phase in ("prefill", "decode"):
-                columns[f"{phase}_route"] = column(
-                    lambda a, p=phase: _top_experts(getattr(a, f"{p}_weights"))
-                )
-                columns[f"{phase}_gate"] = column(
-                    lambda a, p=phase: _top_values(getattr(a, f"{p}_weights"))
-                )
-        own = {name: pa.array(values, schema.field(name).type) for name, values in columns.items()}
-        return pa.table(
-            {**own, **{name: extras[name] for name in extras.column_names}}, schema=schema
-        )
+def _pictures(row: PreparedRow) -> list[bytes]:
+    return [as_jpeg(image) for image in row.images] if isinstance(row, ReadyRow) else []
 
 
-def process_gauges(device: torch.device) -> dict[str, float]:
+def process_gauges(device: torch.device) -> ProcessGauges:
     """Bytes that this process takes; of its GPU the bytes taken by anybody, and the share of time
     in which it computed.
     """
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
-    told = {"memory": float(pages * os.sysconf("SC_PAGE_SIZE"))}
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        told |= {"gpu_memory": float(total - free), "gpu_memory_total": float(total)}
-        with contextlib.suppress(
-            Exception
-        ):  # not every driver tells, nor any part of a divided GPU
-            told["gpu_use"] = torch.cuda.utilization(device) / 100
-    return told
-
-
-def _code_of(error: GenerationError) -> RowErrorCode:
-    return "out_of_memory" if isinstance(error, OutOfMemoryError) else "generation"
-
-
-def _top_experts(weights: np.ndarray | None) -> np.ndarray | None:
-    return None if weights is None else weights.argmax(-1).astype(np.int8)
-
-
-def _top_values(weights: np.ndarray | None) -> np.ndarray | None:
-    return None if weights is None else weights.max(-1).astype(np.float32)
+    memory = float(pages * os.sysconf("SC_PAGE_SIZE"))
+    if device.type != "cuda":
+        return ProcessGauges(memory)
+    free, total = torch.cuda.mem_get_info(device)
+    use = None
+    with contextlib.suppress(Exception):  # not every driver tells, nor any part of a divided GPU
+        use = torch.cuda.utilization(device) / 100
+    return ProcessGauges(memory, float(total - free), float(total), use)

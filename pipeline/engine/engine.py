@@ -8,13 +8,14 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
+from pipeline.counters import EngineCounts, EngineGauges
 from pipeline.engine.answers import take_token
 from pipeline.engine.encode import Encoder
 from pipeline.engine.intake import Intake
@@ -116,13 +117,13 @@ class Engine:
         """Answer requests, in their order."""
         return [future.result() for future in [self.submit(request) for request in requests]]
 
-    def counts(self) -> Counter[str]:
+    def counts(self) -> EngineCounts:
         """What was done, and what did not have to be done; those of several replicas may be added.
 
         Milliseconds are the engine thread's: on a GPU a step's are mostly its wait for the step
         before.
         """
-        return Counter(
+        return EngineCounts(
             images_encoded=self._encoder.images_encoded,
             images_reused=self._encoder.images_reused,
             answers_reused=self._reuse.reused,
@@ -131,17 +132,17 @@ class Engine:
             **self._scheduler.agreement.counts(),
         )
 
-    def gauges(self) -> dict[str, float]:
+    def gauges(self) -> EngineGauges:
         """How full it is at this moment: requests that run and that wait, and tokens in the
         key/value cache.
         """
-        return {
-            "running": len(self._scheduler.running),
-            "batch_size": self._sizes.batch_size,
-            "waiting": max(0, self._queued),  # both change beside the caller
-            "cache_tokens": self._cache_tokens - self._scheduler.free_tokens,
-            "cache_size": self._cache_tokens,
-        }
+        return EngineGauges(
+            running=len(self._scheduler.running),
+            batch_size=self._sizes.batch_size,
+            waiting=max(0, self._queued),  # both change beside the caller
+            cache_tokens=self._cache_tokens - self._scheduler.free_tokens,
+            cache_size=self._cache_tokens,
+        )
 
     def close(self) -> None:
         """Answer what was submitted, then stop."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import InputError
-from pipeline.settings.job import EvaluateSettings
 
 #: Values of the grouping columns.
 Group = tuple[str, ...]
@@ -63,25 +62,28 @@ class Truth:
     by: tuple[str, ...]
 
     @classmethod
-    def from_settings(cls, settings: EvaluateSettings, extras: Mapping[str, str]) -> Truth | None:
+    def of_input(
+        cls, truth: str | None, by: Sequence[str], extras: Mapping[str, str]
+    ) -> Truth | None:
         """Find the columns in the output; None where nothing is to be evaluated.
 
         Args:
-            settings: the `evaluate` settings, which name input columns.
+            truth: the truth's column in the input (`evaluate.truth`).
+            by: the grouping columns in the input (`evaluate.by`).
             extras: the extra input columns by their names in the output.
 
         Raises:
             InputError: the input has no such extra column.
         """
-        if settings.truth is None:
+        if truth is None:
             return None
         outputs = {name: output for output, name in extras.items()}
-        for key, name in (("truth", settings.truth), *(("by", name) for name in settings.by)):
+        for key, name in (("truth", truth), *(("by", name) for name in by)):
             if name not in outputs:
                 near = difflib.get_close_matches(name, outputs, n=1, cutoff=0.0)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise InputError(f"evaluate.{key}: the input has no extra column {name!r}{hint}")
-        return cls(outputs[settings.truth], tuple(outputs[name] for name in settings.by))
+        return cls(outputs[truth], tuple(outputs[name] for name in by))
 
     def count(self, table: pa.Table) -> Accuracy:
         """Count a table of results: an answer is right if it equals the truth, blanks around both

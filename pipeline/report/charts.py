@@ -6,27 +6,31 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from functools import reduce
+from operator import add
+from typing import Any, TypeVar
 
 import numpy as np
 import plotly.graph_objects as go
 
-from pipeline.counters import STAGES
+from pipeline.counters import BUSY, Counts, EngineCounts, EngineGauges, ProcessGauges, RowCounts
+from pipeline.errors import STAGES
 from pipeline.redact import printable
 
 #: Experts' colours, distinct for the colour-blind, too (Okabe and Ito); a fifth expert begins
 #: again.
 EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
-#: What people call the stages whose own name says too little.
-_STAGE_LABELS = {"encode": "vision, gates", "admit": "choose", "step": "prefill, decode"}
+#: What people call the parts of a stage whose own name says too little.
+_PART_LABELS = {"encode": "vision, routers", "admit": "choose", "step": "prefill, decode"}
 PROMPTS = 8
 #: What Plotly reads as the beginning of a tag, an entity or a formula, and what looks the same.
 _LOOKALIKES = str.maketrans("<>&$", "＜＞＆＄")
 BINS = 40
 
 Entries = Sequence[Mapping[str, Any]]
+_Kind = TypeVar("_Kind", bound=Counts)
 
 
 def _figure(traces: list[Any], title: str, **layout: Any) -> go.Figure:
@@ -49,24 +53,19 @@ def _by_run(timeline: Entries) -> Iterator[list[Mapping[str, Any]]]:
     yield from runs.values()
 
 
-def totals(timeline: Entries) -> Counter[str]:
-    """Counters at the end of all runs together."""
-    found: Counter[str] = Counter()
-    for samples in _by_run(timeline):
-        found.update(
-            {name: value for name, value in samples[-1].items() if name not in ("run", "time")}
-        )
-    return found
+def totals(timeline: Entries, kind: type[_Kind]) -> _Kind:
+    """Counters of one kind at the end of all runs together."""
+    return reduce(add, (kind.of(entries[-1]) for entries in _by_run(timeline)), kind())
 
 
 def _series(timeline: Entries, value: Any) -> tuple[list[str | None], list[float | None]]:
-    """Times and values over all runs, with a gap between two; `value` takes a sample and the one
+    """Times and values over all runs, with a gap between two; `value` takes an entry and the one
     before it.
     """
     times: list[str | None] = []
     values: list[float | None] = []
-    for samples in _by_run(timeline):
-        for before, now in itertools.pairwise(samples):
+    for entries in _by_run(timeline):
+        for before, now in itertools.pairwise(entries):
             times.append(datetime.fromtimestamp(now["time"], UTC).isoformat(timespec="seconds"))
             values.append(value(now, before))
         times.append(None)
@@ -77,15 +76,19 @@ def _series(timeline: Entries, value: Any) -> tuple[list[str | None], list[float
 def rates(timeline: Entries) -> go.Figure | None:
     """Rows and new tokens per second over time."""
 
-    def rate_of(what: str) -> Any:
+    def rate_of(what: Callable[[RowCounts], int]) -> Any:
         return lambda now, before: (
-            (now.get(what, 0) - before.get(what, 0)) / max(1e-3, now["time"] - before["time"])
+            (what(RowCounts.of(now)) - what(RowCounts.of(before)))
+            / max(1e-3, now["time"] - before["time"])
         )
 
-    if all(len(samples) < 3 for samples in _by_run(timeline)):
+    if all(len(entries) < 3 for entries in _by_run(timeline)):
         return None
     traces = []
-    for what, label, axis in (("rows", "rows", "y"), ("new_tokens", "new tokens (right)", "y2")):
+    for what, label, axis in (
+        (lambda counts: counts.rows, "rows", "y"),
+        (lambda counts: counts.new_tokens, "new tokens (right)", "y2"),
+    ):
         times, values = _series(timeline, rate_of(what))
         traces.append(go.Scatter(x=times, y=values, name=label, yaxis=axis, mode="lines"))
     second = {"overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
@@ -96,26 +99,26 @@ def rates(timeline: Entries) -> go.Figure | None:
 
 def memory(timeline: Entries) -> go.Figure | None:
     """Memory of the replicas over time, and what else is told of them at a moment."""
-    names = {"memory": "processes", "gpu_memory": "GPUs"}
+    processes = [ProcessGauges.of(entry) for entry in timeline]
     traces = []
-    for key, label in names.items():
-        if any(key in entry for entry in timeline):
-            times, values = _series(timeline, lambda now, before, key=key: now.get(key, 0) / 2**30)
-            traces.append(go.Scatter(x=times, y=values, name=label, mode="lines"))
-    if any(entry.get("cache_size") for entry in timeline):
-        share = _series(
-            timeline,
-            lambda now, before: now.get("cache_tokens", 0) / max(1, now.get("cache_size", 1)),
-        )
+    if any(one.memory is not None for one in processes):
+        bytes_ = _series(timeline, lambda now, _: (ProcessGauges.of(now).memory or 0) / 2**30)
+        traces.append(go.Scatter(x=bytes_[0], y=bytes_[1], name="processes", mode="lines"))
+    if any(one.gpu_memory is not None for one in processes):
+        bytes_ = _series(timeline, lambda now, _: (ProcessGauges.of(now).gpu_memory or 0) / 2**30)
+        traces.append(go.Scatter(x=bytes_[0], y=bytes_[1], name="GPUs", mode="lines"))
+    if any(EngineGauges.of(entry).cache_size for entry in timeline):
+        share = _series(timeline, lambda now, _: _cache_share(EngineGauges.of(now)))
         traces.append(
             go.Scatter(
                 x=share[0], y=share[1], name="key/value cache (right)", yaxis="y2", mode="lines"
             )
         )
-    if any("gpu_use" in entry for entry in timeline):
+    if any(one.gpu_use is not None for one in processes):
         # Told summed over the replicas, like everything else of theirs.
         busy = _series(
-            timeline, lambda now, before: now.get("gpu_use", 0) / max(1, now.get("replicas", 1))
+            timeline,
+            lambda now, _: (ProcessGauges.of(now).gpu_use or 0) / max(1, now.get("replicas", 1)),
         )
         traces.append(
             go.Scatter(x=busy[0], y=busy[1], name="GPUs busy (right)", yaxis="y2", mode="lines")
@@ -138,13 +141,20 @@ def memory(timeline: Entries) -> go.Figure | None:
     )
 
 
+def _cache_share(gauges: EngineGauges) -> float:
+    return gauges.cache_tokens / max(1, gauges.cache_size)
+
+
 def reuse(timeline: Entries) -> go.Figure | None:
     """Images and answers that did not have to be computed, over time."""
-    names = {"images_reused": "images that came again", "answers_reused": "answers to equal rows"}
+    names: dict[str, Callable[[EngineCounts], int]] = {
+        "images that came again": lambda counts: counts.images_reused,
+        "answers to equal rows": lambda counts: counts.answers_reused,
+    }
     traces = []
-    for key, label in names.items():
-        if any(entry.get(key) for entry in timeline):
-            times, values = _series(timeline, lambda now, before, key=key: now.get(key, 0))
+    for label, what in names.items():
+        times, values = _series(timeline, lambda now, _, what=what: what(EngineCounts.of(now)))
+        if any(values):
             traces.append(go.Scatter(x=times, y=values, name=label, mode="lines"))
     return (
         _figure(traces, "Computed once, used again", yaxis={"rangemode": "tozero"})
@@ -155,8 +165,17 @@ def reuse(timeline: Entries) -> go.Figure | None:
 
 def stages(timeline: Entries) -> go.Figure | None:
     """Seconds that each stage was busy, over all its actors and all runs."""
-    counted = totals(timeline)
-    seconds = {_STAGE_LABELS.get(stage, stage): counted[f"{stage}_ms"] / 1000 for stage in STAGES}
+    counted: tuple[Counts, ...] = totals(timeline, RowCounts), totals(timeline, EngineCounts)
+    busy = [
+        (STAGES.index(labels["stage"]), labels["stage"], labels["part"], value)
+        for counts in counted
+        for metric, labels, value in counts.series()
+        if metric is BUSY
+    ]
+    seconds = {
+        f"{stage}: {_PART_LABELS[part]}" if part in _PART_LABELS else stage: value
+        for _, stage, part, value in sorted(busy, key=lambda one: one[0])
+    }
     if not any(seconds.values()):
         return None
     labels = list(seconds)[::-1]
@@ -199,7 +218,7 @@ def _routes(rows: Entries, phase: str) -> np.ndarray:
 
 
 def experts(rows: Entries, phase: str) -> go.Figure | None:
-    """Share of the sampled rows that each gate sends to each expert, layer by layer."""
+    """Share of the kept rows that each gate sends to each expert, layer by layer."""
     routes = _routes(rows, phase)
     if not routes.size:
         return None

@@ -17,8 +17,8 @@ import yaml
 
 from pipeline.io.output.columns import (
     COUNT_COLUMNS,
+    KEPT_SCHEMA,
     RESERVED_COLUMNS,
-    SAMPLE_SCHEMA,
     Written,
 )
 from pipeline.io.output.commits import Commit, OutputLog, read_result
@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 #: Output files whose numbers are read: enough to be typical of any output.
 FILES = 64
-#: Newest sample files that are read, and most rows shown of them, by why they were kept; in this
-#: order.
-SAMPLE_FILES = 512
+#: Newest files of kept rows that are read, and most rows shown of them, by why they were kept; in
+#: this order.
+KEPT_FILES = 512
 SHOWN = {"random": 400, "first": 100, "flag": 150, "error": 150}
 #: Most characters of a text that are shown.
 TEXT = 4000
@@ -97,7 +97,7 @@ def gather(folder: OutputFolder, most_rows: int, seed: int) -> Gathered:
         planned=sum(rows for _, _, rows in manifest.shards.values()),
         numbers=_numbers(folder, chosen, most_rows),
         numbers_from=(len(chosen), len(commits)),
-        rows=_samples(folder),
+        rows=_kept_rows(folder),
         events=read_entries(folder, OutputLayout.EVENTS),
         timeline=read_entries(folder, OutputLayout.TIMELINE),
     )
@@ -119,8 +119,8 @@ def _numbers(
     }
 
 
-def _samples(folder: OutputFolder) -> list[dict[str, Any]]:
-    names = folder.names(OutputLayout.SAMPLES)[-SAMPLE_FILES:]
+def _kept_rows(folder: OutputFolder) -> list[dict[str, Any]]:
+    names = folder.names(OutputLayout.KEPT)[-KEPT_FILES:]
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     with ThreadPoolExecutor(READING_THREADS) as pool:
         for data in pool.map(folder.read, names):
@@ -141,17 +141,17 @@ def _samples(folder: OutputFolder) -> list[dict[str, Any]]:
 def _rows(data: bytes) -> list[dict[str, Any]]:
     try:
         return pa.ipc.open_file(data).read_all().to_pylist()
-    except pa.ArrowInvalid:  # torn by a power cut: samples, not results
-        logger.warning("a file of samples is damaged and left out")
+    except pa.ArrowInvalid:  # torn by a power cut: rows to look at, not results
+        logger.warning("a file of kept rows is damaged and left out")
         return []
 
 
 def shown_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Extra columns of the sampled rows."""
-    own = RESERVED_COLUMNS.union(SAMPLE_SCHEMA.names, PLACE_SCHEMA.names)
+    """Extra columns of the kept rows."""
+    own = RESERVED_COLUMNS.union(KEPT_SCHEMA.names, PLACE_SCHEMA.names)
     return [name for name in (rows[0] if rows else ()) if name not in own]
 
 
 def route_patterns(rows: Sequence[dict[str, Any]], phase: str) -> Counter[tuple[int, ...]]:
-    """How often each whole route (the experts of all gates) occurs in the sampled rows."""
+    """How often each whole route (the experts of all gates) occurs in the kept rows."""
     return Counter(tuple(row[f"{phase}_route"]) for row in rows if row.get(f"{phase}_route"))

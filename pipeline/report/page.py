@@ -13,13 +13,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.counters import agreement, duration
-from pipeline.errors import STAGES
-from pipeline.io.output.columns import SAMPLE_SEED, Written
+from pipeline.counters import EngineCounts, duration
+from pipeline.errors import STAGES, STAGES_OF, code_of
+from pipeline.io.output.columns import KEPT_SEED, Written
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.storage import OutputFolder
 from pipeline.report import charts
 from pipeline.report.gather import TEXT, Gathered, gather, route_patterns, shown_columns
+from pipeline.rows import STAGE
 
 #: Commonest routes that have a name and can be filtered by.
 PATTERNS = 12
@@ -65,7 +66,7 @@ def render(gathered: Gathered) -> str:
         facts=_facts(gathered),
         errors=_errors(gathered),
         flags=gathered.written.flags.most_common(),
-        agreement=agreement(charts.totals(gathered.timeline)),
+        agreement=charts.totals(gathered.timeline, EngineCounts).agreement(),
         accuracy=gathered.written.accuracy.as_list(),
         patterns=_patterns(gathered),
         sample=_sample(gathered),
@@ -108,7 +109,7 @@ def _names(gathered: Gathered) -> dict[tuple[int, ...], str]:
 
 
 def _rows(gathered: Gathered) -> list[dict[str, Any]]:
-    """What the page shows of each sampled row."""
+    """What the page shows of each kept row."""
     extras, names = shown_columns(gathered.rows), _names(gathered)
     truth = (gathered.settings.get("evaluate") or {}).get("truth")
     shown = []
@@ -152,11 +153,20 @@ def _errors(gathered: Gathered) -> list[dict[str, Any]]:
     """Counts by code, with examples."""
     found = []
     for code, count in gathered.written.errors.most_common():
-        examples = [row for row in gathered.rows if (row["error"] or "").split(":", 1)[0] == code]
+        examples = [row for row in gathered.rows if row["error"] and code_of(row["error"]) == code]
         shown = [{"id": row["id"], "error": _cut(row["error"])} for row in examples[:EXAMPLES]]
-        stage = STAGES.get(code, "?")  # type: ignore[call-overload]
-        found.append({"code": code, "stage": stage, "count": count, "examples": shown})
+        stages = _stages(code, examples)
+        found.append({"code": code, "stage": stages, "count": count, "examples": shown})
     return found
+
+
+def _stages(code: str, examples: Sequence[Mapping[str, Any]]) -> str:
+    """Where rows failed with a code: as kept rows say, or where none is kept, wherever it can
+    be.
+    """
+    seen = {row.get(STAGE) for row in examples} - {None}
+    possible = {stage for known, stages in STAGES_OF.items() if known == code for stage in stages}
+    return ", ".join(stage for stage in STAGES if stage in (seen or possible)) or "?"
 
 
 def _patterns(gathered: Gathered) -> list[dict[str, Any]]:
@@ -176,7 +186,7 @@ def _patterns(gathered: Gathered) -> list[dict[str, Any]]:
 
 def _sample(gathered: Gathered) -> dict[str, Any]:
     return {
-        "seed": SAMPLE_SEED,
+        "seed": KEPT_SEED,
         "kept": Counter(row["sample"] for row in gathered.rows),
         "files": gathered.numbers_from,
     }

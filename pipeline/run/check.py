@@ -53,7 +53,7 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     """
     model = settings.model
     plan = plan_input(settings.input, RESERVED_COLUMNS, only)
-    truth = Truth.from_settings(settings.evaluate, plan.extras)
+    truth = Truth.of_input(settings.evaluate.truth, settings.evaluate.by, plan.extras)
     _check_columns(task, settings, plan, truth)
     OutputFolder(settings.output.path).check(shard.file.url for shard in plan.shards)
     checkpoint = open_checkpoint(

@@ -22,7 +22,7 @@ from pipeline.io.input.unique import iter_ids
 from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.io.rowset import RowSet
 from pipeline.redact import printable
-from pipeline.rows import PreparedRow, prepared_rows
+from pipeline.rows import FailedRow, ReadyRow, prepared_rows
 from pipeline.settings.other_jobs import InspectSettings
 
 #: Most columns of a terminal that a picture takes.
@@ -56,10 +56,12 @@ def inspect(settings: InspectSettings, console: Console, *, routes: bool) -> Non
         ("from", f"{shard.file.url}, row {number}"),
         ("prompt", row.prompt or ""),
     ]
-    if row.error is not None:
-        lines.append(("error", row.error))
+    if isinstance(row, FailedRow):
+        lines.append(("error", str(row.failure)))
     for name, value in lines:
         console.print(f"{name:<8}{printable(value)}", markup=False, highlight=False, soft_wrap=True)
+    if isinstance(row, FailedRow):
+        return
     for image in row.images:
         height, width = image.shape[:2]
         tokens = preparer.processor.visual_tokens(image)
@@ -68,8 +70,6 @@ def inspect(settings: InspectSettings, console: Console, *, routes: bool) -> Non
         )
         if console.is_terminal and console.color_system in ("truecolor", "256"):
             console.print(as_blocks(image, min(PICTURE_WIDTH, console.width)))
-    if row.input_ids is None or row.span is None:
-        return
     start, end = row.span
     console.print(
         f"{'tokens':<8}{len(row.input_ids)}; the experts are chosen by {start} to {end - 1}, "
@@ -131,12 +131,10 @@ def as_blocks(image: np.ndarray, columns: int) -> Text:
     return text
 
 
-def marked_tokens(row: PreparedRow, tokenizer: Any) -> Text:
+def marked_tokens(row: ReadyRow, tokenizer: Any) -> Text:
     """The prompt token by token, those of the span marked; visual tokens counted instead of
     repeated.
     """
-    assert row.input_ids is not None
-    assert row.span is not None
     start, end = row.span
     text = Text()
     at = 0
@@ -155,7 +153,7 @@ def marked_tokens(row: PreparedRow, tokenizer: Any) -> Text:
     return text
 
 
-def _routes(settings: InspectSettings, row: PreparedRow) -> Iterator[Table]:
+def _routes(settings: InspectSettings, row: ReadyRow) -> Iterator[Table]:
     import torch
 
     from pipeline.actors.loading import load_for_job
@@ -164,8 +162,6 @@ def _routes(settings: InspectSettings, row: PreparedRow) -> Iterator[Table]:
     device = "cuda" if settings.model.device != "cpu" and torch.cuda.is_available() else "cpu"
     loaded = load_for_job(settings, torch.device(device))
     encoder = loaded.encoder(settings.model.decode_route)
-    assert row.input_ids is not None
-    assert row.span is not None
     sampling = settings.generation.to_sampling(loaded.folder)
     request = Request(row.input_ids, row.span, row.images, sampling)
     encoder.check(request)

@@ -8,10 +8,10 @@ import dataclasses
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,11 +19,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.counters import COMMITTED, Look, duration, queues
+from pipeline.counters import COMMITTED, ReplicaGauges, RowCounts, Snapshot, duration
 from pipeline.io.output.journal import Journal
 
-#: Seconds between two looks at the totals, and between two lines in a log.
-LOOK_INTERVAL = 0.5
+#: Seconds between two snapshots of the totals, and between two lines in a log.
+SNAPSHOT_INTERVAL = 0.5
 LOG_INTERVAL = 10.0
 
 #: Over fewer seconds than these nothing is told of the pace: answers come in batches.
@@ -50,35 +50,33 @@ class Pace:
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._begun: float | None = None
-        self._noted: deque[tuple[float, Counter[str]]] = (
-            deque()
-        )  # the later half, and one before it
-        self._now = (0.0, Counter[str]())
+        self._noted: deque[tuple[float, RowCounts]] = deque()  # the later half, and one before it
+        self._now = (0.0, RowCounts())
 
-    def note(self, now: float, counts: Counter[str]) -> None:
+    def note(self, now: float, counts: RowCounts) -> None:
         """Note the totals at a time in seconds."""
         self._now = (now, counts)
         if self._begun is None:
-            if not counts["rows"]:
+            if not counts.rows:
                 return
             self._begun = now
         elapsed = now - self._begun
         if not self._noted or now - self._noted[-1][0] >= elapsed / PACE_NOTES:
-            self._noted.append((now, Counter(counts)))
+            self._noted.append((now, counts))
         while len(self._noted) > 1 and self._noted[1][0] <= now - max(elapsed / 2, PACE_SECONDS):
             self._noted.popleft()
 
-    def rate(self, what: str) -> float | None:
+    def rate(self, what: Literal["rows", "new_tokens"]) -> float | None:
         """How many a second; None until that can be told."""
         if not self._noted or self._now[0] - self._noted[0][0] < 1:
             return None
         (then, before), (now, counts) = self._noted[0], self._now
-        return (counts[what] - before[what]) / (now - then) or None
+        return (getattr(counts, what) - getattr(before, what)) / (now - then) or None
 
     @property
     def seconds_left(self) -> float | None:
         """Until the last row; None until that can be told."""
-        left = max(0, self._rows - self._now[1]["rows"])
+        left = max(0, self._rows - self._now[1].rows)
         rate = self.rate("rows")
         return left / rate if left and rate else None if left else 0.0
 
@@ -86,10 +84,10 @@ class Pace:
 class Display(Protocol):
     """Shows a job to a person."""
 
-    def update(self, look: Look, pace: Pace) -> None:
+    def update(self, snapshot: Snapshot, pace: Pace) -> None:
         """Show how things stand."""
 
-    def close(self, look: Look, pace: Pace) -> None:
+    def close(self, snapshot: Snapshot, pace: Pace) -> None:
         """The same, for the last time."""
 
 
@@ -104,23 +102,24 @@ class LogDisplay:
         self._rows = rows
         self._next = time.monotonic() + LOG_INTERVAL
 
-    def update(self, look: Look, pace: Pace) -> None:
+    def update(self, snapshot: Snapshot, pace: Pace) -> None:
         """Print a line if it is time."""
         if time.monotonic() >= self._next:
             self._next += LOG_INTERVAL
-            self.close(look, pace)
+            self.close(snapshot, pace)
 
-    def close(self, look: Look, pace: Pace) -> None:
+    def close(self, snapshot: Snapshot, pace: Pace) -> None:
         """Print a line."""
-        counts = look.counts
+        counts = snapshot.counts
         told: dict[str, Any] = {
-            "rows": counts["rows"],
+            "rows": counts.rows,
             "of": self._rows,
-            "errors": counts["errors"],
+            "errors": counts.errors,
         }
-        told |= {f"{name}_per_second": pace.rate(name) for name in ("rows", "new_tokens")}
+        told["rows_per_second"] = pace.rate("rows")
+        told["new_tokens_per_second"] = pace.rate("new_tokens")
         told["left"] = None if pace.seconds_left is None else duration(pace.seconds_left)
-        told |= queues(counts, look.gauges)
+        told |= snapshot.queues().as_dict()
         shown = (
             (key, f"{value:.1f}" if isinstance(value, float) else value)
             for key, value in told.items()
@@ -146,18 +145,18 @@ class TerminalDisplay:
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
         self._live.start()
 
-    def update(self, look: Look, pace: Pace) -> None:
+    def update(self, snapshot: Snapshot, pace: Pace) -> None:
         """Draw it anew."""
-        self._live.update(self._panel(look, pace), refresh=True)
+        self._live.update(self._panel(snapshot, pace), refresh=True)
 
-    def close(self, look: Look, pace: Pace) -> None:
+    def close(self, snapshot: Snapshot, pace: Pace) -> None:
         """Leave it as it is at the end."""
-        self.update(look, pace)
+        self.update(snapshot, pace)
         self._live.stop()
 
-    def _panel(self, look: Look, pace: Pace) -> Group:
-        counts = look.counts
-        done = counts["rows"]
+    def _panel(self, snapshot: Snapshot, pace: Pace) -> Group:
+        counts = snapshot.counts
+        done = counts.rows
         head = Table.grid(padding=(0, 1))
         head.add_row(
             "answering",
@@ -166,22 +165,21 @@ class TerminalDisplay:
             duration(time.monotonic() - self._started),
         )
         parts: list[Any] = [head, Text("  " + self._words(counts, pace))]
-        waiting = queues(counts, look.gauges)
+        waiting = snapshot.queues().as_dict()
         if done or waiting["prepared"]:
             shown = "  →  ".join(f"{name} {count:,}" for name, count in waiting.items())
             parts.append(Text(f"  queues: {shown}"))
         parts += [
-            Text(f"  replica {name[:6]}: {_replica(own)}")
-            for name, own in look.gauges.items()
-            if own
+            Text(f"  replica {name[:6]}: {_replica(gauges)}")
+            for name, gauges in snapshot.gauges.items()
         ]
         return Group(*parts)
 
-    def _words(self, counts: Counter[str], pace: Pace) -> str:
+    def _words(self, counts: RowCounts, pace: Pace) -> str:
         rows, tokens = pace.rate("rows"), pace.rate("new_tokens")
-        if not counts["rows"]:
+        if not counts.rows:
             words = ["loading the model"]
-        elif counts["rows"] >= self._rows:
+        elif counts.rows >= self._rows:
             words = ["all answered"]
         elif rows is None or pace.seconds_left is None:
             words = ["first answers"]
@@ -191,29 +189,27 @@ class TerminalDisplay:
                 f"{tokens or 0:.0f} new tokens/s",
                 f"{duration(pace.seconds_left)} left",
             ]
-        words += [f"{counts['errors']:,} errors"] if counts["errors"] else []
-        words += [f"{counts['flagged']:,} doubtful"] if counts["flagged"] else []
+        words += [f"{counts.errors:,} errors"] if counts.errors else []
+        words += [f"{counts.flagged:,} doubtful"] if counts.flagged else []
         return "  ".join(words)
 
 
-def _replica(gauges: Mapping[str, float]) -> str:
-    parts = [
-        f"batch {gauges['running']:.0f}/{gauges['batch_size']:.0f}",
-        f"waiting {gauges['waiting']:.0f}",
-    ]
-    parts.append(f"cache {gauges['cache_tokens'] / gauges['cache_size']:.0%}")
-    parts.append(f"memory {gauges['memory'] / 2**30:.1f} GiB")
-    if "gpu_memory" in gauges:
-        parts += [f"GPU {gauges['gpu_use']:.0%}"] if "gpu_use" in gauges else []
+def _replica(gauges: ReplicaGauges) -> str:
+    engine, process = gauges.engine, gauges.process
+    parts = [f"batch {engine.running}/{engine.batch_size}", f"waiting {engine.waiting}"]
+    parts.append(f"cache {engine.cache_tokens / engine.cache_size:.0%}")
+    parts += [] if process.memory is None else [f"memory {process.memory / 2**30:.1f} GiB"]
+    parts += [] if process.gpu_use is None else [f"GPU {process.gpu_use:.0%}"]
+    if process.gpu_memory is not None and process.gpu_memory_total is not None:
         parts.append(
-            f"GPU memory {gauges['gpu_memory'] / 2**30:.1f} of "
-            f"{gauges['gpu_memory_total'] / 2**30:.0f} GiB"
+            f"GPU memory {process.gpu_memory / 2**30:.1f} of "
+            f"{process.gpu_memory_total / 2**30:.0f} GiB"
         )
     return "  ".join(parts)
 
 
 class Watch:
-    """Looks at the monitor until it is closed: shows what it finds, and keeps it in the journal.
+    """Watches the monitor until it is closed: shows what it finds, and keeps it in the journal.
 
     Args:
         monitor: the `Monitor` actor's handle.
@@ -236,7 +232,7 @@ class Watch:
         self._display: Display = (
             TerminalDisplay(rows, Console(stderr=True)) if is_terminal else LogDisplay(rows)
         )
-        self._look = Look(Counter(), Counter(), {}, [], 0)
+        self._snapshot = Snapshot()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -249,37 +245,34 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(LOOK_INTERVAL):
-            self._take_a_look()
-            self._display.update(self._look, self._pace)
+        while not self._stop.wait(SNAPSHOT_INTERVAL):
+            self._ask()
+            self._display.update(self._snapshot, self._pace)
             self._keep()
-        self._take_a_look()
+        self._ask()
         self._keep(last=True)
-        self._display.close(self._look, self._pace)
+        self._display.close(self._snapshot, self._pace)
 
-    def _take_a_look(self) -> None:
+    def _ask(self) -> None:
         """Ask how things stand; where the cluster does not answer, they stand as before."""
         import ray
 
-        asked = self._look.next_event
-        self._look = dataclasses.replace(self._look, events=[])
+        asked = self._snapshot.next_event
+        self._snapshot = dataclasses.replace(self._snapshot, events=[])
         with suppress(ray.exceptions.RayError):
-            self._look = ray.get(self._monitor.look.remote(asked), timeout=ANSWER_TIMEOUT)
-        self._pace.note(time.monotonic(), self._look.counts)
+            self._snapshot = ray.get(self._monitor.snapshot.remote(asked), timeout=ANSWER_TIMEOUT)
+        self._pace.note(time.monotonic(), self._snapshot.counts)
 
     def _keep(self, *, last: bool = False) -> None:
         if self._journal is None:
             return
-        for kind, facts in self._look.events:
+        for kind, facts in self._snapshot.events:
             if kind == COMMITTED:
                 self._count_down(facts)
             else:
                 self._journal.event(kind, **facts)  # type: ignore[arg-type]
-        totals = Counter[str](replicas=len(self._look.gauges))
-        for own in self._look.gauges.values():
-            totals.update(own)
-        if self._look.counts:
-            self._journal.sample({**self._look.engines, **self._look.counts, **totals}, last=last)
+        if self._snapshot.counts != RowCounts():
+            self._journal.sample(self._snapshot.entry(), last=last)
         self._journal.save_in_time()
 
     def _count_down(self, committed: Mapping[str, int]) -> None:

@@ -6,10 +6,10 @@ import json
 import logging
 import platform
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 
+from pipeline.counters import EngineCounts, RowCounts
 from pipeline.errors import InputError
 from pipeline.io.input.listing import find_shards
 from pipeline.io.input.plan import InputPlan
@@ -55,7 +55,7 @@ def run_job(job: Job) -> Summary:
             rounds.engines,
         )
         _finish(job, run, summary)
-        if rounds.answered or not run.folder.exists(OutputLayout.REPORT):
+        if rounds.answered != RowCounts() or not run.folder.exists(OutputLayout.REPORT):
             _report(run)
     return summary
 
@@ -97,8 +97,8 @@ class _Rounds:
 
     def __init__(self, job: Job, run: OpenRun) -> None:
         self._job, self._run = job, run
-        self.answered: Counter[str] = Counter()
-        self.engines: Counter[str] = Counter()
+        self.answered = RowCounts()
+        self.engines = EngineCounts()
         self.seconds = 0.0
 
     def answer_missing(self) -> list[Commit]:
@@ -150,10 +150,10 @@ class _Rounds:
                     tell(line)
             resources = self._resources()
             begun = time.monotonic()
-            look = run_stages(self._job, self._run, resources, missing, at)
+            snapshot = run_stages(self._job, self._run, resources, missing, at)
             self.seconds += time.monotonic() - begun
-        self.answered += look.counts
-        self.engines += look.engines
+        self.answered += snapshot.counts
+        self.engines += snapshot.engines
 
     def _resources(self) -> Resources:
         import ray

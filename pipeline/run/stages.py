@@ -6,7 +6,7 @@ import contextlib
 import secrets
 from typing import Any
 
-from pipeline.counters import Look
+from pipeline.counters import Snapshot
 from pipeline.engine.options import Sizes
 from pipeline.errors import Stopped
 from pipeline.io.output.columns import layout_schema
@@ -28,7 +28,7 @@ BESIDE = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
 
 def run_stages(
     job: Job, run: OpenRun, resources: Resources, missing: dict[str, RowSet], at: str
-) -> Look:
+) -> Snapshot:
     """Answer and commit rows, as far as nothing dies; what the actors counted.
 
     Args:
@@ -71,8 +71,8 @@ def run_stages(
                 raise reason from error
         raise
     ray.kill(committer.handle)
-    look: Look = ray.get(monitor.handle.look.remote())
-    return look
+    snapshot: Snapshot = ray.get(monitor.handle.snapshot.remote())
+    return snapshot
 
 
 def _start_monitor(job: Job, run: OpenRun) -> NamedActor:

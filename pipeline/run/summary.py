@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
-from pipeline.counters import agreement, duration
+from pipeline.counters import EngineCounts, RowCounts, duration
 from pipeline.io.output.columns import Written
 from pipeline.io.output.layout import OutputLayout
 from pipeline.redact import printable
@@ -26,7 +25,7 @@ class Summary:
         output: where the results are.
         written: what lies in the output, from the files' own rows; earlier runs of the job
             included.
-        answered: what this run answered: `images`, `new_tokens`.
+        answered: what this run answered.
         seconds: the whole job; `answering_seconds`: from the start of the stages, models already
             loading.
         engines: the counters of all engines (`Engine.counts`).
@@ -34,10 +33,10 @@ class Summary:
 
     output: str
     written: Written
-    answered: Counter[str]
+    answered: RowCounts
     seconds: float
     answering_seconds: float
-    engines: Counter[str]
+    engines: EngineCounts
 
     def as_dict(self) -> dict[str, Any]:
         """For `_run/summary.json`."""
@@ -49,28 +48,24 @@ class Summary:
             "ok": written.rows - written.errors.total(),
             "errors": dict(written.errors.most_common()),
             "flags": dict(written.flags.most_common()),
-            "retried": self.answered["retried"],
-            "images": self.answered["images"],
+            "retried": self.answered.retried,
+            "images": self.answered.images,
             "prompt_tokens": written.prompt_tokens,
             "visual_tokens": written.visual_tokens,
             "new_tokens": written.new_tokens,
             "seconds": round(self.seconds, 3),
             "answering_seconds": round(self.answering_seconds, 3),
-            "images_per_second": self._rate("images"),
-            "new_tokens_per_second": self._rate("new_tokens"),
-            "images_reused": self.engines["images_reused"],
-            "answers_reused": self.engines["answers_reused"],
-            "folded_tokens": self.engines["folded_tokens"],
-            "agreement": agreement(self.engines),
+            "images_per_second": self._a_second(self.answered.images),
+            "new_tokens_per_second": self._a_second(self.answered.new_tokens),
+            "images_reused": self.engines.images_reused,
+            "answers_reused": self.engines.answers_reused,
+            "folded_tokens": self.engines.folded_tokens,
+            "agreement": self.engines.agreement(),
             "accuracy": written.accuracy.as_list(),
         }
 
-    def _rate(self, what: str) -> float:
-        return (
-            round(self.answered[what] / self.answering_seconds, 3)
-            if self.answering_seconds
-            else 0.0
-        )
+    def _a_second(self, count: int) -> float:
+        return round(count / self.answering_seconds, 3) if self.answering_seconds else 0.0
 
     def print(self, console: Console) -> None:
         """Print it for a person; the same in a log."""
@@ -97,16 +92,17 @@ class Summary:
             yield f"  {code}", f"{count:,}"
 
     def _work(self) -> Lines:
-        written, images = self.written, self.answered["images"]
-        yield "images", f"{images:,}, {self._rate('images'):.2f} a second"
+        written, images = self.written, self.answered.images
+        yield "images", f"{images:,}, {self._a_second(images):.2f} a second"
+        rate = self._a_second(self.answered.new_tokens)
         yield (
             "tokens",
-            f"{written.new_tokens:,} new, {self._rate('new_tokens'):.1f} a second; "
+            f"{written.new_tokens:,} new, {rate:.1f} a second; "
             f"{written.prompt_tokens:,} in prompts ({written.visual_tokens:,} visual)",
         )
         if written.flags:
             flags = ", ".join(f"{flag} {count:,}" for flag, count in written.flags.most_common())
-            tries = self.answered["retried"]
+            tries = self.answered.retried
             yield "doubtful answers", flags + (f"; {tries:,} further tries" if tries else "")
 
     def _right_answers(self) -> Lines:
@@ -120,15 +116,15 @@ class Summary:
                     yield f"  {' '.join(entry['group'])}", share
 
     def _savings(self) -> Lines:
-        images, answers = self.engines["images_reused"], self.engines["answers_reused"]
+        images, answers = self.engines.images_reused, self.engines.answers_reused
         if images or answers:
             reused = f"{images:,} images that came again, {answers:,} answers to equal rows"
             yield "computed once", reused
-        if folded := self.engines["folded_tokens"]:
+        if folded := self.engines.folded_tokens:
             yield "folded experts", f"{folded:,} new tokens"
 
     def _agreement(self) -> Lines:
-        if shares := agreement(self.engines):
+        if shares := self.engines.agreement():
             for phase in ("prefill", "decode"):
                 yield (
                     f"{phase} experts",

@@ -10,9 +10,10 @@ import pytest
 import regex
 import torch
 
-from pipeline.actors.replica import Judged, Replica, process_gauges
+from pipeline.actors.outcome import Judged
+from pipeline.actors.replica import Replica, process_gauges
 from pipeline.model.prompt import PromptProcessor
-from pipeline.rows import PreparedRow
+from pipeline.rows import ReadyRow
 from pipeline.settings.base import load_settings
 from pipeline.settings.job import JobSettings
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
@@ -43,9 +44,7 @@ def answers(checkpoint: tuple[Path, Path], count: int = 3, **generation: Any) ->
     for number, asked in enumerate(random_questions(count, seed=7)):
         prompt = processor.prepare(asked.messages)
         rows.append(
-            PreparedRow(
-                str(number), asked.question, None, prompt.input_ids, prompt.span, prompt.images
-            )
+            ReadyRow(str(number), asked.question, prompt.input_ids, prompt.span, prompt.images)
         )
 
     async def run() -> list[Any]:
@@ -99,7 +98,7 @@ def test_a_gpu_that_does_not_say_how_busy_it_is_is_told_without(
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 93)
     told = process_gauges(gpu)
-    assert (told["gpu_use"], told["gpu_memory"], told["gpu_memory_total"]) == (
+    assert (told.gpu_use, told.gpu_memory, told.gpu_memory_total) == (
         0.93,
         5 << 30,
         8 << 30,
@@ -110,6 +109,6 @@ def test_a_gpu_that_does_not_say_how_busy_it_is_is_told_without(
 
     monkeypatch.setattr(torch.cuda, "utilization", unknown)
     told = process_gauges(gpu)
-    assert told["gpu_memory"] == 5 << 30
-    assert "gpu_use" not in told
-    assert process_gauges(torch.device("cpu")).keys() == {"memory"}
+    assert told.gpu_memory == 5 << 30
+    assert told.gpu_use is None
+    assert process_gauges(torch.device("cpu")).as_dict().keys() == {"memory"}

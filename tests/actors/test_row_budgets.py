@@ -25,6 +25,7 @@ from pipeline.io.input.columns import Columns
 from pipeline.rows import PROMPT_NAME, READ_SCHEMA, ROW, SHARD, PreparedRow, prepared_rows
 from pipeline.settings.job import FetchSettings, JobSettings
 from tests.io.shards import picture
+from tests.rows import error_of
 
 
 def job(golden: Path, **images: Any) -> JobSettings:
@@ -79,16 +80,14 @@ def naming(*names: str) -> dict[str, Any]:
 def test_a_row_that_asks_for_too_much_is_an_error_that_names_the_setting(golden: Path) -> None:
     three = [picture(seed=seed) for seed in range(3)]
     size = sum(map(len, three))
-    assert (
-        prepare(
-            golden,
-            [with_images(*three)],
-            max_images=3,
-            max_row_bytes=size,
-            max_row_pixels=3 * 56 * 56,
-        )[0].error
-        is None
+    (within,) = prepare(
+        golden,
+        [with_images(*three)],
+        max_images=3,
+        max_row_bytes=size,
+        max_row_pixels=3 * 56 * 56,
     )
+    assert error_of(within) is None
     errors = [
         prepare(golden, [with_images(*three), with_images(three[0])], **{key: most})
         for key, most in (
@@ -97,14 +96,14 @@ def test_a_row_that_asks_for_too_much_is_an_error_that_names_the_setting(golden:
             ("max_row_pixels", 3 * 56 * 56 - 1),
         )
     ]
-    assert [row[0].error for row in errors] == [
+    assert [error_of(row[0]) for row in errors] == [
         "image_too_large: the row has 3 images, above images.max_images 2",
         f"image_too_large: the row's images have {size:,} bytes or more, above "
         f"images.max_row_bytes {size - 1:,}",
         "image_too_large: the row's images have 9,408 pixels or more, above images.max_row_pixels "
         "9,407",
     ]
-    assert [row[1].error for row in errors] == [None] * 3  # each row has a budget of its own
+    assert [error_of(row[1]) for row in errors] == [None] * 3  # each row has a budget of its own
 
 
 @pytest.fixture
@@ -127,9 +126,9 @@ def test_images_that_do_not_fit_are_told_before_any_is_decoded(
     vast = io.BytesIO()
     Image.new("L", (1400, 1400)).save(vast, "PNG")
     (row,) = prepare(golden, [with_images(*[vast.getvalue()] * 12)])
-    assert row.error is not None
-    assert row.error.startswith("prompt_too_long: ")
-    assert "visual tokens of 12 images, the model's context is 4096" in row.error
+    assert error_of(row) is not None
+    assert error_of(row).startswith("prompt_too_long: ")
+    assert "visual tokens of 12 images, the model's context is 4096" in error_of(row)
     assert decoded == []
 
 
@@ -255,8 +254,8 @@ def test_texts_that_cannot_be_written_cost_no_more_than_their_row(golden: Path) 
         ],
         chat=True,
     )
-    assert [row.error is None for row in rows] == [False] * 4 + [True]
-    assert all(len(row.error) < 1100 for row in rows[:4])
+    assert [error_of(row) is None for row in rows] == [False] * 4 + [True]
+    assert all(len(error_of(row)) < 1100 for row in rows[:4])
 
 
 def test_an_id_that_is_no_utf8_is_escaped(golden: Path) -> None:
@@ -265,4 +264,4 @@ def test_an_id_that_is_no_utf8_is_escaped(golden: Path) -> None:
     rows = rows.set_column(0, "awaker:id", bad)
     (part,) = Preparer(job(golden), Columns("id", None, "pictures", "prompt", None), False)(rows)
     (row,) = prepared_rows(part)
-    assert (row.id, row.error) == ("a\\xff", None)
+    assert (row.id, error_of(row)) == ("a\\xff", None)

@@ -21,10 +21,11 @@ from pipeline.io.input.plan import plan_input
 from pipeline.io.input.read import PlannedShards, read_piece
 from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.io.rowset import RowSet
-from pipeline.rows import PreparedRow, prepared_rows
+from pipeline.rows import FailedRow, PreparedRow, prepared_rows
 from pipeline.settings.job import GenerationSettings, JobSettings
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.io.shards import plan_of, write_shard
+from tests.rows import error_of
 
 CHAT = [{"role": "user", "content": "How many circles are there?"}]
 #: Of each row its body, and the job's settings that ask for the same.
@@ -112,7 +113,7 @@ def test_a_line_is_answered_as_by_a_job_with_its_settings(tmp_path: Path) -> Non
         )
 
     rows = prepared(job())
-    assert [row.error for row in rows] == [None] * len(SAME)
+    assert [error_of(row) for row in rows] == [None] * len(SAME)
     ids, span = rows[0].input_ids, rows[0].span
     assert ids is not None
     assert span is not None
@@ -220,7 +221,10 @@ def test_a_line_whose_settings_cannot_be_followed_is_lost_alone(
     rows = prepared(
         JobSettings.model_validate({"model": model, **paths, "generation": {"max_new_tokens": 3}})
     )
-    assert [(row.id, row.error and row.error.partition(";")[0], row.sampling) for row in rows] == [
+    assert [
+        (row.id, (error_of(row) or "").partition(";")[0] or None, getattr(row, "sampling", {}))
+        for row in rows
+    ] == [
         ("r0", None, {"max_new_tokens": 3}),  # the job's own is the most
         ("r1", 'row_malformed: body.temperature is "hot": input should be a valid number', {}),
         ("r2", "row_malformed: body.n is 2, which is not followed", {}),
@@ -229,6 +233,9 @@ def test_a_line_whose_settings_cannot_be_followed_is_lost_alone(
         ("r5", "row_malformed: body is no object with messages", {}),
         ("batch.jsonl#6", "row_malformed: custom_id is NoneType, expected text", {}),
     ]
+    # The same code of two stages.
+    stages = {row.id: row.failure.stage for row in rows if isinstance(row, FailedRow)}
+    assert (stages["r1"], stages["r4"]) == ("prepare", "read")
 
 
 def test_settings_are_a_batchs_alone(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pipeline.actors.monitor import Monitor
 from pipeline.actors.prepare import Preparer
 from pipeline.actors.replica import Replica
 from pipeline.actors.witness import Verdict, Witness
+from pipeline.errors import RowFailure
 from pipeline.io.input.columns import Columns
 from pipeline.rows import (
     ERROR,
@@ -33,12 +34,15 @@ from pipeline.rows import (
     ROW,
     SETTINGS,
     SHARD,
+    FailedRow,
     PreparedRow,
+    ReadyRow,
     prepared_rows,
 )
 from pipeline.settings.job import JobSettings
 from tests.conftest import RayCluster
 from tests.io.shards import picture
+from tests.rows import error_of
 
 BLOCK, OTHER = ("a", 0), ("a", 32)
 
@@ -138,7 +142,8 @@ def test_replicas_lose_the_rows_that_kill_them_and_no_other(
     sizes: list[int], deadly: set[int], at_once: int
 ) -> None:
     ends = np.cumsum(sizes)
-    rows = [PreparedRow(str(number), "?") for number in range(ends[-1])]
+    ids = np.zeros(1, np.int32)
+    rows = [ReadyRow(str(number), "?", ids, (0, 1)) for number in range(ends[-1])]
     blocks = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     monitor = Monitor()
     answers: dict[str, Any] = {}
@@ -149,7 +154,7 @@ def test_replicas_lose_the_rows_that_kill_them_and_no_other(
         answers.update(
             (rows[number].id, result) for number, result in zip(own, results, strict=True)
         )
-        monitor.end("answer", places[0])
+        monitor.end("generate", places[0])
 
     async def life() -> None:
         replica = MortalReplica({str(number) for number in deadly}, monitor)
@@ -165,10 +170,8 @@ def test_replicas_lose_the_rows_that_kill_them_and_no_other(
         assert deaths <= 4 * len(deadly)  # in its block, among some, and twice alone
     lost = {id_ for id_, answer in answers.items() if answer != id_}
     assert lost == {row.id for row in rows if int(row.id) in deadly}
-    assert all(
-        answers[id_].startswith("worker_died: the replica that answered this row died, 2 times")
-        for id_ in lost
-    )
+    died = "the replica that answered this row died, 2 times"
+    assert {answers[id_] for id_ in lost} <= {RowFailure("worker_died", died, "generate")}
 
 
 def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answered(
@@ -215,5 +218,7 @@ def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answere
         job, Columns(None, "image", None, "prompt", None), False, monitor
     )
     rows = prepared_rows(pa.concat_tables(ray.get(mortal.run.remote(table))))
-    assert [row.error for row in rows if row.id != "3"] == [None] * 5
-    assert rows[3].error == "worker_died: the process that prepared this row died, 2 times"
+    assert [error_of(row) for row in rows if row.id != "3"] == [None] * 5
+    assert error_of(rows[3]) == "worker_died: the process that prepared this row died, 2 times"
+    assert isinstance(rows[3], FailedRow)
+    assert rows[3].failure.stage == "prepare"

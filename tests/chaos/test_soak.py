@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.harness import own_memory
-from pipeline.counters import Look
+from pipeline.counters import Snapshot
 from pipeline.run.progress import LogDisplay, Pace
 from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
 from tests.jobs.support import ROOT, run_on_cluster
@@ -101,9 +101,9 @@ def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
     told: list[tuple[float, int, float | None]] = []
     shown = LogDisplay.update
 
-    def update(display: LogDisplay, look: Look, pace: Pace) -> None:
-        told.append((time.monotonic(), look.counts["rows"], pace.seconds_left))
-        shown(display, look, pace)
+    def update(display: LogDisplay, snapshot: Snapshot, pace: Pace) -> None:
+        told.append((time.monotonic(), snapshot.counts.rows, pace.seconds_left))
+        shown(display, snapshot, pace)
 
     monkeypatch.setattr(LogDisplay, "update", update)
     # One scene in ten has a question that needs no picture and is left out.

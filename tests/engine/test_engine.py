@@ -48,10 +48,7 @@ def test_grouping_serves_more_pairs_by_the_majority_than_order_of_arrival(tmp_pa
     with engine:
         engine.generate([as_request(a, processor, greedy(1)) for a in random_questions(96, seed=8)])
         counts = engine.counts()
-    assert (
-        counts["prefill"] + counts["decode"]
-        > counts["prefill_in_order"] + counts["decode_in_order"]
-    )
+    assert counts.prefill + counts.decode > counts.prefill_in_order + counts.decode_in_order
 
 
 def test_a_request_that_cannot_be_encoded_fails_alone(
@@ -180,13 +177,13 @@ def test_equal_images_are_encoded_once_and_equal_rows_answered_once(tmp_path: Pa
     requests = [as_request(a, processor, greedy(4)) for a in asked]
     with plain:
         expected = [plain.generate([request])[0].token_ids for request in requests]
-    assert plain.counts()["images_encoded"] == 7
+    assert plain.counts().images_encoded == 7
     engine, _ = engine_for(base, adapter)
     with engine:
         assert [answer.token_ids for answer in engine.generate(requests)] == expected
-        assert engine.counts()["answers_reused"] == 2
-        assert engine.counts()["images_encoded"] == 3
-        assert engine.counts()["images_reused"] == 2
+        assert engine.counts().answers_reused == 2
+        assert engine.counts().images_encoded == 3
+        assert engine.counts().images_reused == 2
         # Answers and visual tokens are kept for rows that come later.
         assert engine.generate(requests[:1])[0].token_ids == expected[0]
         assert (
@@ -194,7 +191,7 @@ def test_equal_images_are_encoded_once_and_equal_rows_answered_once(tmp_path: Pa
             == expected[1][:3]
         )
     counts = engine.counts()
-    assert (counts["answers_reused"], counts["images_encoded"], counts["images_reused"]) == (
+    assert (counts.answers_reused, counts.images_encoded, counts.images_reused) == (
         3,
         3,
         4,
@@ -208,7 +205,7 @@ def test_sampled_answers_are_not_shared(running: tuple[Engine, PromptProcessor])
     )
     with engine:
         engine.generate([request, request])
-    assert engine.counts()["answers_reused"] == 0
+    assert engine.counts().answers_reused == 0
 
 
 def test_a_request_longer_than_the_cache_is_told_what_to_raise(tmp_path: Path) -> None:

@@ -98,10 +98,10 @@ def test_folded_experts_answer_the_same_and_leave_other_routes_alone(
     requests = [as_request(a, processor, greedy(n)) for a, n in zip(asked, lengths, strict=True)]
     with engine:
         assert [a.token_ids for a in engine.generate(requests)] == expected
-        assert engine.counts()["folded_tokens"] > 20
-        before = engine.counts()["folded_tokens"]
+        assert engine.counts().folded_tokens > 20
+        before = engine.counts().folded_tokens
         assert [a.token_ids for a in engine.generate([requests[6]])] == [expected[6]]
-        folded = engine.counts()["folded_tokens"] - before
+        folded = engine.counts().folded_tokens - before
     # Another route was folded last, or this very one: then no steps are lost before it is folded
     # again.
     assert 42 - FOLD_AFTER < folded <= 42
@@ -112,4 +112,4 @@ def test_without_an_adapter_there_is_nothing_to_fold(tmp_path: Path) -> None:
     engine, processor = engine_for(base, None, fold_experts=True)
     with engine:
         engine.generate([as_request(a, processor, greedy(8)) for a in random_questions(2, seed=1)])
-        assert engine.counts()["folded_tokens"] == 0
+        assert engine.counts().folded_tokens == 0

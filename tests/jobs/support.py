@@ -24,12 +24,13 @@ from pipeline.io.input.plan import plan_input
 from pipeline.io.input.read import PlannedShards, read_piece
 from pipeline.io.output.columns import RESERVED_COLUMNS
 from pipeline.io.rowset import RowSet
-from pipeline.rows import prepared_rows
+from pipeline.rows import ReadyRow, prepared_rows
 from pipeline.run.check import Task, check_job
 from pipeline.run.run import run_job
 from pipeline.run.summary import Summary
 from pipeline.settings.base import load_settings
 from pipeline.settings.job import JobSettings
+from tests.rows import error_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,17 +118,17 @@ def answered_here(task: Task, assignments: dict[str, Any]) -> dict[str, dict[str
         requests = [
             Request(row.input_ids, row.span, row.images, sampling)
             for row in rows
-            if row.error is None
+            if isinstance(row, ReadyRow)
         ]
         answers = iter(engine.generate(requests))
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        answer = None if row.error is not None else next(answers)
+        answer = next(answers) if isinstance(row, ReadyRow) else None
         found[row.id] = {
             "prompt": row.prompt,
             "text": answer and answer.text,
             "status": "ok" if answer else "error",
-            "error": row.error,
+            "error": error_of(row),
             "finish_reason": answer and answer.finish_reason,
             "prompt_tokens": answer and answer.prompt_tokens,
             "visual_tokens": answer and answer.visual_tokens,

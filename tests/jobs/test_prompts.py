@@ -68,4 +68,4 @@ def test_several_prompts_get_the_answers_that_each_would_get_alone(
         again = run_on_cluster(
             "vqa", {**several, "output.path": tmp_path / layout, "output.prompt_layout": layout}
         )
-        assert again.answered["rows"] == 0
+        assert again.answered.rows == 0

@@ -100,7 +100,7 @@ def test_a_killed_job_goes_on_where_it_stopped(
     for id_, row in expected.items():
         assert_as_released(answers[id_], row)
     assert summary.written.rows == len(expected)
-    assert summary.answered["rows"] <= len(expected) - before
+    assert summary.answered.rows <= len(expected) - before
 
     # It is done now: nothing is answered or written again.
     started = time.monotonic()

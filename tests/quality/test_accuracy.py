@@ -9,7 +9,6 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.quality.accuracy import Accuracy, Truth
-from pipeline.settings.job import EvaluateSettings
 
 EXTRAS = {"answer": "answer", "task": "task", "input_text": "text"}
 
@@ -49,16 +48,14 @@ def test_numbers_are_compared_as_text() -> None:
 
 
 def test_columns_are_named_as_in_the_input() -> None:
-    assert Truth.from_settings(EvaluateSettings(truth="text", by=["task"]), EXTRAS) == Truth(
-        "input_text", ("task",)
-    )
-    assert Truth.from_settings(EvaluateSettings(), EXTRAS) is None
+    assert Truth.of_input("text", ["task"], EXTRAS) == Truth("input_text", ("task",))
+    assert Truth.of_input(None, [], EXTRAS) is None
     with pytest.raises(
         InputError,
         match="evaluate.truth: the input has no extra column 'anser'; did you mean 'answer'?",
     ):
-        Truth.from_settings(EvaluateSettings(truth="anser"), EXTRAS)
+        Truth.of_input("anser", [], EXTRAS)
     with pytest.raises(
         InputError, match="evaluate.by: the input has no extra column 'tsk'; did you mean 'task'?"
     ):
-        Truth.from_settings(EvaluateSettings(truth="answer", by=["tsk"]), EXTRAS)
+        Truth.of_input("answer", ["tsk"], EXTRAS)

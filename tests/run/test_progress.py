@@ -19,7 +19,14 @@ from rich.console import Console
 
 import pipeline.run.progress
 from pipeline.actors.monitor import Monitor
-from pipeline.counters import duration
+from pipeline.counters import (
+    EngineCounts,
+    EngineGauges,
+    ProcessGauges,
+    ReplicaGauges,
+    RowCounts,
+    duration,
+)
 from pipeline.io.output.columns import Written
 from pipeline.io.output.journal import SAMPLES, Journal, read_entries
 from pipeline.io.output.layout import OutputLayout
@@ -36,24 +43,22 @@ def show(rows: int, journal: Journal | None = None) -> None:
     import ray
 
     monitor = ray.remote(num_cpus=0)(Monitor).remote()
-    ray.get(monitor.look.remote())
+    ray.get(monitor.snapshot.remote())
     with Watch(monitor, {"a": rows // 2, "b": rows // 2}, journal=journal):
         for block in range(4):
             time.sleep(0.6)
-            monitor.count.remote(Counter(prepared=rows // 4 if block else rows // 2))
-            counts = Counter(rows=rows // 4, errors=block // 3, new_tokens=rows)
-            monitor.report.remote("replica", counts, Counter(step_ms=600 * (block + 1)), GAUGES)
+            monitor.count.remote(RowCounts(prepared=rows // 4 if block else rows // 2))
+            counts = RowCounts(rows=rows // 4, errors=block // 3, new_tokens=rows)
+            monitor.report.remote(
+                "replica", counts, EngineCounts(step_ms=600 * (block + 1)), GAUGES
+            )
             ray.get(monitor.event.remote("committed", {"ab"[block // 2]: rows // 4}))
 
 
-GAUGES = {
-    "running": 3,
-    "batch_size": 8,
-    "waiting": 20,
-    "cache_tokens": 250,
-    "cache_size": 1000,
-    "memory": 3 * 2.0**30,
-}
+GAUGES = ReplicaGauges(
+    EngineGauges(running=3, batch_size=8, waiting=20, cache_tokens=250, cache_size=1000),
+    ProcessGauges(memory=3 * 2.0**30),
+)
 
 
 def test_a_log_gets_lines(
@@ -162,7 +167,7 @@ def test_the_time_left_is_right_within_a_fifth_after_a_tenth_of_the_job(
     pace, now = Pace(len(factors)), 60.0
     ends = now + np.cumsum(factors)
     for done, end in enumerate(ends, start=1):
-        pace.note(float(end), Counter(rows=done))
+        pace.note(float(end), RowCounts(rows=done))
         if done > max(2, len(factors) / 10) and done < len(factors):
             assert pace.seconds_left is not None
             left = ends[-1] - end
@@ -176,7 +181,7 @@ def test_a_pace_that_changes_is_forgotten_once_as_long_has_passed_again() -> Non
     """Ten rows a second for a minute, then four."""
     pace = Pace(6000)
     for second in range(240):
-        pace.note(float(second), Counter(rows=1 + 10 * min(second, 60) + 4 * max(0, second - 60)))
+        pace.note(float(second), RowCounts(rows=1 + 10 * min(second, 60) + 4 * max(0, second - 60)))
         if second == 60:
             assert pace.rate("rows") == pytest.approx(10)
         if second >= 120:
@@ -210,14 +215,14 @@ def summary() -> Summary:
         Counter(image_decode=150, prompt_missing=50),
         Counter(truncated=7),
     )
-    engines = Counter(
+    engines = EngineCounts(
         prefill_pairs=8000, prefill=6000, prefill_in_order=4000, decode_pairs=4000, decode=3500, decode_in_order=1750,
         images_reused=400, answers_reused=20, folded_tokens=9000,
     )  # fmt: skip
     return Summary(
         "s3://b/out",
         written,
-        Counter(images=1000, new_tokens=24_000, retried=12),
+        RowCounts(images=1000, new_tokens=24_000, retried=12),
         120.0,
         100.0,
         engines,

@@ -10,7 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.errors import code_of
 from pipeline.quality.accuracy import Accuracy, Truth
+from pipeline.rows import STAGE
 from pipeline.settings.job import OutputSettings
 
 _COLUMNS = [
@@ -40,11 +42,16 @@ _ROUTES = [
 ]
 
 #: What a file of rows that are kept with their pictures has beside the output's columns: why the
-#: row was kept, and its pictures as JPEG; and the seed of the draw of those kept at random.
-SAMPLE_SCHEMA = pa.schema(
-    [pa.field("sample", pa.string()), pa.field("pictures", pa.list_(pa.binary()))]
+#: row was kept, the stage that gave it up, and its pictures as JPEG; and the seed of the draw of
+#: those kept at random.
+KEPT_SCHEMA = pa.schema(
+    [
+        pa.field("sample", pa.string()),
+        pa.field(STAGE, pa.string()),
+        pa.field("pictures", pa.list_(pa.binary())),
+    ]
 )
-SAMPLE_SEED = 0
+KEPT_SEED = 0
 
 #: Names that the output may use; extra input columns of these names are renamed.
 RESERVED_COLUMNS = frozenset(
@@ -140,6 +147,6 @@ class Written:
         errors = pc.drop_null(table["error"]).to_pylist()
         prompt, visual, new = (pc.sum(table[name]).as_py() or 0 for name in COUNT_COLUMNS)
         accuracy = truth.count(table) if truth else Accuracy()
-        by_code = Counter(error.split(":", 1)[0] for error in errors)
+        by_code = Counter[str](code_of(error) for error in errors)
         flags = Counter(pc.list_flatten(table["flags"]).to_pylist())
         return cls(1, len(table), prompt, visual, new, by_code, flags, accuracy)

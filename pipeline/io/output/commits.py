@@ -397,12 +397,12 @@ class OutputLog:
         if len(self._unindexed) >= FILES_PER_INDEX:
             self.index()
 
-    def keep_samples(self, table: pa.Table) -> None:
+    def keep_rows(self, table: pa.Table) -> None:
         """Write rows that are kept with their pictures; later files sort behind earlier ones."""
         buffer = pa.BufferOutputStream()
         with pa.ipc.new_file(buffer, table.schema) as file:
             file.write_table(table)
-        name = OutputLayout.samples(self._writing().name, self._kept)
+        name = OutputLayout.kept(self._writing().name, self._kept)
         self._folder.write(name, buffer.getvalue().to_pybytes())
         self._kept += 1
 

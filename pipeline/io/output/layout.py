@@ -33,8 +33,8 @@ class OutputLayout:
     #: Where outcomes of second tries lie until they are in place (`retries`): a prefix of results'
     #: names, hence the slash.
     RETRIES = f"{RUN}/retries/"
-    #: Rows that are kept with their pictures (`pipeline.actors.samples`).
-    SAMPLES = f"{RUN}/samples"
+    #: Rows that are kept with their pictures (`pipeline.actors.kept`).
+    KEPT = f"{RUN}/samples"
     #: Where damaged results are moved.
     DAMAGED = f"{RUN}/damaged"
     #: Written to find out whether the storage can be written to.
@@ -89,12 +89,12 @@ class OutputLayout:
         return f"{cls.INDEX}/{writer}-{number:05d}.json"
 
     @classmethod
-    def samples(cls, writer: str, number: int) -> str:
+    def kept(cls, writer: str, number: int) -> str:
         """A writer's next file of rows that are kept with their pictures.
 
         Not Parquet: there are readers that look for it in every folder.
         """
-        return f"{cls.SAMPLES}/{writer}-{number:05d}.arrow"
+        return f"{cls.KEPT}/{writer}-{number:05d}.arrow"
 
     @classmethod
     def partial(cls, name: str, unique: str) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from pipeline.io.output.columns import SAMPLE_SEED
+from pipeline.actors.outcome import Judged, Outcome
+from pipeline.io.output.columns import KEPT_SEED
 from pipeline.rows import Place
 
 #: The first rows of a replica are kept, so that a run can be judged when it has just begun ...
@@ -30,7 +30,7 @@ QUALITY = 80
 Why = Literal["random", "first", "error", "flag"]
 
 
-class RowSampler:
+class RowKeeper:
     """Chooses rows of one replica.
 
     Args:
@@ -42,7 +42,7 @@ class RowSampler:
         self._wanted, self._share = wanted, wanted / max(1, rows)
         self._kept: Counter[str] = Counter()
 
-    def why(self, place: Place, error: str | None, flags: Sequence[str]) -> Why | None:
+    def why(self, place: Place, outcome: Outcome) -> Why | None:
         """Why a row is kept; None if it is not. `random` rows are the same whoever answers them,
         and whenever.
         """
@@ -50,9 +50,9 @@ class RowSampler:
             return None
         if _draw(place) < self._share:
             return "random"
-        if error is not None:
-            return "error" if self._has_room(error.split(":", 1)[0], EACH) else None
-        if any(self._has_room(flag, EACH) for flag in flags):
+        if not isinstance(outcome, Judged):
+            return "error" if self._has_room(outcome.code, EACH) else None
+        if any(self._has_room(flag, EACH) for flag in outcome.flags):
             return "flag"
         return "first" if self._has_room("", FIRST) else None
 
@@ -63,7 +63,7 @@ class RowSampler:
 
 def _draw(place: Place) -> float:
     digest = hashlib.blake2b(
-        "\n".join(map(str, (SAMPLE_SEED, *place))).encode(), digest_size=8
+        "\n".join(map(str, (KEPT_SEED, *place))).encode(), digest_size=8
     ).digest()
     return int.from_bytes(digest, "big") / 2**64
 
