@@ -192,9 +192,11 @@ def with_own_columns(extras: pa.Table, own: pa.Table) -> pa.Table:
 def written(value: pa.Scalar) -> str:
     """A text as it can be written: files of other writers may call any bytes a string."""
     try:
-        return value.as_py()
+        text: str = value.as_py()
+        return text
     except UnicodeDecodeError:
-        return value.as_buffer().to_pybytes().decode("utf-8", "backslashreplace")
+        data: bytes = value.as_buffer().to_pybytes()
+        return data.decode("utf-8", "backslashreplace")
 
 
 def _storable(text: str | None) -> str | None:

@@ -71,7 +71,8 @@ def image_size(data: bytes, field: str, settings: ImageSettings) -> tuple[int, i
         RowError: `image_too_large` or `image_decode`.
     """
     with _opened(data, field, settings) as image:
-        return image.size
+        width, height = image.size
+        return width, height
 
 
 @contextlib.contextmanager

@@ -282,7 +282,8 @@ def _named(table: pa.Table, most: int) -> list[list[str]]:
 
 def _text(value: pa.Scalar, field: str, code: RowErrorCode = "prompt_invalid") -> str | None:
     try:
-        return value.as_py()
+        text: str | None = value.as_py()
+        return text
     except (
         UnicodeDecodeError
     ) as error:  # Parquet files of other writers may call any bytes a string

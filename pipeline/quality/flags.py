@@ -125,7 +125,7 @@ class Flagger:
         if self._schema is None:
             return True
         try:
-            return self._schema.is_valid(json.loads(text))
+            return bool(self._schema.is_valid(json.loads(text)))
         except (ValueError, RecursionError):
             return False
 

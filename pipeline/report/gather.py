@@ -140,7 +140,8 @@ def _kept_rows(folder: OutputFolder) -> list[dict[str, Any]]:
 
 def _rows(data: bytes) -> list[dict[str, Any]]:
     try:
-        return pa.ipc.open_file(data).read_all().to_pylist()
+        rows: list[dict[str, Any]] = pa.ipc.open_file(data).read_all().to_pylist()
+        return rows
     except pa.ArrowInvalid:  # torn by a power cut: rows to look at, not results
         logger.warning("a file of kept rows is damaged and left out")
         return []

@@ -24,12 +24,12 @@ from pipeline.io.output.lease import Claim, Lease, LeaseTimes, forget_earlier
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
 from pipeline.redact import printable
-from pipeline.run.check import Task, check_job
+from pipeline.run.check import check_job
 from pipeline.run.open_run import give_back, run_name
 from pipeline.run.run import run_job
 from pipeline.run.show import tell
 from pipeline.run.summary import Summary
-from pipeline.settings.job import JobSettings
+from pipeline.settings.job import JobSettings, Task
 from pipeline.settings.nightly import NightlySettings
 
 #: A shard's size and version.

@@ -23,7 +23,7 @@ class Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """The next node; what anchor it has is kept beside it."""
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) not in (None, "!"):
             raise yaml.composer.ComposerError(
                 None, None, "tags are not read; write the value without", event.start_mark

@@ -386,7 +386,8 @@ class OutputLog:
         metadata = {**(table.schema.metadata or {}), FOOTER_KEY: json.dumps(told).encode()}
         buffer = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
-        return buffer.getvalue().to_pybytes()
+        data: bytes = buffer.getvalue().to_pybytes()
+        return data
 
     def _note(self, commit: Commit, size: int) -> None:
         if not self._at:

@@ -83,7 +83,8 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         kind = fsspec.get_filesystem_class(protocol)
         options = kind._get_kwargs_from_urls(url)
         return fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
-    return fsspec.core.url_to_fs(url)
+    filesystem, root = fsspec.core.url_to_fs(url)
+    return filesystem, root
 
 
 def protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
@@ -413,7 +414,8 @@ class OutputFolder:
 
     def read(self, name: str) -> bytes:
         """Read a whole file, by its name within the folder."""
-        return self._filesystem.cat_file(f"{self._root}/{name}")
+        data: bytes = self._filesystem.cat_file(f"{self._root}/{name}")
+        return data
 
 
 def _code_of(error: OSError) -> str | None:
