@@ -44,6 +44,9 @@ PLACE_SCHEMA = pa.schema(
 )
 Place = tuple[str, int] | tuple[str, int, str]
 
+#: What an output row has of each prompt where it holds the answers to several (`text_<prompt>`).
+ANSWER_COLUMNS = ("prompt", "text", "finish_reason", "error")
+
 #: What reading adds to the extra columns. Images are encoded bytes, or null where a path or URL is
 #: in the same place of `REFERENCES`; a null list is a missing image. A row that cannot be read has
 #: an error, and an id. Settings are what a line of an OpenAI batch says beside its chat, as JSON.

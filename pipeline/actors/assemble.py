@@ -11,8 +11,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipeline.errors import worth_another_try
-from pipeline.io.output.columns import ANSWER_COLUMNS, COUNT_COLUMNS, PROMPT_NAME_COLUMN
-from pipeline.rows import PROMPT_NAME, ROW, SHARD
+from pipeline.io.output.columns import COUNT_COLUMNS, PROMPT_NAME_COLUMN
+from pipeline.rows import ANSWER_COLUMNS, PROMPT_NAME, ROW, SHARD
 
 Layout = Literal["rows", "columns"]
 

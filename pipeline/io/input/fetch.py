@@ -25,6 +25,7 @@ import aiohttp
 from yarl import URL
 
 from pipeline.errors import RowError
+from pipeline.io.filesystem import WRAPPERS, open_filesystem
 from pipeline.io.input.addresses import (
     PublicResolver,
     as_address,
@@ -43,7 +44,6 @@ from pipeline.io.input.references import (
     scheme_of,
     shown,
 )
-from pipeline.io.output.storage import WRAPPERS, open_filesystem
 from pipeline.redact import cause_of, one_line
 from pipeline.settings.buckets import bucket_of, buckets_of, has_buckets, holds_credentials
 from pipeline.settings.job import FetchSettings

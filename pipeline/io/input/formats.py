@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import BinaryIO
 
+from pipeline.io.filesystem import open_filesystem
 from pipeline.io.input.arrow import Arrow
 from pipeline.io.input.csv import Csv
 from pipeline.io.input.images import ImageFolder
@@ -18,7 +19,6 @@ from pipeline.io.input.shard_file import ShardFile
 from pipeline.io.input.unpack import unpacked
 from pipeline.io.input.untyped import Untyped
 from pipeline.io.input.webdataset import WebDataset
-from pipeline.io.output.storage import open_filesystem
 
 #: Opens a file of one form.
 Opener = Callable[[FileInfo, Untyped], AbstractContextManager[ShardFile]]

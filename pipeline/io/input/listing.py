@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fsspec import AbstractFileSystem
 
 from pipeline.errors import InputError
-from pipeline.io.output.storage import PARQUET_SUFFIXES, open_filesystem
+from pipeline.io.filesystem import PARQUET_SUFFIXES, open_filesystem
 from pipeline.redact import without_secrets
 from pipeline.rows import Form
 from pipeline.settings.buckets import holds_password

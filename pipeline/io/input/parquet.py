@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import RowError
-from pipeline.io.output.storage import open_filesystem, protocols
+from pipeline.io.filesystem import open_filesystem, protocols
 from pipeline.redact import cause_of
 from pipeline.rows import ERROR
 

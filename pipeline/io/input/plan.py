@@ -37,7 +37,7 @@ from pipeline.io.input.schemas import (
 )
 from pipeline.io.input.shard import Shard
 from pipeline.io.input.untyped import Untyped, common_types
-from pipeline.io.output.columns import ANSWER_COLUMNS
+from pipeline.rows import ANSWER_COLUMNS
 from pipeline.settings.job import InputSettings
 from pipeline.template import Template
 

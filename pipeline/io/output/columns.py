@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import code_of
 from pipeline.quality.accuracy import Accuracy, Truth
-from pipeline.rows import STAGE
+from pipeline.rows import ANSWER_COLUMNS, STAGE
 from pipeline.settings.job import OutputSettings
 
 _COLUMNS = [
@@ -27,10 +27,9 @@ _COLUMNS = [
     pa.field("new_tokens", pa.int32()),
     pa.field("flags", pa.list_(pa.string())),
 ]
-#: Where several prompts are asked of each row: which one a row is (an output row each), or what
-#: each prompt has a column of (one row for all), and what is then added up.
+#: Where several prompts are asked of each row: which one a row is (an output row each), or what is
+#: added up of all of them (one row for all).
 PROMPT_NAME_COLUMN = "prompt_name"
-ANSWER_COLUMNS = ("prompt", "text", "finish_reason", "error")
 COUNT_COLUMNS = ("prompt_tokens", "visual_tokens", "new_tokens")
 
 _TOKEN_IDS = [pa.field("token_ids", pa.list_(pa.int32()))]

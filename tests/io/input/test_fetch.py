@@ -22,12 +22,12 @@ import pytest
 from aiohttp.abc import ResolveResult
 
 from pipeline.errors import RowError
+from pipeline.io.filesystem import open_filesystem
 from pipeline.io.input import addresses, fetch
 from pipeline.io.input.addresses import is_public
 from pipeline.io.input.fetch import Fetcher
 from pipeline.io.input.listing import find_shards
 from pipeline.io.input.references import MAX_REFERENCE, scheme_of, shown
-from pipeline.io.output.storage import open_filesystem
 from pipeline.settings.job import FetchSettings
 from tests.io.input.web import BODY, Web
 

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import OutputError
+from pipeline.io.filesystem import _be_patient_with_s3, open_filesystem
 from pipeline.io.output.columns import Written, output_schema
-from pipeline.io.output.storage import OutputFolder, _be_patient_with_s3, open_filesystem
+from pipeline.io.output.storage import OutputFolder
 from pipeline.settings.job import OutputSettings
 from tests.io.shards import write_shard
 
