@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup demo test lint bench chaos soak train clean
+.PHONY: setup demo test test-all lint bench chaos soak train clean
 
 setup: $(STAMP)
 
@@ -19,7 +19,11 @@ demo: $(STAMP)
 	@$(PYTHON) jobs/vqa.py --config configs/demo.yaml
 
 test: $(STAMP)
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 -m "not slow"
+
+# What `make test` leaves out: what is rare and slow.
+test-all: $(STAMP)
+	$(PYTHON) -m pytest -n 2 -m slow
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -42,7 +42,6 @@ GOLDEN = Path(__file__).parent / "golden"
 #: file.
 JOBS = (
     "tests/jobs/",
-    "tests/chaos/",
     "tests/test_demo.py",
     "tests/run/test_nightly.py",
     "tests/actors/test_witness.py",
@@ -58,8 +57,9 @@ def _lot(nodeid: str) -> str:
     if nodeid.startswith(JOBS):
         return "jobs"
     # One lot, too: the process with the jobs is given a second lot at once, and that must not be a
-    # long one.
-    return "scripts" if nodeid.startswith("tests/scripts/") else nodeid.partition("::")[0]
+    # long one. None of these uses the shared cluster.
+    alone = nodeid.startswith(("tests/scripts/", "tests/chaos/"))
+    return "scripts" if alone else nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

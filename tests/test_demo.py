@@ -112,11 +112,13 @@ def test_the_engine_answers_the_scenes_as_well_as_the_report_says(
     assert 100 * right(exact, scenes) / len(scenes) >= expected - 3
 
 
+@pytest.mark.slow
 def test_bfloat16_scores_within_a_point(exact: list[str], scenes: list[dict[str, Any]]) -> None:
     half = answers(SMALL / "base", SMALL / "adapter", torch.bfloat16, scenes)
     assert abs(right(half, scenes) - right(exact, scenes)) <= len(scenes) / 100
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_says_the_same(
     exact: list[str], scenes: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """Drivers, workers and nodes die or are cut off at random; afterwards every row is answered once,
 as if nothing had been.
 
-`CHAOS_ROUNDS` deaths (5 in `make test`, 50 in `make chaos`), drawn from `CHAOS_SEED`, which a
+`CHAOS_ROUNDS` deaths (5 in `make test-all`, 50 in `make chaos`), drawn from `CHAOS_SEED`, which a
 failure names.
 """
 
@@ -181,6 +181,7 @@ def committed(out: Path) -> int:
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.slow
 def test_whatever_dies_every_row_is_answered_exactly_once(
     job: dict[str, Any], tmp_path: Path, nodes: Nodes
 ) -> None:

@@ -1,8 +1,8 @@
 """A long job over dirty data: every row is accounted for, no process grows, and the time left is
 told rightly.
 
-`SOAK_ROWS` rows (20,000 in `make soak`; none in `make test`), one in a hundred of them bad, on the
-small checkpoint.
+`SOAK_ROWS` rows (20,000 in `make soak`; none in `make test-all`), one in a hundred of them bad, on
+the small checkpoint.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class MemoryWatch(threading.Thread):
 
 @pytest.mark.skipif(ROWS == 0, reason="run by `make soak`")
 @pytest.mark.timeout(7200)
+@pytest.mark.slow
 def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

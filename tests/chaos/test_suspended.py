@@ -1,6 +1,6 @@
 """Machines sleep, drivers stand still, storage is far: whoever wakes up late doubles nothing.
 
-`SUSPENDED_ROUNDS` rounds (2 in `make test`, 20 in `make chaos`), drawn from `CHAOS_SEED`, which a
+`SUSPENDED_ROUNDS` rounds (2, of which the first in `make test`; 20 in `make chaos`), drawn from `CHAOS_SEED`, which a
 failure names; in turn on a local disk and on an object store. In each, a job is stopped (SIGSTOP)
 at a random moment, all of it or its driver alone; a second run of the same command takes the output
 over and finishes it; then the first wakes up.
@@ -108,7 +108,11 @@ def answers(folder: OutputFolder) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.parametrize(
+    "round_",
+    # `make test` suspends one job, on a disk.
+    [pytest.param(n, marks=[pytest.mark.slow] if n else []) for n in range(ROUNDS)],
+)
 def test_whoever_wakes_up_late_doubles_nothing(
     round_: int,
     job: dict[str, Any],

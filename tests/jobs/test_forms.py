@@ -17,6 +17,7 @@ from tests.jobs.support import (
 )
 
 
+@pytest.mark.slow
 def test_a_folder_of_image_files_with_a_broken_table_is_answered_as_far_as_it_goes(
     golden: Path, tmp_path: Path, ray_cluster: RayCluster, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,6 +152,7 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
     assert ds.dataset(tmp_path / "out", format="parquet").count_rows() == 19
 
 
+@pytest.mark.slow
 def test_rows_that_go_missing_while_a_job_runs_are_an_error(
     golden: Path, tmp_path: Path, ray_cluster: RayCluster
 ) -> None:
@@ -168,6 +169,7 @@ def test_rows_that_go_missing_while_a_job_runs_are_an_error(
     assert len(results(tmp_path / "out")) == 3
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_replaced_while_a_job_runs_is_noticed_however_many_rows_the_new_one_has(
     golden: Path, tmp_path: Path, ray_cluster: RayCluster
 ) -> None:

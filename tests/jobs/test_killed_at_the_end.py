@@ -29,6 +29,8 @@ from pipeline.synthetic.random_checkpoint import RandomShape, write_random_check
 from tests.io.shards import write_shard
 from tests.jobs.support import ROOT, sets
 
+pytestmark = pytest.mark.slow
+
 IDS = ["a", "b", "c", "d"]
 
 #: Runs the job over a copy of an output, killed when it syncs for the n-th time within the function

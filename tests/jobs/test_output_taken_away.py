@@ -83,6 +83,7 @@ def full(disk: Path) -> None:
         (full, "No space left on device"),
     ],
 )
+@pytest.mark.slow
 def test_an_output_that_is_taken_away_ends_the_job_in_one_line(
     what: Any, told: str, job: dict[str, Any], disk: Path, ray_cluster: RayCluster
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.conftest import RayCluster
@@ -13,6 +14,7 @@ from tests.io.shards import picture, write_shard
 from tests.jobs.support import results, run_on_cluster
 
 
+@pytest.mark.slow
 def test_what_the_network_denied_is_answered_by_a_second_run_in_the_same_place(
     tmp_path: Path, ray_cluster: RayCluster
 ) -> None:

@@ -15,6 +15,7 @@ from tests.io.shards import write_shard
 from tests.jobs.support import ROOT, TIMEOUT, results, sets
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2 * TIMEOUT)
 def test_two_jobs_share_a_cluster_and_neither_touches_the_others_rows(
     tmp_path: Path, ray_cluster: RayCluster

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 
 from pipeline.io.output.storage import OutputFolder
 from pipeline.run.export import export
@@ -16,6 +17,7 @@ from tests.io.input.test_types import AS_TEXT, broken_text, nested_views, write_
 from tests.jobs.support import expected_rows, released_model, results, run_on_cluster
 
 
+@pytest.mark.slow
 def test_columns_of_every_form_reach_output_and_export_and_bad_values_cost_their_own_row(
     golden: Path, tmp_path: Path, ray_cluster: RayCluster
 ) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from tests.faults import FAULTS, FaultyProxy
 from tests.io.shards import write_shard
@@ -20,6 +21,7 @@ from tests.jobs.support import assert_as_released, expected_rows, released_model
 SHARE = 0.2
 
 
+@pytest.mark.slow
 def test_a_bad_night_of_the_object_store_loses_and_doubles_nothing(
     golden: Path, tmp_path: Path, s3_folder: Path
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from pipeline.synthetic.scenes.questions import TASKS
 from tests.jobs.support import (
     assert_as_released,
@@ -66,6 +68,7 @@ def test_the_script_answers_as_released_and_reports_readably(golden: Path, tmp_p
     assert "images" not in row
 
 
+@pytest.mark.slow
 def test_the_demo_shows_question_answer_truth_and_verdict(tmp_path: Path) -> None:
     done = run_script(
         "vqa",

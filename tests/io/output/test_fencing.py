@@ -30,18 +30,6 @@ from tests.actors.test_committer import SCHEMA, block, committer, ids
 from tests.io.output.epochs import hold
 
 
-@pytest.fixture(params=["disk", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> OutputFolder:
-    url = (
-        str(tmp_path / "out")
-        if request.param == "disk"
-        else f"{request.getfixturevalue('fencing_s3')}/out"
-    )
-    found = OutputFolder(url)
-    found.make()
-    return found
-
-
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commits, "VERDICT_SECONDS", 0.2)

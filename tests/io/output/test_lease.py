@@ -31,18 +31,6 @@ from tests.io.output.epochs import hold
 QUICK = LeaseTimes(expire=0.6, settle=0.05)
 
 
-@pytest.fixture(params=["disk", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> OutputFolder:
-    url = (
-        str(tmp_path / "out")
-        if request.param == "disk"
-        else f"{request.getfixturevalue('fencing_s3')}/out"
-    )
-    found = OutputFolder(url)
-    found.make()
-    return found
-
-
 def put(folder: OutputFolder, holder: Holder) -> None:
     folder.write(
         f"{OutputLayout.LEASE}/{holder.epoch:08d}.json", json.dumps(asdict(holder)).encode()
