@@ -44,7 +44,8 @@ PLACE_SCHEMA = pa.schema(
 )
 Place = tuple[str, int] | tuple[str, int, str]
 
-#: What an output row has of each prompt where it holds the answers to several (`text_<prompt>`).
+#: Of several prompts: an output row each, or one row with columns of each (`text_<prompt>`).
+PromptLayout = Literal["rows", "columns"]
 ANSWER_COLUMNS = ("prompt", "text", "finish_reason", "error")
 
 #: What reading adds to the extra columns. Images are encoded bytes, or null where a path or URL is

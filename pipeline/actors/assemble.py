@@ -6,15 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import worth_another_try
 from pipeline.io.output.columns import COUNT_COLUMNS, PROMPT_NAME_COLUMN
-from pipeline.rows import ANSWER_COLUMNS, PROMPT_NAME, ROW, SHARD
-
-Layout = Literal["rows", "columns"]
+from pipeline.rows import ANSWER_COLUMNS, PROMPT_NAME, ROW, SHARD, PromptLayout
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Prompts:
     """
 
     names: tuple[str, ...] = ()
-    layout: Layout = "rows"
+    layout: PromptLayout = "rows"
 
 
 class Assembler:

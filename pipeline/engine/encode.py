@@ -8,12 +8,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.engine.options import DecodeRoute
 from pipeline.engine.types import GenerationError, Request
 from pipeline.model.awaker import Model, rope_positions
 from pipeline.model.ops import HostCopy, to_device
@@ -127,7 +127,7 @@ class Encoder:
         self,
         model: Model,
         image_token_id: int,
-        decode_route: Literal["released", "prefill"],
+        decode_route: DecodeRoute,
         cache_bytes: int,
     ) -> None:
         self._model = model

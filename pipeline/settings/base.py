@@ -177,7 +177,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
             ):
                 parts.append(part)
         key = ".".join(parts) or "configuration"
-        if key in RENAMED:
+        if RENAMED.get(key) in known:
             lines.append(f"{key}: is called {RENAMED[key]} now; rename it")
         elif detail["type"] == "extra_forbidden":
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions
 from pipeline.quality.flags import Flag, FlagRules
 from pipeline.quality.languages import Language
-from pipeline.rows import Form
+from pipeline.rows import Form, PromptLayout
 from pipeline.settings.base import CHANGES_ANSWERS, KEEPS_ANSWERS, PositiveInt, Settings
 from pipeline.settings.buckets import bucket_of
 from pipeline.template import Template
@@ -309,7 +309,7 @@ class OutputSettings(Settings):
         json_schema_extra=CHANGES_ANSWERS,
         description="add the columns prefill_route, decode_route, prefill_gate, decode_gate",
     )
-    prompt_layout: Literal["rows", "columns"] = Field(
+    prompt_layout: PromptLayout = Field(
         "rows",
         json_schema_extra=CHANGES_ANSWERS,
         description="of input.prompts: an output row each, or one row with columns text_<name> and "

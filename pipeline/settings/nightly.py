@@ -6,7 +6,7 @@ from datetime import date
 
 from pydantic import Field, field_validator
 
-from pipeline.settings.base import Settings
+from pipeline.settings.base import KEEPS_ANSWERS, Settings
 from pipeline.settings.job import JobSettings, Task
 
 
@@ -36,4 +36,4 @@ class NightlySettings(JobSettings):
     the partitions.
     """
 
-    nightly: NightSettings = Field(default_factory=NightSettings)
+    nightly: NightSettings = Field(default_factory=NightSettings, json_schema_extra=KEEPS_ANSWERS)

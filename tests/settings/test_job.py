@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings.base import Settings, answer_settings, as_yaml, load_settings
 from pipeline.settings.job import EngineSettings, JobSettings
 from pipeline.settings.nightly import NightlySettings
-from pipeline.settings.other_jobs import ConvertSettings
+from pipeline.settings.other_jobs import ConvertSettings, ReportSettings
 from pipeline.synthetic.scenes.dataset import ScenesSettings
 from pipeline.training.settings import TrainSettings
 
@@ -556,3 +556,10 @@ def test_engine_settings_are_the_engines_own_options() -> None:
     assert changed.keys() == EngineSettings.model_fields.keys()
     options = EngineSettings.model_validate(changed).to_options("prefill")
     assert options == EngineOptions(**changed, decode_route="prefill")  # type: ignore[arg-type]
+
+
+def test_a_key_is_only_called_renamed_where_its_new_name_is_a_key() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^output.prompts: unknown key; did you mean output.path"
+    ):
+        load_settings(ReportSettings, None, ["output.path=out", "output.prompts=rows"])
