@@ -213,8 +213,8 @@ def lengths(numbers: Mapping[str, Sequence[int]]) -> go.Figure | None:
 
 def _routes(rows: Entries, phase: str) -> np.ndarray:
     """[rows, gates]; two gates a layer."""
-    own = [row[f"{phase}_route"] for row in rows if row.get(f"{phase}_route")]
-    return np.array(own) if own else np.zeros((0, 0), int)
+    routes = [row[f"{phase}_route"] for row in rows if row.get(f"{phase}_route")]
+    return np.array(routes) if routes else np.zeros((0, 0), int)
 
 
 def experts(rows: Entries, phase: str) -> go.Figure | None:
@@ -249,10 +249,12 @@ def experts_by_prompt(rows: Entries) -> go.Figure | None:
     for row in rows:
         if row.get("prefill_route"):
             by_prompt[row["prompt"] or ""].append(row["prefill_route"])
-    common = Counter({prompt: len(own) for prompt, own in by_prompt.items()}).most_common(PROMPTS)
+    common = Counter({prompt: len(routes) for prompt, routes in by_prompt.items()}).most_common(
+        PROMPTS
+    )
     if not common:
         return None
-    count = max(int(np.max(own)) for own in by_prompt.values()) + 1
+    count = max(int(np.max(routes)) for routes in by_prompt.values()) + 1
     labels = [
         _short(prompt) + "​" * index for index, (prompt, _) in enumerate(common)
     ]  # equal labels would be one bar
