@@ -154,5 +154,5 @@ def shown_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def route_patterns(rows: Sequence[dict[str, Any]], phase: str) -> Counter[tuple[int, ...]]:
-    """How often each whole route (the experts of all gates) occurs in the kept rows."""
+    """How often each whole route (the experts of all routers) occurs in the kept rows."""
     return Counter(tuple(row[f"{phase}_route"]) for row in rows if row.get(f"{phase}_route"))
