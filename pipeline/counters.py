@@ -120,7 +120,7 @@ class Series:
         return float((value - (getattr(values, self.less) if self.less else 0)) / per)
 
 
-def _told(
+def _counter(
     help: str,
     metric: Metric | None = None,
     *,
@@ -135,7 +135,7 @@ def _told(
 
 
 def _busy(stage: Stage, part: str, help: str) -> Any:
-    return _told(f"milliseconds: {help}", BUSY, per=1000, stage=stage, part=part)
+    return _counter(f"milliseconds: {help}", BUSY, per=1000, stage=stage, part=part)
 
 
 @dataclass(frozen=True)
@@ -182,20 +182,20 @@ class Counts:
 class RowCounts(Counts):
     """What became of rows, over all actors of a job."""
 
-    rows: int = _told("rows answered", ROWS, less="errors", status="ok")
-    errors: int = _told("error rows among them", ROWS, status="error")
-    flagged: int = _told("answers that carry a flag", FLAGGED)
-    retried: int = _told("further tries of doubtful answers")
-    images: int = _told("images of answered rows", IMAGES)
-    prompt_tokens: int = _told(
+    rows: int = _counter("rows answered", ROWS, less="errors", status="ok")
+    errors: int = _counter("error rows among them", ROWS, status="error")
+    flagged: int = _counter("answers that carry a flag", FLAGGED)
+    retried: int = _counter("further tries of doubtful answers")
+    images: int = _counter("images of answered rows", IMAGES)
+    prompt_tokens: int = _counter(
         "tokens of their prompts, visual ones included", TOKENS, kind="prompt"
     )
-    visual_tokens: int = _told("tokens of their images", TOKENS, kind="visual")
-    new_tokens: int = _told("tokens of their answers", TOKENS, kind="new")
-    prepared: int = _told("rows prepared")
+    visual_tokens: int = _counter("tokens of their images", TOKENS, kind="visual")
+    new_tokens: int = _counter("tokens of their answers", TOKENS, kind="new")
+    prepared: int = _counter("rows prepared")
     prepare_ms: int = _busy("prepare", "prepare", "preparing, fetching included")
-    fetch_retries: int = _told("further tries of images that are fetched", FETCH_RETRIES)
-    committed: int = _told("rows in the output", COMMITTED_ROWS)
+    fetch_retries: int = _counter("further tries of images that are fetched", FETCH_RETRIES)
+    committed: int = _counter("rows in the output", COMMITTED_ROWS)
     commit_ms: int = _busy("write", "commit", "writing files")
 
 
@@ -206,26 +206,26 @@ class EngineCounts(Counts):
     Milliseconds are the engine thread's: on a GPU a step's are mostly its wait for the step before.
     """
 
-    images_encoded: int = _told("images that the vision tower computed")
-    images_reused: int = _told("images that came again", CACHE_HITS, cache="images")
-    answers_reused: int = _told("answers to equal rows", CACHE_HITS, cache="answers")
-    folded_tokens: int = _told("new tokens computed with experts folded into dense weights")
+    images_encoded: int = _counter("images that the vision tower computed")
+    images_reused: int = _counter("images that came again", CACHE_HITS, cache="images")
+    answers_reused: int = _counter("answers to equal rows", CACHE_HITS, cache="answers")
+    folded_tokens: int = _counter("new tokens computed with experts folded into dense weights")
     encode_ms: int = _busy("generate", "encode", "vision tower and routers")
     admit_ms: int = _busy("generate", "admit", "choosing requests to start")
     step_ms: int = _busy("generate", "step", "prefill and decode")
-    prefill_pairs: int = _told("(request, router) pairs of prompts")
-    prefill: int = _told(
+    prefill_pairs: int = _counter("(request, router) pairs of prompts")
+    prefill: int = _counter(
         "of them on their group's commonest expert",
         AGREEMENT,
         per="prefill_pairs",
         phase="prefill",
     )
-    prefill_in_order: int = _told("of them, had requests started in order of arrival")
-    decode_pairs: int = _told("(request, router) pairs of new tokens' groups")
-    decode: int = _told(
+    prefill_in_order: int = _counter("of them, had requests started in order of arrival")
+    decode_pairs: int = _counter("(request, router) pairs of new tokens' groups")
+    decode: int = _counter(
         "of them on their group's commonest expert", AGREEMENT, per="decode_pairs", phase="decode"
     )
-    decode_in_order: int = _told("of them, had requests started in order of arrival")
+    decode_in_order: int = _counter("of them, had requests started in order of arrival")
 
     def agreement(self) -> dict[str, float]:
         """Shares of (request, router) pairs on their group's commonest expert
@@ -245,35 +245,37 @@ class EngineCounts(Counts):
 class EngineGauges(Counts):
     """How full an engine is at a moment."""
 
-    running: int = _told("requests that run", BATCH)
-    batch_size: int = _told("requests that may run at once")
-    waiting: int = _told("requests that wait in the replicas")
-    cache_tokens: int = _told(
+    running: int = _counter("requests that run", BATCH)
+    batch_size: int = _counter("requests that may run at once")
+    waiting: int = _counter("requests that wait in the replicas")
+    cache_tokens: int = _counter(
         "tokens that requests hold in the key/value cache", CACHE_USE, per="cache_size"
     )
-    cache_size: int = _told("tokens that the key/value cache holds")
+    cache_size: int = _counter("tokens that the key/value cache holds")
 
 
 @dataclass(frozen=True)
 class ProcessGauges(Counts):
     """What a replica's process takes; of its GPU what anybody takes. None where nobody can tell."""
 
-    memory: float | None = _told("bytes of the replicas' processes", MEMORY, default=None)
-    gpu_memory: float | None = _told("bytes taken on their GPUs", GPU_MEMORY, default=None)
-    gpu_memory_total: float | None = _told("bytes that their GPUs have", default=None)
-    gpu_use: float | None = _told("share of time in which GPUs computed", GPU_USE, default=None)
+    memory: float | None = _counter("bytes of the replicas' processes", MEMORY, default=None)
+    gpu_memory: float | None = _counter("bytes taken on their GPUs", GPU_MEMORY, default=None)
+    gpu_memory_total: float | None = _counter("bytes that their GPUs have", default=None)
+    gpu_use: float | None = _counter("share of time in which GPUs computed", GPU_USE, default=None)
 
 
 @dataclass(frozen=True)
 class Queues(Counts):
     """Rows between stages."""
 
-    prepared: int = _told(
+    prepared: int = _counter(
         "rows prepared and not yet answered; those below included", QUEUE, queue="prepared"
     )
-    waiting: int = _told("requests that wait in the replicas", QUEUE, queue="waiting")
-    running: int = _told("requests that run", QUEUE, queue="running")
-    uncommitted: int = _told("rows answered and not yet in the output", QUEUE, queue="uncommitted")
+    waiting: int = _counter("requests that wait in the replicas", QUEUE, queue="waiting")
+    running: int = _counter("requests that run", QUEUE, queue="running")
+    uncommitted: int = _counter(
+        "rows answered and not yet in the output", QUEUE, queue="uncommitted"
+    )
 
 
 @dataclass(frozen=True)

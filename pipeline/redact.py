@@ -119,7 +119,7 @@ def _without_user(word: str, *, cut: bool) -> str:
     at = max(word.rfind("@"), word.lower().rfind("%40"))
     end = at + (1 if word[at : at + 1] == "@" else 3)
     slashes = min(
-        (found for found in (word.find("//"), word.find("\\\\")) if found >= 0), default=-1
+        (position for position in (word.find("//"), word.find("\\\\")) if position >= 0), default=-1
     )
     if slashes < 0:
         colon = word.find(":")
@@ -258,11 +258,11 @@ def scrubbed(value: Any) -> Any:
         return without_secrets(value)
     if isinstance(value, dict):
         return {
-            key: "***" if isinstance(own, str) and _hides(key) else scrubbed(own)
-            for key, own in value.items()
+            key: "***" if isinstance(item, str) and _hides(key) else scrubbed(item)
+            for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [scrubbed(own) for own in value]
+        return [scrubbed(item) for item in value]
     return value
 
 

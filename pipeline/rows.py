@@ -164,8 +164,8 @@ def row_ids(
             else None
             for length in lengths.to_pylist()
         ]
-        own = pa.array(causes, pa.string())
-        errors = own if errors is None else pc.coalesce(errors, own)
+        id_errors = pa.array(causes, pa.string())
+        errors = id_errors if errors is None else pc.coalesce(errors, id_errors)
     if errors is None:
         return ids, None
     places = pa.array([f"{file}#{number}" for number in numbers], pa.string())
@@ -186,11 +186,11 @@ def carried(table: pa.Table) -> pa.Table:
     )
 
 
-def with_own_columns(extras: pa.Table, own: pa.Table) -> pa.Table:
+def with_own_columns(extras: pa.Table, front: pa.Table) -> pa.Table:
     """Put our columns in front of the extra ones; both tables have the same rows."""
     # At once: thousands of columns, appended one by one, take a second for each block.
-    schema = pa.schema([*own.schema, *extras.schema])
-    return pa.Table.from_arrays([*own.columns, *extras.columns], schema=schema)
+    schema = pa.schema([*front.schema, *extras.schema])
+    return pa.Table.from_arrays([*front.columns, *extras.columns], schema=schema)
 
 
 def written(value: pa.Scalar) -> str:

@@ -47,10 +47,10 @@ class Template:
         """
         texts: list[str | None] = []
         for row in range(rows):
-            own = {name: values[name][row] for name in self.columns}
-            whole = None not in own.values()
+            cells = {name: values[name][row] for name in self.columns}
+            whole = None not in cells.values()
             parts = (
-                literal + (own[column] or "" if column is not None else "")
+                literal + (cells[column] or "" if column is not None else "")
                 for literal, column in self.pieces
             )
             texts.append("".join(parts) if whole else None)

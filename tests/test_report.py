@@ -175,7 +175,7 @@ def test_the_report_is_one_file_in_which_everything_can_be_found(page: Any, tmp_
     assert "2:00:00 in all runs, 2 replica hours" in facts
     assert "5.00 at 2.5 an hour, 55.6 a thousand rows" in facts
     assert "host (GPU)" in facts
-    assert "75.0% of (request, gate) pairs at prefill" in page.locator("#experts").inner_text()
+    assert "75.0% of (request, router) pairs at prefill" in page.locator("#experts").inner_text()
     assert page.locator(".card").count() == 60
     page.click("#more")
     assert page.locator(".card").count() == ROWS

@@ -56,9 +56,11 @@ class Assembler:
             parts = self._parts.setdefault(place, {})
             parts[answered[PROMPT_NAME]] = answered
             if len(parts) == len(self._prompts.names):
-                own = [self._parts[place][name] for name in self._prompts.names]
+                answers = [self._parts[place][name] for name in self._prompts.names]
                 del self._parts[place]
-                complete += self._rows(own) if self._prompts.layout == "rows" else [self._row(own)]
+                complete += (
+                    self._rows(answers) if self._prompts.layout == "rows" else [self._row(answers)]
+                )
         places = [field for field in table.schema if field.name in (SHARD, ROW, PROMPT_NAME)]
         return pa.Table.from_pylist(complete, pa.schema([*self._schema, *places]))
 

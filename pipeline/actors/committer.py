@@ -163,30 +163,30 @@ class Committer:
         passing = np.array([worth_another_try(error) for error in table["error"].to_pylist()], bool)
         for shard in dict.fromkeys(shards):
             of_shard = np.flatnonzero(shards == shard)
-            own = numbers[of_shard]
-            first = np.zeros(len(own), bool)
+            shard_numbers = numbers[of_shard]
+            first = np.zeros(len(shard_numbers), bool)
             # An input row may stand in several of the output, one for each prompt.
-            pairs = np.stack([own, questions[of_shard]])
+            pairs = np.stack([shard_numbers, questions[of_shard]])
             first[np.unique(pairs, axis=1, return_index=True)[1]] = True
-            fresh[of_shard] = first & ~self._taken[shard].contains(own)
-            rows = RowSet.of_rows(own[fresh[of_shard]])
+            fresh[of_shard] = first & ~self._taken[shard].contains(shard_numbers)
+            rows = RowSet.of_rows(shard_numbers[fresh[of_shard]])
             self._taken[shard] |= rows
             self._gathered.rows[shard] |= rows
             if passing[of_shard].any():
                 self._gathered.retry[shard] |= RowSet.of_rows(
-                    own[fresh[of_shard] & passing[of_shard]]
+                    shard_numbers[fresh[of_shard] & passing[of_shard]]
                 )
         new = int(fresh.sum())
         if new:
             if not self._gathered.count:
                 self._gathered.since = time.monotonic()
             kept = table.filter(pa.array(fresh))
-            own = own_columns_dropped(kept).cast(self._schema)
+            output = own_columns_dropped(kept).cast(self._schema)
             self._gathered.tables.append(
-                own.append_column(SHARD, kept[SHARD]).append_column(ROW, kept[ROW])
+                output.append_column(SHARD, kept[SHARD]).append_column(ROW, kept[ROW])
             )
             self._gathered.count += new
-            self._gathered.size += own.nbytes
+            self._gathered.size += output.nbytes
         return new
 
     def _judge(self, table: pa.Table) -> None:
@@ -221,7 +221,8 @@ class Committer:
             return
         started = time.monotonic()
         rows, retry = (
-            {s: own for s, own in sets.items() if own} for sets in (gathered.rows, gathered.retry)
+            {s: row_set for s, row_set in sets.items() if row_set}
+            for sets in (gathered.rows, gathered.retry)
         )
         # In the order of the input, so that the footer's rows tell which is which; the sort is
         # stable.
@@ -247,7 +248,9 @@ class Committer:
             answers = len(table) * self._assembler.answers_per_row
             spent = round(1000 * (time.monotonic() - started))
             self._monitor.count.remote(RowCounts(committed=answers, commit_ms=spent))
-            self._monitor.event.remote(COMMITTED, {shard: len(own) for shard, own in rows.items()})
+            self._monitor.event.remote(
+                COMMITTED, {shard: len(row_set) for shard, row_set in rows.items()}
+            )
 
     def _explained(self, error: Exception) -> Exception:
         """An error of the storage as one line for a person; every other as it is."""

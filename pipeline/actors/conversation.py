@@ -138,12 +138,12 @@ def _read(text: str, field: str) -> list[Message]:
         or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(rest))
         or len(rest) % 2 == 0
     ):
-        told = ", ".join(_named(role) for role in roles[:8]) + (
+        shown = ", ".join(_named(role) for role in roles[:8]) + (
             f" and {len(roles) - 8} more" if len(roles) > 8 else ""
         )
         raise RowError(
             "messages_invalid",
-            f"{field} has the turns {told or '(none)'}; expected an optional system turn, then "
+            f"{field} has the turns {shown or '(none)'}; expected an optional system turn, then "
             "user "
             "and assistant in turn, ending with the user",
         )
@@ -331,8 +331,8 @@ def _source(given: Mapping[str, Any]) -> _Source | None:
 
 def _quoted(value: Any) -> str:
     """A value of a row in an error: escaped, and short."""
-    told = ascii(value[:80] if isinstance(value, str) else value)
-    return told if len(told) <= 80 else told[:80] + "..."
+    text = ascii(value[:80] if isinstance(value, str) else value)
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def _named(value: Any) -> str:

@@ -157,13 +157,13 @@ def _whole_segments(data: bytes) -> bytes | None:
     where it has but headers.
     """
     at, scan = 0, len(data)
-    while found := SEGMENT.search(data, at):
-        at = found.start()
+    while segment := SEGMENT.search(data, at):
+        at = segment.start()
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if at + 4 > len(data) or end > len(data):
             data = data[:at]  # a decoder finds no end within tables of the next scan
             break
-        if found.group() == SCAN:
+        if segment.group() == SCAN:
             scan = min(scan, at)
         at = end
     # Headers alone show nothing: some of the picture must be there.

@@ -39,7 +39,7 @@ class Monitor:
 
     def __init__(self, replicas: int = 1, *, metrics: bool = False) -> None:
         self._metrics = Metrics() if metrics else None
-        self._told = float("-inf")
+        self._exported_at = float("-inf")
         self._witnesses: dict[WatchedStage, Witness] = defaultdict(Witness)
         self._replicas = replicas
         self._counts = RowCounts()
@@ -91,8 +91,8 @@ class Monitor:
 
     def _tell(self) -> None:
         now = time.monotonic()
-        if self._metrics is not None and now - self._told >= TELL_SECONDS:
-            self._told = now
+        if self._metrics is not None and now - self._exported_at >= TELL_SECONDS:
+            self._exported_at = now
             self._metrics.tell(self._now())
 
     def _now(self) -> Snapshot:

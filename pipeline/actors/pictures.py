@@ -77,10 +77,10 @@ class RowPictures:
             raise _too_much("images", images, "images.max_images", self._settings.max_images)
 
 
-def _too_much(what: str, found: int, setting: str, most: int) -> RowError:
-    told = (
-        f"the row has {found:,} images"
+def _too_much(what: str, count: int, setting: str, most: int) -> RowError:
+    cause = (
+        f"the row has {count:,} images"
         if what == "images"
-        else f"the row's images have {found:,} {what} or more"
+        else f"the row's images have {count:,} {what} or more"
     )
-    return RowError("image_too_large", f"{told}, above {setting} {most:,}")
+    return RowError("image_too_large", f"{cause}, above {setting} {most:,}")

@@ -130,12 +130,16 @@ class Preparer:
             for index in range(len(table)):
                 died = watch(index)
                 self._ahead.hand(index)
-                own = [column[index] for column in columns]
+                values = [column[index] for column in columns]
                 started = time.monotonic()
                 failure = died
                 if failure is None and (error := unread[index]):
                     failure = RowFailure.of_column(error, "read")
-                row = FailedRow(written(own[0]), None, failure) if failure else self._prepare(*own)
+                row = (
+                    FailedRow(written(values[0]), None, failure)
+                    if failure
+                    else self._prepare(*values)
+                )
                 seconds += time.monotonic() - started
                 ready.append(row)
                 size += row.pixel_bytes if isinstance(row, ReadyRow) else 0
@@ -163,19 +167,19 @@ class Preparer:
             return
         import ray
 
-        own = places(table)
-        known = ray.get(self._monitor.begin.remote("prepare", own[0]))
+        row_places = places(table)
+        known = ray.get(self._monitor.begin.remote("prepare", row_places[0]))
 
         def watch(index: int) -> RowFailure | None:
-            if own[index] in known.given_up:
+            if row_places[index] in known.given_up:
                 cause = f"the process that prepared this row died, {TRIES} times"
                 return RowError("worker_died", cause).at("prepare")
             if known.died:
-                ray.get(self._monitor.hand.remote("prepare", own[0], [own[index]]))
+                ray.get(self._monitor.hand.remote("prepare", row_places[0], [row_places[index]]))
             return None
 
         yield watch, known.died
-        self._monitor.end.remote("prepare", own[0])
+        self._monitor.end.remote("prepare", row_places[0])
 
     def _prepare(
         self,
@@ -270,14 +274,14 @@ def _named(table: pa.Table, most: int) -> list[list[str]]:
     """The paths and URLs that each row of a table names; none of a row that names more than it
     may.
     """
-    found = []
+    named = []
     for references, messages in zip(table[REFERENCES], table[MESSAGES], strict=True):
-        own: list[str] = []
+        names: list[str] = []
         with contextlib.suppress(UnicodeDecodeError):  # its row will say so
-            own = [name for name in references.as_py() or [] if name]
-            own += named_images(messages.as_py())
-        found.append(own if len(own) <= most else [])
-    return found
+            names = [name for name in references.as_py() or [] if name]
+            names += named_images(messages.as_py())
+        named.append(names if len(names) <= most else [])
+    return named
 
 
 def _text(value: pa.Scalar, field: str, code: RowErrorCode = "prompt_invalid") -> str | None:

@@ -109,14 +109,16 @@ class Replica:
             await self._monitor.refuse.remote(self._refusal)
             raise self._refusal
         rows = prepared_rows(table)
-        own = places(table)
-        outcomes = await self._answer_watched(rows, own)
+        row_places = places(table)
+        outcomes = await self._answer_watched(rows, row_places)
         await self._report(rows, outcomes)
         # Awaited: a block counts as answered only once the committer has it.
         extras = carried(table)
         output = output_table(rows, outcomes, extras, self._schema)
-        new = await self._committer.take.remote(output, self._kept(rows, own, outcomes, extras))
-        self._monitor.end.remote("generate", own[0])
+        new = await self._committer.take.remote(
+            output, self._kept(rows, row_places, outcomes, extras)
+        )
+        self._monitor.end.remote("generate", row_places[0])
         return pa.table({"rows": [new]})
 
     async def _answer(self, rows: Sequence[PreparedRow]) -> list[Outcome]:
@@ -161,18 +163,18 @@ class Replica:
         )
 
     async def _answer_watched(
-        self, rows: Sequence[PreparedRow], own: Sequence[Place]
+        self, rows: Sequence[PreparedRow], row_places: Sequence[Place]
     ) -> list[Outcome]:
         """The same, and the monitor knows of it; whoever calls this tells it once the block is
         over.
         """
-        known: Verdict = await self._monitor.begin.remote("generate", own[0])
+        known: Verdict = await self._monitor.begin.remote("generate", row_places[0])
         return await (
-            self._answer_carefully(rows, own, known) if known.died else self._answer(rows)
+            self._answer_carefully(rows, row_places, known) if known.died else self._answer(rows)
         )
 
     async def _answer_carefully(
-        self, rows: Sequence[PreparedRow], own: Sequence[Place], known: Verdict
+        self, rows: Sequence[PreparedRow], row_places: Sequence[Place], known: Verdict
     ) -> list[Outcome]:
         """The same, for a block that was in hand when a replica died: some rows at a time, so that
         the one is found.
@@ -180,11 +182,13 @@ class Replica:
         Blocks that are in no suspicion go on beside it; of those that are, one is worked on at a
         time.
         """
-        open_ = [index for index, place in enumerate(own) if place not in known.given_up]
+        open_ = [index for index, place in enumerate(row_places) if place not in known.given_up]
         cause = f"the replica that answered this row died, {TRIES} times"
         died = RowError("worker_died", cause).at("generate")
         outcomes: list[Outcome] = [died] * len(rows)
-        cleared = [index for index in open_ if known.suspects and own[index] not in known.suspects]
+        cleared = [
+            index for index in open_ if known.suspects and row_places[index] not in known.suspects
+        ]
         rest = [index for index in open_ if index not in cleared]
         at_once = 1 if known.suspects else SUSPECTS
         groups = [
@@ -193,11 +197,13 @@ class Replica:
         ]
         for group in filter(None, groups):
             async with self._alone:
-                await self._monitor.hand.remote("generate", own[0], [own[index] for index in group])
+                await self._monitor.hand.remote(
+                    "generate", row_places[0], [row_places[index] for index in group]
+                )
                 answered = await self._answer([rows[index] for index in group])
                 for index, outcome in zip(group, answered, strict=True):
                     outcomes[index] = outcome
-                await self._monitor.hand.remote("generate", own[0], [])
+                await self._monitor.hand.remote("generate", row_places[0], [])
         return outcomes
 
     async def _report(self, rows: Sequence[PreparedRow], outcomes: Sequence[Outcome]) -> None:
@@ -220,7 +226,7 @@ class Replica:
     def _kept(
         self,
         rows: Sequence[PreparedRow],
-        own: Sequence[Place],
+        row_places: Sequence[Place],
         outcomes: Sequence[Outcome],
         extras: pa.Table,
     ) -> pa.Table | None:
@@ -228,7 +234,7 @@ class Replica:
         it has them or not.
         """
         chosen: dict[int, Why] = {}
-        for index, (place, outcome) in enumerate(zip(own, outcomes, strict=True)):
+        for index, (place, outcome) in enumerate(zip(row_places, outcomes, strict=True)):
             if why := self._keeper.why(place, outcome):
                 chosen[index] = why
         if not chosen:

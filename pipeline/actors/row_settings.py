@@ -74,29 +74,29 @@ _APART |= {"stream_options", "user"}
 
 def rules_for_rows(generation: GenerationSettings, folder: Path) -> str:
     """What a plan says of an input whose rows have settings of their own."""
-    told = f"of their own where lines have them ({', '.join(_FOLLOWED)})"
+    rules = f"of their own where lines have them ({', '.join(_FOLLOWED)})"
     if generation.max_new_tokens is not None:
-        told += f", at most {generation.max_new_tokens:,} new tokens (generation.max_new_tokens)"
+        rules += f", at most {generation.max_new_tokens:,} new tokens (generation.max_new_tokens)"
     if generation.top_k is None and generation.to_sampling(folder).top_k == 1:
-        told += (
+        rules += (
             "; the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 (and "
             "top_p=1) draws as OpenAI's API does"
         )
-    return told
+    return rules
 
 
-def row_settings(told: str | None, most_new_tokens: int | None) -> dict[str, Any]:
+def row_settings(body: str | None, most_new_tokens: int | None) -> dict[str, Any]:
     """Settings of a row, by their names in `generation`.
 
     Args:
-        told: the request's body as JSON, without its chat; None: there is none.
+        body: the request's body as JSON, without its chat; None: there is none.
         most_new_tokens: `generation.max_new_tokens`, above which no row goes.
 
     Raises:
         RowError: `row_malformed`, a key that cannot be followed.
     """
-    found: dict[str, Any] = {}
-    for key, value in (json.loads(told) if told else {}).items():
+    settings: dict[str, Any] = {}
+    for key, value in (json.loads(body) if body else {}).items():
         if value is None or key in _APART:
             continue
         if key in _FOLLOWED:
@@ -104,7 +104,7 @@ def row_settings(told: str | None, most_new_tokens: int | None) -> dict[str, Any
             value = _checked(
                 key, [value] if key == "stop" and isinstance(value, str) else value, kind
             )
-            if found.setdefault(name, value) != value:
+            if settings.setdefault(name, value) != value:
                 raise RowError(
                     "row_malformed",
                     "body.max_tokens and body.max_completion_tokens differ, expected one of them",
@@ -124,9 +124,9 @@ def row_settings(told: str | None, most_new_tokens: int | None) -> dict[str, Any
                 "row_malformed",
                 f"body.{key} is {_short(value)}, which is not followed; expected {expected}",
             )
-    if most_new_tokens is not None and "max_new_tokens" in found:
-        found["max_new_tokens"] = min(found["max_new_tokens"], most_new_tokens)
-    return found
+    if most_new_tokens is not None and "max_new_tokens" in settings:
+        settings["max_new_tokens"] = min(settings["max_new_tokens"], most_new_tokens)
+    return settings
 
 
 def _checked(key: str, value: Any, kind: TypeAdapter[Any]) -> Any:
@@ -141,5 +141,5 @@ def _checked(key: str, value: Any, kind: TypeAdapter[Any]) -> Any:
 
 def _short(value: Any) -> str:
     """A value of a row in an error: escaped, and short."""
-    told = json.dumps(value)
-    return told if len(told) <= 80 else told[:80] + "..."
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:80] + "..."

@@ -118,9 +118,9 @@ class RowSet:
 def intersection(first: Mapping[str, RowSet], second: Mapping[str, RowSet]) -> dict[str, RowSet]:
     """Rows by shard that are in both; shards without any are left out."""
     return {
-        shard: both
+        shard: common
         for shard, rows in first.items()
-        if shard in second and (both := rows & second[shard])
+        if shard in second and (common := rows & second[shard])
     }
 
 

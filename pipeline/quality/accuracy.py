@@ -92,11 +92,11 @@ class Truth:
         truths = pc.cast(table[self.column], pa.string())
         by = [[str(value) for value in table[name].to_pylist()] for name in self.by]
         groups = zip(*by, strict=True) if by else [()] * len(table)
-        found = Accuracy()
+        counts = Accuracy()
         for group, answer, truth in zip(
             groups, table["text"].to_pylist(), truths.to_pylist(), strict=True
         ):
             if truth is not None:
-                found.asked[group] += 1
-                found.right[group] += is_right(answer, truth)
-        return found
+                counts.asked[group] += 1
+                counts.right[group] += is_right(answer, truth)
+        return counts

@@ -141,11 +141,11 @@ class Flagger:
             return True
         if words.total() < GUESSED_WORDS:
             return False
-        wanted, found = wanted or language_of(prompt), language_of(text)
-        return wanted is not None and found is not None and found != wanted
+        wanted, actual = wanted or language_of(prompt), language_of(text)
+        return wanted is not None and actual is not None and actual != wanted
 
 
 def doubt(flags: Iterable[str]) -> tuple[int, ...]:
     """How doubtful flags make an answer; of two, the smaller is better."""
-    own = set(flags)
-    return tuple(flag in own for flag in GRAVEST_FIRST)
+    raised = set(flags)
+    return tuple(flag in raised for flag in GRAVEST_FIRST)

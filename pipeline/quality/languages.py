@@ -82,10 +82,10 @@ def count_words(text: str) -> int:
 
 def asked_language(prompt: str) -> Language | None:
     """The language that a prompt asks for by name ("in French", "用英文"); None if none."""
-    found = _ASKED.search(prompt)
-    if not found:
+    match = _ASKED.search(prompt)
+    if not match:
         return None
-    return _CHINESE_NAMES.get(found["chinese_name"] or "") or found["name"].lower()
+    return _CHINESE_NAMES.get(match["chinese_name"] or "") or match["name"].lower()
 
 
 def main_script(text: str) -> str | None:
@@ -130,5 +130,5 @@ def share_in(script: str, words: Counter[str]) -> float:
     """Share of words that are written in a script; Japanese is written in Chinese characters,
     too.
     """
-    own = words[script] + (words["Han"] if script == "Kana" and words["Kana"] else 0)
-    return own / words.total() if words else 1.0
+    count = words[script] + (words["Han"] if script == "Kana" and words["Kana"] else 0)
+    return count / words.total() if words else 1.0

@@ -212,20 +212,20 @@ def lengths(numbers: Mapping[str, Sequence[int]]) -> go.Figure | None:
 
 
 def _routes(rows: Entries, phase: str) -> np.ndarray:
-    """[rows, gates]; two gates a layer."""
-    own = [row[f"{phase}_route"] for row in rows if row.get(f"{phase}_route")]
-    return np.array(own) if own else np.zeros((0, 0), int)
+    """[rows, routers]; two routers a layer."""
+    routes = [row[f"{phase}_route"] for row in rows if row.get(f"{phase}_route")]
+    return np.array(routes) if routes else np.zeros((0, 0), int)
 
 
 def experts(rows: Entries, phase: str) -> go.Figure | None:
-    """Share of the kept rows that each gate sends to each expert, layer by layer."""
+    """Share of the kept rows that each router sends to each expert, layer by layer."""
     routes = _routes(rows, phase)
     if not routes.size:
         return None
     count = max(2, int(routes.max()) + 1)
     share = np.stack([(routes == expert).mean(0) for expert in range(count)])
-    gates = routes.shape[1]
-    labels = [f"{gate // 2}.{('o', 'gate')[gate % 2]}" for gate in range(gates)]
+    routers = routes.shape[1]
+    labels = [f"{router // 2}.{('o', 'gate')[router % 2]}" for router in range(routers)]
     heat = go.Heatmap(
         z=share.round(3).tolist(),
         x=labels,
@@ -234,25 +234,27 @@ def experts(rows: Entries, phase: str) -> go.Figure | None:
         zmax=1,
         colorscale="Viridis",
         colorbar={"tickformat": ".0%", "thickness": 12},
-        hovertemplate="layer and gate %{x}, %{y}: %{z:.0%}<extra></extra>",
+        hovertemplate="layer and router %{x}, %{y}: %{z:.0%}<extra></extra>",
     )
     return _figure(
         [heat],
-        f"Experts at {phase}, by layer and gate",
+        f"Experts at {phase}, by layer and router",
         yaxis={"automargin": True, "autorange": "reversed"},
     )
 
 
 def experts_by_prompt(rows: Entries) -> go.Figure | None:
-    """Which experts the commonest prompts go to at prefill, over all gates."""
+    """Which experts the commonest prompts go to at prefill, over all routers."""
     by_prompt: dict[str, list[list[int]]] = defaultdict(list)
     for row in rows:
         if row.get("prefill_route"):
             by_prompt[row["prompt"] or ""].append(row["prefill_route"])
-    common = Counter({prompt: len(own) for prompt, own in by_prompt.items()}).most_common(PROMPTS)
+    common = Counter({prompt: len(routes) for prompt, routes in by_prompt.items()}).most_common(
+        PROMPTS
+    )
     if not common:
         return None
-    count = max(int(np.max(own)) for own in by_prompt.values()) + 1
+    count = max(int(np.max(routes)) for routes in by_prompt.values()) + 1
     labels = [
         _short(prompt) + "​" * index for index, (prompt, _) in enumerate(common)
     ]  # equal labels would be one bar

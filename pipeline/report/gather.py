@@ -106,11 +106,11 @@ def gather(folder: OutputFolder, most_rows: int, seed: int) -> Gathered:
 def _numbers(
     folder: OutputFolder, commits: Sequence[Commit], most_rows: int
 ) -> dict[str, list[int]]:
-    each = -(-most_rows // max(1, len(commits)))
+    per_file = -(-most_rows // max(1, len(commits)))
 
     def read(commit: Commit) -> pa.Table:
         table = read_result(folder, commit.file, COUNT_COLUMNS)
-        return table.drop_null().slice(0, each)
+        return table.drop_null().slice(0, per_file)
 
     with ThreadPoolExecutor(READING_THREADS) as pool:
         tables = list(pool.map(read, commits))
@@ -121,16 +121,16 @@ def _numbers(
 
 def _kept_rows(folder: OutputFolder) -> list[dict[str, Any]]:
     names = folder.names(OutputLayout.KEPT)[-KEPT_FILES:]
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     with ThreadPoolExecutor(READING_THREADS) as pool:
         for data in pool.map(folder.read, names):
             for row in _rows(data):
                 place = tuple(row[name] for name in PLACE_SCHEMA.names)
-                found.pop(
+                latest.pop(
                     place, None
                 )  # answered again: the later answer counts, and stands where it was given
-                found[place] = row
-    rows = list(found.values())
+                latest[place] = row
+    rows = list(latest.values())
     return [
         row
         for why, most in SHOWN.items()
@@ -149,10 +149,10 @@ def _rows(data: bytes) -> list[dict[str, Any]]:
 
 def shown_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Extra columns of the kept rows."""
-    own = RESERVED_COLUMNS.union(KEPT_SCHEMA.names, PLACE_SCHEMA.names)
-    return [name for name in (rows[0] if rows else ()) if name not in own]
+    reserved = RESERVED_COLUMNS.union(KEPT_SCHEMA.names, PLACE_SCHEMA.names)
+    return [name for name in (rows[0] if rows else ()) if name not in reserved]
 
 
 def route_patterns(rows: Sequence[dict[str, Any]], phase: str) -> Counter[tuple[int, ...]]:
-    """How often each whole route (the experts of all gates) occurs in the kept rows."""
+    """How often each whole route (the experts of all routers) occurs in the kept rows."""
     return Counter(tuple(row[f"{phase}_route"]) for row in rows if row.get(f"{phase}_route"))

@@ -10,7 +10,7 @@ function element(tag, className, text) {
   return made;
 }
 
-// A route as a strip: one cell for each layer and gate, coloured by expert.
+// A route as a strip: one cell for each layer and router, coloured by expert.
 function strip(route, label) {
   const made = element("div", "strip");
   const cells = route.map((expert, at) => {

@@ -71,7 +71,7 @@ def render(gathered: Gathered) -> str:
         patterns=_patterns(gathered),
         sample=_sample(gathered),
         events=gathered.events[-EVENTS:],
-        told=gathered,
+        gathered=gathered,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
 
@@ -151,13 +151,13 @@ def _cut(value: Any) -> str | None:
 
 def _errors(gathered: Gathered) -> list[dict[str, Any]]:
     """Counts by code, with examples."""
-    found = []
+    errors = []
     for code, count in gathered.written.errors.most_common():
         examples = [row for row in gathered.rows if row["error"] and code_of(row["error"]) == code]
         shown = [{"id": row["id"], "error": _cut(row["error"])} for row in examples[:EXAMPLES]]
         stages = _stages(code, examples)
-        found.append({"code": code, "stage": stages, "count": count, "examples": shown})
-    return found
+        errors.append({"code": code, "stage": stages, "count": count, "examples": shown})
+    return errors
 
 
 def _stages(code: str, examples: Sequence[Mapping[str, Any]]) -> str:
@@ -214,8 +214,10 @@ def _facts(gathered: Gathered) -> list[tuple[str, str]]:
         price = (gathered.settings.get("cost") or {}).get("gpu_hour")
         if price is not None:
             cost = price * hours["replica"]
-            each = f", {1000 * cost / written.rows:.3g} a thousand rows" if written.rows else ""
-            facts.append(("cost", f"{cost:.2f} at {price:g} an hour{each}"))
+            per_thousand = (
+                f", {1000 * cost / written.rows:.3g} a thousand rows" if written.rows else ""
+            )
+            facts.append(("cost", f"{cost:.2f} at {price:g} an hour{per_thousand}"))
     if asked := written.accuracy.asked.total():
         right = written.accuracy.right.total()
         facts.append(
@@ -223,8 +225,8 @@ def _facts(gathered: Gathered) -> list[tuple[str, str]]:
         )
     facts += [("machines", ", ".join(machines))] if machines else []
     facts += [("task", manifest.task), ("code", manifest.code)]
-    told = [event["versions"] for event in gathered.events if "versions" in event]
-    versions = told[-1] if told else {}
+    recorded = [event["versions"] for event in gathered.events if "versions" in event]
+    versions = recorded[-1] if recorded else {}
     facts += (
         [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
         if versions
@@ -258,23 +260,23 @@ def _hours(
     """Hours from start to end over all runs, and of all replicas together: those that load a model
     are paid for, too.
     """
-    found = {"wall": 0.0, "replica": 0.0}
+    hours = {"wall": 0.0, "replica": 0.0}
     for run in dict.fromkeys(event["run"] for event in events):
-        own = [event for event in events if event["run"] == run]
-        times = [datetime.fromisoformat(event["time"]).timestamp() for event in own]
+        run_events = [event for event in events if event["run"] == run]
+        times = [datetime.fromisoformat(event["time"]).timestamp() for event in run_events]
         times += [
             entry["time"] for entry in timeline if entry["run"] == run
         ]  # of a run that was killed, or goes on
-        kinds = Counter(event["event"] for event in own)
+        kinds = Counter(event["event"] for event in run_events)
         wall = (max(times) - min(times)) / 3600
-        found["wall"] += wall
-        found["replica"] += wall * (kinds["replica_started"] - kinds["replica_lost"])
-    return found if found["replica"] else {}
+        hours["wall"] += wall
+        hours["replica"] += wall * (kinds["replica_started"] - kinds["replica_lost"])
+    return hours if hours["replica"] else {}
 
 
 def _machines(events: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = Counter((e["node"], e["device"]) for e in events if e["event"] == "replica_started")
+    replicas = Counter((e["node"], e["device"]) for e in events if e["event"] == "replica_started")
     return [
         f"{node} ({device})" + (f" ×{count}" if count > 1 else "")
-        for (node, device), count in found.items()
+        for (node, device), count in replicas.items()
     ]

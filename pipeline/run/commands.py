@@ -139,20 +139,21 @@ def _verify() -> tuple[type[Settings], Callable[[Any, bool], None]]:
         from pipeline.io.output.storage import OutputFolder
         from pipeline.run.verify import verify
 
-        found = verify(
+        verdict = verify(
             OutputFolder(settings.output.path),
             remove_superseded=settings.remove_superseded and not dry_run,
         )
-        print("\n".join(map(printable, found.lines())))
-        if found.problems:
+        print("\n".join(map(printable, verdict.lines())))
+        if verdict.problems:
             raise OutputError(
-                f"output.path: {found.url} has {len(found.problems)} problems: {found.problems[0]}"
+                f"output.path: {verdict.url} has {len(verdict.problems)} problems: "
+                f"{verdict.problems[0]}"
             )
-        if found.missing:
-            left = sum(found.missing.values())
+        if verdict.missing:
+            left = sum(verdict.missing.values())
             raise OutputError(
-                f"output.path: {found.url} is not finished: {left:,} rows are missing; run the job "
-                "again"
+                f"output.path: {verdict.url} is not finished: {left:,} rows are missing; run the "
+                "job again"
             )
 
     return VerifySettings, work

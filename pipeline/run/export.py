@@ -107,22 +107,24 @@ def _tars(
     paths = {url: url.rpartition("://")[2] for url in manifest.shards}
     base = posixpath.commonpath(map(posixpath.dirname, paths.values()))
     for shard, (_, _, rows) in sorted(manifest.shards.items()):
-        found: list[tuple[int, Row]] = []
+        answers: list[tuple[int, Row]] = []
         for commit in holding[shard]:
-            own = commit.of_shard(read(commit.file), shard)
-            if len(own) != len(commit.rows[shard]):
+            table = commit.of_shard(read(commit.file), shard)
+            if len(table) != len(commit.rows[shard]):
                 raise OutputError(
                     "export.format: a sample has one answer; expected output.prompt_layout=columns"
                 )
-            found += zip(commit.rows[shard], own.to_pylist(), strict=True)
-        if len(found) < rows:
-            logger.warning("%s is not finished (%d of %d rows): left out", shard, len(found), rows)
+            answers += zip(commit.rows[shard], table.to_pylist(), strict=True)
+        if len(answers) < rows:
+            logger.warning(
+                "%s is not finished (%d of %d rows): left out", shard, len(answers), rows
+            )
             continue
         name = paths[shard][len(base) :].lstrip("/")
         stem = next(
             name.removesuffix(suffix) for suffix in SUFFIXES["webdataset"] if name.endswith(suffix)
         )
-        yield f"{stem}.tar", _tar(row for _, row in sorted(found, key=lambda pair: pair[0]))
+        yield f"{stem}.tar", _tar(row for _, row in sorted(answers, key=lambda pair: pair[0]))
 
 
 def as_json(row: Row) -> str:
@@ -140,8 +142,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(own) for key, own in value.items()}
-    return [_finite(own) for own in value] if isinstance(value, list) else value
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def member_name(id_: str) -> str:
@@ -162,7 +164,7 @@ def _part(text: str, unsafe: re.Pattern[str]) -> str:
     if text.strip(".") == "":  # `.` and `..`
         return "%2E" * len(text)
     part = unsafe.sub(
-        lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass")),
+        lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")),
         text,
     )
     if len(part.encode()) <= MEMBER_BYTES:
@@ -193,7 +195,7 @@ def _openai(row: Row) -> Row:
     """A line of a batch's result:
     https://platform.openai.com/docs/api-reference/batch/request-output.
     """
-    told: Row = {
+    line: Row = {
         "id": f"batch_req_{row['id']}",
         "custom_id": row["id"],
         "response": None,
@@ -201,8 +203,8 @@ def _openai(row: Row) -> Row:
     }
     if row["error"] is not None:
         code, _, message = row["error"].partition(": ")
-        told["error"] = {"code": code, "message": message}
-        return told
+        line["error"] = {"code": code, "message": message}
+        return line
     usage = {"prompt_tokens": row["prompt_tokens"], "completion_tokens": row["new_tokens"]}
     usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
     reason = _FINISH_REASONS[row["finish_reason"]]
@@ -218,8 +220,8 @@ def _openai(row: Row) -> Row:
         "choices": [choice],
         "usage": usage,
     }
-    told["response"] = {"status_code": 200, "request_id": row["id"], "body": body}
-    return told
+    line["response"] = {"status_code": 200, "request_id": row["id"], "body": body}
+    return line
 
 
 _LINES: dict[Form, Callable[[Row], Row]] = {"jsonl": _as_it_is, "openai": _openai}

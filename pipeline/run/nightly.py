@@ -76,7 +76,7 @@ def read_partitions(root: OutputFolder) -> list[Partition]:
     Raises:
         OutputError: a folder of a partition's name with results that no run of this program began.
     """
-    found = []
+    partitions = []
     for name in root.folders():
         if name.startswith(OutputLayout.PARTITION):
             folder = OutputFolder(f"{root.url}/{name}")
@@ -89,8 +89,10 @@ def read_partitions(root: OutputFolder) -> list[Partition]:
                     )
                 continue
             shards = {url: (size, version) for url, (size, version, _) in manifest.shards.items()}
-            found.append(Partition(name, shards, root.exists(f"{name}/{OutputLayout.SUCCESS}")))
-    return found
+            partitions.append(
+                Partition(name, shards, root.exists(f"{name}/{OutputLayout.SUCCESS}"))
+            )
+    return partitions
 
 
 def plan_night(
@@ -108,19 +110,19 @@ def plan_night(
         retry: also go through finished partitions, for error rows that are worth another try.
     """
     work = []
-    own: Mapping[str, Facts] = {}
+    today_shards: Mapping[str, Facts] = {}
     for partition in partitions:
         same = frozenset(
             url for url, facts in partition.shards.items() if listing.get(url) == facts
         )
         if partition.name == today:
-            own = partition.shards
+            today_shards = partition.shards
         elif (retry or not partition.finished) and same:
             work.append(Work(partition.name, same))
     seen = {(url, facts) for partition in partitions for url, facts in partition.shards.items()}
     fresh = {url for url, facts in listing.items() if (url, facts) not in seen}
-    waiting = tuple(sorted(fresh & own.keys()))
-    kept = {url for url, facts in own.items() if listing.get(url) == facts}
+    waiting = tuple(sorted(fresh & today_shards.keys()))
+    kept = {url for url, facts in today_shards.items() if listing.get(url) == facts}
     done = any(partition.name == today and partition.finished for partition in partitions)
     if fresh - set(waiting) or (kept and (retry or not done)):
         work.append(Work(today, frozenset((fresh | kept) - set(waiting)), waiting))
@@ -190,20 +192,20 @@ def _run(
 ) -> Summary:
     folder = OutputFolder(f"{root.url}/{part.partition}")
     output = settings.output.model_copy(update={"path": folder.url})
-    own: dict[str, Any] = {name: getattr(settings, name) for name in JobSettings.model_fields}
+    values: dict[str, Any] = {name: getattr(settings, name) for name in JobSettings.model_fields}
     job = check_job(
-        task, JobSettings.model_construct(**{**own, "output": output}), only=part.shards
+        task, JobSettings.model_construct(**{**values, "output": output}), only=part.shards
     )
     lease.check()
     folder.remove(OutputLayout.SUCCESS)  # until it holds the new shards too
     summary = run_job(job)
     facts = summary.as_dict()
-    told = {name: facts[name] for name in ("rows", "ok", "errors", "files")}
-    told |= {
+    record = {name: facts[name] for name in ("rows", "ok", "errors", "files")}
+    record |= {
         "shards": len(job.plan.shards),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with folder.explained("write to"):
         lease.check()
-        folder.write(OutputLayout.SUCCESS, json.dumps(told).encode())
+        folder.write(OutputLayout.SUCCESS, json.dumps(record).encode())
     return summary

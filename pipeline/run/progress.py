@@ -111,18 +111,18 @@ class LogDisplay:
     def close(self, snapshot: Snapshot, pace: Pace) -> None:
         """Print a line."""
         counts = snapshot.counts
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "rows": counts.rows,
             "of": self._rows,
             "errors": counts.errors,
         }
-        told["rows_per_second"] = pace.rate("rows")
-        told["new_tokens_per_second"] = pace.rate("new_tokens")
-        told["left"] = None if pace.seconds_left is None else duration(pace.seconds_left)
-        told |= snapshot.queues().as_dict()
+        fields["rows_per_second"] = pace.rate("rows")
+        fields["new_tokens_per_second"] = pace.rate("new_tokens")
+        fields["left"] = None if pace.seconds_left is None else duration(pace.seconds_left)
+        fields |= snapshot.queues().as_dict()
         shown = (
             (key, f"{value:.1f}" if isinstance(value, float) else value)
-            for key, value in told.items()
+            for key, value in fields.items()
         )
         print(
             "progress",

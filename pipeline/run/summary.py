@@ -128,8 +128,8 @@ class Summary:
             for phase in ("prefill", "decode"):
                 yield (
                     f"{phase} experts",
-                    f"{shares[phase]:.1%} of (request, gate) pairs ran on their group's commonest "
-                    f"expert; {shares[f'{phase}_in_order']:.1%} in order of arrival",
+                    f"{shares[phase]:.1%} of (request, router) pairs ran on their group's "
+                    f"commonest expert; {shares[f'{phase}_in_order']:.1%} in order of arrival",
                 )
 
     def _end(self) -> Lines:

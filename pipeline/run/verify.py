@@ -46,18 +46,18 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """For a person."""
-        told = [
+        lines = [
             f"{self.rows:,} of {self.planned:,} rows in {len(self.files):,} files of {self.url}"
         ]
-        told += [
+        lines += [
             f"missing  {count:,} rows of {without_secrets(shard)}"
             for shard, count in self.missing.items()
         ]
-        told += [
+        lines += [
             f"superseded  {name}: of a run that had lost the output; the next removes it"
             for name in self.superseded
         ]
-        return told + [f"problem  {problem}" for problem in self.problems]
+        return lines + [f"problem  {problem}" for problem in self.problems]
 
 
 def verify(folder: OutputFolder, *, remove_superseded: bool = False) -> Verdict:
@@ -76,13 +76,13 @@ def verify(folder: OutputFolder, *, remove_superseded: bool = False) -> Verdict:
     holding: dict[str, list[tuple[str, RowSet]]] = defaultdict(list)
     files = sorted(log.names())
     with ThreadPoolExecutor(READING_THREADS) as pool:
-        for name, found in zip(
+        for name, examined in zip(
             files, pool.map(lambda name: _examined(log, folder, name), files), strict=True
         ):
-            if isinstance(found, str):
-                problems.append(found)
+            if isinstance(examined, str):
+                problems.append(examined)
                 continue
-            for shard, rows in found.rows.items():
+            for shard, rows in examined.rows.items():
                 holding[shard].append((name, rows))
     answered, missing = 0, {}
     for shard in sorted(manifest.shards.keys() | holding.keys()):
@@ -91,8 +91,8 @@ def verify(folder: OutputFolder, *, remove_superseded: bool = False) -> Verdict:
             if shard in manifest.shards
             else RowSet.empty()
         )
-        done = RowSet.of_intervals([pair for _, own in holding[shard] for pair in own.intervals])
-        if len(done) != sum(len(own) for _, own in holding[shard]):
+        done = RowSet.of_intervals([pair for _, held in holding[shard] for pair in held.intervals])
+        if len(done) != sum(len(held) for _, held in holding[shard]):
             problems += _standing_twice(shard, holding[shard])
         if beyond := done - planned:
             problems.append(
@@ -137,12 +137,12 @@ def _examined(log: OutputLog, folder: OutputFolder, name: str) -> Commit | str:
 
 
 def _standing_twice(shard: str, files: list[tuple[str, RowSet]]) -> list[str]:
-    seen, told = RowSet.empty(), []
+    seen, problems = RowSet.empty(), []
     for name, rows in files:
         if again := seen & rows:
-            told.append(
+            problems.append(
                 f"{len(again):,} rows of {without_secrets(shard)} in {name} stand in an earlier "
                 "file, too"
             )
         seen |= rows
-    return told
+    return problems

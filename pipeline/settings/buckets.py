@@ -38,9 +38,9 @@ def bucket_of(url: str) -> str | None:
 
     None of URLs of other kinds, of local paths, and where there is no bucket.
     """
-    scheme, found, rest = url.partition("://")
+    scheme, separator, rest = url.partition("://")
     storage = _STORAGES.get(scheme.lower())
-    if not found or storage is None:
+    if not separator or storage is None:
         return None
     parts = rest.split("/")
     # An access point's name follows its account's; a repository's follows its owner's.
@@ -62,9 +62,9 @@ def holds_password(url: str) -> bool:
     """Whether a URL carries a secret: a password, on the web any user (a token, often), or a
     signature in its query.
     """
-    scheme, found, rest = url.partition("://")
+    scheme, separator, rest = url.partition("://")
     scheme = scheme.lower()
-    if not found or scheme in _REVISIONS:
+    if not separator or scheme in _REVISIONS:
         return False
     web = scheme in ("http", "https")
     if web and any(is_secret_name(name) for name, _ in parse_qsl(rest.partition("?")[2])):

@@ -68,7 +68,7 @@ class ModelSettings(Settings):
         description="released: decode routes by the prompt's words alone; prefill: keep the "
         "prefill's route",
     )
-    top_k_experts: PositiveInt = Field(1, description="experts kept per gate")
+    top_k_experts: PositiveInt = Field(1, description="experts kept per router")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; null: twice the rank")
     min_pixels: PositiveInt | None = Field(
         None, description="least pixels of a resized image; null: the checkpoint's"

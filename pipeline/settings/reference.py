@@ -40,12 +40,12 @@ answer and may differ. This page is written by
 def page() -> str:
     """The whole page."""
     parts = [HEAD, "## caption, vqa\n", *_group(JobSettings, marked=True)]
-    own = [name for name in NightlySettings.model_fields if name not in JobSettings.model_fields]
+    names = [name for name in NightlySettings.model_fields if name not in JobSettings.model_fields]
     parts += [
         "## nightly\n",
         "All keys of caption and vqa, `output.path` being the folder of the partitions, and\n",
     ]
-    parts += _group(NightlySettings, own)
+    parts += _group(NightlySettings, names)
     parts += [
         "## report\n",
         *_group(ReportSettings),

@@ -257,9 +257,9 @@ def test_the_summary_reads_the_same_in_a_log(summary: Summary) -> None:
         "doubtful answers  truncated 7; 12 further tries",
         "computed once     400 images that came again, 20 answers to equal rows",
         "folded experts    9,000 new tokens",
-        "prefill experts   75.0% of (request, gate) pairs ran on their group's commonest expert; "
+        "prefill experts   75.0% of (request, router) pairs ran on their group's commonest expert; "
         "50.0% in order of arrival",
-        "decode experts    87.5% of (request, gate) pairs ran on their group's commonest expert; "
+        "decode experts    87.5% of (request, router) pairs ran on their group's commonest expert; "
         "43.8% in order of arrival",
         "time              0:02:00 in all, 0:01:40 of it in the stages",
         "results           3 Parquet files in s3://b/out",

@@ -60,10 +60,10 @@ RESERVED_COLUMNS = frozenset(
 
 def output_schema(settings: OutputSettings, extras: pa.Schema) -> pa.Schema:
     """Columns of the output: ours, those asked for, and the input's extra ones."""
-    own = (
+    columns = (
         _COLUMNS + (_TOKEN_IDS if settings.token_ids else []) + (_ROUTES if settings.routes else [])
     )
-    return pa.schema([*own, *extras])
+    return pa.schema([*columns, *extras])
 
 
 def layout_schema(settings: OutputSettings, extras: pa.Schema, prompts: Sequence[str]) -> pa.Schema:
@@ -77,11 +77,11 @@ def layout_schema(settings: OutputSettings, extras: pa.Schema, prompts: Sequence
         return plain.insert(
             plain.get_field_index("prompt"), pa.field(PROMPT_NAME_COLUMN, pa.string())
         )
-    each = [
+    per_prompt = [
         pa.field(f"{name}_{prompt}", pa.string()) for prompt in prompts for name in ANSWER_COLUMNS
     ]
     shared = [field for field in _COLUMNS if field.name not in set(ANSWER_COLUMNS) - {"error"}]
-    return pa.schema([*shared, *each, *extras])
+    return pa.schema([*shared, *per_prompt, *extras])
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ class Written:
         }
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> Written:
+    def from_dict(cls, entry: Mapping[str, Any]) -> Written:
         """What `as_dict` gave, of one file."""
-        asked = Counter({tuple(group): count for group, count, _ in told["accuracy"]})
-        right = Counter({tuple(group): count for group, _, count in told["accuracy"]})
-        prompt, visual, new = told["tokens"]
-        errors, flags = Counter(told["errors"]), Counter(told.get("flags", {}))
-        return cls(1, told["rows"], prompt, visual, new, errors, flags, Accuracy(asked, right))
+        asked = Counter({tuple(group): count for group, count, _ in entry["accuracy"]})
+        right = Counter({tuple(group): count for group, _, count in entry["accuracy"]})
+        prompt, visual, new = entry["tokens"]
+        errors, flags = Counter(entry["errors"]), Counter(entry.get("flags", {}))
+        return cls(1, entry["rows"], prompt, visual, new, errors, flags, Accuracy(asked, right))
 
     def __add__(self, other: Written) -> Written:
         return Written(

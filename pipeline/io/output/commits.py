@@ -81,31 +81,36 @@ class Commit:
         """The rows of a shard out of the file's own table; several of each, where a row was asked
         several things.
         """
-        each = len(table) // max(1, sum(map(len, self.rows.values())))
+        per_row = len(table) // max(1, sum(map(len, self.rows.values())))
         before = sum(len(rows) for url, rows in self.rows.items() if url < shard)
-        return table.slice(each * before, each * len(self.rows[shard]))
+        return table.slice(per_row * before, per_row * len(self.rows[shard]))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         rows, retry = (
-            {s: own.edges.tolist() for s, own in sets.items()} for sets in (self.rows, self.retry)
+            {s: row_set.edges.tolist() for s, row_set in sets.items()}
+            for sets in (self.rows, self.retry)
         )
-        told = {"file": self.file, "rows": rows, "written": self.written.as_dict()}
+        entry = {"file": self.file, "rows": rows, "written": self.written.as_dict()}
         return (
-            told
+            entry
             | ({"retry": retry} if retry else {})
             | ({"revision": self.revision} if self.revision else {})
         )
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> Commit:
+    def from_dict(cls, entry: Mapping[str, Any]) -> Commit:
         """What `as_dict` gave."""
         rows, retry = (
             {shard: RowSet(np.array(edges, np.int64)) for shard, edges in sets.items()}
-            for sets in (told["rows"], told.get("retry", {}))
+            for sets in (entry["rows"], entry.get("retry", {}))
         )
         return cls(
-            told["file"], rows, Written.from_dict(told["written"]), retry, told.get("revision", 0)
+            entry["file"],
+            rows,
+            Written.from_dict(entry["written"]),
+            retry,
+            entry.get("revision", 0),
         )
 
 
@@ -179,8 +184,8 @@ class OutputLog:
         there = self._everything()
         ours = [name for name in there if OutputLayout.epoch_of(name) is not None]
         files = [] if fresh else [name for name in ours if before.counts(name)]
-        told = {"epoch": fence.epoch, "run": fence.run, "by": fence.holder.token, "files": files}
-        self._folder.create(OutputLayout.accepted(fence.epoch), json.dumps(told).encode())
+        record = {"epoch": fence.epoch, "run": fence.run, "by": fence.holder.token, "files": files}
+        self._folder.create(OutputLayout.accepted(fence.epoch), json.dumps(record).encode())
         # Had a later epoch begun before this was written, its list would be the older: it reads the
         # latest there is.
         fence.check()
@@ -237,8 +242,8 @@ class OutputLog:
         known: dict[str, Commit] = {}
         with ThreadPoolExecutor(READING_THREADS) as pool:
             index = [] if self._at else self._folder.names(OutputLayout.INDEX)
-            for told in pool.map(self._read_index, index):
-                for commit, size in told:
+            for entries in pool.map(self._read_index, index):
+                for commit, size in entries:
                     latest = known.get(commit.file)
                     # Of another size it was replaced, or damaged: its footer knows.
                     same = commit.file in sizes and size in (None, sizes[commit.file])
@@ -291,10 +296,10 @@ class OutputLog:
         """
         try:
             with open_parquet(f"{self._folder.url}/{self._at}{file}") as parquet:
-                told = (parquet.schema_arrow.metadata or {}).get(FOOTER_KEY)
-            if told is None:
+                footer = (parquet.schema_arrow.metadata or {}).get(FOOTER_KEY)
+            if footer is None:
                 return None
-            commit = Commit.from_dict({"file": file, **(entry := json.loads(told))})
+            commit = Commit.from_dict({"file": file, **(entry := json.loads(footer))})
         except (pa.ArrowException, ValueError, TypeError, KeyError, AttributeError):
             return None
         except OSError as error:
@@ -302,9 +307,9 @@ class OutputLog:
             if error.errno is None and "deserialize" in str(error):
                 return None
             raise
-        if (own := entry.get("name", file)) != file:
+        if (name := entry.get("name", file)) != file:
             raise OutputError(
-                f"output.path: {self._folder.url}/{file} is a copy of {own}, or was renamed; "
+                f"output.path: {self._folder.url}/{file} is a copy of {name}, or was renamed; "
                 "remove it, or give it its "
                 "name back"
             )
@@ -376,14 +381,14 @@ class OutputLog:
 
     def _encoded(self, commit: Commit, table: pa.Table) -> bytes:
         fence = self._writing()
-        told = {key: value for key, value in commit.as_dict().items() if key != "file"}
-        told |= {
+        footer = {key: value for key, value in commit.as_dict().items() if key != "file"}
+        footer |= {
             "name": commit.file,
             "epoch": fence.epoch,
             "run": fence.run,
             "by": fence.holder.token,
         }
-        metadata = {**(table.schema.metadata or {}), FOOTER_KEY: json.dumps(told).encode()}
+        metadata = {**(table.schema.metadata or {}), FOOTER_KEY: json.dumps(footer).encode()}
         buffer = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
         data: bytes = buffer.getvalue().to_pybytes()
@@ -410,10 +415,10 @@ class OutputLog:
     def index(self) -> None:
         """Tell the commits since the last time in one object of the index."""
         if self._unindexed:
-            told = json.dumps(
+            data = json.dumps(
                 [{**commit.as_dict(), "size": size} for commit, size in self._unindexed.values()]
             ).encode()
-            self._folder.write(OutputLayout.index(self._writing().name, self._indexed), told)
+            self._folder.write(OutputLayout.index(self._writing().name, self._indexed), data)
             self._indexed += 1
             self._unindexed = {}
 
@@ -445,11 +450,11 @@ def read_result(folder: OutputFolder, name: str, columns: Sequence[str] | None =
 
 def retry_rows(commits: Iterable[Commit]) -> dict[str, RowSet]:
     """Rows that are done with an error that is worth another try, by the shard's URL."""
-    found: dict[str, RowSet] = defaultdict(RowSet.empty)
+    retry: dict[str, RowSet] = defaultdict(RowSet.empty)
     for commit in commits:
         for shard, rows in commit.retry.items():
-            found[shard] |= rows
-    return dict(found)
+            retry[shard] |= rows
+    return dict(retry)
 
 
 def done_rows(commits: Iterable[Commit]) -> dict[str, RowSet]:
@@ -458,12 +463,12 @@ def done_rows(commits: Iterable[Commit]) -> dict[str, RowSet]:
     Raises:
         OutputError: two files hold the same row.
     """
-    own: dict[str, list[tuple[str, RowSet]]] = defaultdict(list)
+    holding: dict[str, list[tuple[str, RowSet]]] = defaultdict(list)
     for commit in commits:
         for shard, rows in commit.rows.items():
-            own[shard].append((commit.file, rows))
+            holding[shard].append((commit.file, rows))
     done = {}
-    for shard, sets in own.items():
+    for shard, sets in holding.items():
         done[shard] = RowSet.of_intervals([pair for _, rows in sets for pair in rows.intervals])
         if len(done[shard]) != sum(len(rows) for _, rows in sets):
             first, second = next(

@@ -100,8 +100,8 @@ class Journal:
             if now - self._sampled < self._spacing and not last:
                 return
             self._sampled = now
-            told = {name: round(value, 3) for name, value in counters.items()}
-            self._samples.append({"time": round(now, 3), "run": self._claim.run, **told})
+            fields = {name: round(value, 3) for name, value in counters.items()}
+            self._samples.append({"time": round(now, 3), "run": self._claim.run, **fields})
             if len(self._samples) > SAMPLES:
                 self._samples = self._samples[::2]
                 self._spacing *= 2

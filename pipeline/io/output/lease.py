@@ -110,14 +110,14 @@ def read_lock(folder: OutputFolder) -> Holder | None:
     if epoch is None:
         return None
     try:
-        told: dict[str, Any] = json.loads(folder.read(OutputLayout.epoch(epoch)))
+        record: dict[str, Any] = json.loads(folder.read(OutputLayout.epoch(epoch)))
         known: dict[str, Any] = {
-            name: told[name] for name in Holder.__dataclass_fields__ if name in told
+            name: record[name] for name in Holder.__dataclass_fields__ if name in record
         }
-        expire = float(told["expire"])
+        expire = float(record["expire"])
         if not 0 < expire < math.inf:
             raise ValueError(f"expires after {expire} s")
-        return Holder(**known | {"epoch": epoch, "run": str(told["run"]), "expire": expire})
+        return Holder(**known | {"epoch": epoch, "run": str(record["run"]), "expire": expire})
     except FileNotFoundError:  # a later one has begun meanwhile
         return read_lock(folder)
     except (
@@ -202,9 +202,9 @@ class Fence:
         Raises:
             LeaseLostError: one has, or the output is gone.
         """
-        found = read_lock(self.folder)
-        if found is None or found.epoch != self.epoch:
-            raise _lost(self.folder, found)
+        holder = read_lock(self.folder)
+        if holder is None or holder.epoch != self.epoch:
+            raise _lost(self.folder, holder)
 
 
 class Lease:
@@ -242,12 +242,12 @@ class Lease:
                 "none; of two runs that "
                 "start within seconds both may go on for a moment (docs/guarantees.md)"
             )
-        found = read_lock(self._folder)
-        if found is not None:
-            self._wait_for(found)
+        holder = read_lock(self._folder)
+        if holder is not None:
+            self._wait_for(holder)
         fence = Fence(
             self._folder,
-            Holder.here(found.epoch + 1 if found else 1, self._claim.run, self._times.expire),
+            Holder.here(holder.epoch + 1 if holder else 1, self._claim.run, self._times.expire),
         )
         # Before the epoch: whoever sees that sees this, too.
         self._beat()
@@ -282,27 +282,27 @@ class Lease:
             with self._beating:
                 self._beat(released=True)
 
-    def _wait_for(self, found: Holder) -> None:
+    def _wait_for(self, holder: Holder) -> None:
         """Wait until the holder is known to be dead.
 
         Raises:
             OutputError: it lives.
         """
-        heard = _heard_of(self._folder, found.run)
-        if _gave_back(heard) or found.is_dead:
+        heard = _heard_of(self._folder, holder.run)
+        if _gave_back(heard) or holder.is_dead:
             return
         self._tell(
-            f"{self._folder.url} is locked by {found}; waiting {found.expire:g} s to see whether "
+            f"{self._folder.url} is locked by {holder}; waiting {holder.expire:g} s to see whether "
             "it still lives"
         )
-        until = time.monotonic() + found.expire
+        until = time.monotonic() + holder.expire
         while time.monotonic() < until:
-            time.sleep(min(1.0, found.expire / 12))
-            now, latest = _heard_of(self._folder, found.run), read_lock(self._folder)
+            time.sleep(min(1.0, holder.expire / 12))
+            now, latest = _heard_of(self._folder, holder.run), read_lock(self._folder)
             if _gave_back(now):
                 return
-            if now != heard or latest != found:
-                raise self._refused(latest or found)
+            if now != heard or latest != holder:
+                raise self._refused(latest or holder)
 
     def _refused(self, living: Holder) -> OutputError:
         return OutputError(
@@ -324,8 +324,8 @@ class Lease:
 
     def _beat(self, *, released: bool = False) -> None:
         self._beats += 1
-        told = {"run": self._claim.run, "beats": self._beats, "released": released}
-        self._folder.write(OutputLayout.beat(self._claim.run), json.dumps(told).encode())
+        record = {"run": self._claim.run, "beats": self._beats, "released": released}
+        self._folder.write(OutputLayout.beat(self._claim.run), json.dumps(record).encode())
 
 
 def forget_earlier(fence: Fence) -> None:
@@ -359,8 +359,8 @@ def _gave_back(heard: bytes | None) -> bool:
         return False
 
 
-def _lost(folder: OutputFolder, found: Holder | None) -> LeaseLostError:
-    whose = "gone; was it deleted while the job ran?" if found is None else f"held by {found}"
+def _lost(folder: OutputFolder, holder: Holder | None) -> LeaseLostError:
+    whose = "gone; was it deleted while the job ran?" if holder is None else f"held by {holder}"
     return LeaseLostError(f"output.path: {folder.url} is no longer this run's: its lock is {whose}")
 
 
@@ -379,8 +379,8 @@ def _started(pid: int) -> str | None:
     """When a process began, in the kernel's ticks since it booted; None where there is none.
     Zombies are dead.
     """
-    told = _said(f"/proc/{pid}/stat")
-    fields = told.rpartition(")")[2].split() if told else []
+    line = _said(f"/proc/{pid}/stat")
+    fields = line.rpartition(")")[2].split() if line else []
     return None if not fields or fields[0] in ("Z", "X") else fields[19]
 
 

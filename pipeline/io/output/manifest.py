@@ -61,8 +61,8 @@ class Manifest:
         """Write it into the output; where that is `growing`, with the shards of the runs before."""
         before = self.before(folder) if growing else None
         shards = {**(before.shards if before else {}), **self.shards}
-        told = json.dumps({**vars(self), "shards": shards}, indent=1)
-        folder.write(OutputLayout.MANIFEST, told.encode())
+        text = json.dumps({**vars(self), "shards": shards}, indent=1)
+        folder.write(OutputLayout.MANIFEST, text.encode())
 
     @classmethod
     def load(cls, folder: OutputFolder) -> Manifest | None:
@@ -110,13 +110,13 @@ class Manifest:
         Raises:
             OutputError: there was none.
         """
-        found = cls.load(folder)
-        if found is None:
+        manifest = cls.load(folder)
+        if manifest is None:
             raise OutputError(
                 f"output.path: {folder.url} holds no {OutputLayout.MANIFEST}; expected the "
                 "output of a job"
             )
-        return found
+        return manifest
 
     def check_same(self, before: Manifest, where: str, *, growing: bool = False) -> None:
         """Make sure that an earlier run may go on as this one.
@@ -138,8 +138,8 @@ class Manifest:
             else (before.shards.keys() | self.shards.keys())
         )
         had, have = (
-            {url: own[url] for url in sorted(compared) if url in own}
-            for own in (before.shards, self.shards)
+            {url: shards[url] for url in sorted(compared) if url in shards}
+            for shards in (before.shards, self.shards)
         )
         changes += [f"input shard {line}" for line in _changes(had, have)]
         if changes:

@@ -46,12 +46,12 @@ def merge_retries(claim: Claim, truth: Truth | None) -> int:
         if not intersection(commit.retry, answered):
             continue
         before = _read(folder, commit.file)
-        both = pa.concat_tables([before, table])
+        merged = pa.concat_tables([before, table])
         chosen = [
             len(before) + place[i] if i in place else n
             for n, i in enumerate(before["id"].to_pylist())
         ]
-        log.replace(commit, both.take(chosen), truth, difference(commit.retry, passed))
+        log.replace(commit, merged.take(chosen), truth, difference(commit.retry, passed))
     log.index()
     for file in files:
         folder.remove(file)

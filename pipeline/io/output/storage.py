@@ -278,8 +278,8 @@ class OutputFolder:
         if "s3" not in protocols(self._filesystem):
             return None
         self._filesystem.invalidate_cache()
-        found: str | None = self._filesystem.info(f"{self._root}/{name}").get("ETag")
-        return found
+        etag: str | None = self._filesystem.info(f"{self._root}/{name}").get("ETag")
+        return etag
 
     def replace(self, name: str, data: bytes, version: str | None) -> None:
         """Write a file in the place of the one whose `version` was asked; None: whatever is there.
@@ -343,8 +343,8 @@ class OutputFolder:
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        found: bool = self._filesystem.exists(f"{self._root}/{name}")
-        return found
+        present: bool = self._filesystem.exists(f"{self._root}/{name}")
+        return present
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -361,9 +361,9 @@ def _code_of(error: OSError) -> str | None:
     """What an S3 store called its error; None where it was something else."""
     cause: BaseException | None = error
     while cause is not None:
-        told = getattr(cause, "response", None)
-        if isinstance(told, dict):
-            code: str | None = told.get("Error", {}).get("Code")
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            code: str | None = response.get("Error", {}).get("Code")
             return code
         cause = cause.__cause__ or cause.__context__
     return None
