@@ -27,6 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Ray's workers give way to every other process (15 of 19); beside another test process they would
 # starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Nothing is told to Ray's makers; the actor that gathers it would cost each cluster a process.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's token authentication, for the head node and all who talk to it; read once, when ray is
 # imported.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -115,11 +117,7 @@ def ray_cluster(s3_folder: Path) -> Iterator[RayCluster]:
         f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}",
     ]
-    command += [
-        f"--ray-client-server-port={client}",
-        "--include-dashboard=true",
-        "--disable-usage-stats",
-    ]
+    command += [f"--ray-client-server-port={client}", "--include-dashboard=true"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
         try:
             _wait_for_port(port)

@@ -4,6 +4,7 @@ transformers'.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +65,21 @@ def as_transformers_inputs(asked: Asked, base: Path) -> dict[str, Tensor]:
     in 4.45.
     """
     from qwen_vl_utils import process_vision_info
+
+    processor = _transformers_processor(base)
+    text = processor.apply_chat_template(asked.messages, tokenize=False, add_generation_prompt=True)
+    images, _ = process_vision_info(asked.messages)
+    return dict(processor(text=[text], images=images, return_tensors="pt"))
+
+
+@functools.lru_cache(maxsize=1)
+def _transformers_processor(base: Path) -> Any:
+    """Loaded once for all questions of a test: it takes longer than what it is asked."""
     from transformers import AutoImageProcessor, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(base)
     processor.image_processor = AutoImageProcessor.from_pretrained(base, backend="pil")
-    text = processor.apply_chat_template(asked.messages, tokenize=False, add_generation_prompt=True)
-    images, _ = process_vision_info(asked.messages)
-    return dict(processor(text=[text], images=images, return_tensors="pt"))
+    return processor
 
 
 def greedy(new_tokens: int, **settings: Any) -> Sampling:

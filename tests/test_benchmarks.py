@@ -10,6 +10,7 @@ from benchmarks import gpu
 from benchmarks.floors import Floors
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_at_a_tiny_size(capsys: pytest.CaptureFixture[str]) -> None:
     lines = gpu.main(scale=gpu.TINY, device="cpu")
     table = "\n".join(lines)

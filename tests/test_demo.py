@@ -131,6 +131,7 @@ def test_a_converted_checkpoint_says_the_same(
     assert answers(tmp_path / "converted", None, torch.float32, scenes) == exact
 
 
+@pytest.mark.slow
 def test_two_replicas_say_the_same(
     exact: list[str], scenes: list[dict[str, Any]], tmp_path: Path, ray_cluster: RayCluster
 ) -> None:

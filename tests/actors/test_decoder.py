@@ -162,7 +162,15 @@ def test_a_file_that_takes_too_much_memory_is_refused_and_the_next_is_decoded(
     decoder._process.wait()
 
 
-@pytest.mark.parametrize("form", ["TIFF", "AVIF", "HEIF", "JPEG2000"])
+@pytest.mark.parametrize(
+    "form",
+    # Encoders of video are slow.
+    [
+        "TIFF",
+        "JPEG2000",
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ("AVIF", "HEIF")),
+    ],
+)
 def test_any_file_that_is_let_in_fits_into_the_memory_of_its_process(form: str) -> None:
     decode_image(picture(), "", ImageSettings())  # registers HEIF
     buffer = io.BytesIO()

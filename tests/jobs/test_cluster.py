@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from tests.conftest import RayCluster
 from tests.io.shards import picture, write_shard
@@ -113,6 +114,7 @@ def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(
     assert not [name for name in files if name.startswith((".venv/", "demo/"))]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_job_soon_and_in_one_line(
     golden: Path, tmp_path: Path, ray_cluster: RayCluster
 ) -> None:

@@ -16,13 +16,8 @@ from tests.conftest import RayCluster
 from tests.io.shards import write_shard
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "adapter/pytorch_model.bin",
-        pytest.param("base/tokenizer_config.json", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["base/tokenizer_config.json", "adapter/pytorch_model.bin"])
 def test_a_checkpoint_that_changed_since_the_job_was_planned_ends_it_in_one_line(
     name: str, golden: Path, tmp_path: Path, ray_cluster: RayCluster
 ) -> None:

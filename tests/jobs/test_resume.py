@@ -61,8 +61,20 @@ def rows_in(folder: Path) -> int:
     return sum(pq.read_metadata(path).num_rows for path in written(folder))
 
 
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [signal.SIGKILL],
+        pytest.param([signal.SIGTERM, signal.SIGKILL], marks=pytest.mark.slow),
+    ],
+    ids=lambda signals: "-".join(one.name for one in signals),
+)
 def test_a_killed_job_goes_on_where_it_stopped(
-    job: dict[str, Any], golden: Path, tmp_path: Path, ray_cluster: RayCluster
+    signals: list[signal.Signals],
+    job: dict[str, Any],
+    golden: Path,
+    tmp_path: Path,
+    ray_cluster: RayCluster,
 ) -> None:
     expected = {
         f"{turn}/{row['id']}": row for turn in range(TIMES) for row in expected_rows(golden)
@@ -75,13 +87,13 @@ def test_a_killed_job_goes_on_where_it_stopped(
     ]
     quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     kept: dict[Path, int] = {}
-    for sent, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+    for sent in signals:
         with subprocess.Popen(command, cwd=ROOT, **quiet) as run:
             while run.poll() is None and len(written(tmp_path / "out")) <= len(kept):
                 time.sleep(0.01)
             told = time.monotonic()
             run.send_signal(sent)
-            assert run.wait(60) == code
+            assert run.wait(60) == (143 if sent == signal.SIGTERM else -signal.SIGKILL)
         assert time.monotonic() - told < 60
         assert written(tmp_path / "out").items() >= kept.items()
         kept = written(tmp_path / "out")

@@ -324,6 +324,7 @@ print("anonymous", anonymous() - before)
 """
 
 
+@pytest.mark.slow
 def test_conversion_needs_no_more_memory_for_a_larger_file_and_replicas_map_the_result(
     tmp_path: Path,
 ) -> None:

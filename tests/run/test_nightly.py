@@ -118,6 +118,25 @@ def run(night: dict[str, Any], *, dry_run: bool = False, **more: Any) -> int:
     return len(run_night(load_settings(NightlySettings, None, assignments), dry_run=dry_run))
 
 
+def test_a_night_answers_everything_once(
+    night: dict[str, Any], tmp_path: Path, ray_cluster: RayCluster
+) -> None:
+    write_shard(tmp_path / "in/a.parquet", {"id": ["a", "b"], "prompt": ["one", "two"]})
+    assert run(night) == 1
+    success = (tmp_path / "out" / MONDAY / "_SUCCESS").read_text()
+    told = json.loads(success)
+    assert (told["rows"], told["ok"], told["shards"]) == (2, 2, 1)
+    assert run(night) == 0  # nothing is new
+    assert run(night, **{"nightly.date": "2026-11-24"}) == 0
+    assert (tmp_path / "out" / MONDAY / "_SUCCESS").read_text() == success
+    rows = pq.read_table(tmp_path / "out").to_pylist()
+    assert sorted((str(row["date"]), row["id"]) for row in rows) == [
+        ("2026-11-23", "a"),
+        ("2026-11-23", "b"),
+    ]
+
+
+@pytest.mark.slow
 def test_nights_over_a_growing_input(
     night: dict[str, Any], tmp_path: Path, ray_cluster: RayCluster
 ) -> None:

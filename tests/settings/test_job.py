@@ -193,7 +193,7 @@ LITERAL = [
         "a:",
         "'a' # b",
         "!!python/object:os.x y",
-        "[" * 3000,
+        "[" * 1000,
         "null and void",
     ),
 ]
@@ -320,7 +320,7 @@ BOMB = "generation:\n  json_schema:\n    a0: &a0 [x]\n" + "".join(
             "flags: &a [*a]",
             ", line 1: flags: more than 100,000 values or 100 levels, aliases followed",
         ),
-        ("[" * 3000, ": no valid YAML (nested too deep)"),
+        ("[" * 1000, ": no valid YAML (nested too deep)"),
         (
             "replicas: !!python/object:os.x 1",
             ': no valid YAML (tags are not read; write the value without in "<unicode string>", '
@@ -388,7 +388,7 @@ def test_comments_stand_where_no_text_could_be_meant(tmp_path: Path) -> None:
 
 def test_the_value_that_an_error_shows_is_cut() -> None:
     with pytest.raises(ConfigError) as caught:
-        load("replicas=" + "x" * 10_000_000)
+        load("replicas=" + "x" * 1_000_000)
     assert str(caught.value) == f"replicas: input should be a valid integer, got '{'x' * 198}…"
 
 

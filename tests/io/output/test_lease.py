@@ -75,7 +75,7 @@ def test_a_renewal_that_is_under_way_is_not_the_last_word(tmp_path: Path) -> Non
 
     folder = Slow(str(tmp_path))
     folder.make()
-    lease = Lease(folder, "mine", QUICK)
+    lease = Lease(Claim(folder, "mine"), QUICK)
     lease.take()
     assert folder.renewing.wait(10)
     threading.Timer(0.2, folder.go_on.set).start()
