@@ -24,8 +24,8 @@ def chromium() -> Path:
     environment.
     """
     for name in ("chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return Path(found)
+        if command := shutil.which(name):
+            return Path(command)
     kept = FOLDER / "chromium"
     if not kept.exists():
         FOLDER.mkdir(exist_ok=True)
@@ -59,14 +59,14 @@ def browser() -> Iterator[object]:
 
     with sync_playwright() as playwright:
         try:
-            found = chromium()
+            executable = chromium()
         except subprocess.CalledProcessError as error:
             pytest.skip(
                 "no Chromium on this machine, and none to be had from the npm registry: "
                 f"{error.stderr[-300:]!r}"
             )
         opened = playwright.chromium.launch(
-            executable_path=found,
+            executable_path=executable,
             args=["--no-sandbox", "--disable-gpu", "--headless=new"],
             chromium_sandbox=False,
         )

@@ -151,6 +151,6 @@ def test_two_replicas_say_the_same(
             "replicas": 2,
         },
     )
-    found = results(tmp_path / "out")
-    assert [found[row["id"]]["text"] for row in scenes] == exact
+    rows = results(tmp_path / "out")
+    assert [rows[row["id"]]["text"] for row in scenes] == exact
     assert summary.written.accuracy.right.total() == right(exact, scenes)

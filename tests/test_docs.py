@@ -98,7 +98,7 @@ def test_the_configuration_page_is_what_the_settings_say() -> None:
 
 def commands() -> list[tuple[str, list[str]]]:
     """Every command of ours in a document: where it stands, and its words."""
-    found = []
+    uses = []
     for document in DOCUMENTS:
         for line in re.findall(
             r"^    (.+)", document.read_text().replace("\\\n", " "), re.MULTILINE
@@ -110,15 +110,15 @@ def commands() -> list[tuple[str, list[str]]]:
                     and word.endswith(".py")
                     and words[at - 1].endswith("python")
                 ):
-                    found.append(
+                    uses.append(
                         (
                             document.name,
                             [word.removeprefix("jobs/").removesuffix(".py"), *words[at + 1 :]],
                         )
                     )
                 elif at == 0 and word.endswith("awaker-batch"):
-                    found.append((document.name, words[at + 1 :]))
-    return found
+                    uses.append((document.name, words[at + 1 :]))
+    return uses
 
 
 def test_every_command_in_the_documents_takes_its_arguments() -> None:

@@ -217,9 +217,9 @@ def test_a_job_s_last_words_hold_nothing_that_a_terminal_obeys() -> None:
     )
     out = io.StringIO()
     Summary(f"out{HOSTILE}", written, Counter(), 1.0, 1.0, Counter()).print(Console(file=out))
-    told = out.getvalue()
-    assert told.count("[2J") == 4
-    assert all(line.isprintable() for line in told.split("\n"))
+    text = out.getvalue()
+    assert text.count("[2J") == 4
+    assert all(line.isprintable() for line in text.split("\n"))
 
 
 def test_the_answers_shown_hold_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
@@ -273,8 +273,8 @@ def test_a_manifest_holds_no_credentials_and_does_not_mind_other_ones() -> None:
 
     assert settings_of(SECRET) == settings_of("other")
     assert SECRET not in repr(settings_of(SECRET))
-    told = {**PATHS, "input": {**PATHS["input"], "prompt": "Is secret=abc shown?"}}
-    assert _deciding(JobSettings.model_validate(told))["input.prompt"] == "Is secret=abc shown?"
+    settings = {**PATHS, "input": {**PATHS["input"], "prompt": "Is secret=abc shown?"}}
+    assert _deciding(JobSettings.model_validate(settings))["input.prompt"] == "Is secret=abc shown?"
 
 
 PATHS: dict[str, Any] = {"model": {"base": "m"}, "input": {"path": "in"}, "output": {"path": "out"}}

@@ -161,8 +161,8 @@ def test_training_names_what_it_needs_as_an_extra(installed: Installed) -> None:
 def test_a_manifest_tells_the_wheels_commit_not_the_one_of_the_repository_around_it(
     installed: Installed,
 ) -> None:
-    told = "from pipeline.io.output.manifest import _code_version; print(_code_version())"
-    done = installed.run("python", "-c", told)
+    program = "from pipeline.io.output.manifest import _code_version; print(_code_version())"
+    done = installed.run("python", "-c", program)
     assert done.stdout == f"{pipeline.__version__} ({installed.commit})\n", done.stderr
 
 

@@ -272,9 +272,8 @@ class Committer:
                 ):
                     try:
                         self._commit()
-                    except (
-                        Exception
-                    ) as error:  # whoever comes next hears of it; there is nobody here to tell
+                    except Exception as error:
+                        # Whoever comes next hears of it; there is nobody here to tell.
                         self._failure = self._failure or error
                         return
 

@@ -288,7 +288,6 @@ def _text(value: pa.Scalar, field: str, code: RowErrorCode = "prompt_invalid") -
     try:
         text: str | None = value.as_py()
         return text
-    except (
-        UnicodeDecodeError
-    ) as error:  # Parquet files of other writers may call any bytes a string
+    except UnicodeDecodeError as error:
+        # Parquet files of other writers may call any bytes a string.
         raise RowError(code, f"{field} is no valid UTF-8 ({error})") from error

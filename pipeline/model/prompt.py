@@ -169,9 +169,8 @@ class PromptProcessor:
         check_tokenizer(folder, "model.base")
         try:
             self._processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        except (
-            Exception
-        ) as error:  # a damaged or missing tokenizer or processor file, in any of many types
+        except Exception as error:
+            # A damaged or missing tokenizer or processor file, in any of many types.
             raise CheckpointError(
                 f"model.base: cannot load tokenizer and processor from {folder} ({cause_of(error)})"
             ) from error
@@ -392,9 +391,8 @@ class PromptProcessor:
             return [self._resized(part) for part in parts]
         except RowError:
             raise
-        except (
-            Exception
-        ) as error:  # qwen-vl-utils and Pillow raise many types; each is this row's alone
+        except Exception as error:
+            # qwen-vl-utils and Pillow raise many types; each is this row's alone.
             raise RowError(
                 "image_decode", f"cannot resize an image ({type(error).__name__}: {error})"
             ) from error

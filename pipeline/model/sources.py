@@ -76,9 +76,8 @@ def _fetch_from_hub(repository: str, key: str) -> Path:
 
     try:
         return Path(snapshot_download(repository, allow_patterns=list(FILE_PATTERNS)))
-    except (
-        Exception
-    ) as error:  # the hub client raises many unrelated types; each means the same to the user
+    except Exception as error:
+        # The hub client raises many unrelated types; each means the same to the user.
         raise CheckpointError(
             f"{key}: {repository!r} is no local folder, and the Hub did not serve it "
             f"({cause_of(error)}); give a folder or check the network and HF_TOKEN"
@@ -296,9 +295,8 @@ class TensorFiles:
                     if file.suffix == ".safetensors"
                     else _list_pytorch(file)
                 )
-            except (
-                Exception
-            ) as error:  # torch, pickle, zip and safetensors errors alike: the file is not usable
+            except Exception as error:
+                # torch, pickle, zip and safetensors errors alike: the file is not usable.
                 raise CheckpointError(
                     f"{key}: cannot read {file} as a checkpoint ({cause_of(error)})"
                 ) from error

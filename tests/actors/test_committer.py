@@ -35,10 +35,10 @@ SCHEMA = output_schema(OutputSettings(path="out"), pa.schema([]))
 
 @pytest.fixture
 def folder(tmp_path: Path) -> OutputFolder:
-    found = OutputFolder(str(tmp_path / "out"))
-    found.make()
-    hold(found)
-    return found
+    output = OutputFolder(str(tmp_path / "out"))
+    output.make()
+    hold(output)
+    return output
 
 
 def committer(
@@ -192,11 +192,11 @@ def test_the_index_repeats_the_footers_and_may_be_lost(folder: OutputFolder) -> 
     for row in range(FILES_PER_INDEX + 3):
         writer.take(block("a", 2 * row))
     assert len(folder.names("_run/index")) == 1
-    told = OutputLog(folder).commits()
+    from_index = OutputLog(folder).commits()
     folder.remove(folder.names("_run/index")[0])
     from_footers = OutputLog(folder).commits()
-    assert [c.as_dict() for c in told] == [c.as_dict() for c in from_footers]
-    assert len(done_rows(told)["a"]) == FILES_PER_INDEX + 3
+    assert [c.as_dict() for c in from_index] == [c.as_dict() for c in from_footers]
+    assert len(done_rows(from_index)["a"]) == FILES_PER_INDEX + 3
 
 
 def test_a_row_in_two_files_and_a_file_of_somebody_else_are_errors(folder: OutputFolder) -> None:
@@ -223,13 +223,13 @@ def test_a_run_in_which_most_rows_fail_ends_and_names_the_commonest_error(
     assert writer.failure() is None
     with pytest.raises(TooManyErrorsError) as caught:
         writer.take(block("a", 10, error="prompt_missing: column 'prompt' is null"))
-    told = str(caught.value)
-    assert told.startswith(
+    message = str(caught.value)
+    assert message.startswith(
         "errors.max_fraction: 6 of 11 rows failed, 55%, 5 of them with image_decode (such as: "
         "image_decode: "
     )
-    assert "--fresh" in told
-    assert str(writer.failure()) == told
+    assert "--fresh" in message
+    assert str(writer.failure()) == message
     # What was answered until then is not lost, and nothing more is taken.
     assert len(ids(folder)) == 11
     with pytest.raises(TooManyErrorsError):
@@ -317,14 +317,14 @@ def parts(
     texts = [f"{row} {name}" for (row, _), name in zip(pairs, names, strict=True)]
     errors = ["image_fetch: no" if pair == failing else None for pair in pairs]
     ids = [f"{shard}#{row}/{name}" for (row, _), name in zip(pairs, names, strict=True)]
-    own = {
+    columns = {
         "id": ids,
         "text": texts,
         "error": errors,
         "prompt_tokens": [7] * len(pairs),
         PROMPT_NAME: names,
     }
-    for name, values in own.items():
+    for name, values in columns.items():
         at = answered.schema.get_field_index(name)
         answered = answered.set_column(
             at, answered.schema.field(name), pa.array(values, answered.schema.field(name).type)
@@ -385,6 +385,6 @@ def test_a_row_of_several_prompts_is_done_once_all_are_answered(
                 assert rows[f"a#{row}"]["status"] == ("error" if order[0][0] == row else "ok")
         commits = OutputLog(folder).commits()
         assert done_rows(commits)["a"].intervals == RowSet.of_rows(done).intervals
-        assert sum(len(own) for commit in commits for own in commit.retry.values()) == (
+        assert sum(len(row_set) for commit in commits for row_set in commit.retry.values()) == (
             order[0][0] in done
         )

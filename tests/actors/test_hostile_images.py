@@ -227,9 +227,9 @@ def decoded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, fl
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no decoder complains aloud
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(told) == len(list(folder.iterdir()))
-    return {name: (outcome, seconds, memory) for name, outcome, seconds, memory in told}
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(records) == len(list(folder.iterdir()))
+    return {name: (outcome, seconds, memory) for name, outcome, seconds, memory in records}
 
 
 def test_hostile_files_end_as_a_picture_or_a_coded_error_soon_and_in_little_memory(

@@ -66,8 +66,8 @@ def document() -> list[str]:
 def test_every_metric_is_told_and_documented() -> None:
     engines = EngineCounts(prefill_pairs=1, decode_pairs=1)
     snapshot = Snapshot(RowCounts(rows=1), engines, {"r": REPLICA})
-    told = [(metric, tuple(labels)) for metric, labels, _ in snapshot.series()]
-    assert set(told) == {(metric, metric.labels) for metric in METRICS}
+    series = [(metric, tuple(labels)) for metric, labels, _ in snapshot.series()]
+    assert set(series) == {(metric, metric.labels) for metric in METRICS}
     listed = [line for line in document() if line.startswith("| `awaker_")]
     assert listed == [
         f"| `{metric.name}` | {metric.kind} | {', '.join(f'`{one}`' for one in metric.labels)} | "

@@ -193,12 +193,12 @@ def prepare(
             **columns,
         }
     )
-    own = [
+    entries = [
         {name: row.get(name.removeprefix(OWN_PREFIX)) for name in READ_SCHEMA.names} for row in rows
     ]
-    for row in own:
+    for row in entries:
         row[REFERENCES] = row[REFERENCES] or (row[IMAGES] and [None] * len(row[IMAGES]))
-    table = pa.Table.from_pylist(own, schema=READ_SCHEMA).append_column(
+    table = pa.Table.from_pylist(entries, schema=READ_SCHEMA).append_column(
         "row", pa.array(range(len(rows)))
     )
     tables = list(

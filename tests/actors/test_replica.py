@@ -97,8 +97,8 @@ def test_a_gpu_that_does_not_say_how_busy_it_is_is_told_without(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 93)
-    told = process_gauges(gpu)
-    assert (told.gpu_use, told.gpu_memory, told.gpu_memory_total) == (
+    gauges = process_gauges(gpu)
+    assert (gauges.gpu_use, gauges.gpu_memory, gauges.gpu_memory_total) == (
         0.93,
         5 << 30,
         8 << 30,
@@ -108,7 +108,7 @@ def test_a_gpu_that_does_not_say_how_busy_it_is_is_told_without(
         raise RuntimeError("not supported")
 
     monkeypatch.setattr(torch.cuda, "utilization", unknown)
-    told = process_gauges(gpu)
-    assert told.gpu_memory == 5 << 30
-    assert told.gpu_use is None
+    gauges = process_gauges(gpu)
+    assert gauges.gpu_memory == 5 << 30
+    assert gauges.gpu_use is None
     assert process_gauges(torch.device("cpu")).as_dict().keys() == {"memory"}

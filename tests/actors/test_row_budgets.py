@@ -36,10 +36,10 @@ def job(golden: Path, **images: Any) -> JobSettings:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    own = [
+    entries = [
         {name: row.get(name.removeprefix("awaker:")) for name in READ_SCHEMA.names} for row in rows
     ]
-    made = pa.Table.from_pylist(own, schema=READ_SCHEMA)
+    made = pa.Table.from_pylist(entries, schema=READ_SCHEMA)
     count = len(rows)
     for name, values in {
         SHARD: ["s"] * count,
@@ -109,15 +109,15 @@ def test_a_row_that_asks_for_too_much_is_an_error_that_names_the_setting(golden:
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
     """The pictures in full size, as they are decoded."""
-    found: list[Image.Image] = []
+    pictures: list[Image.Image] = []
     original = decoder_module.decode_image
 
     def noted(*arguments: Any) -> Image.Image:
-        found.append(original(*arguments))
-        return found[-1]
+        pictures.append(original(*arguments))
+        return pictures[-1]
 
     monkeypatch.setattr(decoder_module, "decode_image", noted)
-    return found
+    return pictures
 
 
 def test_images_that_do_not_fit_are_told_before_any_is_decoded(
@@ -199,15 +199,15 @@ def test_what_is_under_way_counts_as_much_as_it_may_become(noted: type[Noted]) -
 class Asked:
     """A monitor that this process asks."""
 
-    def __init__(self, monitor: Monitor, told: list[Any]) -> None:
-        self._monitor, self._told = monitor, told
+    def __init__(self, monitor: Monitor, asked: list[Any]) -> None:
+        self._monitor, self._asked = monitor, asked
 
     def __getattr__(self, name: str) -> Any:
         class Method:
             @staticmethod
             def remote(*arguments: Any) -> Any:
                 if name == "hand":
-                    self._told.append(arguments[2][0][1])
+                    self._asked.append(arguments[2][0][1])
                 return getattr(self._monitor, name)(*arguments)
 
         return Method
@@ -220,13 +220,13 @@ def test_after_a_death_only_the_row_in_hand_is_fetched_for(
 
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     noted.sizes = {str(n): 10 for n in range(4)}
-    monitor, told = Monitor(), []
-    noted.asked = told
+    monitor, asked = Monitor(), []
+    noted.asked = asked
     columns = Columns("id", None, "pictures", "prompt", None)
     rows = table([naming(str(n)) for n in range(4)])
     monitor.begin("prepare", ("s", 0, ""))  # whoever began it is dead
-    list(Preparer(job(golden), columns, False, Asked(monitor, told))(rows))
-    assert [entry if isinstance(entry, int) else entry[0] for entry in told] == [
+    list(Preparer(job(golden), columns, False, Asked(monitor, asked))(rows))
+    assert [entry if isinstance(entry, int) else entry[0] for entry in asked] == [
         0,
         "0",
         1,

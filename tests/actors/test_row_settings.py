@@ -96,7 +96,7 @@ def test_a_line_is_answered_as_by_a_job_with_its_settings(tmp_path: Path) -> Non
 
     def job(**generation: Any) -> JobSettings:
         model = {"base": str(base), "adapter": str(adapter), "dtype": "float32", "device": "cpu"}
-        own = {
+        defaults = {
             "max_new_tokens": 8,
             "temperature": 0.0,
             "top_k": 0,
@@ -109,7 +109,7 @@ def test_a_line_is_answered_as_by_a_job_with_its_settings(tmp_path: Path) -> Non
             "output": {"path": str(tmp_path / "out")},
         }
         return JobSettings.model_validate(
-            {"model": model, "generation": {**own, **generation}, **paths}
+            {"model": model, "generation": {**defaults, **generation}, **paths}
         )
 
     rows = prepared(job())
@@ -131,7 +131,7 @@ def test_a_line_is_answered_as_by_a_job_with_its_settings(tmp_path: Path) -> Non
             return (
                 together,
                 alone,
-                await replica._answer([replace(rows[0], sampling=own) for own in stops]),
+                await replica._answer([replace(rows[0], sampling=sampling) for sampling in stops]),
             )
 
     together, alone, stopped = asyncio.run(run())
@@ -253,14 +253,14 @@ def test_a_plan_says_what_holds_for_lines(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(
         '{"top_k": 1, "temperature": 0.01, "top_p": 0.001, "do_sample": true}'
     )
-    told = rules_for_rows(GenerationSettings(max_new_tokens=64), tmp_path)
-    assert told.startswith(
+    line = rules_for_rows(GenerationSettings(max_new_tokens=64), tmp_path)
+    assert line.startswith(
         "of their own where lines have them (max_tokens, max_completion_tokens, temperature, top_p,"
     )
-    assert "at most 64 new tokens (generation.max_new_tokens)" in told
+    assert "at most 64 new tokens (generation.max_new_tokens)" in line
     assert (
         "the checkpoint's top_k 1 makes all of them greedy, generation.top_k=0 (and top_p=1) draws"
-        in told
+        in line
     )
     assert "greedy" not in rules_for_rows(GenerationSettings(top_k=0), tmp_path)
     assert GenerationSettings().to_sampling(tmp_path).with_own(

@@ -148,18 +148,18 @@ def test_replicas_lose_the_rows_that_kill_them_and_no_other(
     monitor = Monitor()
     answers: dict[str, Any] = {}
 
-    async def block(replica: MortalReplica, own: range) -> None:
-        places = [("a", number) for number in own]
-        results = await replica._answer_watched([rows[number] for number in own], places)
+    async def block(replica: MortalReplica, numbers: range) -> None:
+        places = [("a", number) for number in numbers]
+        results = await replica._answer_watched([rows[number] for number in numbers], places)
         answers.update(
-            (rows[number].id, result) for number, result in zip(own, results, strict=True)
+            (rows[number].id, result) for number, result in zip(numbers, results, strict=True)
         )
         monitor.end("generate", places[0])
 
     async def life() -> None:
         replica = MortalReplica({str(number) for number in deadly}, monitor)
-        todo = [own for own in blocks if rows[own[0]].id not in answers][:at_once]
-        await asyncio.gather(*(block(replica, own) for own in todo))
+        todo = [numbers for numbers in blocks if rows[numbers[0]].id not in answers][:at_once]
+        await asyncio.gather(*(block(replica, numbers) for numbers in todo))
 
     deaths = 0
     while len(answers) < len(rows):

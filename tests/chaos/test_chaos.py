@@ -117,7 +117,7 @@ class Nodes:
 
     def workers(self) -> list[psutil.Process]:
         """The processes in which this cluster's tasks and actors run."""
-        found = []
+        running = []
         for node in (self.cluster.head_node, *self.mortal):
             for part in node.all_processes.get("raylet", []):
                 with suppress(psutil.NoSuchProcess):
@@ -125,12 +125,12 @@ class Nodes:
                     # A node's agents are no workers: a node whose agent dies goes with it, the
                     # head's and its drivers too.
                     titles = {process: _title(process) for process in children}
-                    found += [
+                    running += [
                         one
                         for one, title in titles.items()
                         if title.startswith("ray::") and "Agent" not in title
                     ]
-        return found
+        return running
 
 
 def _title(process: psutil.Process) -> str:
@@ -141,9 +141,9 @@ def _title(process: psutil.Process) -> str:
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    found = Nodes()
-    yield found
-    found.cluster.shutdown()
+    machines = Nodes()
+    yield machines
+    machines.cluster.shutdown()
 
 
 def drive(job: dict[str, Any], nodes: Nodes, log: Path) -> subprocess.Popen[bytes]:

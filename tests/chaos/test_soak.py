@@ -99,11 +99,11 @@ class MemoryWatch(threading.Thread):
 def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[tuple[float, int, float | None]] = []
+    updates: list[tuple[float, int, float | None]] = []
     shown = LogDisplay.update
 
     def update(display: LogDisplay, snapshot: Snapshot, pace: Pace) -> None:
-        told.append((time.monotonic(), snapshot.counts.rows, pace.seconds_left))
+        updates.append((time.monotonic(), snapshot.counts.rows, pace.seconds_left))
         shown(display, snapshot, pace)
 
     monkeypatch.setattr(LogDisplay, "update", update)
@@ -155,7 +155,7 @@ def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
         if last > second * (1 + GROWTH_SHARE) + GROWTH_BYTES:
             grown[kind] = (second, last)
     worst = 0.0
-    for at, done, left in told:
+    for at, done, left in updates:
         if done >= total / 10 and ended - at > 60:
             assert left is not None
             worst = max(worst, abs(left - (ended - at)) / (ended - at))

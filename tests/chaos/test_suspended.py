@@ -78,8 +78,8 @@ def drive(job: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
 
 def processes_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
     try:
-        own = psutil.Process(driver.pid)
-        return [own, *own.children(recursive=True)]
+        process = psutil.Process(driver.pid)
+        return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
 
@@ -146,7 +146,7 @@ def test_whoever_wakes_up_late_doubles_nothing(
         send(stopped, signal.SIGCONT)
     with suppress(subprocess.TimeoutExpired):
         first.wait(ENDS_WITHIN)
-    told = (tmp_path / "first.log").read_text()
+    log = (tmp_path / "first.log").read_text()
     send(processes_of(first), signal.SIGKILL)
     first.wait()
     print(
@@ -156,9 +156,9 @@ def test_whoever_wakes_up_late_doubles_nothing(
         file=sys.stderr,
         flush=True,
     )
-    found = answers(folder)
-    assert sorted(row["id"] for row in found) == sorted(expected), f"seed {SEED}, round {round_}"
-    for row in found:
+    rows = answers(folder)
+    assert sorted(row["id"] for row in rows) == sorted(expected), f"seed {SEED}, round {round_}"
+    for row in rows:
         assert {name: row[name] for name in expected[row["id"]]} == expected[row["id"]]
     verdict = verify(folder)
     assert (verdict.rows, verdict.missing, verdict.problems, verdict.superseded) == (
@@ -168,4 +168,4 @@ def test_whoever_wakes_up_late_doubles_nothing(
         (),
     )
     if before < ROWS:  # it was not over when it fell asleep
-        assert first.returncode in (2, -signal.SIGKILL), told[-3000:]
+        assert first.returncode in (2, -signal.SIGKILL), log[-3000:]

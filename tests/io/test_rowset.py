@@ -30,11 +30,11 @@ def test_rows_are_those_of_a_set(a: set[int], b: set[int]) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=6))
 def test_intervals_may_touch_and_overlap(intervals: list[tuple[int, int]]) -> None:
-    found = RowSet.of_intervals(intervals)
-    assert list(found) == sorted(
+    rows = RowSet.of_intervals(intervals)
+    assert list(rows) == sorted(
         {row for first, behind in intervals for row in range(first, behind)}
     )
-    assert all(b < c for (_, b), (c, _) in zip(found.intervals, found.intervals[1:], strict=False))
+    assert all(b < c for (_, b), (c, _) in zip(rows.intervals, rows.intervals[1:], strict=False))
 
 
 @given(ROWS, st.integers(-2, 33), st.integers(-2, 33))

@@ -121,10 +121,10 @@ def answered_here(task: Task, assignments: dict[str, Any]) -> dict[str, dict[str
             if isinstance(row, ReadyRow)
         ]
         answers = iter(engine.generate(requests))
-    found: dict[str, dict[str, Any]] = {}
+    expected: dict[str, dict[str, Any]] = {}
     for row in rows:
         answer = next(answers) if isinstance(row, ReadyRow) else None
-        found[row.id] = {
+        expected[row.id] = {
             "prompt": row.prompt,
             "text": answer and answer.text,
             "status": "ok" if answer else "error",
@@ -134,7 +134,7 @@ def answered_here(task: Task, assignments: dict[str, Any]) -> dict[str, dict[str
             "visual_tokens": answer and answer.visual_tokens,
             "new_tokens": answer and len(answer.token_ids),
         }
-    return found
+    return expected
 
 
 def released_model(golden: Path) -> dict[str, Any]:

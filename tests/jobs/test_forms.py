@@ -28,8 +28,10 @@ def test_a_folder_of_image_files_with_a_broken_table_is_answered_as_far_as_it_go
     lines = []
     for number, row in enumerate(good.values()):
         (folder / f"{number}.png").write_bytes(row["images"][0])
-        told = {"file_name": f"{number}.png", "prompt": row["prompt"], "id": row["id"]}
-        lines.append(json.dumps({**told, "hash": 2**63 + number, "tags": "a" if number else ["a"]}))
+        fields = {"file_name": f"{number}.png", "prompt": row["prompt"], "id": row["id"]}
+        lines.append(
+            json.dumps({**fields, "hash": 2**63 + number, "tags": "a" if number else ["a"]})
+        )
     lines[1:1] = [
         "{broken",
         json.dumps({"file_name": "gone.png", "prompt": "What?", "id": "gone"}),

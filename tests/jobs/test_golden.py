@@ -138,12 +138,12 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
     codes = {"image_decode": 2, "prompt_missing": 2, "image_missing": 2, "image_forbidden": 1}
     codes |= {"prompt_too_long": 1, "prompt_invalid": 1}
     assert dict(summary.written.errors) == codes
-    told = json.loads((tmp_path / "out/_run/summary.json").read_text())
-    assert (told["rows"], told["ok"], told["errors"]) == (19, 10, codes)
-    assert told["new_tokens"] == sum(len(row["token_ids"]) for row in good.values())
-    assert told["images"] == sum(len(row["images"]) for row in good.values())
-    assert told["images_per_second"] > 0
-    assert set(told["agreement"]) >= {"prefill", "prefill_in_order", "decode", "decode_in_order"}
+    record = json.loads((tmp_path / "out/_run/summary.json").read_text())
+    assert (record["rows"], record["ok"], record["errors"]) == (19, 10, codes)
+    assert record["new_tokens"] == sum(len(row["token_ids"]) for row in good.values())
+    assert record["images"] == sum(len(row["images"]) for row in good.values())
+    assert record["images_per_second"] > 0
+    assert set(record["agreement"]) >= {"prefill", "prefill_in_order", "decode", "decode_in_order"}
 
     # Many blocks, few files, and any Parquet reader takes the folder as it is.
     files = sorted(path.name for path in (tmp_path / "out").iterdir())

@@ -86,8 +86,8 @@ def test_chats_on_s3_are_answered_as_released_into_s3(
     )
 
     assert len(pd.read_parquet("bucket/answers", filesystem=storage)) == 11
-    told = json.loads(storage.cat_file("bucket/answers/_run/summary.json"))
-    assert (told["rows"], told["ok"], told["files"]) == (11, 10, 1)
+    record = json.loads(storage.cat_file("bucket/answers/_run/summary.json"))
+    assert (record["rows"], record["ok"], record["files"]) == (11, 10, 1)
 
     files = storage.glob("bucket/answers/*.parquet")
     assert (

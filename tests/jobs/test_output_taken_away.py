@@ -76,7 +76,7 @@ def full(disk: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "message"),
     [
         (deleted, "is no longer this run's: its lock is gone; was it deleted while the job ran?"),
         (read_only, "Read-only file system"),
@@ -85,7 +85,7 @@ def full(disk: Path) -> None:
 )
 @pytest.mark.slow
 def test_an_output_that_is_taken_away_ends_the_job_in_one_line(
-    what: Any, told: str, job: dict[str, Any], disk: Path, ray_cluster: RayCluster
+    what: Any, message: str, job: dict[str, Any], disk: Path, ray_cluster: RayCluster
 ) -> None:
     out = disk / "out"
 
@@ -101,7 +101,7 @@ def test_an_output_that_is_taken_away_ends_the_job_in_one_line(
         run_on_cluster("vqa", job)
     thread.join()
     assert str(caught.value).startswith("output.path: ")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     if what is deleted:
         assert not list(out.glob("*.parquet"))

@@ -36,13 +36,15 @@ def job(golden: Path, tmp_path: Path) -> dict[str, Any]:
     """Settings of a job over two shards of golden rows."""
     rows = expected_rows(golden)
     for shard in range(2):
-        own = range(shard * TIMES // 2, (shard + 1) * TIMES // 2)
+        turns = range(shard * TIMES // 2, (shard + 1) * TIMES // 2)
         columns = {
-            "id": [f"{turn}/{row['id']}" for turn in own for row in rows],
-            "prompt": [row["prompt"] for _ in own for row in rows],
-            "images": pa.array([row["images"] for _ in own for row in rows], pa.list_(pa.binary())),
+            "id": [f"{turn}/{row['id']}" for turn in turns for row in rows],
+            "prompt": [row["prompt"] for _ in turns for row in rows],
+            "images": pa.array(
+                [row["images"] for _ in turns for row in rows], pa.list_(pa.binary())
+            ),
         }
-        write_shard(tmp_path / f"in/{shard}.parquet", columns, [len(rows)] * len(own))
+        write_shard(tmp_path / f"in/{shard}.parquet", columns, [len(rows)] * len(turns))
     return {
         **released_model(golden),
         "input.path": tmp_path / "in",
@@ -91,10 +93,10 @@ def test_a_killed_job_goes_on_where_it_stopped(
         with subprocess.Popen(command, cwd=ROOT, **quiet) as run:
             while run.poll() is None and len(written(tmp_path / "out")) <= len(kept):
                 time.sleep(0.01)
-            told = time.monotonic()
+            signalled_at = time.monotonic()
             run.send_signal(sent)
             assert run.wait(60) == (143 if sent == signal.SIGTERM else -signal.SIGKILL)
-        assert time.monotonic() - told < 60
+        assert time.monotonic() - signalled_at < 60
         assert written(tmp_path / "out").items() >= kept.items()
         kept = written(tmp_path / "out")
         assert 0 < rows_in(tmp_path / "out") < len(expected)

@@ -45,12 +45,12 @@ def test_two_jobs_share_a_cluster_and_neither_touches_the_others_rows(
             )
         )
     try:
-        told = [job.communicate(timeout=1.5 * TIMEOUT)[0] for job in jobs]
+        logs = [job.communicate(timeout=1.5 * TIMEOUT)[0] for job in jobs]
     finally:
         for job in jobs:
             job.kill()
             job.wait()
-    for name, job, text in zip(("a", "b"), jobs, told, strict=True):
+    for name, job, text in zip(("a", "b"), jobs, logs, strict=True):
         assert job.returncode == 0, text[-3000:]
         answers = results(tmp_path / f"out-{name}")
         assert sorted(answers) == sorted(f"{name}{number}" for number in range(40))

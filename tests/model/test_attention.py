@@ -52,7 +52,7 @@ def test_chunks_and_single_tokens_equal_whole_attention(cuts: list[list[int]], s
     are decode steps.
     """
     draw = torch.Generator().manual_seed(seed)
-    lengths = [sum(own) for own in cuts]
+    lengths = [sum(cut) for cut in cuts]
     tensors = [
         [torch.randn(n, heads, DIM, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         for n in lengths
@@ -65,10 +65,10 @@ def test_chunks_and_single_tokens_equal_whole_attention(cuts: list[list[int]], s
     )
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
-    found: list[list[torch.Tensor]] = [[] for _ in cuts]
+    outputs: list[list[torch.Tensor]] = [[] for _ in cuts]
     done = [0] * len(cuts)
     for turn in range(max(map(len, cuts))):
-        here = [i for i, own in enumerate(cuts) if turn < len(own)]
+        here = [i for i, cut in enumerate(cuts) if turn < len(cut)]
         chunked = [i for i in here if cuts[i][turn] > 1 or done[i] == 0]
         single = [i for i in here if i not in chunked]
         order = chunked + single
@@ -92,8 +92,8 @@ def test_chunks_and_single_tokens_equal_whole_attention(cuts: list[list[int]], s
         )
         q, k, v = (torch.cat([tensors[i][which][parts[i]] for i in order]) for which in range(3))
         out = attend(layout, 0, q, k, v).split([cuts[i][turn] for i in order])
-        for i, own in zip(order, out, strict=True):
-            found[i].append(own)
+        for i, output in zip(order, out, strict=True):
+            outputs[i].append(output)
             done[i] = parts[i].stop
-    for own, (q, k, v) in zip(found, tensors, strict=True):
-        torch.testing.assert_close(torch.cat(own), causal(q, k, v))
+    for pieces, (q, k, v) in zip(outputs, tensors, strict=True):
+        torch.testing.assert_close(torch.cat(pieces), causal(q, k, v))

@@ -43,8 +43,13 @@ def test_experts_and_rank_are_read_from_the_tensors(tmp_path: Path) -> None:
         base, adapter = write_random_checkpoint(
             tmp_path / str(experts), RandomShape(experts=experts, rank=rank), seed=0
         )
-        found = open_checkpoint(str(base), str(adapter), top_k=experts).shape.adapter
-        assert (found.experts, found.rank, found.top_k, found.scale) == (
+        adapter_shape = open_checkpoint(str(base), str(adapter), top_k=experts).shape.adapter
+        assert (
+            adapter_shape.experts,
+            adapter_shape.rank,
+            adapter_shape.top_k,
+            adapter_shape.scale,
+        ) == (
             experts,
             rank,
             experts,
@@ -180,8 +185,8 @@ def test_names_of_transformers_5_and_sharded_files_are_read(tmp_path: Path) -> N
     index.write_text(
         json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}})
     )
-    found = open_checkpoint(str(base), None).files.tensors
-    assert {n: i.shape for n, i in found.items()} == {n: i.shape for n, i in expected.items()}
+    entries = open_checkpoint(str(base), None).files.tensors
+    assert {n: i.shape for n, i in entries.items()} == {n: i.shape for n, i in expected.items()}
     (base / "model-1.safetensors").unlink()
     with pytest.raises(CheckpointError, match="lacks 1 files that its index names"):
         open_checkpoint(str(base), None)

@@ -24,9 +24,9 @@ def formula(
 ) -> torch.Tensor:
     """y = W x + sum of factor * B A x, one token and one expert at a time."""
     out = []
-    for token, own in zip(x, factors, strict=True):
+    for token, token_factors in zip(x, factors, strict=True):
         y = w @ token
-        for factor, down, up in zip(own, a, b, strict=True):
+        for factor, down, up in zip(token_factors, a, b, strict=True):
             y = y + factor * (up @ (down @ token))
         out.append(y)
     return torch.stack(out)
@@ -60,7 +60,7 @@ def test_every_strategy_is_exact(
         mixture = Mixture.of(torch.cat([*a, w]), torch.cat(b, dim=1), RANK, prepack=packed)
     assert mixture.dense.is_mkldnn == packed
     assert torch.equal(mixture.weight, w)
-    assert all(torch.equal(mixture.a(expert), own) for expert, own in enumerate(a))
+    assert all(torch.equal(mixture.a(expert), matrix) for expert, matrix in enumerate(a))
     tops = torch.randint(experts, (len(tokens), 1), generator=draw)
     weights = (
         torch.zeros(len(tokens), experts)

@@ -140,17 +140,17 @@ def test_a_copy_that_broke_off_is_never_taken_for_whole(bucket: type[Bucket]) ->
 
 def test_replicas_that_ask_at_once_copy_once(bucket: type[Bucket]) -> None:
     bucket.keys.update({"config.json": b"{}", "model.safetensors": b"weights"})
-    found: list[Path] = []
+    folders: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: found.append(localise("bucket://b/ckpt", "model.base")))
+        threading.Thread(target=lambda: folders.append(localise("bucket://b/ckpt", "model.base")))
         for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 1
-    assert len(found) == 4
+    assert len(set(folders)) == 1
+    assert len(folders) == 4
     assert len(bucket.copied) == 2
 
 
@@ -186,12 +186,12 @@ def test_a_checkpoint_that_changes_while_it_is_copied_is_no_mixture(
         CheckpointError, match=r"^model.base: 'bucket://ckpt' changed while it was copied; run"
     ):
         localise("bucket://ckpt", "model.base")
-    found = localise("bucket://ckpt", "model.base")
-    assert {file.name: file.read_bytes() for file in found.iterdir()} == {
+    folder = localise("bucket://ckpt", "model.base")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
         "a.json": b"two",
         "b.json": b"two",
     }
-    assert [path for path in found.parent.iterdir() if path.is_dir()] == [found]
+    assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
 
 
 def test_versions_that_nobody_used_for_long_go_when_another_is_copied(
@@ -270,9 +270,9 @@ def test_a_copy_elsewhere_on_a_shared_disk_is_not_torn(
 
     monkeypatch.setattr(Bucket, "get_file", another_machine_is_faster)
     monkeypatch.setattr("pipeline.model.sources.FileLock", lambda _: contextlib.nullcontext())
-    found = localise("bucket://ckpt", "model.base")
-    assert inner == [found]
-    assert [file.read_bytes() for file in found.iterdir()] == [b"one"]
+    folder = localise("bucket://ckpt", "model.base")
+    assert inner == [folder]
+    assert [file.read_bytes() for file in folder.iterdir()] == [b"one"]
 
 
 def test_weights_behind_http_that_changed_are_copied_anew_though_their_size_did_not(
@@ -382,8 +382,8 @@ def test_a_checkpoints_own_code_is_neither_run_nor_asked_about(
     for number, (file, changes) in enumerate(CHANGES):
         base = shutil.copytree(golden / "released/base", tmp_path / f"ckpt-{number}")
         (base / "evil.py").write_text(EVIL.format(mark=str(mark)))
-        told = json.loads((base / file).read_text()) if (base / file).exists() else {}
-        (base / file).write_text(json.dumps({**told, **changes}))
+        config = json.loads((base / file).read_text()) if (base / file).exists() else {}
+        (base / file).write_text(json.dumps({**config, **changes}))
         folders.append(str(base))
     done = subprocess.run(
         [sys.executable, "-c", LOADING, *folders],
@@ -433,9 +433,9 @@ def test_a_chat_template_that_fails_ends_the_job_before_it_starts(
 ) -> None:
     base = shutil.copytree(golden / "released/base", tmp_path / "ckpt")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        told = json.loads((base / name).read_text())
-        told["chat_template"] = template
-        (base / name).write_text(json.dumps(told))
+        config = json.loads((base / name).read_text())
+        config["chat_template"] = template
+        (base / name).write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"^model.base: ") as caught:
         PromptProcessor.from_settings(str(base), None, None)
     assert "\n" not in str(caught.value)

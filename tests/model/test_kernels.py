@@ -59,8 +59,8 @@ def test_add_rms_norm(kernels: ModuleType, dtype: torch.dtype, with_delta: bool)
         random(5, 60, dtype=dtype, seed=2)[:, 12:] if with_delta else None
     )  # strided, as experts leave it
     expected = plain(ops.add_rms_norm, x, delta, weight, 1e-6)
-    for found, right in zip(kernels.add_rms_norm(x, delta, weight, 1e-6), expected, strict=True):
-        torch.testing.assert_close(found.cpu(), right)
+    for result, right in zip(kernels.add_rms_norm(x, delta, weight, 1e-6), expected, strict=True):
+        torch.testing.assert_close(result.cpu(), right)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,9 +129,9 @@ def test_decode_attention(
     expected = attend_decode(q.cpu().float(), keys.cpu().float(), values.cpu().float(), layout)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_ENOUGH_PROGRAMS", programs)
-        found = kernels.decode_attention(q, keys, values, *places)
+        result = kernels.decode_attention(q, keys, values, *places)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(found.cpu().float(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(result.cpu().float(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="PyTorch's flash attention needs a GPU")
@@ -146,7 +146,7 @@ def test_flash_attention_reads_extents(causal: bool) -> None:
     def upload(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).cuda()
 
-    found = attend_sequences(
+    result = attend_sequences(
         q, keys, values, Sequences.pack(queries, starts, rows, upload), causal=causal
     )
     plain_q, plain_keys, plain_values = q.cpu().float(), keys.cpu().float(), values.cpu().float()
@@ -157,4 +157,4 @@ def test_flash_attention_reads_extents(causal: bool) -> None:
         Sequences.pack(queries, starts, rows, None),
         causal=causal,
     )
-    torch.testing.assert_close(found.cpu().float(), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(result.cpu().float(), expected, atol=2e-2, rtol=2e-2)

@@ -38,7 +38,7 @@ def cases(golden: Path, name: str) -> list[dict[str, np.ndarray]]:
     data = np.load(golden / "layers" / f"{name}.npz")
     config = json.loads((golden / "layers" / "config.json").read_text())
     image = patch = 0
-    found = []
+    requests = []
     for row in range(len(data["input_ids"])):
         padding = int((data["attention_mask"][row] == 0).sum())
         ids = data["input_ids"][row][padding:]
@@ -47,7 +47,7 @@ def cases(golden: Path, name: str) -> list[dict[str, np.ndarray]]:
             data["image_grid_thw"][image : image + images, 1:] if images else np.zeros((0, 2), int)
         )
         patches = int(grids.prod(1).sum())
-        found.append(
+        requests.append(
             {
                 "ids": ids,
                 "span": data["prompt_pos"][row] - padding,
@@ -63,7 +63,7 @@ def cases(golden: Path, name: str) -> list[dict[str, np.ndarray]]:
             }
         )
         image, patch = image + images, patch + patches
-    return found
+    return requests
 
 
 @pytest.mark.parametrize("name", ["text_only", "one_image", "two_images", "batch"])

@@ -130,14 +130,14 @@ def test_no_text_spells_a_control_token(pieces: list[str], pictures: int) -> Non
     """Neither in a part nor across parts, which the template puts side by side; and nothing of the
     text is lost.
     """
-    own = processor()
+    prompts = processor()
     messages = [{"role": "system", "content": pieces[-1]}, user(*[RED] * pictures, *pieces)]
-    prompt = own.prepare(messages)
-    control = {own.tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
-    found = [int(id_) for id_ in prompt.input_ids if int(id_) in control]
-    empty = own.prepare([{"role": "system", "content": ""}, user(*[RED] * pictures, "a")])
-    assert found == [int(id_) for id_ in empty.input_ids if int(id_) in control]
-    said = own.tokenizer.decode(prompt.input_ids.tolist())
+    prompt = prompts.prepare(messages)
+    control = {prompts.tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
+    control_ids = [int(id_) for id_ in prompt.input_ids if int(id_) in control]
+    empty = prompts.prepare([{"role": "system", "content": ""}, user(*[RED] * pictures, "a")])
+    assert control_ids == [int(id_) for id_ in empty.input_ids if int(id_) in control]
+    said = prompts.tokenizer.decode(prompt.input_ids.tolist())
     assert unicodedata.normalize("NFC", "".join(pieces)) in said
 
 
@@ -151,15 +151,15 @@ FORGED = (
 
 
 def test_a_forged_turn_is_text_and_moves_no_span() -> None:
-    own = processor()
-    prompt = own.prepare([user(FORGED)])
+    prompts = processor()
+    prompt = prompts.prepare([user(FORGED)])
     start, end = prompt.span
     ids = prompt.input_ids.tolist()
-    assert ids.count(own.special.im_start) == 3
-    assert ids.count(own.special.im_end) == 2
-    assert own.special.vision_start not in ids
-    assert start == ids.index(own.special.im_start, ids.index(own.special.im_end)) + 2
-    assert own.tokenizer.decode(ids[start:end]).endswith("\n" + FORGED)
+    assert ids.count(prompts.special.im_start) == 3
+    assert ids.count(prompts.special.im_end) == 2
+    assert prompts.special.vision_start not in ids
+    assert start == ids.index(prompts.special.im_start, ids.index(prompts.special.im_end)) + 2
+    assert prompts.tokenizer.decode(ids[start:end]).endswith("\n" + FORGED)
 
 
 def test_control_tokens_may_be_an_error_that_names_them() -> None:
@@ -183,13 +183,13 @@ def test_control_tokens_may_be_allowed_as_the_released_code_takes_them() -> None
 
 
 def test_an_image_placeholder_in_text_takes_no_image() -> None:
-    own = processor()
-    ids = own.prepare(
+    prompts = processor()
+    ids = prompts.prepare(
         [user("<|image_pad|>", RED, "<|vision_start|><|image_pad|>")]
     ).input_ids.tolist()
-    assert ids.count(own.special.image_pad) == 6
-    assert ids.count(own.special.vision_start) == 1
-    assert own.tokenizer.decode(ids).count("<|image_pad|>") == 8
+    assert ids.count(prompts.special.image_pad) == 6
+    assert ids.count(prompts.special.vision_start) == 1
+    assert prompts.tokenizer.decode(ids).count("<|image_pad|>") == 8
 
 
 @pytest.mark.parametrize(
@@ -205,16 +205,18 @@ def test_an_image_placeholder_in_text_takes_no_image() -> None:
 def test_what_cannot_fit_is_refused_before_it_is_tokenized(
     text: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = processor()
+    prompts = processor()
     tokenized: list[int] = []
     monkeypatch.setattr(
-        own, "_tokenized", lambda pieces, counts: tokenized.append(1) or np.zeros(80_032, np.int32)
+        prompts,
+        "_tokenized",
+        lambda pieces, counts: tokenized.append(1) or np.zeros(80_032, np.int32),
     )
     monkeypatch.setattr(module, "WINDOW", 4096)
     monkeypatch.setattr(module, "LONGEST_WORD", 1 << (15 if "有" in text else 17))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(RowError) as caught:
-        own.prepare([user(text)])
+        prompts.prepare([user(text)])
     assert caught.value.code == "prompt_too_long"
     assert caught.value.cause.startswith(says)
     assert "the model's context is 4096" in caught.value.cause

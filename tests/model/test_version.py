@@ -57,10 +57,10 @@ def test_another_version_is_refused_by_its_key_and_file(
     change(tmp_path / name)
     with pytest.raises(CheckpointError) as caught:
         as_planned(*model, planned, weights=True)
-    told = str(caught.value)
-    assert told.startswith(f"{key}: {tmp_path / name.split('/')[0]} holds another version on ")
-    assert Path(name).name in told
-    assert "\n" not in told
+    message = str(caught.value)
+    assert message.startswith(f"{key}: {tmp_path / name.split('/')[0]} holds another version on ")
+    assert Path(name).name in message
+    assert "\n" not in message
 
 
 def test_weights_of_a_plain_base_are_compared_by_whoever_loads_them(

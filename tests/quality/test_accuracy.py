@@ -23,13 +23,15 @@ RESULTS = pa.table(
 
 
 def test_an_answer_is_right_if_it_equals_the_truth_but_for_blanks_around() -> None:
-    found = Truth("answer", ("task",)).count(RESULTS)
-    assert found.asked == Counter(
+    accuracy = Truth("answer", ("task",)).count(RESULTS)
+    assert accuracy.asked == Counter(
         {("colour",): 2, ("counting",): 1, ("yes/no",): 1}
     )  # a row without truth is not asked
-    assert found.right == Counter({("colour",): 1, ("counting",): 1})  # an error row is not right
-    assert found.share(("colour",)) == 0.5
-    assert found.share(("yes/no",)) == 0
+    assert accuracy.right == Counter(
+        {("colour",): 1, ("counting",): 1}
+    )  # an error row is not right
+    assert accuracy.share(("colour",)) == 0.5
+    assert accuracy.share(("yes/no",)) == 0
 
 
 def test_counts_add_up_over_files_and_without_groups() -> None:

@@ -172,9 +172,9 @@ _few = st.lists(st.integers(0, 3), min_size=1, max_size=200)
 def test_only_loops_are_found(tokens: list[int]) -> None:
     def loops(period: int) -> bool:
         needed = max(LOOP_TOKENS, LOOP_ROUNDS * period)
-        own = tokens[-needed:]
-        return len(own) == needed and all(
-            own[at] == own[at - period] for at in range(period, needed)
+        tail = tokens[-needed:]
+        return len(tail) == needed and all(
+            tail[at] == tail[at - period] for at in range(period, needed)
         )
 
     assert ends_in_loop(tokens) == any(map(loops, range(1, LONGEST_PERIOD + 1)))

@@ -63,9 +63,9 @@ def lines(results: OutputFolder, folder: Path, form: Form) -> list[dict[str, Any
 
 
 def test_lines_say_what_the_parquet_says(results: OutputFolder, tmp_path: Path) -> None:
-    told = lines(results, tmp_path / "lines", "jsonl")
+    written = lines(results, tmp_path / "lines", "jsonl")
     assert [
-        {name: row[name] for name in given} for row, given in zip(told, ROWS, strict=True)
+        {name: row[name] for name in given} for row, given in zip(written, ROWS, strict=True)
     ] == ROWS
 
 
@@ -117,13 +117,13 @@ def test_a_webdataset_gets_tars_of_the_same_keys_in_the_same_order(
     )
     log = OutputLog(results, hold(results))
     schema = output_schema(OutputSettings(path="o"), pa.schema([]))
-    for number, own in enumerate(rows):
-        keys = [f"{url[11:-4]}/{row:03d}" for url in sorted(own) for row in own[url]]
-        told = [
+    for number, part in enumerate(rows):
+        keys = [f"{url[11:-4]}/{row:03d}" for url in sorted(part) for row in part[url]]
+        answers = [
             {"id": key, "text": None if key == "train/01/001" else f"says {key}"} for key in keys
         ]
-        log.commit(pa.Table.from_pylist(told, schema), own, None)
-        assert len(told) == (4, 3)[number]
+        log.commit(pa.Table.from_pylist(answers, schema), part, None)
+        assert len(answers) == (4, 3)[number]
 
     target = OutputFolder(str(tmp_path / "beside"))
     assert [Path(url).relative_to(target.url) for url in export(results, target, "webdataset")] == [
@@ -186,8 +186,8 @@ def test_ids_are_no_paths_in_a_tar(tmp_path: Path) -> None:
     where.write_bytes(_tar({"id": id_, "text": "says"} for id_ in HOSTILE))
     with tarfile.open(where) as tar:
         tar.extractall(tmp_path / "in/out")  # without a filter, as Python 3.11 does
-        told = {json.load(tar.extractfile(m))["id"] for m in tar if m.name.endswith(".json")}  # type: ignore[arg-type]
-    assert told == set(HOSTILE)
+        ids = {json.load(tar.extractfile(m))["id"] for m in tar if m.name.endswith(".json")}  # type: ignore[arg-type]
+    assert ids == set(HOSTILE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["answers.tar", "out"]
 
@@ -207,8 +207,8 @@ def test_a_line_is_one_line_of_json_to_every_reader() -> None:
     line = as_json(row)
     assert len(line.splitlines()) == 1
     assert "两" in line
-    told = json.loads(line, parse_constant=lambda name: pytest.fail(name))
-    assert told == {**row, "n": None, "l": [1.5, None], "s": {"x": None}}
+    fields = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert fields == {**row, "n": None, "l": [1.5, None], "s": {"x": None}}
 
 
 def test_a_damaged_result_and_a_full_disk_are_one_line(

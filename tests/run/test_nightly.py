@@ -154,8 +154,8 @@ def test_nights_over_a_growing_input(
     shard("a.parquet", "one", "two")
     assert run(night) == 1
     success = tmp_path / "out/date=2026-11-23/_SUCCESS"
-    told = json.loads(success.read_text())
-    assert (told["rows"], told["ok"], told["shards"]) == (2, 2, 1)
+    record = json.loads(success.read_text())
+    assert (record["rows"], record["ok"], record["shards"]) == (2, 2, 1)
     assert run(night) == 0  # nothing is new
     shard("b.parquet", "three")
     assert run(night) == 1  # it came late, on the same day

@@ -230,14 +230,14 @@ def summary() -> Summary:
 
 
 def test_the_summary_counts_rows_errors_images_and_tokens(summary: Summary) -> None:
-    told = summary.as_dict()
-    assert (told["rows"], told["ok"], told["errors"]) == (
+    record = summary.as_dict()
+    assert (record["rows"], record["ok"], record["errors"]) == (
         1200,
         1000,
         {"image_decode": 150, "prompt_missing": 50},
     )
-    assert (told["images_per_second"], told["new_tokens_per_second"]) == (10, 240)
-    assert told["agreement"] == {
+    assert (record["images_per_second"], record["new_tokens_per_second"]) == (10, 240)
+    assert record["agreement"] == {
         "prefill": 0.75,
         "prefill_in_order": 0.5,
         "decode": 0.875,

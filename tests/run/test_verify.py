@@ -27,14 +27,14 @@ from tests.io.output.epochs import hold
 @pytest.fixture
 def folder(tmp_path: Path) -> OutputFolder:
     """An output of which rows 0 to 5 of seven are answered, in two files."""
-    found = OutputFolder(str(tmp_path / "out"))
-    found.make()
-    Manifest("vqa", {}, {}, {"a": (1, "v", 7)}, "0").save(found)
-    log = OutputLog(found, hold(found))
+    output = OutputFolder(str(tmp_path / "out"))
+    output.make()
+    Manifest("vqa", {}, {}, {"a": (1, "v", 7)}, "0").save(output)
+    log = OutputLog(output, hold(output))
     log.accept()
     for rows in ((0, 1, 2), (3, 4, 5)):
         log.commit(block("a", *rows), {"a": RowSet.of_rows(rows)}, None)
-    return found
+    return output
 
 
 def answer(folder: OutputFolder, *rows: int) -> str:
@@ -46,8 +46,13 @@ def answer(folder: OutputFolder, *rows: int) -> str:
 def test_an_output_that_is_finished_has_every_row_once(
     folder: OutputFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = verify(folder)
-    assert (found.rows, found.planned, found.missing, found.problems) == (6, 7, {"a": 1}, ())
+    verdict = verify(folder)
+    assert (verdict.rows, verdict.planned, verdict.missing, verdict.problems) == (
+        6,
+        7,
+        {"a": 1},
+        (),
+    )
     assert run("verify", ["--set", f"output.path={folder.url}"]) == 2
     assert "is not finished: 1 rows are missing; run the job again" in capsys.readouterr().err
     answer(folder, 6)
@@ -61,9 +66,9 @@ def test_what_does_not_count_is_named_and_removed_where_that_is_asked(folder: Ou
     answer(folder, 6)
     name = f"part-{late.name}-00000.parquet"
     folder.write(name, folder.read(sorted(folder.sizes())[0]))
-    found = verify(folder)
-    assert (found.superseded, found.problems, found.rows) == ((name,), (), 7)
-    assert f"superseded  {name}" in found.lines()[1]
+    verdict = verify(folder)
+    assert (verdict.superseded, verdict.problems, verdict.rows) == ((name,), (), 7)
+    assert f"superseded  {name}" in verdict.lines()[1]
     verify(folder, remove_superseded=True)
     assert name not in folder.sizes()
 
@@ -72,8 +77,8 @@ def test_rows_that_stand_twice_were_never_planned_or_are_not_there_are_problems(
     folder: OutputFolder,
 ) -> None:
     again = answer(folder, 5, 6, 7)
-    told = verify(folder).problems
-    assert told == (
+    problems = verify(folder).problems
+    assert problems == (
         f"1 rows of a in {again} stand in an earlier file, too",
         "1 rows of a are answered that were never planned",
     )
@@ -92,11 +97,11 @@ def test_files_that_are_torn_or_not_ours_are_problems(
     folder.write(second, folder.read(second)[:-20])
     folder.write("other.parquet", b"somebody's")
     folder.write("copy.parquet", data)
-    told = {line.partition(" ")[0]: line for line in verify(folder).problems}
-    assert told.keys() == {first, second, "other.parquet", f"{folder.url}/copy.parquet"}
-    assert "cannot be read whole" in told[first]
-    assert "no readable Parquet footer of ours" in told[second]
-    assert f"is a copy of {first}" in told[f"{folder.url}/copy.parquet"]
+    problems = {line.partition(" ")[0]: line for line in verify(folder).problems}
+    assert problems.keys() == {first, second, "other.parquet", f"{folder.url}/copy.parquet"}
+    assert "cannot be read whole" in problems[first]
+    assert "no readable Parquet footer of ours" in problems[second]
+    assert f"is a copy of {first}" in problems[f"{folder.url}/copy.parquet"]
     assert run("verify", ["--set", f"output.path={folder.url}"]) == 2
     shown = capsys.readouterr()
     assert "has 4 problems: " in shown.err
@@ -115,8 +120,8 @@ def test_a_damaged_manifest_is_named(
 
 
 def test_a_manifest_of_a_later_version_is_read(folder: OutputFolder) -> None:
-    told = json.loads(folder.read(OutputLayout.MANIFEST))
-    folder.write(OutputLayout.MANIFEST, json.dumps({**told, "added_later": 1}).encode())
+    fields = json.loads(folder.read(OutputLayout.MANIFEST))
+    folder.write(OutputLayout.MANIFEST, json.dumps({**fields, "added_later": 1}).encode())
     assert Manifest.of_output(folder).shards == {"a": (1, "v", 7)}
 
 

@@ -18,8 +18,10 @@ THINGS = [RED_CIRCLE, BLUE_SQUARE, GREEN_K]
 
 
 def questions(task: str, language: str, things: list[Thing], count: int = 200) -> list[Question]:
-    found = [ask(task, language, things, (112, 112), random.Random(seed)) for seed in range(count)]
-    return [q for q in found if q is not None]
+    candidates = [
+        ask(task, language, things, (112, 112), random.Random(seed)) for seed in range(count)
+    ]
+    return [q for q in candidates if q is not None]
 
 
 def test_captions_name_everything_in_reading_order() -> None:
@@ -94,9 +96,9 @@ def test_positions_compare_centres() -> None:
 
 
 def test_positions_in_the_image_compare_with_its_middle() -> None:
-    found = questions("position", "en", [RED_CIRCLE])
-    assert {q.answer for q in found} == {"left", "above"}
-    assert all("the red circle" in q.prompt and "the image" in q.prompt for q in found)
+    asked = questions("position", "en", [RED_CIRCLE])
+    assert {q.answer for q in asked} == {"left", "above"}
+    assert all("the red circle" in q.prompt and "the image" in q.prompt for q in asked)
 
 
 def test_reading_names_the_character() -> None:
@@ -154,9 +156,9 @@ def test_every_prompt_has_several_phrasings(language: str) -> None:
     for task in TASKS:
         if task != "choice":
             scene = sample_scenes(np.random.default_rng(5), 200, (112, 112))
-            found = [
+            candidates = [
                 ask(task, language, scene.things(i), (112, 112), random.Random(i))
                 for i in range(200)
             ]
-            openings = {q.prompt.split("\n")[0] for q in found if q is not None}
+            openings = {q.prompt.split("\n")[0] for q in candidates if q is not None}
             assert len(openings) >= 3

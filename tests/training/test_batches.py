@@ -51,9 +51,12 @@ def example(
     scenes = sample_scenes(rng, 1, size)
     things = scenes.things(0)
     asked = [ask(task, "en", things, size, random.Random(seed)) for task in tasks.split()]
-    found = [q for q in asked if q is not None]
+    questions = [q for q in asked if q is not None]
     return Example(
-        draw_scenes(scenes, rng)[0], found, [q.task not in ("text", "echo") for q in found], things
+        draw_scenes(scenes, rng)[0],
+        questions,
+        [q.task not in ("text", "echo") for q in questions],
+        things,
     )
 
 
@@ -149,9 +152,9 @@ def test_visual_tokens_know_what_stands_on_them() -> None:
 def test_patches_keep_two_by_two_neighbours_together() -> None:
     pixels = np.zeros((56, 56, 3), np.uint8)
     pixels[:14, 14:28] = 255  # the second patch of the first merged token
-    found = patches(pixels)
-    assert found.shape == (16, 1176)
-    assert int(found.mean(1).argmax()) == 1
+    flat = patches(pixels)
+    assert flat.shape == (16, 1176)
+    assert int(flat.mean(1).argmax()) == 1
 
 
 def test_every_word_of_the_world_is_one_token(folder: Path) -> None:
@@ -204,7 +207,7 @@ def test_words_that_name_an_object_end_where_the_packer_says(
 ) -> None:
     tokenizer = load_tokenizer(folder)
     packer = Packer(tokenizer)
-    found = 0
+    seen = 0
     for seed in range(12):
         shown = example(seed, (112, 112))
         question = ask(task, language, shown.things, (112, 112), random.Random(seed))
@@ -218,5 +221,5 @@ def test_words_that_name_an_object_end_where_the_packer_says(
         ):
             assert tokenizer.decode(ids[: int(place) + 1]).endswith(words)
             assert sight.tolist() == sights_of(shown)[thing.y // 28 * 4 + thing.x // 28].tolist()
-            found += 1
-    assert found > 4
+            seen += 1
+    assert seen > 4

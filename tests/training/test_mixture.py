@@ -46,7 +46,7 @@ def test_forward_is_the_released_formula_position_by_position(top_k: int) -> Non
     routing = routed(rows=3, length=5, answer_start=3)
     layer = mixture(routing, top_k)
     x = torch.randn(3, 5, HIDDEN)
-    found = layer(x)
+    output = layer(x)
     for row in range(3):
         for place in range(5):
             h = routing.h[row, 0 if place < 3 else 1]
@@ -64,7 +64,7 @@ def test_forward_is_the_released_formula_position_by_position(top_k: int) -> Non
             y = y + (1 - m).float() * 2 * layer.lora_moe_B[EXPERTS] @ (
                 layer.lora_moe_A[EXPERTS] @ x[row, place]
             )
-            torch.testing.assert_close(found[row, place], y, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(output[row, place], y, atol=1e-5, rtol=1e-5)
 
 
 def test_up_and_down_take_the_weights_of_their_gated_neighbour() -> None:
@@ -79,9 +79,11 @@ def test_up_and_down_take_the_weights_of_their_gated_neighbour() -> None:
 
 
 def test_shifted_requests_go_to_another_expert_with_the_same_weight() -> None:
-    own, other = (routed(rows=4, length=4, answer_start=2, expert_shift=shift) for shift in (0, 1))
-    layer = mixture(own)
-    g, shifted = layer.gate.probabilities(own), layer.gate.probabilities(other)
+    plain, other = (
+        routed(rows=4, length=4, answer_start=2, expert_shift=shift) for shift in (0, 1)
+    )
+    layer = mixture(plain)
+    g, shifted = layer.gate.probabilities(plain), layer.gate.probabilities(other)
     assert torch.equal(shifted.argmax(-1), (g.argmax(-1) + 1) % EXPERTS)
     assert torch.equal(shifted.amax(-1), g.amax(-1))
 
@@ -115,5 +117,5 @@ def test_noise_is_only_for_training_with_it() -> None:
 def test_k_means_finds_what_lies_apart() -> None:
     centres = torch.eye(4) * 10
     points = (centres[:, None] + 0.1 * torch.randn(4, 20, 4)).reshape(80, 4)
-    found = _k_means(points, 4, seed=0)
-    assert torch.cdist(centres, found).amin(1).max() < 1
+    centroids = _k_means(points, 4, seed=0)
+    assert torch.cdist(centres, centroids).amin(1).max() < 1

@@ -287,9 +287,8 @@ class Fetcher:
                         url = redirected(target, response.headers.get("Location", "").strip())
                         continue
                     return await self._body(url, response)
-            except (
-                ValueError
-            ) as error:  # aiohttp's InvalidURL, or a host that the system's codec does not take
+            except ValueError as error:
+                # aiohttp's InvalidURL, or a host that the system's codec does not take.
                 raise RowError("image_missing", f"{shown(url)} is no URL") from error
             except (aiohttp.ClientError, OSError) as error:
                 raise _PassingError(cause_of(error)) from error

@@ -138,12 +138,8 @@ class Accepted:
                 return cls(epoch, frozenset(json.loads(folder.read(name))["files"]))
             except FileNotFoundError:  # a later one has been written meanwhile
                 return cls.load(folder)
-            except (
-                ValueError,
-                TypeError,
-                KeyError,
-                RecursionError,
-            ):  # damaged: the one before says nearly the same
+            except (ValueError, TypeError, KeyError, RecursionError):
+                # Damaged: the one before says nearly the same.
                 continue
         return cls()
 

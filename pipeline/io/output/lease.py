@@ -120,13 +120,8 @@ def read_lock(folder: OutputFolder) -> Holder | None:
         return Holder(**known | {"epoch": epoch, "run": str(record["run"]), "expire": expire})
     except FileNotFoundError:  # a later one has begun meanwhile
         return read_lock(folder)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ):  # cut short by a power cut, or of somebody else's making
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        # Cut short by a power cut, or of somebody else's making.
         return Holder(epoch, UNKNOWN)
 
 

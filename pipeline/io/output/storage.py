@@ -240,11 +240,8 @@ class OutputFolder:
                 return True
             except FileExistsError:
                 return self.read(name) == data
-            except (
-                NotImplementedError,
-                TypeError,
-                ValueError,
-            ):  # a backend that does not know of conditions
+            except (NotImplementedError, TypeError, ValueError):
+                # A backend that does not know of conditions.
                 break
             except OSError as error:
                 if _code_of(error) in _UNKNOWN_CODES:

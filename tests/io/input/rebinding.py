@@ -31,8 +31,8 @@ answers: list[str] = []
 def give_address(device: bytes, address: str) -> None:
     """Give an address to a network device and switch it on."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        own = struct.pack("16sHH4s8x", device, socket.AF_INET, 0, socket.inet_aton(address))
-        fcntl.ioctl(control, SIOCSIFADDR, own)
+        request = struct.pack("16sHH4s8x", device, socket.AF_INET, 0, socket.inet_aton(address))
+        fcntl.ioctl(control, SIOCSIFADDR, request)
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH14x", device, UP))
 
 

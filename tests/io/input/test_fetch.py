@@ -369,12 +369,12 @@ def test_an_address_that_changes_is_asked_for_once_live(tmp_path: Path) -> None:
     ):
         pytest.skip("this machine makes no namespaces")
     command = [*apart, sys.executable, "-m", "tests.io.input.rebinding"]
-    told = subprocess.run(
+    lines = subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=60
     ).stdout.splitlines()
-    assert told[0] == "picture"
-    assert told[1].startswith("image_forbidden: rebind.test is no public address")
-    assert told[2] == "8.8.8.8 127.0.0.1 answered; 8.8.8.8 asked"
+    assert lines[0] == "picture"
+    assert lines[1].startswith("image_forbidden: rebind.test is no public address")
+    assert lines[2] == "8.8.8.8 127.0.0.1 answered; 8.8.8.8 asked"
 
 
 def test_the_socket_is_checked_as_well(

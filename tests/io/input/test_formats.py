@@ -147,12 +147,18 @@ def test_lines_beside_parquet_are_no_data_unless_they_are_asked_for(tmp_path: Pa
 
 
 def sample(n: int) -> dict[str, Any]:
-    told = {"caption": f"caption {n}", "url": f"https://h/{n}", "size": n, "id": n, "box": {"x": n}}
+    fields = {
+        "caption": f"caption {n}",
+        "url": f"https://h/{n}",
+        "size": n,
+        "id": n,
+        "box": {"x": n},
+    }
     return {
         "__key__": f"some/{n:05d}",
         "jpg": picture(seed=n, form="JPEG"),
         "txt": f"text {n}",
-        "json": told,
+        "json": fields,
     }
 
 
@@ -329,8 +335,8 @@ def test_a_task_knows_the_names_of_its_own_images_alone(tmp_path: Path) -> None:
     read_by_tasks = [
         [table[ID].to_pylist() for table in task()] for task in source.get_read_tasks(3)
     ]
-    assert [sum(map(len, own)) for own in read_by_tasks] == [256, 256, 88]
-    assert [id_ for own in read_by_tasks for ids in own for id_ in ids] == [
+    assert [sum(map(len, tables)) for tables in read_by_tasks] == [256, 256, 88]
+    assert [id_ for tables in read_by_tasks for ids in tables for id_ in ids] == [
         f"{n:04d}.png" for n in range(600)
     ]
     assert all(len(cloudpickle.dumps(task)) < 30_000 for task in source.get_read_tasks(3))

@@ -66,8 +66,8 @@ def test_data_files_packed_in_a_way_that_is_not_read_are_said(
     for name in ("b.jsonl.lz4", "c.tar.zip", "d.jsonl.crc", "_e.jsonl.lz4", "README.md", "f.zip"):
         (tmp_path / name).write_bytes(b"?")
     assert [shard.file.name for shard in plan_of(tmp_path).shards] == ["a.jsonl"]
-    told = capsys.readouterr().err
-    assert "passed over: 1 .lz4, 1 .zip; unpack them" in told
+    stderr = capsys.readouterr().err
+    assert "passed over: 1 .lz4, 1 .zip; unpack them" in stderr
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(InputError, match=r"no data at .*; 1 .lz4, 1 .zip cannot be read"):
         find_shards(str(tmp_path))
@@ -164,9 +164,9 @@ def test_pictures_that_a_table_names_and_nobody_asks_about_are_said(
     columns = {"left_file_name": ["1.png"], "right_file_name": ["2.png"]}
     write_shard(tmp_path / "metadata.parquet", columns)
     plan_of(tmp_path, ask="What?")
-    told = capsys.readouterr().err
-    assert "rows name files in left, right, and none of these is asked about" in told
-    assert "input.columns.image=left shows them to the model" in told
+    stderr = capsys.readouterr().err
+    assert "rows name files in left, right, and none of these is asked about" in stderr
+    assert "input.columns.image=left shows them to the model" in stderr
     plan_of(tmp_path, ask="What?", image="right")
     assert not capsys.readouterr().err
 

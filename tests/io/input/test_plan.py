@@ -44,8 +44,8 @@ def test_a_file_a_glob_and_a_list_are_found(tree: Path) -> None:
     assert names(f"{tree}/*.parquet") == ["a.parquet", "b.parquet"]
     assert names(f"{tree}/**/*.parquet") == ["a.parquet", "b.parquet", "deep/er/c.parquet"]
     assert names(f"{tree}/d*/er/*") == ["deep/er/c.parquet"]
-    both = [str(tree / "deep"), str(tree / "a.parquet"), str(tree / "a.parquet")]
-    assert names(both) == ["a.parquet", "er/c.parquet"]
+    paths = [str(tree / "deep"), str(tree / "a.parquet"), str(tree / "a.parquet")]
+    assert names(paths) == ["a.parquet", "er/c.parquet"]
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_found(tmp_path: Path) -> None:
@@ -307,13 +307,13 @@ def test_image_bytes_do_not_pass_when_their_column_is_switched_off(tmp_path: Pat
 def test_two_files_of_one_name_need_an_id_column(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         write_shard(tmp_path / folder / "a.parquet", {"prompt": ["?"], "key": [folder]})
-    both = [str(tmp_path / "x"), str(tmp_path / "y")]
+    folders = [str(tmp_path / "x"), str(tmp_path / "y")]
     with pytest.raises(
         InputError,
         match=r"x/a.parquet and file://.*y/a.parquet share the name 'a.parquet', from which",
     ):
-        plan_of(both)
-    assert plan_of(both, id="key").rows == 2
+        plan_of(folders)
+    assert plan_of(folders, id="key").rows == 2
     assert plan_of(tmp_path).rows == 2
 
 

@@ -366,7 +366,9 @@ def test_what_a_data_uri_holds_is_read_and_not_passed_through(
     name = "images" if several else "image"
     write_shard(tmp_path / "a.parquet", {"prompt": ["?"] * 4, name: column})
     table = read_all(plan_of(tmp_path))
-    assert [own[0] if own else None for own in table[REFERENCES].to_pylist()] == named
+    assert [
+        references[0] if references else None for references in table[REFERENCES].to_pylist()
+    ] == named
     kept = ["a.png", None, "data:image/png;base64,…", " data:image/png;base64,…"]
-    passed = [own[0] if several else own for own in table[name].to_pylist()]
+    passed = [value[0] if several else value for value in table[name].to_pylist()]
     assert [one and one.strip() for one in passed] == [one and one.strip() for one in kept]

@@ -88,8 +88,8 @@ YEAR_9999 = 253_402_300_799_000_000
 def test_shards_of_two_types_are_read_in_one_that_keeps_every_digit(
     tmp_path: Path, one: pa.Array, other: pa.Array, kind: pa.DataType | None, values: list[Any]
 ) -> None:
-    found, read_values, _ = planned_of(tmp_path, one, other)
-    assert kind is None or found == kind
+    planned, read_values, _ = planned_of(tmp_path, one, other)
+    assert kind is None or planned == kind
     if kind == pa.decimal128(20, 0):
         read_values = [int(value) for value in read_values]
     assert read_values == values
@@ -479,8 +479,8 @@ def test_what_folders_say_in_hives_form_are_columns(tmp_path: Path) -> None:
     write_shard(tmp_path / "plain/x.parquet", {"prompt": ["."]})
     plan = plan_of(tmp_path)
     assert plan.extras_schema == pa.schema([("lang", pa.string()), ("kind", pa.string())])
-    told = read(plan).select(["lang", "kind"]).to_pylist()
-    assert told == [
+    rows = read(plan).select(["lang", "kind"]).to_pylist()
+    assert rows == [
         {"lang": None, "kind": "007"},
         {"lang": "de", "kind": "a/b"},
         {"lang": None, "kind": None},

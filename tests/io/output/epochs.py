@@ -12,8 +12,8 @@ from pipeline.io.output.storage import OutputFolder
 
 def hold(folder: OutputFolder, run: str = "mine") -> Fence:
     """Begin the next epoch for a run, whoever holds the output."""
-    found = read_lock(folder)
-    holder = Holder.here(found.epoch + 1 if found else 1, run, expire=30.0)
+    lock = read_lock(folder)
+    holder = Holder.here(lock.epoch + 1 if lock else 1, run, expire=30.0)
     assert folder.create(
         f"{OutputLayout.LEASE}/{holder.epoch:08d}.json", json.dumps(asdict(holder)).encode()
     )

@@ -276,8 +276,8 @@ def test_whenever_a_merge_of_outcomes_is_killed_every_row_stands_once_and_the_ne
         hold(folder, "next")
         assert merge_retries(Claim(folder, "next"), None) in (0, 1, 2)
         assert read_ids(folder) == every
-        told = [commit.retry for commit in OutputLog(folder).commits()]
-        assert told == [{"a": RowSet.range(0, 1)}, {"b": RowSet.range(0, 1)}]
+        retries = [commit.retry for commit in OutputLog(folder).commits()]
+        assert retries == [{"a": RowSet.range(0, 1)}, {"b": RowSet.range(0, 1)}]
         assert OutputLog(folder, at=OutputLayout.RETRIES).commits() == []
         operations += 1
     assert operations > 5
@@ -288,12 +288,12 @@ def test_a_file_tells_its_epoch_and_writer_in_name_and_footer(folder: OutputFold
     writer_ = committer(folder, rows=1)
     writer_.take(block("a", 0))
     (name,) = folder.sizes()
-    told = json.loads(
+    footer = json.loads(
         pq.read_schema(pa.BufferReader(folder.read(name))).metadata[commits.FOOTER_KEY]
     )
     fence = writer_._log._writing()
-    assert OutputLayout.epoch_of(name) == told["epoch"] == fence.epoch == 2
-    assert (told["run"], told["by"], told["name"]) == ("mine", fence.holder.token, name)
+    assert OutputLayout.epoch_of(name) == footer["epoch"] == fence.epoch == 2
+    assert (footer["run"], footer["by"], footer["name"]) == ("mine", fence.holder.token, name)
     assert fence.holder.token in name
     assert "mine" in name
 
@@ -348,7 +348,7 @@ def test_what_only_repeats_the_footers_may_be_damaged(tmp_path: Path) -> None:
     first = committer(folder, rows=1)
     first.take(block("a", 0))
     first.finish()
-    told = [commit.as_dict() for commit in OutputLog(folder).commits()]
+    entries = [commit.as_dict() for commit in OutputLog(folder).commits()]
     for content in (
         b"",
         b"[",
@@ -360,7 +360,7 @@ def test_what_only_repeats_the_footers_may_be_damaged(tmp_path: Path) -> None:
         b'[{"file": 1, "rows": [], "written": {}}]',
     ):
         folder.write(folder.names("_run/index")[0], content)
-        assert [commit.as_dict() for commit in OutputLog(folder).commits()] == told
+        assert [commit.as_dict() for commit in OutputLog(folder).commits()] == entries
 
 
 def test_a_list_of_what_counts_that_cannot_be_read_gives_way_to_the_one_before(

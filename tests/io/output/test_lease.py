@@ -87,12 +87,12 @@ def test_a_renewal_that_is_under_way_is_not_the_last_word(tmp_path: Path) -> Non
 
 def test_a_dead_runs_lock_expires(folder: OutputFolder) -> None:
     put(folder, elsewhere())
-    told: list[str] = []
-    lease = Lease(Claim(folder, "next"), QUICK, told.append)
+    messages: list[str] = []
+    lease = Lease(Claim(folder, "next"), QUICK, messages.append)
     started = time.monotonic()
     lease.take()
     assert time.monotonic() - started >= QUICK.expire
-    assert "is locked by run dead on elsewhere" in told[0]
+    assert "is locked by run dead on elsewhere" in messages[0]
     lease.release()
 
 
@@ -112,9 +112,9 @@ def test_a_dead_process_is_known_to_be_dead_only_where_it_could_be_seen(tmp_path
         )  # another machine, another container of this one, a system that does not say
     folder = OutputFolder(str(tmp_path))
     put(folder, gone)
-    told: list[str] = []
-    Lease(Claim(folder, "next"), QUICK, told.append).take()
-    assert not told
+    messages: list[str] = []
+    Lease(Claim(folder, "next"), QUICK, messages.append).take()
+    assert not messages
 
 
 def test_of_many_that_start_at_once_one_alone_gets_it(folder: OutputFolder) -> None:
@@ -155,9 +155,9 @@ def test_a_renewal_that_was_paused_does_not_take_the_output_back(
     monkeypatch.setattr(folder, "write", late)
     assert paused.wait(10)
     other = OutputFolder(folder.url)
-    found = read_lock(other)
-    assert found is not None
-    put(other, replace(elsewhere(found.epoch + 1, "second")))
+    holder = read_lock(other)
+    assert holder is not None
+    put(other, replace(elsewhere(holder.epoch + 1, "second")))
     go_on.set()
     time.sleep(0.3)
     Claim(other, "second").check()
@@ -197,10 +197,10 @@ def test_a_lock_that_cannot_be_read_counts_as_one_to_wait_for(
 ) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.write(f"{OutputLayout.LEASE}/00000004.json", content)
-    found = read_lock(folder)
-    assert found is not None
-    assert (found.epoch, found.run, found.expire) == (4, UNKNOWN, 30.0)
-    assert not found.is_dead
+    holder = read_lock(folder)
+    assert holder is not None
+    assert (holder.epoch, holder.run, holder.expire) == (4, UNKNOWN, 30.0)
+    assert not holder.is_dead
 
 
 def test_a_runs_own_word_says_how_long_it_is_waited_for(folder: OutputFolder) -> None:
@@ -252,11 +252,11 @@ def test_a_store_that_cannot_create_on_condition_is_told_of(s3_folder: Path) -> 
     folder = OutputFolder("s3://bucket/unfenced")
     folder.make()
     assert not folder.creates_exclusively()
-    told: list[str] = []
-    lease = Lease(Claim(folder, "mine"), QUICK, told.append)
+    messages: list[str] = []
+    lease = Lease(Claim(folder, "mine"), QUICK, messages.append)
     lease.take()
-    assert "cannot create a file on condition that there is none" in told[0]
-    assert "docs/guarantees.md" in told[0]
+    assert "cannot create a file on condition that there is none" in messages[0]
+    assert "docs/guarantees.md" in messages[0]
     lease.release()
 
 
@@ -276,13 +276,13 @@ def test_a_client_that_knows_no_conditions_is_told_of_and_works_as_well_as_it_ca
     folder = OutputFolder("unconditional://bucket/out")
     folder.make()
     assert not folder.creates_exclusively()
-    told: list[str] = []
-    lease = Lease(Claim(folder, "mine"), QUICK, told.append)
+    messages: list[str] = []
+    lease = Lease(Claim(folder, "mine"), QUICK, messages.append)
     fence = lease.take()
-    assert "cannot create a file on condition" in told[0]
+    assert "cannot create a file on condition" in messages[0]
     fence.check()
     lease.release()
-    assert Lease(Claim(folder, "next"), QUICK, told.append).take().epoch == 2
+    assert Lease(Claim(folder, "next"), QUICK, messages.append).take().epoch == 2
 
 
 def test_a_file_is_created_once_and_a_lost_answer_is_no_refusal(folder: OutputFolder) -> None:

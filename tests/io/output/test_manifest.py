@@ -25,15 +25,15 @@ def test_an_output_that_told_fewer_files_of_its_model_is_gone_on_with() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "told"),
+    ("before", "change"),
     [
         (of(config__json="z"), "config.json was 'z', is 'a'"),
         (of(config__json="a", merges__txt="z"), "merges.txt was 'z', is 'b'"),
         (of(config__json="a", vocab__txt="z"), "vocab.txt is gone"),
     ],
 )
-def test_a_file_that_changed_is_refused_by_name(before: Manifest, told: str) -> None:
-    with pytest.raises(OutputError, match=f"model file {told}"):
+def test_a_file_that_changed_is_refused_by_name(before: Manifest, change: str) -> None:
+    with pytest.raises(OutputError, match=f"model file {change}"):
         of(config__json="a", merges__txt="b").check_same(before, "out")
 
 
