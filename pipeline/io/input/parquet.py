@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import RowError
@@ -21,15 +22,28 @@ READ_BUFFER = 8 << 20
 BATCH_BYTES = 256 << 20
 
 
+#: Bytes that hold the header of a dictionary page: four numbers and a struct of three.
+PAGE_HEADER = 64
+#: `PageType.DICTIONARY_PAGE`, and the fields of a `PageHeader`, in parquet.thrift.
+_DICTIONARY_PAGE, _TYPE, _SIZE, _DICTIONARY = 2, 1, 2, 7
+
+
 @contextmanager
-def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file for reading a bounded amount at a time."""
+def open_parquet(url: str, read_dictionary: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file for reading a bounded amount at a time, some of its columns as
+    dictionaries.
+    """
     filesystem, path = open_filesystem(url)
     # No cache of fsspec's: pyarrow asks for whole buffers, and reads no byte twice.
     uncached = {} if "local" in protocols(filesystem) else {"cache_type": "none"}
     with (
         filesystem.open(path, "rb", **uncached) as source,
-        pq.ParquetFile(source, buffer_size=READ_BUFFER, pre_buffer=False) as parquet,
+        pq.ParquetFile(
+            source,
+            buffer_size=READ_BUFFER,
+            pre_buffer=False,
+            read_dictionary=list(read_dictionary),
+        ) as parquet,
     ):
         yield parquet
 
@@ -53,7 +67,7 @@ class Parquet:
         own = set(self._parquet.schema_arrow.names)
         present = [name for name in columns.names if name in own]
         chosen = list(range(self._parquet.num_row_groups) if row_groups is None else row_groups)
-        rows = min([rows, *(self._rows_at_once(group, present) for group in chosen)])
+        rows = min([rows, *(self._rows_at_once(group, rows, present) for group in chosen)])
         given = 0
         try:
             for batch in self._parquet.iter_batches(rows, row_groups=chosen, columns=present):
@@ -71,20 +85,69 @@ class Parquet:
                 if skip < count:
                     yield from self._group(group, rows, present, skip)
 
-    def _rows_at_once(self, group: int, present: Sequence[str]) -> int:
-        """How many rows of a group are decoded into `BATCH_BYTES`, by what the footer says of
-        them.
-        """
+    def _rows_at_once(self, group: int, rows: int, present: Sequence[str]) -> int:
+        """How many of a group's rows, `rows` at most, are decoded into `BATCH_BYTES`."""
         metadata, wanted = self._parquet.metadata.row_group(group), set(present)
-        if metadata.total_byte_size <= BATCH_BYTES:
-            return max(1, metadata.num_rows)
-        chunks = map(metadata.column, range(metadata.num_columns))
-        size = sum(
-            c.total_uncompressed_size
-            for c in chunks
-            if {(at := c.path_in_schema), at.split(".")[0]} & wanted
-        )
-        return max(1, metadata.num_rows * BATCH_BYTES // max(size, BATCH_BYTES))
+        rows = max(1, min(rows, metadata.num_rows))
+        if metadata.total_byte_size * rows <= BATCH_BYTES:
+            return rows
+        chunks = [
+            chunk
+            for chunk in map(metadata.column, range(metadata.num_columns))
+            if {(path := chunk.path_in_schema), path.split(".")[0]} & wanted
+        ]
+        size = sum(self._decoded_size(group, rows, chunk) for chunk in chunks)
+        return max(1, min(rows, metadata.num_rows * BATCH_BYTES // max(size, 1)))
+
+    def _decoded_size(self, group: int, rows: int, chunk: pq.ColumnChunkMetaData) -> int:
+        """Bytes of a column chunk, or a bound of them where `rows` rows might take more than
+        `BATCH_BYTES`.
+
+        A footer counts a value once that many rows share by way of a dictionary. Of such a chunk
+        the largest value bounds the others.
+        """
+        size: int = chunk.total_uncompressed_size
+        # No value is larger than what the footer counts of them all.
+        if chunk.physical_type != "BYTE_ARRAY" or size * rows <= BATCH_BYTES:
+            return size
+        try:
+            values, page = self._dictionary_page(chunk)
+            # A dictionary of pictures, of which no two rows share one, is large, and is not read
+            # twice.
+            if values >= chunk.num_values or page * rows <= BATCH_BYTES:
+                return size
+            return max(size, chunk.num_values * self._largest(group, chunk.path_in_schema, page))
+        except pa.ArrowMemoryError:
+            raise
+        except (pa.ArrowException, ValueError, IndexError, EOFError):
+            return size  # it is damaged, which reading its rows says
+
+    def _dictionary_page(self, chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
+        """How many values the dictionary of a column chunk has, and their bytes; zeros where there
+        is none.
+        """
+        filesystem, path = open_filesystem(self._url)
+        # Some writers tell no offset of the dictionary, which then lies where data should begin.
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        fields = _thrift_integers(filesystem.cat_file(path, start, start + PAGE_HEADER))
+        if fields.get((_TYPE,)) != _DICTIONARY_PAGE:
+            return 0, 0
+        return fields[_DICTIONARY, 1], fields[_SIZE,]
+
+    def _largest(self, group: int, path: str, page: int) -> int:
+        """Bytes of the largest value in the dictionary of a column chunk, of `page` bytes."""
+        with open_parquet(self._url, [path]) as parquet:
+            for batch in parquet.iter_batches(1, row_groups=[group], columns=[path]):
+                values = batch.column(0)
+                while pa.types.is_nested(values.type):
+                    values = (
+                        values.field(0) if pa.types.is_struct(values.type) else values.flatten()
+                    )
+                # A row of no value has no dictionary.
+                if pa.types.is_dictionary(values.type) and len(values.dictionary):
+                    return int(pc.max(pc.binary_length(values.dictionary)).as_py() or 0)
+                break
+        return page
 
     def _group(
         self, group: int, rows: int, present: list[str], skip: int
@@ -134,3 +197,41 @@ class Parquet:
         for chunk in map(own.column, range(own.num_columns)):
             start = chunk.dictionary_page_offset or chunk.data_page_offset
             filesystem.cat_file(path, start, start + chunk.total_compressed_size)
+
+
+def _thrift_integers(data: bytes) -> dict[tuple[int, ...], int]:
+    """The integers of a struct in Thrift's compact protocol, by the numbers of the fields that lead
+    to them.
+
+    Raises:
+        IndexError: the data end within the struct.
+        ValueError: it holds what a header of a dictionary page does not.
+    """
+    integers: dict[tuple[int, ...], int] = {}
+    # The structs that the next field lies in, by number, and the last number that each had.
+    within: list[int] = [0]
+    at = 0
+    while within:
+        head = data[at]
+        at += 1
+        if not head:
+            within.pop()
+            continue
+        if not head >> 4:
+            raise ValueError("a field with a number of its own")
+        within[-1] += head >> 4
+        kind = head & 15
+        if kind == 12:
+            within.append(0)
+        elif kind in (5, 6):
+            number = shift = 0
+            while True:
+                number |= (data[at] & 127) << shift
+                shift += 7
+                at += 1
+                if data[at - 1] < 128:
+                    break
+            integers[tuple(within)] = number >> 1 ^ -(number & 1)
+        elif kind not in (1, 2):
+            raise ValueError(f"a field of type {kind}")
+    return integers

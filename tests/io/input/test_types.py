@@ -473,6 +473,53 @@ def test_rows_of_a_large_group_are_decoded_few_at_a_time(
     assert (table["x"].to_pylist(), table[ROW].to_pylist()) == (values, list(range(100)))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_that_share_a_large_value_are_decoded_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nested: bool
+) -> None:
+    monkeypatch.setattr("pipeline.io.input.parquet.BATCH_BYTES", 400_000)
+    values: list[Any] = ["a" * 100_000, *("b" for _ in range(63))] * 2
+    column = [{"text": [value]} for value in values] if nested else values
+    table = pa.table({"prompt": ["?"] * 128, "x": column})
+    pq.write_table(table, tmp_path / "a.parquet", dictionary_pagesize_limit=1 << 20)
+    chunk = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(1)
+    assert chunk.total_uncompressed_size < 110_000, "the value is written once"
+    plan = plan_of(tmp_path)
+    batches = list(plan.shards[0].batches(32, plan.schema))
+    assert max(map(len, batches)) <= 4
+    assert [value for batch in batches for value in batch["x"].to_pylist()] == column
+
+
+def test_rows_of_pictures_in_a_dictionary_are_decoded_as_many_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.io.input.parquet.BATCH_BYTES", 400_000)
+    images = [bytes([row]) * 2_000 for row in range(128)]
+    table = pa.table({"prompt": ["?"] * 128, "image": images})
+    pq.write_table(table, tmp_path / "a.parquet", dictionary_pagesize_limit=1 << 20)
+    plan = plan_of(tmp_path)
+    assert {len(batch) for batch in plan.shards[0].batches(32, plan.schema)} == {32}
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_shared_id_of_many_bytes_makes_error_rows(tmp_path: Path, form: str) -> None:
+    """As text, the ids are more than the offsets of a column of text can tell."""
+    count = 22_000
+    ids = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), ["i" * 100_000])
+    columns = {"id": ids, "prompt": ["?"] * count}
+    if form == "arrow":
+        write_arrow(tmp_path / "a.arrow", columns)
+    else:
+        # A writer of plain text writes the same dictionary, but no schema of Arrow's.
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet", store_schema=False)
+    plan = plan_of(tmp_path)
+    check_ids_unique(plan)
+    table = read(plan, RowSet.range(0, 2))
+    assert table[ID].to_pylist() == [f"a.{form}#0", f"a.{form}#1"]
+    for error in table[ERROR].to_pylist():
+        assert "holds an id of 100,000 characters, expected at most 1,024" in error
+
+
 def test_what_folders_say_in_hives_form_are_columns(tmp_path: Path) -> None:
     write_shard(tmp_path / "lang=de/kind=a%2Fb/x.parquet", {"prompt": ["?"]})
     write_shard(tmp_path / "lang=__HIVE_DEFAULT_PARTITION__/kind=007/x.parquet", {"prompt": ["!"]})
