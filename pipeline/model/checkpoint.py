@@ -186,17 +186,17 @@ def _check(
     optional: frozenset[str] | set[str] = frozenset(),
 ) -> None:
     """Raise one error that lists the first few tensors of each kind of trouble."""
-    found = files.tensors
-    missing = [name for name in expected if name not in found and name not in optional]
-    extra = [name for name in found if name not in expected]
+    tensors = files.tensors
+    missing = [name for name in expected if name not in tensors and name not in optional]
+    extra = [name for name in tensors if name not in expected]
     misshapen = [
-        f"{name} {list(found[name].shape)}, expected {list(shape)}"
+        f"{name} {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name].shape != shape
+        if name in tensors and tensors[name].shape != shape
     ]
     wrong_dtype = [
         f"{name} {info.dtype}"
-        for name, info in found.items()
+        for name, info in tensors.items()
         if name in expected and info.dtype not in DTYPES.values()
     ]
     parts = [

@@ -184,8 +184,10 @@ def _decode_part(
     behind = tl.minimum(first + share, length)
     member, column = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
     real = (member < GROUP)[:, None] & (column < DIM)[None, :]
-    own = request.to(tl.int64) * q_stride + (head * GROUP + member)[:, None] * DIM + column[None, :]
-    query = tl.load(q + own, mask=real, other=0.0)
+    offset = (
+        request.to(tl.int64) * q_stride + (head * GROUP + member)[:, None] * DIM + column[None, :]
+    )
+    query = tl.load(q + offset, mask=real, other=0.0)
     highest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     attended = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)

@@ -249,10 +249,10 @@ class PromptProcessor:
         images = tuple(self._resize(messages))
         counts = [self.visual_tokens(image) for image in images]
         input_ids = self._tokenized(pieces, counts)
-        if (found := int((input_ids == self.special.image_pad).sum())) != sum(counts):
+        if (count := int((input_ids == self.special.image_pad).sum())) != sum(counts):
             raise RowError(
                 "prompt_positions",
-                f"the prompt holds {found} <|image_pad|> for {sum(counts)} visual tokens; remove "
+                f"the prompt holds {count} <|image_pad|> for {sum(counts)} visual tokens; remove "
                 "special tokens from it",
             )
         if len(input_ids) >= self._max_positions:
@@ -355,9 +355,9 @@ class PromptProcessor:
         input_ids = np.asarray(self.tokenizer(whole)["input_ids"], dtype=np.int32)
         if self._control_tokens == "allow":
             return input_ids
-        own = [id_ for ids in tokens for id_ in ids]
-        found = input_ids[np.isin(input_ids, list(self._added))].tolist()
-        if found == own:
+        piece_ids = [id_ for ids in tokens for id_ in ids]
+        added = input_ids[np.isin(input_ids, list(self._added))].tolist()
+        if added == piece_ids:
             return input_ids  # tokenized as a whole, as the released code does
         if self._control_tokens == "error":
             spelt = next(match[0] for text in pieces[::2] if (match := self._control.search(text)))

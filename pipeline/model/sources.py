@@ -88,14 +88,14 @@ def _copy_from_url(url: str, key: str) -> Path:
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
         root = root.rstrip("/")
-        told = _listing(filesystem, root)
+        listing = _listing(filesystem, root)
     except Exception as error:  # every fsspec backend has error types of its own
         raise CheckpointError(f"{key}: cannot list {url!r} ({cause_of(error)})") from error
-    if not told:
+    if not listing:
         raise CheckpointError(f"{key}: nothing found at {url!r}")
-    for relative in told:
+    for relative in listing:
         _check_below(relative, f"{key}: {url!r} holds")
-    version = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+    version = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:24]
     target = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:24] / version
     # Its own, should another machine copy into the same cache: not every shared disk knows locks.
     partial = target.with_name(f"{version}.{uuid.uuid4().hex}.partial")
@@ -105,11 +105,11 @@ def _copy_from_url(url: str, key: str) -> Path:
         # its name is whole.
         with FileLock(f"{target}.lock"):
             if not target.exists():
-                for relative, (name, *_) in told.items():
+                for relative, (name, *_) in listing.items():
                     local = partial / relative
                     local.parent.mkdir(parents=True, exist_ok=True)
                     filesystem.get_file(name, str(local))
-                if _listing(filesystem, root) != told:
+                if _listing(filesystem, root) != listing:
                     raise CheckpointError(
                         f"{key}: {url!r} changed while it was copied; run the job again"
                     )
@@ -124,7 +124,11 @@ def _copy_from_url(url: str, key: str) -> Path:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target / next(iter(told)) if [name for name, *_ in told.values()] == [root] else target
+    return (
+        target / next(iter(listing))
+        if [name for name, *_ in listing.values()] == [root]
+        else target
+    )
 
 
 def _listing(
@@ -135,19 +139,19 @@ def _listing(
     Weights of one shape all have one size: that alone tells nothing.
     """
     filesystem.invalidate_cache()
-    found = filesystem.find(root, detail=True)
-    if list(found) == [root]:
+    files = filesystem.find(root, detail=True)
+    if list(files) == [root]:
         # What signs a URL on the web is no part of a name: names are told in manifests, and
         # signatures change.
         path = urlsplit(root).path if isinstance(filesystem, HTTPFileSystem) else root
         wanted = {posixpath.basename(path): root}
     else:
-        below = {name[len(root) :].lstrip("/"): name for name in found}
+        below = {name[len(root) :].lstrip("/"): name for name in files}
         wanted = {
             relative: name for relative, name in sorted(below.items()) if _is_wanted(relative)
         }
     return {
-        relative: (name, *_told(filesystem, name, found[name])) for relative, name in wanted.items()
+        relative: (name, *_told(filesystem, name, files[name])) for relative, name in wanted.items()
     }
 
 
@@ -287,7 +291,7 @@ class TensorFiles:
             CheckpointError: no weights there, or a file that cannot be read.
         """
         files = weight_files(location, key)
-        found = cls(tuple(files))
+        weights = cls(tuple(files))
         for file in files:
             try:
                 listing = (
@@ -301,8 +305,8 @@ class TensorFiles:
                     f"{key}: cannot read {file} as a checkpoint ({cause_of(error)})"
                 ) from error
             for stored, shape, dtype in listing:
-                found.tensors[canonical_name(stored)] = TensorInfo(shape, dtype, file, stored)
-        return found
+                weights.tensors[canonical_name(stored)] = TensorInfo(shape, dtype, file, stored)
+        return weights
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[TensorReader]:
@@ -348,14 +352,14 @@ def read_object(file: Path, key: str) -> dict[str, Any]:
         CheckpointError: there is none.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{key}: cannot read {file} ({cause_of(error)})") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(
-            f"{key}: cannot read {file}: expected a JSON object, found {type(found).__name__}"
+            f"{key}: cannot read {file}: expected a JSON object, found {type(content).__name__}"
         )
-    return found
+    return content
 
 
 def check_tokenizer(folder: Path, key: str) -> None:
@@ -379,12 +383,12 @@ def _files_named(index: Path, key: str) -> set[Path]:
     Raises:
         CheckpointError: it cannot be read, or names others.
     """
-    found = read_object(index, key).get("weight_map")
-    if not isinstance(found, dict):
+    weight_map = read_object(index, key).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise CheckpointError(
             f"{key}: cannot read {index}: no weight_map says which file holds which tensor"
         )
-    names = {str(name) for name in found.values()}
+    names = {str(name) for name in weight_map.values()}
     for name in names:
         _check_below(name, f"{key}: {index} names")
     return {index.parent / name for name in names}

@@ -80,22 +80,22 @@ def train_adapter(
         with autocast(device):
             with torch.no_grad():
                 visual = encode_images(model, packed)
-            found = {"answers": answer_loss(answer_logits(model, packed, visual, routing), packed)}
+            losses = {"answers": answer_loss(answer_logits(model, packed, visual, routing), packed)}
         if routing is not None and routing.noise:
-            found["balance"] = stage.balance_loss * torch.stack(routing.balance).mean()
-        return found
+            losses["balance"] = stage.balance_loss * torch.stack(routing.balance).mean()
+        return losses
 
     def measure() -> dict[str, float]:
         model.eval()
         noise = 0.0
         if routing is not None:
             noise, routing.noise = routing.noise, 0.0
-        found = measure_accuracy(model, packer, measured, routing, device)
+        accuracies = measure_accuracy(model, packer, measured, routing, device)
         if routing is not None:
             save_adapter(model, output / "adapter", sizes.experts, torch.bfloat16)
             routing.noise = noise
         model.train()
-        return found
+        return accuracies
 
     run_stage(
         Stage(name, stage, model, losses, measure),
@@ -110,11 +110,11 @@ def sample_routing_vectors(
     model: Qwen2VLForConditionalGeneration, packer: Packer, source: Source, device: torch.device
 ) -> Tensor:
     """Routing vectors [R, 2, hidden] (prefill, decode) of the questions of a few steps."""
-    found = []
+    means = []
     for step in range(GATE_SAMPLE_STEPS):
         packed = packer.pack(source.examples(step), one_question_per_row=True).to(device)
         routing = Routing()
         embeddings = input_embeddings(model, packed, encode_images(model, packed))
         routing.read(*embeddings, packed.span, packed.answer_start)
-        found.append(routing.h)
-    return torch.cat(found)
+        means.append(routing.h)
+    return torch.cat(means)

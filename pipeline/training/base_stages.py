@@ -126,8 +126,8 @@ class SmallBase(nn.Module):
         loss = visual.new_zeros((), dtype=torch.float32)
         held = packed.sights[:, 0] > 0
         for logits, truth in zip(self._read(visual), packed.sights.T, strict=True):
-            each = nn.functional.cross_entropy(logits, truth, reduction="none")
-            loss = loss + each[held].mean() + each[~held].mean()
+            losses = nn.functional.cross_entropy(logits, truth, reduction="none")
+            loss = loss + losses[held].mean() + losses[~held].mean()
         return loss
 
     @torch.inference_mode()
@@ -164,16 +164,16 @@ def train_vision_and_base(settings: TrainSettings, name: Literal["vision", "base
         with autocast(device):
             visual = encode_images(model, packed)
             assert visual is not None
-            found = {}
+            losses = {}
             if name == "base":
                 logits, middle = logits_and_nouns(model, packed, visual, None)
-                found["answers"] = answer_loss(logits, packed)
-                found["nouns"] = stage.noun_loss * small.noun_loss(middle, packed)
-        found["sight"] = small.sight_loss(visual, packed) * (
+                losses["answers"] = answer_loss(logits, packed)
+                losses["nouns"] = stage.noun_loss * small.noun_loss(middle, packed)
+        losses["sight"] = small.sight_loss(visual, packed) * (
             stage.sight_loss if name == "base" else 1.0
         )
-        found["scale"] = stage.scale_loss * scale_loss(visual, model.get_input_embeddings().weight)
-        return found
+        losses["scale"] = stage.scale_loss * scale_loss(visual, model.get_input_embeddings().weight)
+        return losses
 
     @torch.inference_mode()
     def measure() -> dict[str, float]:

@@ -292,23 +292,23 @@ def sights_of(example: Example) -> NDArray[np.int64]:
     assert example.pixels is not None
     side = PATCH * MERGE
     height, width = (length // side for length in example.pixels.shape[:2])
-    found = np.zeros((height, width, len(SIGHTS)), np.int64)
-    found[:, :, 3:] = np.moveaxis(np.mgrid[0:height, 0:width], 0, -1)
+    sights = np.zeros((height, width, len(SIGHTS)), np.int64)
+    sights[:, :, 3:] = np.moveaxis(np.mgrid[0:height, 0:width], 0, -1)
     for thing in example.things:
-        found[thing.y // side, thing.x // side] = sight_of(thing)
-    return found.reshape(height * width, -1)
+        sights[thing.y // side, thing.x // side] = sight_of(thing)
+    return sights.reshape(height * width, -1)
 
 
 def sight_words(packer: Packer, sight: str) -> list[list[int]]:
     """The token ids of each answer of a SIGHTS entry, in both languages; none for an answer that
     has no word.
     """
-    found = []
+    token_ids = []
     for name in SIGHTS[sight]:
         names = [
             NAMES[language].get(name, name if name in GLYPHS else "") for language in LANGUAGES
         ]
         written = [form for word in names if word for form in (word, " " + word)]
         encoded = [packer.ids(form) for form in dict.fromkeys(written)]
-        found.append([ids[0] for ids in encoded if len(ids) == 1])
-    return found
+        token_ids.append([ids[0] for ids in encoded if len(ids) == 1])
+    return token_ids

@@ -78,14 +78,16 @@ class SceneSource:
         if not len(scenes):
             return []
         drawn = draw_scenes(scenes, rng)
-        found = []
+        examples = []
         for i, pixels in enumerate(drawn):
             # What the model will see: half of the images come through JPEG.
             seen = decode(encode(pixels, "jpeg")) if choose.random() < 0.5 else pixels
             things = scenes.things(i)
             asked = _ask_mix(mix, things, (scenes.width, scenes.height), choose)
-            found.append(Example(seen, asked, [q.task not in WITHOUT_IMAGE for q in asked], things))
-        return found
+            examples.append(
+                Example(seen, asked, [q.task not in WITHOUT_IMAGE for q in asked], things)
+            )
+        return examples
 
 
 # The square size most of the time; it is also the one with the most room.

@@ -58,14 +58,14 @@ def logits_and_nouns(
     embeds, plain = input_embeddings(model, packed, visual)
     if routing is not None:
         routing.read(embeds, plain, packed.span, packed.answer_start)
-    found = model.model.language_model(
+    output = model.model.language_model(
         inputs_embeds=embeds,
         position_ids=packed.positions,
         attention_mask={"full_attention": packed.attention()},
         use_cache=False,
         output_hidden_states=True,
     )
-    hidden, states = found.last_hidden_state, found.hidden_states
+    hidden, states = output.last_hidden_state, output.hidden_states
     middle = states[len(states) // 2]
     logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[packed.scored])
     return logits, middle.reshape(-1, middle.shape[-1])[packed.nouns]
@@ -73,8 +73,8 @@ def logits_and_nouns(
 
 def answer_loss(logits: Tensor, packed: Packed) -> Tensor:
     """Cross entropy over the answers' tokens, each with its weight. A scalar, float32."""
-    each = torch.nn.functional.cross_entropy(logits.float(), packed.targets, reduction="none")
-    return (each * packed.weights).sum() / packed.weights.sum()
+    losses = torch.nn.functional.cross_entropy(logits.float(), packed.targets, reduction="none")
+    return (losses * packed.weights).sum() / packed.weights.sum()
 
 
 def exact_answers(logits: Tensor, packed: Packed) -> Tensor:

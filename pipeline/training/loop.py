@@ -113,15 +113,15 @@ def make_optimizers(
         else:
             kind = muon if settings.optimizer == "muon" else adamw
             kind.setdefault(share * settings.learning_rate, []).append(parameter)
-    found: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     if muon:
-        found.append(
+        optimizers.append(
             Muon([{"params": p, "lr": rate} for rate, p in muon.items()], weight_decay=0.01)
         )
     if adamw:
         groups = [{"params": parameters, "lr": rate} for rate, parameters in adamw.items()]
-        found.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0))
-    return found
+        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0))
+    return optimizers
 
 
 def _sees(name: str) -> bool:

@@ -45,9 +45,9 @@ def measure_accuracy(
     """Accuracy between 0 and 1 over batches of examples (see `answered_exactly`), under
     "task/language".
     """
-    found = Accuracy()
+    accuracy = Accuracy()
     for examples in batches:
         for question, right in answered_exactly(model, packer, examples, routing, device):
-            found.asked[question.task, question.language] += 1
-            found.right[question.task, question.language] += right
-    return {"/".join(group): round(found.share(group), 4) for group in sorted(found.asked)}
+            accuracy.asked[question.task, question.language] += 1
+            accuracy.right[question.task, question.language] += right
+    return {"/".join(group): round(accuracy.share(group), 4) for group in sorted(accuracy.asked)}

@@ -98,12 +98,12 @@ def load_released(
     add_lora(model, rank, alpha or 2 * rank)
     lora_to_mixture(model, rank, alpha or 2 * rank, experts, top_k, routing)
     wanted = dict(_released_tensors(model, experts))
-    found = {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items()}
-    if wanted.keys() - {"lm_head.weight"} != found.keys() - {"lm_head.weight"}:
+    trained = {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items()}
+    if wanted.keys() - {"lm_head.weight"} != trained.keys() - {"lm_head.weight"}:
         raise ValueError(
-            f"{adapter}: not this base's adapter, {sorted(wanted.keys() ^ found.keys())[:4]} differ"
+            f"{adapter}: not this base's adapter, {sorted(wanted.keys() ^ trained.keys())[:4]} differ"
         )
     with torch.no_grad():
-        for name, tensor in found.items():
+        for name, tensor in trained.items():
             wanted[name].copy_(tensor)
     return model.requires_grad_(False).eval()

@@ -71,19 +71,19 @@ def measure(
     description: str,
 ) -> Outcome:
     """Answer every row, on the CPU in float32."""
-    found = Outcome()
+    outcome = Outcome()
     for batch in track(list(_batches(rows)), description=description):
         examples = [row_example(row, max_pixels=1003520) for row in batch]
         answered = answered_exactly(model, packer, examples, routing, torch.device("cpu"))
         for row, (_, right) in zip(batch, answered, strict=True):
             for group in _groups(row):
-                found.asked[group, row["language"]] += 1
-                found.right[group, row["language"]] += right
+                outcome.asked[group, row["language"]] += 1
+                outcome.right[group, row["language"]] += right
         if routing is not None:
             chosen = torch.stack(routing.chosen, 1).flatten(1).tolist()  # both routes of all gates
             for row, experts in zip(batch, chosen, strict=True):
-                found.experts.update((row["task"], expert) for expert in experts)
-    return found
+                outcome.experts.update((row["task"], expert) for expert in experts)
+    return outcome
 
 
 def _batches(rows: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
@@ -94,8 +94,8 @@ def _batches(rows: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]
         rows, key=lambda row: (row["task"], row["language"], row["width"] or 0, row["height"] or 0)
     )
     for task in TASKS:
-        own = [row for row in ordered if row["task"] == task]
-        yield from (own[i : i + BATCH] for i in range(0, len(own), BATCH))
+        of_task = [row for row in ordered if row["task"] == task]
+        yield from (of_task[i : i + BATCH] for i in range(0, len(of_task), BATCH))
 
 
 def _groups(row: dict[str, Any]) -> tuple[str, ...]:
@@ -121,11 +121,13 @@ def report(settings: TrainSettings) -> dict[str, Any]:
     few = rows[: len(rows) // 4]
     packer = Packer(load_tokenizer(base))
 
-    def with_experts(routing: Routing, own: Sequence[dict[str, Any]], description: str) -> Outcome:
+    def with_experts(
+        routing: Routing, rows_of_group: Sequence[dict[str, Any]], description: str
+    ) -> Outcome:
         model = load_released(
             base, adapter, routing, settings.adapter.top_k, settings.adapter.alpha
         )
-        return measure(model, packer, own, routing, description)
+        return measure(model, packer, rows_of_group, routing, description)
 
     outcomes = {
         "released": with_experts(Routing(), rows, "decode_route released"),
@@ -143,8 +145,12 @@ def report(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _asked_in(settings: TrainSettings, stage: str) -> set[str]:
-    found = getattr(settings.stages, stage)
-    return set() if found is None else {task for task in found.questions if task in TASKS}
+    stage_settings = getattr(settings.stages, stage)
+    return (
+        set()
+        if stage_settings is None
+        else {task for task in stage_settings.questions if task in TASKS}
+    )
 
 
 def summarise(outcomes: dict[str, Outcome], learned: Sequence[str], experts: int) -> dict[str, Any]:

@@ -139,10 +139,10 @@ def scene_table(settings: ScenesSettings, shard: int, rows: int) -> pa.Table:
         )
         for start in range(0, rows, 512)
     ]
-    found = [row for batch in batches for row in batch]
-    for number, row in enumerate(found):
+    all_rows = [row for batch in batches for row in batch]
+    for number, row in enumerate(all_rows):
         row["id"] = f"scene-{settings.seed}-{shard:05d}-{number:06d}"
-    return pa.Table.from_pylist(found, schema=SCHEMA)
+    return pa.Table.from_pylist(all_rows, schema=SCHEMA)
 
 
 def _ask_batch(

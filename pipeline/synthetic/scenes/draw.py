@@ -224,10 +224,10 @@ def _blend(
     """
     ink = _ink()
     scene, slot = np.nonzero(shown)
-    own = sprite[scene, slot]
-    count = ink.pixels[own]
+    sprites = sprite[scene, slot]
+    count = ink.pixels[sprites]
     nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    pixel = np.repeat(ink.first[own], count) + nth
+    pixel = np.repeat(ink.first[sprites], count) + nth
     rows, columns = canvas.shape[1:3]
     centre = (scene * rows + y[scene, slot] + SPRITE) * columns + x[scene, slot] + SPRITE
     place = np.repeat(centre, count) + ink.row[pixel] * columns + ink.column[pixel]

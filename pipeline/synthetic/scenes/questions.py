@@ -63,12 +63,12 @@ def ask(
     """One question of `task` about a scene of `things` on an image of `size` (width, height); None
     if it offers none.
     """
-    found = (
+    parts = (
         _position(rng, language, things, size)
         if task == "position"
         else _ASKERS[task](rng, language, things)
     )
-    return None if found is None else Question(task, language, *found)
+    return None if parts is None else Question(task, language, *parts)
 
 
 def _prompt(rng: random.Random, language: str, form: str, **fields: str) -> str:
@@ -135,13 +135,13 @@ def _unique_kind(
 
 
 def _colour(rng: random.Random, language: str, things: Sequence[Thing]) -> _Found | None:
-    found = _unique_kind(rng, language, things)
-    if found is None:
+    unique = _unique_kind(rng, language, things)
+    if unique is None:
         return None
     return (
-        _prompt(rng, language, "colour", noun=found[0]),
-        NAMES[language][found[1].colour],
-        (found,),
+        _prompt(rng, language, "colour", noun=unique[0]),
+        NAMES[language][unique[1].colour],
+        (unique,),
     )
 
 

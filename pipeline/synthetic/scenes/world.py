@@ -80,7 +80,7 @@ class Scenes:
     def things(self, index: int) -> list[Thing]:
         """The objects of one scene, in reading order."""
         names = tuple(COLOURS)
-        found = []
+        things = []
         for slot in range(self.kind.shape[1]):
             kind = int(self.kind[index, slot])
             if kind < 0:
@@ -93,10 +93,12 @@ class Scenes:
             )
             if kind < FIRST_GLYPH:
                 size = "small" if diameter <= SMALL[1] else "big"
-                found.append(Thing(KINDS[kind], colour, size, "", x, y, diameter))
+                things.append(Thing(KINDS[kind], colour, size, "", x, y, diameter))
             else:
-                found.append(Thing("glyph", colour, "", GLYPHS[kind - FIRST_GLYPH], x, y, diameter))
-        return found
+                things.append(
+                    Thing("glyph", colour, "", GLYPHS[kind - FIRST_GLYPH], x, y, diameter)
+                )
+        return things
 
 
 def sample_scenes(rng: np.random.Generator, count: int, size: tuple[int, int]) -> Scenes:
