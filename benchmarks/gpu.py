@@ -310,16 +310,18 @@ class Bench:
             runner.admit(live)
             running.append(live)
         timed: list[float] = []
-        each = max(1, scale.step_tokens // scale.context)
-        for first in range(0, most, each):
-            chunks = tuple(Chunk(live, 0, scale.context) for live in running[first : first + each])
+        together = max(1, scale.step_tokens // scale.context)
+        for first in range(0, most, together):
+            chunks = tuple(
+                Chunk(live, 0, scale.context) for live in running[first : first + together]
+            )
             self.synchronize()
             started = time.perf_counter()
             runner.launch(Schedule(chunks))
             self.synchronize()
             timed.append((time.perf_counter() - started) / len(chunks))
         rate = floors.prefill_flops(scale.context) / statistics.median(timed[1:] or timed) / 1e12
-        name = f"prefill, {each} prompts of {scale.context} tokens"
+        name = f"prefill, {together} prompts of {scale.context} tokens"
         self.add(name, rate, "TFLOP/s", self.flops / 1e12, higher=True)
         for batch in scale.batches:
             step = Schedule((), tuple(running[:batch]))
@@ -507,8 +509,8 @@ def moved(model: Model, device: torch.device) -> Model:
             )
         return value
 
-    found: Model = move(model)
-    return found
+    moved: Model = move(model)
+    return moved
 
 
 def _line(row: dict[str, Any]) -> str:

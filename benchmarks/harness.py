@@ -67,8 +67,8 @@ def peak_memory(command: Sequence[str]) -> int:
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
-    found = re.findall(r"peak (\d+)", done.stderr)
-    return int(found[-1]) * 1024
+    peaks = re.findall(r"peak (\d+)", done.stderr)
+    return int(peaks[-1]) * 1024
 
 
 def own_memory(pid: int) -> int:
@@ -82,8 +82,8 @@ def own_memory(pid: int) -> int:
         OSError: there is no such process.
     """
     status = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0  # of one that has just ended there is nothing
+    match = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0  # of one that has just ended there is nothing
 
 
 def save(name: str, figures: dict[str, Any]) -> None:

@@ -29,13 +29,13 @@ TEXTS = 40
 def texts(sentences: list[str], words: int, count: int, seed: int) -> list[str]:
     """Texts of at least so many words."""
     draw = random.Random(seed)
-    found = []
+    texts = []
     for _ in range(count):
         chosen: list[str] = []
         while count_words(" ".join(chosen)) < words:
             chosen.append(draw.choice(sentences))
-        found.append(" ".join(chosen))
-    return found
+        texts.append(" ".join(chosen))
+    return texts
 
 
 def main() -> list[str]:
@@ -48,7 +48,7 @@ def main() -> list[str]:
         return "language" in judges[language].flags("", text, truncated=False, looping=False)
 
     runs = []
-    own = languages.SURE
+    in_use = languages.SURE
     try:
         for words, sure in itertools.product(WORDS, SURE):
             languages.SURE = sure
@@ -74,7 +74,7 @@ def main() -> list[str]:
             }
             runs.append({"words": words, "sure": sure, **shares})
     finally:
-        languages.SURE = own
+        languages.SURE = in_use
     captions = texts(sentences["english"], 100, 500, seed=1)
 
     def judge() -> None:
@@ -94,7 +94,7 @@ def main() -> list[str]:
         "of the same script.",
         "",
         "| words | "
-        + " | ".join(f"{sure:.0%} sure{' (in use)' if sure == own else ''}" for sure in SURE)
+        + " | ".join(f"{sure:.0%} sure{' (in use)' if sure == in_use else ''}" for sure in SURE)
         + " |",
         "|---|" + "---|" * len(SURE),
         *(

@@ -68,7 +68,7 @@ def measure(rows: int, folder: Path, base: Path, adapter: Path) -> dict[str, flo
         time.sleep(0.5)
         try:
             # Memory of a process's own: the object store is shared, and counted once, below.
-            own = own_memory(driver.pid)
+            anonymous = own_memory(driver.pid)
             workers = [
                 own_memory(p.pid)
                 for p in driver.children(recursive=True)
@@ -76,7 +76,7 @@ def measure(rows: int, folder: Path, base: Path, adapter: Path) -> dict[str, flo
             ]
         except (psutil.Error, OSError):
             continue
-        peaks["driver"] = max(peaks["driver"], own)
+        peaks["driver"] = max(peaks["driver"], anonymous)
         peaks["workers"] = max(peaks["workers"], sum(workers))
         peaks["object_store"] = max(
             peaks["object_store"], shutil.disk_usage("/dev/shm").used - shared_before
@@ -95,9 +95,9 @@ def main() -> list[str]:
         base, adapter = write_random_checkpoint(Path(folder), RandomShape(), seed=0)
         assert adapter is not None
         for rows in ROWS:
-            own = Path(folder) / str(rows)
-            own.mkdir()
-            measured.append(measure(rows, own, base, adapter))
+            folder_of_run = Path(folder) / str(rows)
+            folder_of_run.mkdir()
+            measured.append(measure(rows, folder_of_run, base, adapter))
     save("memory", {"runs": measured})
     return [
         "| rows | driver | workers | object store | seconds |",

@@ -39,7 +39,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
 @contextmanager
 def timed() -> Iterator[dict[str, float]]:
     """Seconds of each part, while it holds."""
-    own: dict[str, float] = defaultdict(float)
+    self_seconds: dict[str, float] = defaultdict(float)
     inside: list[float] = []
 
     def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +50,7 @@ def timed() -> Iterator[dict[str, float]]:
                 return function(*arguments, **named)
             finally:
                 taken = time.perf_counter() - started
-                own[name] += taken - inside.pop()
+                self_seconds[name] += taken - inside.pop()
                 if inside:
                     inside[-1] += taken
 
@@ -60,7 +60,7 @@ def timed() -> Iterator[dict[str, float]]:
     for name, owner, attribute in PARTS:
         setattr(owner, attribute, wrap(name, getattr(owner, attribute)))
     try:
-        yield own
+        yield self_seconds
     finally:
         for owner, attribute, original in originals:
             setattr(owner, attribute, original)

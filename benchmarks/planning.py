@@ -109,20 +109,20 @@ def main(shards: int = SHARDS) -> list[str]:
             f"Path({str(figures)!r}).write_text(json.dumps(plan(Path({where!r}))))\n"
         )
         peak = peak_memory([str(script)])
-        found = json.loads(figures.read_text())
+        measured = json.loads(figures.read_text())
     stages = ("listing and footers", "commits", "missing rows", "read tasks")
-    seconds = sum(found[stage] for stage in stages)
-    save("planning", {"shards": shards, "peak_bytes": peak, "seconds": seconds, **found})
+    seconds = sum(measured[stage] for stage in stages)
+    save("planning", {"shards": shards, "peak_bytes": peak, "seconds": seconds, **measured})
     lines = [
-        f"{found['rows']:,} rows in {shards:,} shards, {found['left']:,} left; {found['files']:,} "
-        "output files.",
+        f"{measured['rows']:,} rows in {shards:,} shards, {measured['left']:,} left; "
+        f"{measured['files']:,} output files.",
         "",
         f"**{seconds:.1f} s and {mebibytes(peak)} at its peak**.",
         "",
         "| part | seconds |",
         "|---|---|",
     ]
-    return lines + [f"| {stage} | {found[stage]:.1f} |" for stage in stages]
+    return lines + [f"| {stage} | {measured[stage]:.1f} |" for stage in stages]
 
 
 if __name__ == "__main__":

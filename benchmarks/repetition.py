@@ -66,7 +66,7 @@ def main() -> list[str]:
     """Measure, save, and return lines for RESULTS.md."""
     true = true_answers(ANSWERS)
     looping = list(looping_answers(true))
-    own = (repetition.LOOP_TOKENS, repetition.LOOP_ROUNDS)
+    in_use = (repetition.LOOP_TOKENS, repetition.LOOP_ROUNDS)
     runs = []
     try:
         for tokens, rounds in THRESHOLDS:
@@ -78,14 +78,14 @@ def main() -> list[str]:
                 {
                     "tokens": tokens,
                     "rounds": rounds,
-                    "in_use": (tokens, rounds) == own,
+                    "in_use": (tokens, rounds) == in_use,
                     "true_called_loops": wrongly / len(true),
                     "loops_found": sum(at is not None for at, _ in places) / len(looping),
                     "median_tokens_until_found": statistics.median(delays),
                 }
             )
     finally:
-        repetition.LOOP_TOKENS, repetition.LOOP_ROUNDS = own
+        repetition.LOOP_TOKENS, repetition.LOOP_ROUNDS = in_use
     seconds = median_seconds(lambda: [found_at(answer) for answer in true]) / (len(true) * ANSWER)
     flagger, text = (
         Flagger(FlagRules()),

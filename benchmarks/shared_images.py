@@ -36,9 +36,9 @@ def asked(shared: bool) -> list[Asked]:
     pictures = [
         noise(rng, 224, 392) for _ in range(PICTURES if shared else PICTURES * len(QUESTIONS))
     ]
-    each = len(QUESTIONS) if shared else 1
+    repeats = len(QUESTIONS) if shared else 1
     return [
-        Asked(pictures[i // each], QUESTIONS[i % len(QUESTIONS)], new_tokens=8)
+        Asked(pictures[i // repeats], QUESTIONS[i % len(QUESTIONS)], new_tokens=8)
         for i in range(PICTURES * len(QUESTIONS))
     ]
 
@@ -50,9 +50,9 @@ def main() -> list[str]:
 
     def timed(self: VisionTower, images: Any) -> Any:
         started = time.perf_counter()
-        found = encode(self, images)
+        encoding = encode(self, images)
         in_tower.append(time.perf_counter() - started)
-        return found
+        return encoding
 
     seconds, tower = {}, {}
     with tempfile.TemporaryDirectory() as folder:

@@ -53,15 +53,15 @@ def main() -> list[str]:
         mixture(width, wide),
     ]
     rows, figures = [], []
-    for step, (tokens, each) in STEPS.items():
+    for step, (tokens, length) in STEPS.items():
         for spread, share in (("grouped", 0.9), ("mixed", 1 / experts)):
-            requests = -(-tokens // each)
+            requests = -(-tokens // length)
             rng = np.random.default_rng(0)
             others = rng.integers(0, experts, requests)
             tops = np.where(np.arange(requests) < round(share * requests), 0, others).astype(
                 np.int8
             )[:, None]
-            counts = [min(each, tokens - i * each) for i in range(requests)]
+            counts = [min(length, tokens - i * length) for i in range(requests)]
             factors = torch.zeros(tokens, experts + 1, device=device, dtype=dtype)
             factors[
                 torch.arange(tokens), torch.from_numpy(np.repeat(tops[:, 0], counts)).long()

@@ -58,7 +58,7 @@ def floors(
     """
     shape = loaded.model.shape
     kinds = {"with experts": shape, "without": replace(shape, adapter=None)}
-    found: dict[str, dict[str, float]] = {f"floor {name}": {} for name in kinds}
+    floors: dict[str, dict[str, float]] = {f"floor {name}": {} for name in kinds}
     for workload, asked in workloads.items():
         requests = loaded.requests(asked)
         patches = [
@@ -68,8 +68,8 @@ def floors(
         prompts, new = [len(r.input_ids) for r in requests], [one.new_tokens for one in asked]
         for name, kind in kinds.items():
             flops = sum(map(Floors(kind, rate, 1.0).request_flops, prompts, patches, new))
-            found[f"floor {name}"][workload] = sum(new) * rate / flops
-    return found
+            floors[f"floor {name}"][workload] = sum(new) * rate / flops
+    return floors
 
 
 def main() -> list[str]:
@@ -79,7 +79,7 @@ def main() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_random(Path(folder) / "awaker")
         for grouped in (True, False):
-            own = rates.setdefault(
+            by_workload = rates.setdefault(
                 f"engine, experts, {'grouped' if grouped else 'in order of arrival'}", {}
             )
             with loaded.engine(batch_size=64, group_by_expert=grouped) as engine:
@@ -88,20 +88,26 @@ def main() -> list[str]:
                         lambda asked=asked: engine.generate(loaded.requests(asked)),  # type: ignore[misc]
                         warm_up=lambda asked=asked: engine.generate(loaded.requests(asked[:8])),  # type: ignore[misc]
                     )
-                    own[name] = sum(a.new_tokens for a in asked) / seconds
+                    by_workload[name] = sum(a.new_tokens for a in asked) / seconds
         rate = flops_a_second()
         rates |= floors(loaded, workloads, rate)
         peer = Transformers(Path(folder) / "plain")
         for size in STATIC_BATCHES:
-            own = rates.setdefault(f"transformers `generate`, no experts, batches of {size}", {})
+            by_workload = rates.setdefault(
+                f"transformers `generate`, no experts, batches of {size}", {}
+            )
             for name, asked in workloads.items():
                 seconds = median_seconds(
                     lambda asked=asked, size=size: peer.answer(asked, size),  # type: ignore[misc]
                     warm_up=lambda asked=asked: peer.answer(asked[:8], 8),  # type: ignore[misc]
                 )
-                own[name] = sum(a.new_tokens for a in asked) / seconds
+                by_workload[name] = sum(a.new_tokens for a in asked) / seconds
     best = {
-        name: max(own[name] for who, own in rates.items() if who.startswith("transformers"))
+        name: max(
+            by_workload[name]
+            for who, by_workload in rates.items()
+            if who.startswith("transformers")
+        )
         for name in workloads
     }
     save(
@@ -127,9 +133,12 @@ def main() -> list[str]:
         "|---|" + "---|---|" * len(workloads),
         *(
             f"| {who} | "
-            + " | ".join(f"{own[name]:.1f} | {own[name] / best[name]:.2f}" for name in workloads)
+            + " | ".join(
+                f"{by_workload[name]:.1f} | {by_workload[name] / best[name]:.2f}"
+                for name in workloads
+            )
             + " |"
-            for who, own in rates.items()
+            for who, by_workload in rates.items()
         ),
         "",
         "; ".join(

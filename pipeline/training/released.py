@@ -101,7 +101,8 @@ def load_released(
     trained = {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items()}
     if wanted.keys() - {"lm_head.weight"} != trained.keys() - {"lm_head.weight"}:
         raise ValueError(
-            f"{adapter}: not this base's adapter, {sorted(wanted.keys() ^ trained.keys())[:4]} differ"
+            f"{adapter}: not this base's adapter, "
+            f"{sorted(wanted.keys() ^ trained.keys())[:4]} differ"
         )
     with torch.no_grad():
         for name, tensor in trained.items():
