@@ -32,8 +32,8 @@ class Arrow:
     ) -> Iterator[pa.RecordBatch]:
         """See `ShardFile`."""
         for batch in self._record_batches(row_groups):
-            own = set(batch.schema.names)
-            present = batch.select([name for name in columns.names if name in own])
+            held = set(batch.schema.names)
+            present = batch.select([name for name in columns.names if name in held])
             for start in range(0, batch.num_rows, rows):
                 yield present.slice(start, rows)
 

@@ -148,11 +148,11 @@ def find_shards(
     Raises:
         InputError: a path holds none or cannot be listed, or a file's name is no text.
     """
-    found: dict[str, FileInfo] = {}
+    by_url: dict[str, FileInfo] = {}
     for one in [path] if isinstance(path, str) else path:
         for file in _find(one, form, tell):
-            found[file.url] = file
-    files = sorted(found.values(), key=lambda file: file.url)
+            by_url[file.url] = file
+    files = sorted(by_url.values(), key=lambda file: file.url)
     needing = {file.base for file in files if file.form == "images" or file.is_metadata}
     if len(needing) > 1:
         raise InputError(
@@ -181,16 +181,20 @@ def _find(
         if any(part.startswith(("_", ".")) for part in relative.split("/")):
             continue
         lower = name.lower()
-        own = next((one for one, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None)
+        form_of_name = next(
+            (one for one, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None
+        )
         url = filesystem.unstrip_protocol(name)
-        by_form[own].append(
-            FileInfo(url, relative, info["size"] or 0, _version(info), own or "images", base_url)
+        by_form[form_of_name].append(
+            FileInfo(
+                url, relative, info["size"] or 0, _version(info), form_of_name or "images", base_url
+            )
         )
     chosen = _chosen(by_form, single=len(listing) == 1) if form == "auto" else form
     if chosen is None or not by_form[chosen]:
         expected = "data" if form == "auto" else FORM_NAMES[form]
         forms = ", ".join(
-            FORM_NAMES[one] for one, own in by_form.items() if one is not None and own
+            FORM_NAMES[one] for one, members in by_form.items() if one is not None and members
         )
         there = f"; it holds {forms}" if forms else ""
         if packed := _others(_packed(by_form)):
@@ -269,8 +273,10 @@ def _listed(path: str) -> tuple[AbstractFileSystem, dict[str, dict[str, Any]], s
 def _others(names: Iterable[str]) -> str:
     """How many files there are, by their endings."""
     endings = Counter(posixpath.splitext(name)[1].lower() or "without ending" for name in names)
-    told = [f"{count:,} {ascii(ending)[1:-1]}" for ending, count in endings.most_common(_TOLD)]
-    return ", ".join(told) + (", ..." if len(endings) > _TOLD else "")
+    counts_shown = [
+        f"{count:,} {ascii(ending)[1:-1]}" for ending, count in endings.most_common(_TOLD)
+    ]
+    return ", ".join(counts_shown) + (", ..." if len(endings) > _TOLD else "")
 
 
 def _chosen(by_form: dict[Form | None, list[FileInfo]], *, single: bool) -> Form | None:
@@ -302,17 +308,23 @@ def _folders(images: Iterable[FileInfo], base: str) -> list[FileInfo]:
     of_folder: dict[str, list[FileInfo]] = defaultdict(list)
     for image in images:
         of_folder[posixpath.dirname(image.name)].append(image)
-    found = []
-    for folder, own in of_folder.items():
-        own.sort(key=lambda image: image.name)
+    folders = []
+    for folder, inside in of_folder.items():
+        inside.sort(key=lambda image: image.name)
         url = f"{base.rstrip('/')}/{folder}".rstrip("/") + "/"
-        members = tuple(image.name for image in own)
-        found.append(
+        members = tuple(image.name for image in inside)
+        folders.append(
             FileInfo(
-                url, f"{folder}/", sum(i.size for i in own), _digest(own), "images", base, members
+                url,
+                f"{folder}/",
+                sum(i.size for i in inside),
+                _digest(inside),
+                "images",
+                base,
+                members,
             )
         )
-    return found
+    return folders
 
 
 def _digest(images: Sequence[FileInfo]) -> str:

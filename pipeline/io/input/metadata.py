@@ -49,18 +49,20 @@ class BesideImages:
             field.name: _sources(field) if _holds_paths(field.type) else [] for field in columns
         }
         extra = [
-            one for found in sources.values() for one in found if one.name not in columns.names
+            one for fields in sources.values() for one in fields if one.name not in columns.names
         ]
         wanted = pa.schema([*columns, *{field.name: field for field in extra}.values()])
         for batch in self._table.batches(rows, wanted, row_groups):
-            own = {name: batch.column(name) for name in batch.schema.names}
+            arrays = {name: batch.column(name) for name in batch.schema.names}
             for field in columns:
                 for source in (
                     one.name for one in sources[field.name] if one.name in batch.schema.names
                 ):
-                    own[field.name] = self._paths(own.get(field.name), own[source], field.type)
-            kept = [name for name in own if name in columns.names or name == ERROR]
-            yield pa.RecordBatch.from_arrays([own[name] for name in kept], names=kept)
+                    arrays[field.name] = self._paths(
+                        arrays.get(field.name), arrays[source], field.type
+                    )
+            kept = [name for name in arrays if name in columns.names or name == ERROR]
+            yield pa.RecordBatch.from_arrays([arrays[name] for name in kept], names=kept)
 
     def _paths(self, named: pa.Array | None, files: pa.Array, kind: pa.DataType) -> pa.Array:
         """Paths of files, where nothing is named already."""
@@ -99,8 +101,8 @@ def _sources(field: pa.Field) -> list[pa.Field]:
 
 
 def _holds_paths(kind: pa.DataType) -> bool:
-    own = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-    return pa.types.is_string(own) or pa.types.is_large_string(own)
+    value = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return pa.types.is_string(value) or pa.types.is_large_string(value)
 
 
 def _second_image(name: str, names: Sequence[str]) -> bool:

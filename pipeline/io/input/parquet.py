@@ -64,8 +64,8 @@ class Parquet:
         self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
     ) -> Iterator[pa.RecordBatch]:
         """See `ShardFile`."""
-        own = set(self._parquet.schema_arrow.names)
-        present = [name for name in columns.names if name in own]
+        held = set(self._parquet.schema_arrow.names)
+        present = [name for name in columns.names if name in held]
         chosen = list(range(self._parquet.num_row_groups) if row_groups is None else row_groups)
         rows = min([rows, *(self._rows_at_once(group, rows, present) for group in chosen)])
         given = 0
@@ -193,8 +193,8 @@ class Parquet:
                 is tried again.
         """
         filesystem, path = open_filesystem(self._url)
-        own = self._parquet.metadata.row_group(group)
-        for chunk in map(own.column, range(own.num_columns)):
+        metadata = self._parquet.metadata.row_group(group)
+        for chunk in map(metadata.column, range(metadata.num_columns)):
             start = chunk.dictionary_page_offset or chunk.data_page_offset
             filesystem.cat_file(path, start, start + chunk.total_compressed_size)
 

@@ -133,7 +133,10 @@ def plan_input(
     if columns.id is None:
         _check_names(files)
     shards = _limited(
-        [Shard(file, own, sum(own)) for file, own in zip(files, groups, strict=True)],
+        [
+            Shard(file, row_groups, sum(row_groups))
+            for file, row_groups in zip(files, groups, strict=True)
+        ],
         options.limit,
     )
     if not shards:
@@ -206,12 +209,12 @@ def _read_footers(
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         footers = list(pool.map(lambda file: _read_footer(file, known, untyped), files))
     common = common_types(
-        (own for file, (_, own) in zip(files, footers, strict=True) if file.form in UNTYPED),
+        (schema for file, (_, schema) in zip(files, footers, strict=True) if file.form in UNTYPED),
         untyped,
     )
     schemas = [
-        retyped(own, common) if file.form in UNTYPED else own
-        for file, (_, own) in zip(files, footers, strict=True)
+        retyped(schema, common) if file.form in UNTYPED else schema
+        for file, (_, schema) in zip(files, footers, strict=True)
     ]
     return [groups for groups, _ in footers], schemas
 

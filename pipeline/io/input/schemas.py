@@ -113,8 +113,10 @@ def column_kinds(files: Sequence[FileInfo], schemas: Sequence[pa.Schema]) -> Kin
             "JSON text or a map"
         )
     # A column that shards have themselves is read from them alone: its type is known.
-    told = {key: file for file in files for key in partition_of(file.name) if key not in kinds}
-    return kinds | {key: {pa.string(): file} for key, file in told.items()}
+    partitions = {
+        key: file for file in files for key in partition_of(file.name) if key not in kinds
+    }
+    return kinds | {key: {pa.string(): file} for key, file in partitions.items()}
 
 
 @dataclass(frozen=True)
@@ -134,22 +136,22 @@ def planned_types(
     """One type for each column, which holds the values of all shards with every digit."""
     fields, contradictions, notes = [], {}, {}
     integers = _Integers(files, schemas)
-    for name, own in kinds.items():
-        first, *others = own
+    for name, files_by_type in kinds.items():
+        first, *others = files_by_type
         within = integers.within(name)
         planned = first
         for kind in others:
             wider = widened(planned, kind, within)
             if wider is None:
                 contradictions[name] = planned, kind
-                untyped = (kind for kind, file in own.items() if file.form in UNTYPED)
+                untyped = (kind for kind, file in files_by_type.items() if file.form in UNTYPED)
                 planned = next(untyped, planned)
                 break
             planned = wider
         fields.append((name, planned))
-        told = [kind for kind in own if not pa.types.is_null(kind)]
-        if len(told) > 1 and is_new_form(planned, told):
-            listed = " and ".join(map(shown_type, told[:3]))
+        typed = [kind for kind in files_by_type if not pa.types.is_null(kind)]
+        if len(typed) > 1 and is_new_form(planned, typed):
+            listed = " and ".join(map(shown_type, typed[:3]))
             notes[name] = (
                 f"column {name!r} is {listed} in different shards, and written as "
                 f"{shown_type(planned)}"
@@ -194,8 +196,8 @@ class _Integers:
         if key not in self._largest:
             largest: dict[str, tuple[float, float]] = {}
             with ThreadPoolExecutor(LISTING_THREADS) as pool:
-                for own in pool.map(_largest_integers, self._files[key]):
-                    for path, ends in own.items():
+                for ends_by_path in pool.map(_largest_integers, self._files[key]):
+                    for path, ends in ends_by_path.items():
                         for place in _places(path):
                             before = largest.get(place, (0, 0))
                             largest[place] = max(before[0], ends[0]), max(before[1], ends[1])
@@ -219,14 +221,24 @@ def _largest_integers(file: FileInfo) -> dict[str, tuple[float, float]]:
         ):
             if chunk.physical_type != "INT64":
                 continue
-            told, own = chunk.statistics, (math.inf, math.inf)
-            if told is not None and told.has_min_max:
-                ends = [told.min, told.max] if isinstance(told.min, int) else [math.inf]
-                own = max(map(abs, ends)), max(abs(told.min_raw), abs(told.max_raw))
-            elif told is not None and told.null_count == chunk.num_values:
-                own = 0, 0
+            statistics, largest_here = chunk.statistics, (math.inf, math.inf)
+            if statistics is not None and statistics.has_min_max:
+                ends = (
+                    [statistics.min, statistics.max]
+                    if isinstance(statistics.min, int)
+                    else [math.inf]
+                )
+                largest_here = (
+                    max(map(abs, ends)),
+                    max(abs(statistics.min_raw), abs(statistics.max_raw)),
+                )
+            elif statistics is not None and statistics.null_count == chunk.num_values:
+                largest_here = 0, 0
             before = largest.get(chunk.path_in_schema, (0, 0))
-            largest[chunk.path_in_schema] = max(before[0], own[0]), max(before[1], own[1])
+            largest[chunk.path_in_schema] = (
+                max(before[0], largest_here[0]),
+                max(before[1], largest_here[1]),
+            )
     return largest
 
 

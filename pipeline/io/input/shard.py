@@ -42,7 +42,7 @@ class Shard:
         """See `ShardFile`; what the names of the shard's folders say are columns, too, unless it
         has them itself.
         """
-        told = {
+        partition = {
             key: value
             for key, value in partition_of(self.file.name).items()
             if key in columns.names
@@ -50,32 +50,32 @@ class Shard:
         with open_shard(self.file, untyped) as opened:
             for batch in opened.batches(rows, columns, row_groups):
                 # Rows without types of their own come with every column, be it of nulls alone.
-                own = {
+                held = {
                     n: c
                     for n, c in zip(batch.schema.names, batch.columns, strict=True)
-                    if not self._lacks(n, c, told)
+                    if not self._lacks(n, c, partition)
                 }
-                more = {key: value for key, value in told.items() if key not in own}
+                more = {key: value for key, value in partition.items() if key not in held}
                 if more:
                     arrays = [
                         pa.array([value] * len(batch), pa.string()) for value in more.values()
                     ]
                     batch = pa.RecordBatch.from_arrays(
-                        [*own.values(), *arrays], names=[*own, *more]
+                        [*held.values(), *arrays], names=[*held, *more]
                     )
                 yield batch
 
-    def _lacks(self, name: str, column: pa.Array, told: Mapping[str, str | None]) -> bool:
-        return name in told and self.file.form in UNTYPED and column.null_count == len(column)
+    def _lacks(self, name: str, column: pa.Array, partition: Mapping[str, str | None]) -> bool:
+        return name in partition and self.file.form in UNTYPED and column.null_count == len(column)
 
 
 def partition_of(name: str) -> dict[str, str | None]:
     """What a file's folders say in Hive's form, `key=value/`: text, with percent-encoding
     undone.
     """
-    found: dict[str, str | None] = {}
+    partition: dict[str, str | None] = {}
     for folder in posixpath.dirname(name).split("/") if "=" in name else ():
         key, equals, value = folder.partition("=")
         if key and equals:
-            found[unquote(key)] = None if value == NO_PARTITION else unquote(value)
-    return found
+            partition[unquote(key)] = None if value == NO_PARTITION else unquote(value)
+    return partition

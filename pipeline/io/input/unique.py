@@ -43,12 +43,12 @@ def check_ids_unique(plan: InputPlan) -> None:
         files = [(Path(folder) / str(bucket)).open("wb") for bucket in range(buckets)]
 
         def hashes(shard: Shard) -> list[np.ndarray]:
-            found = []
+            hashed = []
             for ids in iter_ids(shard, plan.schema.field(column), plan.untyped):
-                own = pd.util.hash_array(ids, categorize=False)
-                order = np.argsort(own % buckets, kind="stable")
-                found.append(own[order])
-            return found
+                codes = pd.util.hash_array(ids, categorize=False)
+                order = np.argsort(codes % buckets, kind="stable")
+                hashed.append(codes[order])
+            return hashed
 
         for of_shard in pool.map(hashes, plan.shards):
             for ordered in of_shard:
