@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import psutil
 import pytest
 
@@ -36,6 +37,10 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 # Before triton is imported anywhere: without a GPU its kernels are interpreted.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# How long an example takes says more of what else the machine does than of the code.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 GOLDEN = Path(__file__).parent / "golden"
 

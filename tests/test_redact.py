@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from pipeline.counters import EngineCounts, RowCounts
 from pipeline.errors import JobError
 from pipeline.io.input.references import shown
 from pipeline.io.output.columns import Written
@@ -216,7 +217,9 @@ def test_a_job_s_last_words_hold_nothing_that_a_terminal_obeys() -> None:
         rows=3,
     )
     out = io.StringIO()
-    Summary(f"out{HOSTILE}", written, Counter(), 1.0, 1.0, Counter()).print(Console(file=out))
+    Summary(f"out{HOSTILE}", written, RowCounts(), 1.0, 1.0, EngineCounts()).print(
+        Console(file=out)
+    )
     text = out.getvalue()
     assert text.count("[2J") == 4
     assert all(line.isprintable() for line in text.split("\n"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.counters import EngineCounts, RowCounts
 from pipeline.errors import ConfigError, OutputError
 from pipeline.io.output.columns import Written
 from pipeline.io.output.lease import Claim, Lease, LeaseTimes
@@ -243,7 +243,7 @@ def test_success_moves_only_under_the_lock(
 
     monkeypatch.setattr(f"pipeline.run.nightly.{when}", overtaken)
     if when == "run_job":
-        summary = Summary("out", Written(), Counter(), 1.0, 1.0, Counter())
+        summary = Summary("out", Written(), RowCounts(), 1.0, 1.0, EngineCounts())
         monkeypatch.setattr("pipeline.run.nightly.run_job", lambda job: (overtaken(), summary)[1])
     with pytest.raises(OutputError, match="held by run another"):
         run(night)

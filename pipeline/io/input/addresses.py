@@ -95,9 +95,9 @@ class PublicResolver(AbstractResolver):
             OSError: the name cannot be resolved.
         """
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+        resolved = await loop.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
         results = []
-        for own_family, _, protocol, _, address in found:
+        for own_family, _, protocol, _, address in resolved:
             if not is_public(str(address[0])):
                 raise not_public(host)
             results.append(

@@ -40,9 +40,9 @@ class Csv:
         """
         records = self._records()
         names = self._names(records)
-        groups, found = layout_of(self._rows(names, records), self._untyped)
+        groups, schema = layout_of(self._rows(names, records), self._untyped)
         # A column without a name is one if it has values.
-        used = {field.name for field in found if field.type != pa.null()}
+        used = {field.name for field in schema if field.type != pa.null()}
         kept = [name for at, name in enumerate(names) if name != UNNAMED.format(at) or name in used]
         return groups, pa.schema([(name, pa.string()) for name in kept])
 
@@ -54,17 +54,17 @@ class Csv:
         return batches_of(self._rows(self._names(records), records), rows, columns)
 
     def _names(self, records: Iterator[tuple[int, list[str] | RowError]]) -> list[str]:
-        _, told = next(records, (0, []))
-        if isinstance(told, RowError):
-            raise ValueError(told.cause)
+        _, header = next(records, (0, []))
+        if isinstance(header, RowError):
+            raise ValueError(header.cause)
         names: dict[str, None] = {}
-        for at, name in enumerate(told):
-            own = name or UNNAMED.format(at)
+        for at, name in enumerate(header):
+            unique = name or UNNAMED.format(at)
             # As pandas does: a, a.1, a.2.
-            again = (f"{own}.{count}" for count in range(1, len(told) + 1))
-            names[own if own not in names else next(one for one in again if one not in names)] = (
-                None
-            )
+            again = (f"{unique}.{count}" for count in range(1, len(header) + 1))
+            names[
+                unique if unique not in names else next(one for one in again if one not in names)
+            ] = None
         try:
             check_names(names, "the line of names", self._untyped)
         except RowError as error:
@@ -74,14 +74,14 @@ class Csv:
     def _rows(
         self, names: list[str], records: Iterator[tuple[int, list[str] | RowError]]
     ) -> Iterator[Row]:
-        for number, told in records:
-            if isinstance(told, RowError):
-                yield {ERROR: str(told)}
-            elif any(told[len(names) :]):
-                cause = f"line {number} has {len(told):,} values under {len(names):,} names"
+        for number, record in records:
+            if isinstance(record, RowError):
+                yield {ERROR: str(record)}
+            elif any(record[len(names) :]):
+                cause = f"line {number} has {len(record):,} values under {len(names):,} names"
                 yield {ERROR: str(RowError("row_malformed", cause))}
             else:
-                values = told[: len(names)] + [""] * (len(names) - len(told))
+                values = record[: len(names)] + [""] * (len(names) - len(record))
                 yield {name: value or None for name, value in zip(names, values, strict=True)}
 
     def _records(self) -> Iterator[tuple[int, list[str] | RowError]]:

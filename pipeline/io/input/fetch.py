@@ -98,7 +98,9 @@ class Fetcher:
         named = [inputs] if isinstance(inputs, str) else inputs
         self._buckets = buckets_of([*named, image_root, *options.buckets])
         web = image_root is not None and scheme_of(image_root) in ("http", "https")
-        self._web_root = parsed_url(f"{image_root}".rstrip("/") + "/", own=True) if web else None
+        self._web_root = (
+            parsed_url(f"{image_root}".rstrip("/") + "/", of_the_job=True) if web else None
+        )
         self._loop = asyncio.new_event_loop()
         self._pool = ThreadPoolExecutor(options.concurrency, "fetch")
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
@@ -255,7 +257,9 @@ class Fetcher:
         if not has_buckets(url.partition("://")[0]):
             return
         bucket = bucket_of(url)
-        if bucket is None or not any(f"{bucket}/".startswith(f"{own}/") for own in self._buckets):
+        if bucket is None or not any(
+            f"{bucket}/".startswith(f"{allowed}/") for allowed in self._buckets
+        ):
             raise RowError(
                 "image_forbidden",
                 f"{shown(url)}: rows may name objects of the buckets that input.path and "
@@ -277,7 +281,7 @@ class Fetcher:
         for _ in range(MAX_REDIRECTS + 1):
             target = parsed_url(
                 url,
-                own=self._web_root is not None
+                of_the_job=self._web_root is not None
                 and url.startswith(f"{self._root}".rstrip("/") + "/"),
             )
             session = self._session_for(target)

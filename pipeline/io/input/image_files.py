@@ -24,7 +24,7 @@ def read_below(root: str, path: str, most: int) -> bytes:
     target = os.path.realpath(os.path.join(folder, path))  # links lead where they lead
     if not _lies_in(target, folder):
         if not any(
-            _lies_in(os.path.normpath(os.path.join(own, path)), own) for own in (named, folder)
+            _lies_in(os.path.normpath(os.path.join(base, path)), base) for base in (named, folder)
         ):
             raise RowError("image_forbidden", f"{shown(path)} does not lie below input.image_root")
         if os.path.dirname(target) not in _blobs_of(folder):
@@ -57,5 +57,5 @@ def _blobs_of(folder: str) -> list[str]:
     `<repository>/blobs`.
     """
     parts = Path(folder).parts
-    found = [at for at, name in enumerate(parts) if name == "snapshots" and at < len(parts) - 1]
-    return [os.path.realpath(os.path.join(*parts[:at], "blobs")) for at in found]
+    snapshots = [at for at, name in enumerate(parts) if name == "snapshots" and at < len(parts) - 1]
+    return [os.path.realpath(os.path.join(*parts[:at], "blobs")) for at in snapshots]

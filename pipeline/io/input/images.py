@@ -37,8 +37,10 @@ class ImageFolder:
         for start in (group * IMAGES_PER_GROUP for group in groups):
             group = self._members[start : start + IMAGES_PER_GROUP]
             for at in range(0, len(group), rows):
-                own = group[at : at + rows]
-                ids = pa.array([name if is_encodable(name) else None for name in own], pa.string())
+                names = group[at : at + rows]
+                ids = pa.array(
+                    [name if is_encodable(name) else None for name in names], pa.string()
+                )
                 paths = pa.array([_as_path(name) for name in ids.to_pylist()], pa.string())
                 arrays = {
                     name: made
@@ -47,7 +49,7 @@ class ImageFolder:
                 }
                 if ids.null_count:
                     arrays[ERROR] = pa.array(
-                        [None if is_encodable(name) else _no_utf8(name) for name in own],
+                        [None if is_encodable(name) else _no_utf8(name) for name in names],
                         pa.string(),
                     )
                 yield pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))

@@ -86,11 +86,11 @@ def pieces(shard: Shard, missing: RowSet) -> Iterator[Piece]:
         if wanted:
             groups.append(index)
         at += rows
-        own = missing.clip(begin, at)
+        wanted_rows = missing.clip(begin, at)
         if groups and (
-            not wanted or len(own) >= ROWS_PER_TASK or index == len(shard.row_groups) - 1
+            not wanted or len(wanted_rows) >= ROWS_PER_TASK or index == len(shard.row_groups) - 1
         ):
-            yield Piece(shard, tuple(groups), begin, own)
+            yield Piece(shard, tuple(groups), begin, wanted_rows)
             groups = []
 
 
@@ -230,23 +230,33 @@ def _fitted_plainly(array: pa.Array) -> tuple[pa.Array, dict[int, str]]:
 def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.ndarray) -> pa.Table:
     count = len(batch)
     columns = plan.columns
-    own = _Columns(batch, plan)
+    columns_read = _Columns(batch, plan)
 
     def text(name: str | None) -> pa.Array:
-        return pa.nulls(count, pa.string()) if name is None else own.texts[name].cast(pa.string())
+        return (
+            pa.nulls(count, pa.string())
+            if name is None
+            else columns_read.texts[name].cast(pa.string())
+        )
 
     errors = (
-        pa.array([own.errors.get(row) for row in range(count)], pa.string()) if own.errors else None
+        pa.array([columns_read.errors.get(row) for row in range(count)], pa.string())
+        if columns_read.errors
+        else None
     )
-    if own.ids is None:
+    if columns_read.ids is None:
         ids = pa.array([f"{shard.file.name}#{number}" for number in numbers], pa.string())
     else:
-        ids, errors = row_ids(own.ids, errors, shard.file.name, numbers, f"column {columns.id!r}")
-    images, references = own.images or (
+        ids, errors = row_ids(
+            columns_read.ids, errors, shard.file.name, numbers, f"column {columns.id!r}"
+        )
+    images, references = columns_read.images or (
         pa.array([[]] * count, READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)
     )
     prompts = (
-        text(columns.prompt) if "" not in plan.prompts else _filled(plan.prompts[""], own, count)
+        text(columns.prompt)
+        if "" not in plan.prompts
+        else _filled(plan.prompts[""], columns_read, count)
     )
     place = {
         SHARD: pa.array([shard.file.url] * count, pa.string()),
@@ -260,14 +270,18 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         REFERENCES: references,
         PROMPT: prompts,
         MESSAGES: text(columns.messages),
-        SETTINGS: text(SETTINGS if SETTINGS in own.texts else None),
+        SETTINGS: text(SETTINGS if SETTINGS in columns_read.texts else None),
         ERROR: pa.nulls(count, pa.string()) if errors is None else errors,
     }
     shown = {columns.image, columns.images}
     for name, source in plan.extras.items():
-        arrays[name] = _without_data(own.values[source]) if source in shown else own.values[source]
+        arrays[name] = (
+            _without_data(columns_read.values[source])
+            if source in shown
+            else columns_read.values[source]
+        )
     table = pa.table(arrays, schema=pa.schema([*PLACE_SCHEMA, *READ_SCHEMA, *plan.extras_schema]))
-    return _asked_each(table, own, plan) if plan.names else table
+    return _asked_each(table, columns_read, plan) if plan.names else table
 
 
 def _without_data(array: pa.Array) -> pa.Array:
@@ -275,25 +289,25 @@ def _without_data(array: pa.Array) -> pa.Array:
     repeated.
     """
 
-    def told(value: str | None) -> str | None:
+    def shortened(value: str | None) -> str | None:
         return f"{header_of(value)}…" if value is not None and is_data_uri(value.strip()) else value
 
     texts = array.flatten() if is_list(array.type) else array
     if not pc.any(pc.match_substring(texts, "data:", ignore_case=True)).as_py():
         return array
     values = [
-        [told(one) for one in own] if isinstance(own, list) else told(own)
-        for own in array.to_pylist()
+        [shortened(one) for one in item] if isinstance(item, list) else shortened(item)
+        for item in array.to_pylist()
     ]
     return pa.array(values, array.type)
 
 
-def _asked_each(table: pa.Table, own: _Columns, plan: InputPlan) -> pa.Table:
+def _asked_each(table: pa.Table, columns_read: _Columns, plan: InputPlan) -> pa.Table:
     """Every row once for each prompt, next to each other."""
     names = plan.names
     filled = np.stack(
         [
-            np.array(_filled(plan.prompts[name], own, len(table)).to_pylist(), object)
+            np.array(_filled(plan.prompts[name], columns_read, len(table)).to_pylist(), object)
             for name in names
         ],
         axis=1,
@@ -313,8 +327,8 @@ def _asked_each(table: pa.Table, own: _Columns, plan: InputPlan) -> pa.Table:
     return repeated
 
 
-def _filled(prompt: Template, own: _Columns, rows: int) -> pa.Array:
-    values = {name: said(own.values[name]).to_pylist() for name in prompt.columns}
+def _filled(prompt: Template, columns_read: _Columns, rows: int) -> pa.Array:
+    values = {name: said(columns_read.values[name]).to_pylist() for name in prompt.columns}
     return pa.array(prompt.fill(values, rows), pa.string())
 
 
@@ -432,5 +446,5 @@ class PlannedShards(Datasource):
         plan, rows_per_block = self._plan, self._rows_per_block
         piece = _own_images(piece)
         # The task needs the plan's columns, not its thousands of other shards.
-        own = replace(plan, shards=(piece.shard,))
-        return lambda: read_piece(piece, own, rows_per_block)
+        one_shard = replace(plan, shards=(piece.shard,))
+        return lambda: read_piece(piece, one_shard, rows_per_block)

@@ -34,9 +34,9 @@ def scheme_of(reference: str) -> str | None:
     """The scheme of a URL in lower case, None of a path. `a:b.jpg` is a path, `file:b.jpg` is
     not.
     """
-    found = _HAS_SCHEME.match(reference)
-    if found and (reference.startswith("://", found.end()) or found[0].lower() == "file"):
-        return found[0].lower()
+    scheme = _HAS_SCHEME.match(reference)
+    if scheme and (reference.startswith("://", scheme.end()) or scheme[0].lower() == "file"):
+        return scheme[0].lower()
     return None
 
 
@@ -49,7 +49,7 @@ def shown(reference: str) -> str:
     return repr(clean if len(clean) <= 200 and not cut else clean[:200] + "…")
 
 
-def parsed_url(text: str, *, own: bool = False) -> URL:
+def parsed_url(text: str, *, of_the_job: bool = False) -> URL:
     """A web address with the spelling that it has, of which only blanks and what is not ASCII is
     quoted.
 
@@ -58,7 +58,7 @@ def parsed_url(text: str, *, own: bool = False) -> URL:
 
     Args:
         text: the address.
-        own: it is the job's own, which may hold credentials.
+        of_the_job: it is the job's own, which may hold credentials.
 
     Raises:
         RowError: `image_missing` where it is none, `image_forbidden` where it holds credentials or
@@ -70,10 +70,10 @@ def parsed_url(text: str, *, own: bool = False) -> URL:
     end = re.search(r"[/?#\\]|$", rest)
     authority = rest[: end.start()] if end else rest
     tail = rest[len(authority) :].partition("#")[0]
-    if "@" in authority and not own:
+    if "@" in authority and not of_the_job:
         raise RowError("image_forbidden", f"{shown(text)} holds credentials")
     try:
-        if tail.startswith("\\") or (len(authority) > _LONGEST_HOST and not own):
+        if tail.startswith("\\") or (len(authority) > _LONGEST_HOST and not of_the_job):
             raise ValueError("no host")
         base = URL(f"{scheme.lower()}://{authority}")
         tail = quote(
@@ -125,19 +125,19 @@ def paths_of(reference: str) -> list[str]:
     a path as qwen-vl-utils reads it, `file://localhost/a.png` one as URLs are.
     """
     plain = reference.strip()
-    found = [reference, plain]
+    paths = [reference, plain]
     if scheme_of(plain) == "file":
         rest = plain[len("file:") :]
         rest = rest.removeprefix("//")
         path = unquote(re.split(r"[?#]", rest, maxsplit=1)[0], errors="surrogateescape")
         local = [path.removeprefix("localhost")] if path.startswith("localhost/") else []
         # Where no name has a colon, the whole is none.
-        found = (
-            [*local, path, rest, *found]
+        paths = (
+            [*local, path, rest, *paths]
             if plain.startswith("/", len("file:"))
-            else [*found, *local, path, rest]
+            else [*paths, *local, path, rest]
         )
-    return [path for path in dict.fromkeys(found) if path]
+    return [path for path in dict.fromkeys(paths) if path]
 
 
 def climbs(path: str) -> bool:

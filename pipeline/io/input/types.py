@@ -304,16 +304,16 @@ def fitted(array: pa.Array, kind: pa.DataType) -> tuple[pa.Array, dict[int, str]
     parts: list[pa.Array] = []
     wrong: dict[int, str] = {}
     for row in range(len(array)):
-        own = array.slice(row, 1)
+        value = array.slice(row, 1)
         try:
-            parts.append(_cast(own, kind))
+            parts.append(_cast(value, kind))
         except _UNFIT:
             try:
-                parts.append(_rebuilt(own, kind))
+                parts.append(_rebuilt(value, kind))
             except _UNFIT as error:
                 parts.append(pa.nulls(1, kind))
                 wrong[row] = (
-                    f"holds {_shown(own)} ({shown_type(own.type)}), expected "
+                    f"holds {_shown(value)} ({shown_type(value.type)}), expected "
                     f"{_expected(error, kind)}"
                 )
     return (pa.concat_arrays(parts) if parts else pa.nulls(0, kind)), wrong
@@ -449,8 +449,10 @@ def chats(array: pa.Array) -> tuple[pa.Array, dict[int, str]]:
 
 def _turns(value: Any) -> Any:
     if isinstance(value, Mapping):  # a list for each key
-        lists = {key: own for key, own in value.items() if own is not None}
-        value = [dict(zip(lists, own, strict=True)) for own in zip(*lists.values(), strict=True)]
+        lists = {key: items for key, items in value.items() if items is not None}
+        value = [
+            dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)
+        ]
     return _spoken(value)
 
 

@@ -109,13 +109,13 @@ def check_names(names: Iterable[str], where: str, untyped: Untyped) -> None:
     Raises:
         RowError: `row_malformed`.
     """
-    own = list(names)
-    if len(own) > untyped.columns:
+    keys = list(names)
+    if len(keys) > untyped.columns:
         raise RowError(
             "row_malformed",
-            f"{where} has {len(own):,} keys, above input.max_columns {untyped.columns:,}",
+            f"{where} has {len(keys):,} keys, above input.max_columns {untyped.columns:,}",
         )
-    for name in own:
+    for name in keys:
         if name.startswith(OWN_PREFIX):
             raise RowError(
                 "row_malformed",
@@ -192,7 +192,7 @@ def layout_of(rows: Iterable[Row], untyped: Untyped) -> tuple[tuple[int, ...], p
     if malformed and malformed == count:
         raise ValueError(first)
     return (count,) if count else (), pa.schema(
-        [_field(name, own - {"none"}, untyped) for name, own in kinds.items()]
+        [_field(name, seen - {"none"}, untyped) for name, seen in kinds.items()]
     )
 
 
@@ -252,12 +252,16 @@ def common_types(schemas: Iterable[pa.Schema], untyped: Untyped) -> dict[str, pa
                 kinds[field.name].add(field.type)
                 if _LONG in (field.metadata or {}):
                     long.add(field.name)
-    told = {name: own - {pa.null()} for name, own in kinds.items()}
+    typed = {name: seen - {pa.null()} for name, seen in kinds.items()}
     # Bytes are no text.
     differing = {
-        name: own for name, own in told.items() if len(own) > 1 and pa.large_binary() not in own
+        name: seen
+        for name, seen in typed.items()
+        if len(seen) > 1 and pa.large_binary() not in seen
     }
-    return {name: _common(name, own, untyped, long=name in long) for name, own in differing.items()}
+    return {
+        name: _common(name, seen, untyped, long=name in long) for name, seen in differing.items()
+    }
 
 
 def _common(name: str, kinds: set[pa.DataType], untyped: Untyped, *, long: bool) -> pa.DataType:

@@ -197,8 +197,8 @@ class _Sample:
             if extension in _IMAGES and "image" not in row:
                 row["image"] = data
             elif extension == "json":
-                told = flattened(parsed_object(data, where, self._untyped))
-                for name, value in told.items():
+                values = flattened(parsed_object(data, where, self._untyped))
+                for name, value in values.items():
                     row.setdefault(f"json_{name}" if name in _OWN else name, value)
             elif extension in TEXTS:
                 row[extension] = _text(data, where)

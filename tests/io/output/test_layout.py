@@ -23,9 +23,7 @@ def test_names_on_disk_are_what_earlier_versions_wrote() -> None:
     assert OutputLayout.beat("mine") == "_run/lease/mine.beat"
     assert OutputLayout.accepted(7) == "_run/accepted/00000007.json"
     assert OutputLayout.index("00000007-mine-ab", 3) == "_run/index/00000007-mine-ab-00003.json"
-    assert (
-        OutputLayout.samples("00000007-mine-ab", 3) == "_run/samples/00000007-mine-ab-00003.arrow"
-    )
+    assert OutputLayout.kept("00000007-mine-ab", 3) == "_run/samples/00000007-mine-ab-00003.arrow"
     assert OutputLayout.result("00000007-mine-ab", 3) == "part-00000007-mine-ab-00003.parquet"
     assert OutputLayout.RETRIES == "_run/retries/"
     assert OutputLayout.damaged("part-1.parquet", "ab") == "_run/damaged/part-1.parquet-ab"
