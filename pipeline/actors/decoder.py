@@ -21,7 +21,6 @@ import struct
 import subprocess
 import sys
 import threading
-from collections import deque
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -43,8 +42,9 @@ PATIENCE = 20
 #: Address space of the other process: what it takes before it decodes, and for each pixel and byte
 #: of the largest file that is let in. Pillow has 4 bytes a pixel, and at most some few copies.
 BASE_BYTES, PIXEL_BYTES, COPIES = 2 << 30, 32, 4
-#: Pieces, and bytes of one, that are kept of what the other process said last.
-LAST_PIECES, PIECE_BYTES = 4, 1024
+#: Bytes that are kept of what the other process said last: a crash's whole trace, with the names of
+#: all extension modules, has some thousands.
+LAST_BYTES = 16 << 10
 
 
 def memory_bytes(settings: ImageSettings) -> int:
@@ -123,7 +123,7 @@ class Decoder:
     def __init__(self, settings: ImageSettings) -> None:
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
-        self._words: deque[bytes] = deque(maxlen=LAST_PIECES)
+        self._words = bytearray()
         self._listener: threading.Thread | None = None
 
     def size(self, data: bytes, field: str) -> tuple[int, int]:
@@ -192,7 +192,7 @@ class Decoder:
     def _start(self) -> None:
         self._process = process = _started(memory_bytes(self._settings))
         assert process.stderr is not None
-        self._words = deque(maxlen=LAST_PIECES)
+        self._words = bytearray()
         self._listener = threading.Thread(
             target=_listen, args=(process.stderr, self._words), name="decoder", daemon=True
         )
@@ -204,7 +204,7 @@ class Decoder:
         if self._listener is not None:
             self._listener.join(timeout=1.0)
         how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-        words = printable(one_line(b"".join(self._words).decode(errors="replace")))
+        words = printable(one_line(self._words.decode(errors="replace")))
         logger.warning("the process that decodes images ended (%s): %s", how, words or "no word")
         if status == -signal.SIGPROF:
             return RowError(
@@ -219,11 +219,12 @@ class Decoder:
         )
 
 
-def _listen(stream: BinaryIO, words: deque[bytes]) -> None:
+def _listen(stream: BinaryIO, words: bytearray) -> None:
     """Keep the end of what a process says, until it is gone."""
     with stream:
-        while piece := stream.read1(PIECE_BYTES):  # type: ignore[attr-defined]
-            words.append(piece)
+        while piece := stream.read1(1024):  # type: ignore[attr-defined]
+            words += piece
+            del words[:-LAST_BYTES]
 
 
 def _started(memory: int) -> subprocess.Popen[bytes]:

@@ -107,11 +107,11 @@ def answers(folder: OutputFolder) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "round_",
-    # `make test` suspends one job, on a disk.
-    [pytest.param(n, marks=[pytest.mark.slow] if n else []) for n in range(ROUNDS)],
+    range(ROUNDS),
 )
 def test_whoever_wakes_up_late_doubles_nothing(
     round_: int,
