@@ -7,6 +7,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -104,8 +105,9 @@ def ray_cluster(s3_folder: Path) -> Iterator[RayCluster]:
     """One head node for all tests that need Ray; its workers know the S3 server's address and
     credentials.
 
-    All ports are its own, since another Ray may run on this machine. Two cores are told to be four,
-    so that two replicas find room.
+    All ports are its own, since another Ray may run on this machine; so is its temporary folder, in
+    which Ray notes the latest cluster: a submitted job would go to another one. Two cores are told
+    to be four, so that two replicas find room.
     """
     import ray
 
@@ -123,7 +125,15 @@ def ray_cluster(s3_folder: Path) -> Iterator[RayCluster]:
         f"--dashboard-agent-listen-port={agent}",
     ]
     command += [f"--ray-client-server-port={client}", "--include-dashboard=true"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
+    # Short: sockets lie in it.
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary,
+        subprocess.Popen(
+            [*command, f"--temp-dir={temporary}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as head,
+    ):
         try:
             _wait_for_port(port)
             _wait_for_port(dashboard)
