@@ -34,7 +34,7 @@ bench: $(STAMP)
 	$(PYTHON) -m benchmarks
 
 chaos: $(STAMP)
-	CHAOS_ROUNDS=50 SUSPENDED_ROUNDS=20 $(PYTHON) -m pytest -s --timeout 7200 tests/chaos/test_chaos.py tests/chaos/test_suspended.py
+	CHAOS_ROUNDS=50 SUSPENDED_ROUNDS=20 $(PYTHON) -m pytest -s --timeout 7200 tests/chaos/test_chaos.py tests/chaos/test_suspended.py tests/jobs/test_two_jobs.py
 
 soak: $(STAMP)
 	SOAK_ROWS=20000 $(PYTHON) -m pytest -s --timeout 7200 tests/chaos/test_soak.py
