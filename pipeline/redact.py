@@ -6,6 +6,7 @@ Every text here may be a stranger's and of any length, so each step is one pass 
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from typing import Any
 
@@ -207,6 +208,13 @@ def printable(text: str) -> str:
     has assigned.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
+def tell(line: str) -> None:
+    """Print a line for whoever started this process: on standard error, as a terminal may show
+    it.
+    """
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def escaped(text: str) -> str:

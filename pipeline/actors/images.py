@@ -209,9 +209,8 @@ def to_rgb(image: Image.Image, settings: ImageSettings) -> Image.Image:
     if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         layer = (image.convert("LA") if mode == "La" else image).convert("RGBA")
         below = Image.new("RGB", image.size, ImageColor.getrgb(settings.background)[:3])
-        below.paste(
-            layer, mask=layer.getchannel("A")
-        )  # as qwen-vl-utils does for RGBA, to the last bit
+        # As qwen-vl-utils does for RGBA, to the last bit.
+        below.paste(layer, mask=layer.getchannel("A"))
         return below
     return image.convert("RGB")
 

@@ -195,9 +195,8 @@ class Preparer:
             self._pictures = RowPictures(self._image_settings, self._decoder)
             sampling = row_settings(settings.as_py(), self._most_new_tokens)
             if self._columns.messages is None:
-                asked = _text(
-                    prompt, self._asked_field
-                )  # before the images: an error row shows its prompt
+                # Before the images: an error row shows its prompt.
+                asked = _text(prompt, self._asked_field)
             decoded = self._decoded_once(images, references)
             if self._columns.messages is None:
                 conversation = from_prompt(asked, decoded, self._asked_field)

@@ -27,6 +27,7 @@ from pipeline.engine.runner import Launched, Runner, room_for_cache
 from pipeline.engine.scheduler import Schedule, Scheduler
 from pipeline.engine.types import Answer, GenerationError, OutOfMemoryError, Request
 from pipeline.model.awaker import Model
+from pipeline.redact import one_line, traceback_of
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class Engine:
         except Exception as error:
             # Not a request's fault. Nobody may wait for ever: every caller learns of it, and may
             # start a new engine.
-            logger.exception("the engine failed")
+            logger.error("the engine failed\n%s", traceback_of(error))
             self._failure = error
             self._abandon()
 
@@ -186,7 +187,7 @@ class Engine:
                 if (live := self._inbox.get()) is not None:
                     self._live.add(live)
             for live in self._live:
-                live.resolve(RuntimeError(f"the engine failed: {self._failure}"))
+                live.resolve(RuntimeError(f"the engine failed: {one_line(str(self._failure))}"))
 
     def _receive(self, open_for_more: bool) -> bool:
         """Take what is in the inbox, as far as there is room to wait; False once the engine is

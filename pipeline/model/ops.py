@@ -136,9 +136,8 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
         from pipeline.model.kernels import silu_multiply as fused
 
         return fused(gate, up)
-    return F.silu(gate).mul_(
-        up
-    )  # in the memory that SiLU took: large tensors are slow to come by on a CPU
+    # In the memory that SiLU took: large tensors are slow to come by on a CPU.
+    return F.silu(gate).mul_(up)
 
 
 def quick_gelu_(x: Tensor) -> Tensor:

@@ -126,9 +126,8 @@ def _kept_rows(folder: OutputFolder) -> list[dict[str, Any]]:
         for data in pool.map(folder.read, names):
             for row in _rows(data):
                 place = tuple(row[name] for name in PLACE_SCHEMA.names)
-                latest.pop(
-                    place, None
-                )  # answered again: the later answer counts, and stands where it was given
+                # Answered again: the later answer counts, and stands where it was given.
+                latest.pop(place, None)
                 latest[place] = row
     rows = list(latest.values())
     return [

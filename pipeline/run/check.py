@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError, OutputError
@@ -17,6 +16,7 @@ from pipeline.model.checkpoint import Checkpoint, open_checkpoint
 from pipeline.model.prompt import PromptProcessor
 from pipeline.model.version import deciding_files, digests_of
 from pipeline.quality.accuracy import Truth
+from pipeline.redact import tell
 from pipeline.settings.job import JobSettings, Task
 
 #: From this many ids on, reading them takes long enough to say so.
@@ -55,7 +55,8 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     plan = plan_input(settings.input, RESERVED_COLUMNS, only)
     truth = Truth.of_input(settings.evaluate.truth, settings.evaluate.by, plan.extras)
     _check_columns(task, settings, plan, truth)
-    OutputFolder(settings.output.path).check(shard.file.url for shard in plan.shards)
+    output = OutputFolder(settings.output.path)
+    output.check(shard.file.url for shard in plan.shards)
     checkpoint = open_checkpoint(
         model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha
     )
@@ -65,12 +66,10 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     manifest = Manifest.of(task, settings, digests_of(files), plan)
     job = Job(task, settings, plan, truth, checkpoint, manifest, growing=only is not None)
     # A run that goes on has asked before, of the same shards.
-    goes_on = not settings.output.overwrite and check_may_go_on(
-        job, OutputFolder(settings.output.path)
-    )
+    goes_on = not settings.output.overwrite and check_may_go_on(job, output)
     if not goes_on or job.growing:
         if plan.columns.id and plan.rows >= MANY_IDS:
-            print(f"checking that {plan.rows:,} ids are unique", file=sys.stderr, flush=True)
+            tell(f"checking that {plan.rows:,} ids are unique")
         check_ids_unique(plan)
     return job
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import JobError, Stopped
-from pipeline.redact import printable, traceback_of, without_secrets
+from pipeline.redact import printable, tell, traceback_of, without_secrets
 
 if TYPE_CHECKING:
     from pipeline.settings.base import Settings
@@ -79,13 +78,13 @@ def main(
         file = configuration(parsed.config) if parsed.config else None
         work(load_settings(kind, file, parsed.assignments), parsed.dry_run)
     except JobError as error:
-        print(printable(f"error: {without_secrets(' '.join(str(error).split()))}"), file=sys.stderr)
+        tell(f"error: {without_secrets(' '.join(str(error).split()))}")
         return EXIT_POINTLESS
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         return EXIT_INTERRUPTED
     except Stopped:
-        print("stopped by SIGTERM; run the same command again to go on", file=sys.stderr)
+        tell("stopped by SIGTERM; run the same command again to go on")
         return EXIT_STOPPED
     return 0
 

@@ -15,17 +15,17 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.errors import OutputError
 from pipeline.io.input.listing import SUFFIXES
 from pipeline.io.output.commits import Commit, OutputLog, read_result
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
+from pipeline.settings.other_jobs import ExportForm
 
 logger = logging.getLogger(__name__)
 
-Form = Literal["jsonl", "openai", "webdataset"]
 Row = dict[str, Any]
 #: Result files kept at hand while tars are written: the rows of one tar lie in several, and those
 #: of the next in some of the same.
@@ -45,7 +45,7 @@ _UNSAFE_IN_KEYS = re.compile(_UNSAFE.pattern.replace("[%", "[.%"))
 _FINISH_REASONS = {"stop": "stop", "length": "length", "repetition": "length"}
 
 
-def export(results: OutputFolder, target: OutputFolder, form: Form) -> Iterator[str]:
+def export(results: OutputFolder, target: OutputFolder, form: ExportForm) -> Iterator[str]:
     """Write a file of lines for each result file, or of answers for each tar of the input; yields
     where they are.
 
@@ -73,7 +73,7 @@ def export(results: OutputFolder, target: OutputFolder, form: Form) -> Iterator[
 
 
 def _lines(
-    results: OutputFolder, commits: Sequence[Commit], line: Callable[[Row], Row], form: Form
+    results: OutputFolder, commits: Sequence[Commit], line: Callable[[Row], Row], form: ExportForm
 ) -> Iterator[tuple[str, bytes]]:
     for commit in commits:
         table = read_result(results, commit.file)
@@ -224,4 +224,4 @@ def _openai(row: Row) -> Row:
     return line
 
 
-_LINES: dict[Form, Callable[[Row], Row]] = {"jsonl": _as_it_is, "openai": _openai}
+_LINES: dict[ExportForm, Callable[[Row], Row]] = {"jsonl": _as_it_is, "openai": _openai}

@@ -23,11 +23,10 @@ from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim, Lease, LeaseTimes, forget_earlier
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
-from pipeline.redact import printable
+from pipeline.redact import printable, tell
 from pipeline.run.check import check_job
 from pipeline.run.open_run import give_back, run_name
 from pipeline.run.run import run_job
-from pipeline.run.show import tell
 from pipeline.run.summary import Summary
 from pipeline.settings.job import JobSettings, Task
 from pipeline.settings.nightly import NightlySettings

@@ -14,9 +14,8 @@ from pipeline.io.output.journal import Journal
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim, Lease, LeaseTimes
 from pipeline.io.output.storage import OutputFolder
-from pipeline.redact import cause_of
+from pipeline.redact import cause_of, tell
 from pipeline.run.check import Job, check_may_go_on
-from pipeline.run.show import tell
 from pipeline.run.stopping import stoppable
 from pipeline.settings.base import as_yaml
 

@@ -18,13 +18,12 @@ from pipeline.io.output.commits import Commit, OutputLog, done_rows, retry_rows
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.retries import merge_retries
 from pipeline.io.rowset import RowSet, difference, intersection
-from pipeline.redact import cause_of, without_secrets
+from pipeline.redact import cause_of, tell, without_secrets
 from pipeline.run.check import Job
 from pipeline.run.cluster import connected
 from pipeline.run.describe import sampling_of_rows
 from pipeline.run.open_run import OpenRun, open_run
 from pipeline.run.resources import Resources, share_cluster
-from pipeline.run.show import tell
 from pipeline.run.stages import run_stages
 from pipeline.run.stopping import stop_on_sigterm
 from pipeline.run.summary import Summary

@@ -18,11 +18,6 @@ from pipeline.run.check import Job
 SHOWN_ANSWERS = 12
 
 
-def tell(line: str) -> None:
-    """Print a line on standard error, where progress goes, too."""
-    print(printable(line), file=sys.stderr, flush=True)
-
-
 def console() -> Console:
     """Where a job prints: wide enough in a log that lines are not broken."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)

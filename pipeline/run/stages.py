@@ -11,12 +11,12 @@ from pipeline.engine.options import Sizes
 from pipeline.errors import Stopped
 from pipeline.io.output.columns import layout_schema
 from pipeline.io.rowset import RowSet
+from pipeline.redact import tell
 from pipeline.run.check import Job
 from pipeline.run.open_run import OpenRun
 from pipeline.run.progress import Watch
 from pipeline.run.ray_data import NamedActor, configure
 from pipeline.run.resources import TASK_CPUS, Resources
-from pipeline.run.show import tell
 
 #: Seconds that committing may take once SIGTERM has come.
 FINISH_SECONDS = 30.0

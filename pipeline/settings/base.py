@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from pipeline.errors import ConfigError
-from pipeline.redact import printable, scrubbed, without_secrets
+from pipeline.redact import printable, scrubbed, tell, without_secrets
 from pipeline.settings.yaml_text import (
     NO_YAML,
     Loader,
@@ -158,7 +157,7 @@ def _given(key: str, text: str, wanted: Any) -> Any:
 
 def _as_it_stands(key: str, text: str, why: str) -> str:
     said = f"--set {key}: taken as the text {cut(repr(text))} as it stands; {why}"
-    print(without_secrets(printable(said)), file=sys.stderr)
+    tell(without_secrets(printable(said)))
     return text
 
 

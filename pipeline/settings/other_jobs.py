@@ -62,11 +62,15 @@ class VerifySettings(Settings):
     )
 
 
+#: What results may be exported as.
+ExportForm = Literal["jsonl", "openai", "webdataset"]
+
+
 class ExportTargetSettings(Settings):
     """Where results are exported to, and how."""
 
     path: str = Field(min_length=1, description="folder for the files: local or any fsspec URL")
-    format: Literal["jsonl", "openai", "webdataset"] = Field(
+    format: ExportForm = Field(
         "jsonl",
         description="a row a line; the lines of an OpenAI batch's result; or a tar of answers "
         "beside each tar of the input",

@@ -139,6 +139,27 @@ def test_a_failed_engine_tells_everyone_who_waits(
         engine.submit(requests[0])
 
 
+def test_a_failed_engine_logs_nothing_that_a_terminal_obeys(
+    running: tuple[Engine, PromptProcessor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine, processor = running
+
+    def broken(*_: object, **__: object) -> list[int]:
+        raise AssertionError("cut \x1b[31m https://user:SECRET@host/a")
+
+    monkeypatch.setattr(scheduler_module, "choose", broken)
+    (question,) = random_questions(1, seed=4)
+    with pytest.raises(RuntimeError) as failure:
+        engine.generate([as_request(question, processor, greedy(5))])
+    (record,) = (record for record in caplog.records if "the engine failed" in record.message)
+    assert "in broken" in record.message
+    for text in (record.getMessage(), str(failure.value)):
+        assert "SECRET" not in text
+    assert all(line.isprintable() for line in record.getMessage().splitlines())
+
+
 def test_a_closed_engine_answers_what_it_has_and_takes_no_more(
     running: tuple[Engine, PromptProcessor],
 ) -> None:

@@ -19,8 +19,9 @@ from pipeline.io.output.columns import output_schema
 from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
-from pipeline.run.export import Form, _tar, as_json, export, member_name
+from pipeline.run.export import _tar, as_json, export, member_name
 from pipeline.settings.job import OutputSettings
+from pipeline.settings.other_jobs import ExportForm
 from tests.io.output.epochs import hold
 
 GOOD = {"status": "ok", "prompt_tokens": 9}
@@ -52,7 +53,7 @@ def results(tmp_path: Path) -> OutputFolder:
     return folder
 
 
-def lines(results: OutputFolder, folder: Path, form: Form) -> list[dict[str, Any]]:
+def lines(results: OutputFolder, folder: Path, form: ExportForm) -> list[dict[str, Any]]:
     files = list(export(results, OutputFolder(str(folder)), form))
     assert len(files) == 2
     return [

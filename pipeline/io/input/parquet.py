@@ -21,7 +21,6 @@ READ_BUFFER = 8 << 20
 #: Bytes of rows decoded at once, as far as a footer tells: rows may be of any size.
 BATCH_BYTES = 256 << 20
 
-
 #: Bytes that hold the header of a dictionary page: four numbers and a struct of three.
 PAGE_HEADER = 64
 #: `PageType.DICTIONARY_PAGE`, and the fields of a `PageHeader`, in parquet.thrift.
@@ -46,6 +45,12 @@ def open_parquet(url: str, read_dictionary: Sequence[str] = ()) -> Iterator[pq.P
         ) as parquet,
     ):
         yield parquet
+
+
+def _start_of(chunk: pq.ColumnChunkMetaData) -> int:
+    # Some writers tell no offset of the dictionary, which then lies where data should begin.
+    start: int = chunk.dictionary_page_offset or chunk.data_page_offset
+    return start
 
 
 class Parquet:
@@ -127,8 +132,7 @@ class Parquet:
         is none.
         """
         filesystem, path = open_filesystem(self._url)
-        # Some writers tell no offset of the dictionary, which then lies where data should begin.
-        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        start = _start_of(chunk)
         fields = _thrift_integers(filesystem.cat_file(path, start, start + PAGE_HEADER))
         if fields.get((_TYPE,)) != _DICTIONARY_PAGE:
             return 0, 0
@@ -195,7 +199,7 @@ class Parquet:
         filesystem, path = open_filesystem(self._url)
         metadata = self._parquet.metadata.row_group(group)
         for chunk in map(metadata.column, range(metadata.num_columns)):
-            start = chunk.dictionary_page_offset or chunk.data_page_offset
+            start = _start_of(chunk)
             filesystem.cat_file(path, start, start + chunk.total_compressed_size)
 
 

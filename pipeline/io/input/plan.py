@@ -5,7 +5,6 @@ starts.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +36,7 @@ from pipeline.io.input.schemas import (
 )
 from pipeline.io.input.shard import Shard
 from pipeline.io.input.untyped import Untyped, common_types
+from pipeline.redact import tell
 from pipeline.rows import ANSWER_COLUMNS
 from pipeline.settings.job import InputSettings
 from pipeline.template import Template
@@ -116,9 +116,7 @@ def plan_input(
         InputError: nothing to read, an unreadable file, or columns that do not fit.
         ConfigError: options that contradict each other.
     """
-    listing = find_shards(
-        options.path, options.format, tell=lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    listing = find_shards(options.path, options.format, tell=tell)
     files = [file for file in listing if only is None or file.url in only]
     untyped = Untyped.of(options)
     groups, schemas = _read_footers(files, untyped)
@@ -181,11 +179,9 @@ def _tell_of_pictures(files: list[FileInfo], schema: pa.Schema) -> None:
         name for name in schema.names if any(f"{name}_{ending}" in names for ending in FILE_NAMES)
     ]
     if made and any(file.is_metadata for file in files):
-        print(
+        tell(
             f"input.path: rows name files in {listed(made)}, and none of these is asked about; "
-            f"input.columns.image={made[0]} shows them to the model",
-            file=sys.stderr,
-            flush=True,
+            f"input.columns.image={made[0]} shows them to the model"
         )
 
 
@@ -225,9 +221,8 @@ def _read_footer(
     try:
         with open_shard(file, untyped) as shard:
             groups, schema = shard.layout()
-            if (
-                file.form in UNTYPED
-            ):  # its types are plain, and say more than a type (see `common_types`)
+            # Its types are plain, and say more than a type (see `common_types`).
+            if file.form in UNTYPED:
                 check_distinct(schema, file.url)
                 return groups, schema
             return groups, schemas.plain(schema, file.url)

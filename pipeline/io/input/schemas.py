@@ -151,9 +151,9 @@ def planned_types(
         fields.append((name, planned))
         typed = [kind for kind in files_by_type if not pa.types.is_null(kind)]
         if len(typed) > 1 and is_new_form(planned, typed):
-            listed = " and ".join(map(shown_type, typed[:3]))
+            types = " and ".join(map(shown_type, typed[:3]))
             notes[name] = (
-                f"column {name!r} is {listed} in different shards, and written as "
+                f"column {name!r} is {types} in different shards, and written as "
                 f"{shown_type(planned)}"
             )
     return PlannedTypes(pa.schema(fields), contradictions, notes)

@@ -392,10 +392,8 @@ class OutputLog:
 
     def _note(self, commit: Commit, size: int) -> None:
         if not self._at:
-            self._unindexed[commit.file] = (
-                commit,
-                size,
-            )  # by name: a write that is tried again must not stand twice
+            # By name: a write that is tried again must not stand twice.
+            self._unindexed[commit.file] = commit, size
         if len(self._unindexed) >= FILES_PER_INDEX:
             self.index()
 

@@ -250,9 +250,8 @@ class OutputFolder:
                     raise
             with contextlib.suppress(FileNotFoundError):
                 return self.read(name) == data
-            time.sleep(
-                random.uniform(0.1, 0.5)
-            )  # several wrote at once, and none of them succeeded
+            # Several wrote at once, and none of them succeeded.
+            time.sleep(random.uniform(0.1, 0.5))
         else:
             return False
         self.write(name, data)
@@ -292,9 +291,8 @@ class OutputFolder:
         except OSError as error:
             if _code_of(error) not in _CONDITION_CODES:
                 raise
-            if (
-                self.read(name) != data
-            ):  # else the answer to our own write was lost, and the client tried again
+            # Else the answer to our own write was lost, and the client tried again.
+            if self.read(name) != data:
                 raise ReplacedError(f"{self.url}/{name} was written by somebody else") from error
 
     @contextlib.contextmanager

@@ -171,6 +171,16 @@ def test_pictures_that_a_table_names_and_nobody_asks_about_are_said(
     assert not capsys.readouterr().err
 
 
+def test_what_is_said_of_a_table_holds_nothing_that_a_terminal_obeys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "metadata.parquet", {"a\x1b[2Jb_file_name": ["1.png"]})
+    plan_of(tmp_path, ask="What?")
+    line = capsys.readouterr().err.removesuffix("\n")
+    assert "rows name files in a [2Jb, and" in line
+    assert line.isprintable()
+
+
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[S3Backend]:
     """moto's S3 with a bucket `many`, filled from within: a thousand uploads take seconds."""
