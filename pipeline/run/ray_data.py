@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
+
+from pipeline.run.reservation import Place
 
 #: Ray closes a block at this size. Handling a block costs it tens of milliseconds, so not one a
 #: row; and a replica's requests come from several, so not one for everything.
@@ -21,10 +24,11 @@ INIT_DEATHS = 10
 HOLD_BACK = "RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD"
 
 
-def configure() -> None:
-    """Set Ray Data up for the jobs of this process."""
+def configure(place: Place) -> None:
+    """Set Ray Data up for a job of this process, whose stages run in `place`."""
     os.environ.setdefault(HOLD_BACK, "0")  # read by Ray Data when it is imported
-    from ray.data import DataContext
+    from ray.data import DataContext, ExecutionResources
+    from ray.util.annotations import RayDeprecationWarning
 
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours shows rows; Ray's show blocks
@@ -32,6 +36,15 @@ def configure() -> None:
     # Ray cuts blocks by bytes. `repartition` by rows would be a stage of its own that asks for a
     # whole CPU.
     context.target_max_block_size = BLOCK_BYTES
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        cpu=sum(node.cpus for node in place.nodes), gpu=sum(node.gpus for node in place.nodes)
+    )
+    with warnings.catch_warnings():
+        # To be gone from Ray 2.64 on, for which pyproject.toml sets a bound: nothing else keeps a
+        # dataset within a placement group.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        context.scheduling_strategy = place.strategy
+        context.scheduling_strategy_large_args = place.strategy
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     _make_actors_of_values()
 

@@ -1,7 +1,10 @@
-"""How a job's stages share the cluster's processors, so that every stage can always run."""
+"""What a job takes of a cluster, and how its stages share that, so that every stage can always
+run.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
@@ -12,6 +15,17 @@ TASK_CPUS = 0.25
 
 #: CPUs left to read and write tasks.
 RESERVED_CPUS = 2 * TASK_CPUS
+
+#: A job begins once this part of the CPUs that it would take is free; the rest may be long in use.
+ENOUGH = 0.25
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs of one node: all of them, those that are free, or those that a job takes."""
+
+    cpus: float
+    gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,10 +49,75 @@ class Resources:
     prepare_cpus: float
 
 
-def share_cluster(
-    settings: JobSettings, cpus: float, gpus: float, node_cpus: float | None = None
-) -> Resources:
-    """Divide a cluster.
+def device_of(settings: JobSettings, gpus: float) -> str:
+    """`cpu` or `cuda`, on a cluster of so many GPUs.
+
+    Raises:
+        ConfigError: more replicas than GPUs, or CUDA asked of a cluster without.
+    """
+    device = settings.model.device
+    if device == "auto":
+        device = "cuda" if gpus >= 1 else "cpu"
+    if device == "cuda" and gpus < settings.replicas:
+        raise ConfigError(
+            f"replicas: {settings.replicas} on CUDA need {settings.replicas} GPUs, the cluster has "
+            f"{gpus:g}; lower replicas, add GPUs, or set model.device=cpu"
+        )
+    return device
+
+
+def portion(
+    settings: JobSettings, nodes: Sequence[Node], free: Sequence[Node]
+) -> list[Node] | None:
+    """What a job takes of each node; None: too little is free now.
+
+    On CUDA it takes a GPU a replica, and of the CPUs as large a part as of the GPUs, so that
+    another job finds CPUs beside the GPUs that are left. On CPUs alone it takes all that is free.
+
+    Args:
+        settings: the job's settings.
+        nodes: what the cluster's nodes have.
+        free: of it, node by node.
+
+    Raises:
+        ConfigError: more replicas than GPUs, or CUDA asked of a cluster without.
+    """
+    gpus = sum(node.gpus for node in nodes)
+    if device_of(settings, gpus) == "cpu":
+        wanted = [Node(node.cpus) for node in nodes]
+    else:
+        taken = _gpus_of_each(settings.replicas, free)
+        if taken is None:
+            return None
+        of_all = settings.replicas / gpus
+        wanted = [
+            Node(node.cpus * (count / node.gpus if node.gpus else of_all), count)
+            for node, count in zip(nodes, taken, strict=True)
+        ]
+    portions = [
+        Node(_floored(min(node.cpus, there.cpus)), node.gpus)
+        for node, there in zip(wanted, free, strict=True)
+    ]
+    cpus = sum(node.cpus for node in portions)
+    if not cpus or cpus < ENOUGH * sum(node.cpus for node in wanted):
+        return None
+    return portions
+
+
+def _gpus_of_each(replicas: int, free: Sequence[Node]) -> list[float] | None:
+    """How many GPUs of each node so many replicas take, whole nodes first; None: too few are
+    free.
+    """
+    taken = [0.0] * len(free)
+    left = replicas
+    for index in sorted(range(len(free)), key=lambda index: -free[index].gpus):
+        taken[index] = float(min(int(free[index].gpus), left))
+        left -= int(taken[index])
+    return None if left else taken
+
+
+def share(settings: JobSettings, nodes: Sequence[Node]) -> Resources:
+    """Divide what a job takes of a cluster between its stages.
 
     With GPUs a replica takes one of each and preparing gets the other CPUs. On CPUs alone the
     replicas get half of them in all, however many replicas there are, but none more than half of a
@@ -46,41 +125,32 @@ def share_cluster(
 
     Args:
         settings: the job's settings.
-        cpus: of all nodes together.
-        gpus: of all nodes together.
-        node_cpus: of the largest node; None: there is one node.
+        nodes: what the job takes of each.
 
     Raises:
         ConfigError: more replicas than GPUs, or CUDA asked of a cluster without.
     """
-    node_cpus = min(node_cpus or cpus, cpus)
-    device = settings.model.device
-    if device == "auto":
-        device = "cuda" if gpus >= 1 else "cpu"
+    cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
+    device = device_of(settings, sum(node.gpus for node in nodes))
     replicas = settings.replicas
     if device == "cuda":
-        if gpus < replicas:
-            raise ConfigError(
-                f"replicas: {replicas} on CUDA need {replicas} GPUs, the cluster has {gpus:g}; "
-                "lower replicas, add GPUs, "
-                "or set model.device=cpu"
-            )
-        replica_cpus = min(1.0, cpus / 4 / replicas)
+        # A GPU may stand on a node of few CPUs.
+        beside = min(node.cpus / node.gpus for node in nodes if node.gpus)
+        replica_cpus = min(1.0, cpus / 4 / replicas, beside)
     else:
-        replica_cpus = min(cpus / replicas, node_cpus) / 2
+        replica_cpus = min(cpus / replicas, largest) / 2
     replica_cpus = _floored(replica_cpus)
     spare = cpus - replicas * replica_cpus - RESERVED_CPUS
     spare = max(spare, TASK_CPUS)
     # More actors than this would only take turns.
     actors = min(settings.preparation.actors or max(1, int(spare)), int(spare / TASK_CPUS))
-    prepare_cpus = _floored(min(1.0, spare / actors))
     return Resources(
         device=device,
         replica_gpus=1 if device == "cuda" else 0,
         replica_cpus=replica_cpus,
-        replica_threads=max(1, int(min(cpus / replicas, node_cpus))),
+        replica_threads=max(1, int(min(cpus / replicas, largest))),
         prepare_actors=actors,
-        prepare_cpus=prepare_cpus,
+        prepare_cpus=_floored(min(1.0, spare / actors, largest / 2)),
     )
 
 

@@ -23,7 +23,7 @@ from pipeline.run.check import Job
 from pipeline.run.cluster import connected
 from pipeline.run.describe import sampling_of_rows
 from pipeline.run.open_run import OpenRun, open_run
-from pipeline.run.resources import Resources, share_cluster
+from pipeline.run.reservation import reserved
 from pipeline.run.stages import run_stages
 from pipeline.run.stopping import stop_on_sigterm
 from pipeline.run.summary import Summary
@@ -147,19 +147,12 @@ class _Rounds:
             if not self.seconds:
                 for line in (f"input: {self._job.plan.summary}", *sampling_of_rows(self._job)):
                     tell(line)
-            resources = self._resources()
-            begun = time.monotonic()
-            snapshot = run_stages(self._job, self._run, resources, missing, at)
-            self.seconds += time.monotonic() - begun
+            with reserved(self._job.settings) as place:
+                begun = time.monotonic()
+                snapshot = run_stages(self._job, self._run, place, missing, at)
+                self.seconds += time.monotonic() - begun
         self.answered += snapshot.counts
         self.engines += snapshot.engines
-
-    def _resources(self) -> Resources:
-        import ray
-
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
-        return share_cluster(self._job.settings, sum(cpus) or 1.0, sum(gpus), max(cpus))
 
     def _check_input(self, before: int, left: int) -> None:
         """Make sure, after a round, that the input is still what was planned.

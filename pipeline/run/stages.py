@@ -16,6 +16,7 @@ from pipeline.run.check import Job
 from pipeline.run.open_run import OpenRun
 from pipeline.run.progress import Watch
 from pipeline.run.ray_data import NamedActor, configure
+from pipeline.run.reservation import Place
 from pipeline.run.resources import TASK_CPUS, Resources
 
 #: Seconds that committing may take once SIGTERM has come.
@@ -27,26 +28,26 @@ BESIDE = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
 
 
 def run_stages(
-    job: Job, run: OpenRun, resources: Resources, missing: dict[str, RowSet], at: str
+    job: Job, run: OpenRun, place: Place, missing: dict[str, RowSet], at: str
 ) -> Snapshot:
     """Answer and commit rows, as far as nothing dies; what the actors counted.
 
     Args:
         job: what is asked.
         run: holds the output.
-        resources: of each stage.
+        place: where the stages run.
         missing: the rows, by the shard's URL.
         at: folder within the output where they are committed; empty: results.
 
     Raises:
         JobError: the committer cannot go on.
     """
-    configure()
+    configure(place)
     import ray
 
     monitor = _start_monitor(job, run)
     committer = _start_committer(job, run, at, monitor)
-    dataset = _dataset(job, resources, missing, monitor, committer)
+    dataset = _dataset(job, place.resources, missing, monitor, committer)
     left = {shard: len(rows) for shard, rows in missing.items()}
     finish, failure = committer.handle.finish, committer.handle.failure
     try:

@@ -16,12 +16,11 @@ from tests.jobs.support import ROOT, TIMEOUT, results, sets
 
 
 @pytest.mark.slow
-# On two busy cores the jobs took between 200 and 300 seconds, and more once.
-@pytest.mark.skipif("CHAOS_ROUNDS" not in os.environ, reason="runs in make chaos")
-@pytest.mark.timeout(6 * TIMEOUT)
+@pytest.mark.timeout(3 * TIMEOUT)
 def test_two_jobs_share_a_cluster_and_neither_touches_the_others_rows(
     tmp_path: Path, ray_cluster: RayCluster
 ) -> None:
+    """Each once held what the other one's next stage needed, and both waited for ever."""
     base, adapter = write_random_checkpoint(tmp_path / "model", RandomShape(), seed=1)
     jobs = []
     for name in ("a", "b"):
@@ -47,7 +46,7 @@ def test_two_jobs_share_a_cluster_and_neither_touches_the_others_rows(
             )
         )
     try:
-        logs = [job.communicate(timeout=5 * TIMEOUT)[0] for job in jobs]
+        logs = [job.communicate(timeout=2 * TIMEOUT)[0] for job in jobs]
     finally:
         for job in jobs:
             job.kill()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
-from pipeline.run.resources import RESERVED_CPUS, TASK_CPUS, share_cluster
+from pipeline.run.resources import ENOUGH, RESERVED_CPUS, TASK_CPUS, Node, portion, share
 from pipeline.settings.job import JobSettings
 
 
@@ -35,7 +35,7 @@ def test_every_stage_can_always_run(
     cpus: int, gpus: int, replicas: int, actors: int | None
 ) -> None:
     device = "cuda" if gpus >= replicas else "cpu"
-    shared = share_cluster(settings(replicas, device, actors), cpus, gpus)
+    shared = share(settings(replicas, device, actors), [Node(cpus, gpus)])
     assert shared.replica_cpus > 0
     assert shared.prepare_cpus > 0
     assert shared.replica_threads >= 1
@@ -46,13 +46,13 @@ def test_every_stage_can_always_run(
 
 
 def test_a_gpu_machine_gives_each_replica_a_gpu_and_preparing_the_cpus() -> None:
-    shared = share_cluster(settings(replicas=8), 128, 8)
+    shared = share(settings(replicas=8), [Node(128, 8)])
     assert (shared.device, shared.replica_gpus, shared.replica_cpus) == ("cuda", 1, 1.0)
     assert (shared.prepare_actors, shared.prepare_cpus) == (119, 1.0)
 
 
 def test_replicas_on_the_cpu_share_half_of_the_machine() -> None:
-    shared = share_cluster(settings(replicas=2), 16, 0)
+    shared = share(settings(replicas=2), [Node(16)])
     assert (shared.device, shared.replica_gpus, shared.replica_cpus, shared.replica_threads) == (
         "cpu",
         0,
@@ -67,12 +67,68 @@ def test_more_replicas_than_gpus_is_an_error(device: str, gpus: int, replicas: i
         ConfigError,
         match=f"^replicas: {replicas} on CUDA need {replicas} GPUs, the cluster has {gpus};",
     ):
-        share_cluster(settings(replicas, device), 16, gpus)
+        share(settings(replicas, device), [Node(16, gpus)])
 
 
-@given(nodes=st.lists(st.integers(1, 64), min_size=1, max_size=8), replicas=st.integers(1, 16))
-def test_a_replica_finds_room_on_a_node(nodes: list[int], replicas: int) -> None:
-    shared = share_cluster(settings(replicas, "cpu"), sum(nodes), 0, max(nodes))
-    assert shared.replica_cpus <= max(nodes) / 2
-    assert shared.replica_threads <= max(nodes)
-    assert shared.prepare_cpus <= min(nodes)
+@given(cpus=st.lists(st.integers(1, 64), min_size=1, max_size=8), replicas=st.integers(1, 16))
+def test_a_replica_finds_room_on_a_node(cpus: list[int], replicas: int) -> None:
+    shared = share(settings(replicas, "cpu"), [Node(count) for count in cpus])
+    assert shared.replica_cpus <= max(cpus) / 2
+    assert shared.replica_threads <= max(cpus)
+    assert shared.prepare_cpus <= max(cpus) / 2
+
+
+def test_a_replica_finds_room_beside_its_gpu() -> None:
+    shared = share(settings(replicas=2), [Node(1, 2), Node(64)])
+    assert shared.replica_cpus == 0.5
+
+
+def test_a_job_takes_as_large_a_part_of_the_cpus_as_of_the_gpus() -> None:
+    nodes = [Node(64, 8), Node(32), Node(64, 8)]
+    first = portion(settings(replicas=8), nodes, nodes)
+    assert first == [Node(64, 8), Node(16, 0), Node(0, 0)]
+    free = [Node(0, 0), Node(16, 0), Node(64, 8)]
+    assert portion(settings(replicas=8), nodes, free) == [Node(0, 0), Node(16, 0), Node(64, 8)]
+    assert portion(settings(replicas=9), nodes, free) is None
+
+
+def test_a_job_without_gpus_takes_what_is_free_once_that_is_enough() -> None:
+    nodes = [Node(16), Node(16)]
+    assert portion(settings(), nodes, [Node(16), Node(4)]) == [Node(16), Node(4)]
+    assert portion(settings(), nodes, [Node(7), Node(0)]) is None
+    assert portion(settings(), [Node(0)], [Node(0)]) is None
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> tuple[list[Node], list[Node]]:
+    """What nodes have, and what of it is free."""
+    nodes = draw(
+        st.lists(st.builds(Node, st.integers(0, 64), st.integers(0, 8)), min_size=1, max_size=6)
+    )
+    free = [
+        Node(node.cpus * draw(st.floats(0, 1)), float(draw(st.integers(0, int(node.gpus)))))
+        for node in nodes
+    ]
+    return nodes, free
+
+
+@given(cluster=clusters(), replicas=st.integers(1, 8))
+def test_a_job_takes_no_more_than_is_free_and_never_starts_on_next_to_nothing(
+    cluster: tuple[list[Node], list[Node]], replicas: int
+) -> None:
+    nodes, free = cluster
+    cuda = sum(node.gpus for node in nodes) >= replicas
+    taken = portion(settings(replicas, "cuda" if cuda else "cpu"), nodes, free)
+    if taken is None:
+        return
+    for part, there in zip(taken, free, strict=True):
+        assert part.cpus <= there.cpus
+        assert part.gpus <= there.gpus
+    assert sum(part.gpus for part in taken) == (replicas if cuda else 0)
+    share_of = replicas / sum(node.gpus for node in nodes) if cuda else 1.0
+    assert sum(part.cpus for part in taken) <= sum(node.cpus for node in nodes)
+    if not cuda:
+        assert (
+            sum(part.cpus for part in taken)
+            >= ENOUGH * share_of * sum(node.cpus for node in nodes) - len(nodes) / 1000
+        )

@@ -21,6 +21,7 @@ from pipeline.io.input.plan import InputPlan
 from pipeline.io.input.shard import Shard
 from pipeline.io.input.types import (
     chats,
+    cut_batch,
     fitted,
     is_chat,
     is_list,
@@ -115,7 +116,7 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
     at = piece.first_row
     behind = piece.rows.intervals[-1][1]
     for batch in piece.shard.batches(rows_at_once, wanted, piece.row_groups, plan.untyped):
-        for part in _cut(batch, PART_BYTES // plan.prompts_per_row):
+        for part in cut_batch(batch, PART_BYTES // plan.prompts_per_row):
             numbers = np.arange(at, at + len(part))
             chosen = piece.rows.contains(numbers)
             if chosen.any():
@@ -129,16 +130,6 @@ def read_piece(piece: Piece, plan: InputPlan, rows_per_block: int) -> Iterator[p
             at += len(part)
             if at >= behind:
                 return
-
-
-def _cut(batch: pa.RecordBatch, size: int) -> Iterator[pa.RecordBatch]:
-    """A batch in parts of at most so many bytes, as far as its rows are no larger."""
-    if len(batch) <= 1 or batch.nbytes <= size:
-        yield batch
-    else:
-        half = len(batch) // 2
-        yield from _cut(batch.slice(0, half), size)
-        yield from _cut(batch.slice(half), size)
 
 
 class _Columns:

@@ -6,7 +6,7 @@ import base64
 import functools
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -36,6 +36,37 @@ def is_binary(kind: pa.DataType) -> bool:
     return (
         pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
     )
+
+
+def is_view(kind: pa.DataType) -> bool:
+    """Whether a type is text or bytes as views into buffers that rows share."""
+    return pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
+
+
+def written_out(values: pa.Array) -> int:
+    """Bytes of a column once each row has a value of its own: rows may share a large one by way of
+    a dictionary, and slices of views count the whole buffers that they look into.
+    """
+    if is_view(values.type):
+        return int(values.cast(pa.large_binary()).nbytes)
+    if not pa.types.is_dictionary(values.type):
+        return int(values.nbytes)
+    kind = values.type.value_type
+    if not (is_text(kind) or is_binary(kind)):
+        return int(values.nbytes)
+    plain = values.dictionary.cast(pa.large_binary()) if is_view(kind) else values.dictionary
+    lengths = pc.binary_length(plain).cast(pa.int64())
+    return int(pc.sum(lengths.take(values.indices)).as_py() or 0)
+
+
+def cut_batch(batch: pa.RecordBatch, size: int) -> Iterator[pa.RecordBatch]:
+    """A batch in parts of at most so many bytes, as far as its rows are no larger."""
+    if len(batch) <= 1 or sum(map(written_out, batch.columns)) <= size:
+        yield batch
+    else:
+        half = len(batch) // 2
+        yield from cut_batch(batch.slice(0, half), size)
+        yield from cut_batch(batch.slice(half), size)
 
 
 def is_list(kind: pa.DataType) -> bool:

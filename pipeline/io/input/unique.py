@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.errors import InputError
 from pipeline.io.input.parquet import BATCH_BYTES
 from pipeline.io.input.plan import InputPlan
 from pipeline.io.input.schemas import LISTING_THREADS
 from pipeline.io.input.shard import Shard
-from pipeline.io.input.types import is_text, said
+from pipeline.io.input.types import cut_batch, said
 from pipeline.io.input.untyped import Untyped
 from pipeline.rows import ERROR, row_ids
 
@@ -75,7 +74,7 @@ def iter_ids(shard: Shard, column: pa.Field, untyped: Untyped) -> Iterator[np.nd
     left = shard.rows
     first = 0
     batches = shard.batches(65_536, pa.schema([column]), untyped=untyped)
-    for batch in (part for whole in batches for part in _decodable(whole, column.name)):
+    for batch in (part for whole in batches for part in cut_batch(whole, BATCH_BYTES)):
         ids = batch.column(column.name)[:left]
         try:
             ids.validate(full=True)
@@ -97,19 +96,6 @@ def iter_ids(shard: Shard, column: pa.Field, untyped: Untyped) -> Iterator[np.nd
         left -= len(ids)
         if left == 0:
             return
-
-
-def _decodable(batch: pa.RecordBatch, name: str) -> Iterator[pa.RecordBatch]:
-    """A batch in parts whose ids, each written out, stay within `BATCH_BYTES` as far as one does:
-    rows may share a large one by way of a dictionary.
-    """
-    ids = batch.column(name)
-    rows = max(1, len(batch))
-    if isinstance(ids, pa.DictionaryArray) and is_text(ids.type.value_type):
-        largest = pc.max(pc.binary_length(ids.dictionary)).as_py() or 1
-        rows = max(1, min(rows, BATCH_BYTES // max(1, largest)))
-    for start in range(0, len(batch), rows):
-        yield batch.slice(start, rows)
 
 
 def _name_duplicate(plan: InputPlan, column: str, suspects: set[int]) -> None:

@@ -17,13 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.io.input import schemas as planning
 from pipeline.io.input.plan import InputPlan
 from pipeline.io.input.read import PlannedShards, read_piece
 from pipeline.io.input.shard import partition_of
-from pipeline.io.input.types import fitted, plain_type
+from pipeline.io.input.types import cut_batch, fitted, plain_type
 from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.rowset import RowSet
 from pipeline.rows import ERROR, ID, IMAGES, MESSAGES, PROMPT, REFERENCES, ROW
@@ -622,3 +624,21 @@ def test_plain_types_are_their_own_plain_types() -> None:
         pa.decimal128(5, 2),
     ):
         assert plain_type(kind) == kind
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_binary(), pa.string_view()])
+@given(rows=st.lists(st.sampled_from([None, "", "a" * 10, "b" * 1000]), min_size=1, max_size=40))
+def test_a_batch_is_cut_by_what_its_values_take_written_out(
+    kind: pa.DataType, rows: list[str | None]
+) -> None:
+    shared = pa.array(rows).dictionary_encode()
+    shared = pa.DictionaryArray.from_arrays(shared.indices, shared.dictionary.cast(kind))
+    plain = pa.array(rows).cast(kind)
+    for column in (shared, plain):
+        parts = list(cut_batch(pa.record_batch({"text": column}), 2500))
+        written = [value for part in parts for value in part.column(0).to_pylist()]
+        assert written == column.to_pylist()
+        sizes = [sum(len(value or "") for value in part.column(0).to_pylist()) for part in parts]
+        assert all(size <= 2500 for size in sizes)
+        # Not row by row: what slices share counts once for each row, not once for each slice.
+        assert len(parts) <= 1 + 2 * sum(len(row or "") + 40 for row in rows) // 1250
