@@ -90,7 +90,7 @@ def _with(layer: DecoderLayer, weights: dict[str, Tensor]) -> DecoderLayer:
         n: Mixture.of(weight, None, 0, prepack=getattr(layer, n).dense.is_mkldnn)
         for n, weight in weights.items()
     }
-    return replace(layer, **mixtures)
+    return replace(layer, **mixtures)  # type: ignore[arg-type]
 
 
 def _fold_mixture(mixture: Mixture, factors: Tensor, experts: Sequence[int], into: Tensor) -> None:

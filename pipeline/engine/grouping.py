@@ -48,7 +48,8 @@ class PackedRoutes:
         while shift < self.bits:
             x |= x >> np.uint64(shift)
             shift *= 2
-        return np.bitwise_count(x & self.ones).sum(-1, dtype=np.int64)
+        agreeing: np.ndarray = np.bitwise_count(x & self.ones).sum(-1, dtype=np.int64)
+        return agreeing
 
 
 def choose(
@@ -116,7 +117,8 @@ def _nearest(packed: PackedRoutes, centre: np.ndarray, experts: int, size: int) 
 def majority(routes: np.ndarray, experts: int) -> np.ndarray:
     """[D]: the commonest decision of each column of routes [N, D]."""
     counts = np.stack([(routes == expert).sum(0) for expert in range(experts)])
-    return counts.argmax(0).astype(routes.dtype)
+    commonest: np.ndarray = counts.argmax(0).astype(routes.dtype)
+    return commonest
 
 
 def majority_served(routes: np.ndarray) -> int:

@@ -244,9 +244,11 @@ class Runner:
         """Of each slot: last token, its rotary position, first token of its extent, tokens filled
         before it.
         """
-        return tuple(
-            t.index_select(0, slots)
-            for t in (self._last, self._position, self._start, self._cached)
+        return (
+            self._last.index_select(0, slots),
+            self._position.index_select(0, slots),
+            self._start.index_select(0, slots),
+            self._cached.index_select(0, slots),
         )
 
     def _expert_factors(self, schedule: Schedule, rows: Tensor) -> list[ExpertFactors]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class StaticDecode:
             device,
         )
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._pool: object | None = None
+        self._pool: Any = None
 
     def __call__(self, slots: np.ndarray) -> Tensor:
         """The function's result for `slots`; valid until the next call."""

@@ -113,7 +113,8 @@ class RowSet:
 
     def contains(self, rows: np.ndarray) -> np.ndarray:
         """Which of `rows` [N] are in the set: bool [N]."""
-        return np.searchsorted(self.edges, rows, side="right") % 2 == 1
+        inside: np.ndarray = np.searchsorted(self.edges, rows, side="right") % 2 == 1
+        return inside
 
 
 def intersection(first: Mapping[str, RowSet], second: Mapping[str, RowSet]) -> dict[str, RowSet]:

@@ -215,7 +215,8 @@ def attend_sequences(
             False,
             seqused_k=key_counts,
         )
-        return outputs[0].flatten(1)
+        result: Tensor = outputs[0]
+        return result.flatten(1)
     attended = []
     at = 0
     for count, queries, start, length in _alike(sequences):

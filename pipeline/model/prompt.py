@@ -261,7 +261,8 @@ class PromptProcessor:
 
     def visual_tokens(self, image: np.ndarray) -> int:
         """Visual tokens of a resized image [height, width, 3]."""
-        return image.shape[0] * image.shape[1] // self._factor**2
+        height, width = image.shape[:2]
+        return int(height * width // self._factor**2)
 
     def _pieces(self, messages: Sequence[Message]) -> list[str]:
         """The rendered prompt, cut at its control tokens: text and token in turn, text first and
@@ -406,7 +407,8 @@ class PromptProcessor:
         how = tuple(
             sorted((key, value) for key, value in part.items() if key not in ("type", "image"))
         )
-        return part["image"].resized(how, resize)
+        resized: np.ndarray = part["image"].resized(how, resize)
+        return resized
 
     def _in_steps(self, part: dict[str, Any], image: Image.Image) -> Image.Image:
         from qwen_vl_utils import process_vision_info
@@ -414,7 +416,7 @@ class PromptProcessor:
 
         images, _ = process_vision_info([{"role": "user", "content": [{**part, "image": image}]}])
         assert images is not None
-        first = images[0]
+        first: Image.Image = images[0]
         height, width = smart_resize(
             first.height,
             first.width,

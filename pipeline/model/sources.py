@@ -408,7 +408,8 @@ def _list_safetensors(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtyp
 def _load_pytorch(file: Path) -> dict[str, Tensor]:
     # mmap: a tensor's bytes are read when it is used, and only then. weights_only: a pickle may run
     # code otherwise.
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return tensors
 
 
 def _list_pytorch(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -422,7 +423,8 @@ class _Reader:
 
     def __init__(self, tensors: dict[str, TensorInfo]) -> None:
         self._tensors = tensors
-        self._open: dict[Path, object] = {}
+        # A pickle's tensors, or what safetensors reads one at a time from.
+        self._open: dict[Path, Any] = {}
 
     def get(self, name: str) -> Tensor:
         info = self._tensors[name]
@@ -434,9 +436,9 @@ class _Reader:
             else:
                 self._open[info.file] = _load_pytorch(info.file)
         handle = self._open[info.file]
-        if isinstance(handle, dict):
-            return handle[info.stored_name]
-        return handle.get_tensor(info.stored_name)  # type: ignore[attr-defined]
+        take = handle.__getitem__ if isinstance(handle, dict) else handle.get_tensor
+        tensor: Tensor = take(info.stored_name)
+        return tensor
 
 
 def sha256_of(file: Path) -> str:

@@ -116,5 +116,6 @@ def sample_routing_vectors(
         routing = Routing()
         embeddings = input_embeddings(model, packed, encode_images(model, packed))
         routing.read(*embeddings, packed.span, packed.answer_start)
+        assert routing.h is not None
         means.append(routing.h)
     return torch.cat(means)

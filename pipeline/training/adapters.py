@@ -5,6 +5,7 @@ gates that start well.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -71,9 +72,9 @@ def _mixture_from(
     routing: Routing,
     gate: Gate | MixtureLinear,
 ) -> MixtureLinear:
-    mixture = MixtureLinear(lora.base_layer, rank, alpha, experts, routing, gate).to(
-        lora.base_layer.weight.device
-    )
+    base = lora.base_layer
+    assert isinstance(base, nn.Linear)
+    mixture = MixtureLinear(base, rank, alpha, experts, routing, gate).to(base.weight.device)
     with torch.no_grad():
         for a, b in zip(mixture.lora_moe_A, mixture.lora_moe_B, strict=True):
             a.copy_(lora.lora_A["default"].weight)
@@ -81,7 +82,7 @@ def _mixture_from(
     return mixture
 
 
-def gated_layers(model: nn.Module) -> Iterator[MixtureLinear]:
+def gated_layers(model: Any) -> Iterator[MixtureLinear]:
     """The layers with a gate of their own, in the order [layer, (o_proj, gate_proj)]."""
     for layer in model.model.language_model.layers:
         yield layer.self_attn.o_proj

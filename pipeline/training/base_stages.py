@@ -51,6 +51,11 @@ class SightHead(nn.Module):
     instead of having to learn each word's match alone.
     """
 
+    wordless: Tensor
+    rows: Tensor
+    tokens: Tensor
+    share: Tensor
+
     def __init__(self, words: list[list[int]], width: int) -> None:
         super().__init__()
         self.sharpness = nn.Parameter(torch.zeros(()))
@@ -180,7 +185,9 @@ def train_vision_and_base(settings: TrainSettings, name: Literal["vision", "base
         batches = unseen_scenes(settings.seed)
         packed = packer.pack(batches[0], one_question_per_row=False).to(device)
         small.eval()
-        figures = small.sight_accuracy(encode_images(model, packed), packed)
+        visual = encode_images(model, packed)
+        assert visual is not None
+        figures = small.sight_accuracy(visual, packed)
         if name == "base":
             figures |= measure_accuracy(model, packer, batches, None, device)
         small.train()

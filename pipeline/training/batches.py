@@ -82,7 +82,7 @@ class Packed:
             for k, v in vars(self).items()
             if isinstance(v, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def attention(self) -> Tensor:
         """Who attends to whom: bool [R, 1, L, L]."""

@@ -16,7 +16,9 @@ def encode_images(model: Qwen2VLForConditionalGeneration, packed: Packed) -> Ten
     """Visual embeddings [tokens of all images, hidden], or None without images."""
     if packed.pixel_values is None:
         return None
-    return model.model.visual(packed.pixel_values, grid_thw=packed.grid).pooler_output
+    seen = model.model.visual(packed.pixel_values, grid_thw=packed.grid)
+    embeddings: Tensor = seen.pooler_output
+    return embeddings
 
 
 def input_embeddings(

@@ -171,6 +171,5 @@ class MixtureLinear(nn.Module):
         per_token = torch.where(self.routing.decoding[:, :, None], weights[:, 1:], weights[:, :1])
         down = nn.functional.linear(x, torch.cat(list(self.lora_moe_A)).to(x.dtype))
         down = down * (self.scaling * per_token).to(down.dtype).repeat_interleave(self.rank, -1)
-        return self.base(x) + nn.functional.linear(
-            down, torch.cat(list(self.lora_moe_B), 1).to(x.dtype)
-        )
+        plain: Tensor = self.base(x)
+        return plain + nn.functional.linear(down, torch.cat(list(self.lora_moe_B), 1).to(x.dtype))

@@ -12,13 +12,14 @@ from pipeline.io.input.arrow import Arrow
 from pipeline.io.input.csv import Csv
 from pipeline.io.input.images import ImageFolder
 from pipeline.io.input.jsonl import JsonLines
-from pipeline.io.input.listing import FileInfo, Form
+from pipeline.io.input.listing import FileInfo
 from pipeline.io.input.metadata import BesideImages
 from pipeline.io.input.parquet import Parquet, open_parquet
 from pipeline.io.input.shard_file import ShardFile
 from pipeline.io.input.unpack import unpacked
 from pipeline.io.input.untyped import Untyped
 from pipeline.io.input.webdataset import WebDataset
+from pipeline.rows import Form
 
 #: Opens a file of one form.
 Opener = Callable[[FileInfo, Untyped], AbstractContextManager[ShardFile]]

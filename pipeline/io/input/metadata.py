@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.io.input.shard_file import ShardFile
+from pipeline.io.input.types import is_list, is_text
 from pipeline.rows import ERROR
 
 #: The Hugging Face hub's names, in a table about image files, for the file of a row and for its
@@ -101,8 +102,7 @@ def _sources(field: pa.Field) -> list[pa.Field]:
 
 
 def _holds_paths(kind: pa.DataType) -> bool:
-    value = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-    return pa.types.is_string(value) or pa.types.is_large_string(value)
+    return is_text(kind.value_type if is_list(kind) else kind)
 
 
 def _second_image(name: str, names: Sequence[str]) -> bool:

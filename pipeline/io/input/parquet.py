@@ -102,7 +102,8 @@ class Parquet:
             if {(path := chunk.path_in_schema), path.split(".")[0]} & wanted
         ]
         size = sum(self._decoded_size(group, rows, chunk) for chunk in chunks)
-        return max(1, min(rows, metadata.num_rows * BATCH_BYTES // max(size, 1)))
+        within: int = metadata.num_rows * BATCH_BYTES // max(size, 1)
+        return max(1, min(rows, within))
 
     def _decoded_size(self, group: int, rows: int, chunk: pq.ColumnChunkMetaData) -> int:
         """Bytes of a column chunk, or a bound of them where `rows` rows might take more than
@@ -121,7 +122,8 @@ class Parquet:
             # twice.
             if values >= chunk.num_values or page * rows <= BATCH_BYTES:
                 return size
-            return max(size, chunk.num_values * self._largest(group, chunk.path_in_schema, page))
+            most: int = chunk.num_values * self._largest(group, chunk.path_in_schema, page)
+            return max(size, most)
         except pa.ArrowMemoryError:
             raise
         except (pa.ArrowException, ValueError, IndexError, EOFError):

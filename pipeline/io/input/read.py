@@ -387,7 +387,7 @@ def _own_images(piece: Piece) -> Piece:
     return replace(piece, shard=shard, row_groups=tuple(range(len(groups))))
 
 
-class PlannedShards(Datasource):
+class PlannedShards(Datasource):  # type: ignore[misc]
     """The planned shards as a Ray Data source.
 
     Ray's own `read_parquet` tells no row numbers, of which default ids are made, and puts image

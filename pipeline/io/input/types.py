@@ -26,21 +26,19 @@ Within = Callable[[pa.DataType, int], bool]
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether a type holds text."""
-    return (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(test(kind) for test in tests)
 
 
 def is_binary(kind: pa.DataType) -> bool:
     """Whether a type holds plain bytes."""
-    return (
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-    )
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in tests)
 
 
 def is_view(kind: pa.DataType) -> bool:
     """Whether a type is text or bytes as views into buffers that rows share."""
-    return pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
+    return any(test(kind) for test in (pa.types.is_string_view, pa.types.is_binary_view))
 
 
 def written_out(values: pa.Array) -> int:
@@ -181,7 +179,10 @@ def _can_be_carried(kind: pa.DataType) -> bool:
 
 
 def _names_twice(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and len({field.name for field in kind}) < kind.num_fields
+    if not pa.types.is_struct(kind):
+        return False
+    names = [field.name for field in kind]
+    return len(set(names)) < len(names)
 
 
 def _within(kind: pa.DataType) -> Iterable[pa.DataType]:
@@ -434,8 +435,7 @@ def _shown(array: pa.Array) -> str:
         else:
             value = array[0].as_py()
     except _UNFIT:
-        value = f"a value of {shown_type(array.type)}"
-        return value
+        return f"a value of {shown_type(array.type)}"
     return _cut(repr(value), _SHOWN)
 
 
