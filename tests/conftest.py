@@ -52,6 +52,7 @@ JOBS = (
     "tests/jobs/",
     "tests/test_demo.py",
     "tests/run/test_nightly.py",
+    "tests/run/test_reservation.py",
     "tests/actors/test_witness.py",
 )
 JOBS += (
