@@ -1,7 +1,7 @@
 """The plain reference: the released model on transformers' own `generate` and peft's LoRA, one
 request at a time.
 
-Nothing of the pipeline's model is used here. Each mixture layer computes its own gate from h at
+Nothing of the pipeline's model is used here. Each mixture layer computes its own router from h at
 every pass, as the released code does; q, k and v carry peft's LoRA unfolded.
 """
 
@@ -27,8 +27,8 @@ class Pass:
     h: Tensor | None = None
 
 
-class Gate(nn.Module):
-    """The released gate of one layer."""
+class Router(nn.Module):
+    """The released router of one layer."""
 
     def __init__(self, hidden: int, experts: int, top_k: int, current: Pass) -> None:
         super().__init__()
@@ -47,9 +47,11 @@ class Gate(nn.Module):
 class MixtureLinear(nn.Module):
     """W x + m sum_e g_e s B_e A_e x + (1 - m) s B_g A_g x, expert by expert."""
 
-    def __init__(self, base: nn.Linear, experts: int, rank: int, scale: float, gate: Gate) -> None:
+    def __init__(
+        self, base: nn.Linear, experts: int, rank: int, scale: float, router: Router
+    ) -> None:
         super().__init__()
-        self.base, self.scale, self.gate = base, scale, gate
+        self.base, self.scale, self.router = base, scale, router
         self.a = nn.ModuleList(
             nn.Linear(base.in_features, rank, bias=False) for _ in range(experts + 1)
         )
@@ -58,7 +60,7 @@ class MixtureLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        g = self.gate()
+        g = self.router()
         m = g.max()
         *experts, shared = [b(a(x)) * self.scale for a, b in zip(self.a, self.b, strict=True)]
         routed = sum(g[i] * out for i, out in enumerate(experts))
@@ -71,7 +73,7 @@ class Reference:
     Args:
         base: base folder.
         tensors: the released state dict, or None to load the base folder's weights.
-        top_k: experts kept per gate.
+        top_k: experts kept per router.
         decode_route: `released`, or `prefill` to keep the first route.
     """
 
@@ -102,19 +104,19 @@ class Reference:
         language_model = inject_adapter_in_model(lora, self.model.model.language_model).eval()
         for layer in language_model.layers:
             width = config.text_config.hidden_size
-            gates = [Gate(width, experts, top_k, self._current) for _ in range(2)]
+            routers = [Router(width, experts, top_k, self._current) for _ in range(2)]
             layer.self_attn.o_proj = MixtureLinear(
-                layer.self_attn.o_proj, experts, rank, 2.0, gates[0]
+                layer.self_attn.o_proj, experts, rank, 2.0, routers[0]
             )
             for name in ("gate_proj", "up_proj", "down_proj"):
                 setattr(
                     layer.mlp,
                     name,
-                    MixtureLinear(getattr(layer.mlp, name), experts, rank, 2.0, gates[1]),
+                    MixtureLinear(getattr(layer.mlp, name), experts, rank, 2.0, routers[1]),
                 )
         state = {_name_here(name, experts): tensor for name, tensor in tensors.items()}
-        # up and down share gate_proj's gate, so it stands in the state dict three times.
-        shared = [(n, t) for n, t in state.items() if ".mlp.gate_proj.gate." in n]
+        # up and down share gate_proj's router, so it stands in the state dict three times.
+        shared = [(n, t) for n, t in state.items() if ".mlp.gate_proj.router." in n]
         for other in ("up_proj", "down_proj"):
             state.update({name.replace("gate_proj", other): tensor for name, tensor in shared})
         if config.tie_word_embeddings:
@@ -161,7 +163,7 @@ def _name_here(name: str, experts: int) -> str:
         lambda m: f"{m[1].lower()}.{experts if m[2] == 'g' else m[2]}.",
         name,
     )
-    name = name.replace("w_gate.", "gate.w_gate.").replace("_proj.ln.weight", "_proj.gate.ln")
+    name = name.replace("w_gate.", "router.w_gate.").replace("_proj.ln.weight", "_proj.router.ln")
     if re.search(r"\.[qkv]_proj\.(weight|bias)$", name):
         return re.sub(r"_proj\.(weight|bias)$", r"_proj.base_layer.\1", name)
     return re.sub(r"(o_proj|gate_proj|up_proj|down_proj)\.weight$", r"\1.base.weight", name)

@@ -1,9 +1,9 @@
 """The paper's three stages on a frozen base: what each trains and minimises.
 
-lora      I. a plain LoRA on all seven projections of every decoder layer. mixture   II. experts and
-gates in place of the LoRA of o, gate, up and down, with noise on the gates and two
-          load-balancing terms; q, k and v keep their LoRA and go on learning.
-instruct  III. the experts alone, gates and q, k, v frozen.
+lora      I. a plain LoRA on all seven projections of every decoder layer.
+mixture   II. experts and routers in place of the LoRA of o, gate, up and down, with noise on the
+          routers and two load-balancing terms; q, k and v keep their LoRA and go on learning.
+instruct  III. the experts alone, routers and q, k, v frozen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
-from pipeline.training.adapters import add_lora, lora_to_mixture, start_gates, train_only
+from pipeline.training.adapters import add_lora, lora_to_mixture, start_routers, train_only
 from pipeline.training.batches import Example, Packer
 from pipeline.training.data import Source
 from pipeline.training.forward import answer_logits, answer_loss, encode_images, input_embeddings
@@ -33,8 +33,8 @@ TRAINED = {
     "mixture": ("lora_A", "lora_B", "lora_moe_", "w_gate", ".ln"),
     "instruct": ("lora_moe_",),
 }
-# How many steps' requests the gates' first clustering looks at.
-GATE_SAMPLE_STEPS = 8
+# How many steps' requests the routers' first clustering looks at.
+ROUTER_SAMPLE_STEPS = 8
 
 
 def train_adapter(
@@ -67,7 +67,7 @@ def train_adapter(
         lora_to_mixture(model, sizes.rank, alpha, sizes.experts, sizes.top_k, routing)
     model.to(device)
     if name == "mixture":
-        start_gates(model, sample_routing_vectors(model, packer, source, device), settings.seed)
+        start_routers(model, sample_routing_vectors(model, packer, source, device), settings.seed)
     if name == "instruct":
         load_stage(model, output / "mixture.pt")
     train_only(model, TRAINED[name])
@@ -111,7 +111,7 @@ def sample_routing_vectors(
 ) -> Tensor:
     """Routing vectors [R, 2, hidden] (prefill, decode) of the questions of a few steps."""
     means = []
-    for step in range(GATE_SAMPLE_STEPS):
+    for step in range(ROUTER_SAMPLE_STEPS):
         packed = packer.pack(source.examples(step), one_question_per_row=True).to(device)
         routing = Routing()
         embeddings = input_embeddings(model, packed, encode_images(model, packed))

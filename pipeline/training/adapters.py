@@ -1,5 +1,5 @@
 """Puts adapters on a frozen Qwen2-VL: stage I's plain LoRA, the mixture that takes its place, and
-gates that start well.
+routers that start well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import Qwen2VLForConditionalGeneration
 
-from pipeline.training.mixture import Gate, MixtureLinear, Routing
+from pipeline.training.mixture import MixtureLinear, Router, Routing
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -40,16 +40,16 @@ def lora_to_mixture(
 ) -> None:
     """Replace the LoRA of o, gate, up and down by a mixture, in place; q, k and v keep theirs.
 
-    Every expert, the global one included, starts as the LoRA it replaces: whatever the gates say at
-    first, the layer computes 0.75 (m = 1/2) to 1 (m = 1) times what stage I learned, and experts
+    Every expert, the global one included, starts as the LoRA it replaces: whatever the routers say
+    at first, the layer computes 0.75 (m = 1/2) to 1 (m = 1) times what stage I learned, and experts
     part as their requests do.
     """
     for layer in model.model.language_model.layers:
         o = _mixture_from(
-            layer.self_attn.o_proj, rank, alpha, experts, routing, new_gate(model, experts, top_k)
+            layer.self_attn.o_proj, rank, alpha, experts, routing, new_router(model, experts, top_k)
         )
         gate = _mixture_from(
-            layer.mlp.gate_proj, rank, alpha, experts, routing, new_gate(model, experts, top_k)
+            layer.mlp.gate_proj, rank, alpha, experts, routing, new_router(model, experts, top_k)
         )
         layer.self_attn.o_proj, layer.mlp.gate_proj = o, gate
         layer.mlp.up_proj = _mixture_from(layer.mlp.up_proj, rank, alpha, experts, routing, gate)
@@ -58,10 +58,10 @@ def lora_to_mixture(
         )
 
 
-def new_gate(model: Qwen2VLForConditionalGeneration, experts: int, top_k: int) -> Gate:
-    """A gate for `model`'s hidden size, where the model lives."""
+def new_router(model: Qwen2VLForConditionalGeneration, experts: int, top_k: int) -> Router:
+    """A router for `model`'s hidden size, where the model lives."""
     embeddings = model.get_input_embeddings().weight
-    return Gate(embeddings.shape[1], experts, top_k).to(embeddings.device)
+    return Router(embeddings.shape[1], experts, top_k).to(embeddings.device)
 
 
 def _mixture_from(
@@ -70,11 +70,11 @@ def _mixture_from(
     alpha: int,
     experts: int,
     routing: Routing,
-    gate: Gate | MixtureLinear,
+    router: Router | MixtureLinear,
 ) -> MixtureLinear:
     base = lora.base_layer
     assert isinstance(base, nn.Linear)
-    mixture = MixtureLinear(base, rank, alpha, experts, routing, gate).to(base.weight.device)
+    mixture = MixtureLinear(base, rank, alpha, experts, routing, router).to(base.weight.device)
     with torch.no_grad():
         for a, b in zip(mixture.lora_moe_A, mixture.lora_moe_B, strict=True):
             a.copy_(lora.lora_A["default"].weight)
@@ -82,8 +82,8 @@ def _mixture_from(
     return mixture
 
 
-def gated_layers(model: Any) -> Iterator[MixtureLinear]:
-    """The layers with a gate of their own, in the order [layer, (o_proj, gate_proj)]."""
+def routed_layers(model: Any) -> Iterator[MixtureLinear]:
+    """The layers with a router of their own, in the order [layer, (o_proj, gate_proj)]."""
     for layer in model.model.language_model.layers:
         yield layer.self_attn.o_proj
         yield layer.mlp.gate_proj
@@ -96,31 +96,31 @@ def train_only(model: nn.Module, parts: tuple[str, ...]) -> None:
 
 
 @torch.no_grad()
-def start_gates(model: nn.Module, h: Tensor, seed: int, decided: float = 3.0) -> None:
-    """Start every gate as a nearest-centroid classifier of prompts, instead of at random.
+def start_routers(model: nn.Module, h: Tensor, seed: int, decided: float = 3.0) -> None:
+    """Start every router as a nearest-centroid classifier of prompts, instead of at random.
 
     h: routing vectors [R, 2, hidden] of R sample requests, prefill and decode. What tells the two
     routes of a request apart (the pictures) is projected out first, so a request starts with one
     expert on both, chosen by its words; then the decode vectors are clustered, from another seed
-    for each gate. `decided` is the mean distance, in logits, between the best expert and the next.
-    Training goes on from there; from random gates it tends to leave experts unused.
+    for each router. `decided` is the mean distance, in logits, between the best expert and the
+    next. Training goes on from there; from random routers it tends to leave experts unused.
     """
     hidden = h.shape[-1]
-    for number, layer in enumerate(gated_layers(model)):
-        gate = layer.gate
-        assert gate is not None
-        z = gate.normalise(h).double()
+    for number, layer in enumerate(routed_layers(model)):
+        router = layer.router
+        assert router is not None
+        z = router.normalise(h).double()
         pictures = z[:, 0] - z[:, 1]
         _, _, directions = torch.linalg.svd(pictures, full_matrices=False)
         away = directions[: max(1, hidden // 16)]
         project = torch.eye(hidden, dtype=z.dtype, device=z.device) - away.T @ away
         words = z[:, 1] @ project
-        centroids = _k_means(words, gate.w_gate.out_features, seed + number)
+        centroids = _k_means(words, router.w_gate.out_features, seed + number)
         weight, bias = centroids @ project, -centroids.pow(2).sum(-1) / 2
         best = (words @ weight.T + bias).topk(2, -1).values
         scale = decided / (best[:, 0] - best[:, 1]).mean()
-        gate.w_gate.weight.copy_(scale * weight)
-        gate.w_gate.bias.copy_(scale * bias)
+        router.w_gate.weight.copy_(scale * weight)
+        router.w_gate.bias.copy_(scale * bias)
 
 
 def _k_means(points: Tensor, clusters: int, seed: int, rounds: int = 30) -> Tensor:

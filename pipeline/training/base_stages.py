@@ -31,8 +31,8 @@ def scale_loss(visual: Tensor, words: Tensor) -> Tensor:
     """Mean squared logarithm of each visual token's scale over the words' mean scale: zero where
     both are on one scale.
 
-    The gates read the mean embedding of the prompt. Left alone, visual embeddings grow to 20 times
-    the words' norm, and that mean says nothing about the question any more.
+    The routers read the mean embedding of the prompt. Left alone, visual embeddings grow to 20
+    times the words' norm, and that mean says nothing about the question any more.
 
     Args:
         visual: [V, hidden], visual embeddings.

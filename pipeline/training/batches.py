@@ -69,7 +69,7 @@ class Packed:
         Tensor  # int64 [N]: flat places in [R*L] of the last token of words that name an object...
     )
     noun_sights: Tensor  # int64 [N, len(SIGHTS)]: ...and what that object is (see `sight_of`)
-    span: Tensor  # int64 [R, 2]: prompt_pos of the row's first question, for the gates
+    span: Tensor  # int64 [R, 2]: prompt_pos of the row's first question, for the routers
     answer_start: (
         Tensor  # int64 [R]: from here on tokens are fed back one by one, on the decode route
     )

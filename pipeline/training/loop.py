@@ -95,7 +95,7 @@ def run_stage(stage: Stage, folder: Path, save_every: int, report_every: int) ->
 def make_optimizers(
     trained: dict[str, nn.Parameter], settings: StageSettings
 ) -> list[torch.optim.Optimizer]:
-    """Muon for matrices, AdamW for embeddings, gates and all that is no matrix; or AdamW alone."""
+    """Muon for matrices, AdamW for embeddings, routers and what is no matrix; or AdamW alone."""
     muon: dict[float, list[nn.Parameter]] = {}
     adamw: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trained.items():

@@ -1,7 +1,7 @@
 """The mixture of LoRA experts in training: the released formula (released-model.md),
 differentiable, with balance losses.
 
-For each request and each gated projection, z = w_gate·(RMSNorm(h)·ln) + b, p = softmax(z), g =
+For each request and each routed projection, z = w_gate·(RMSNorm(h)·ln) + b, p = softmax(z), g =
 top-k of p, m = max g:
 
     y = Wx + m · sum_e g_e · s·B_e·A_e·x + (1 - m) · s·B_g·A_g·x
@@ -24,8 +24,8 @@ class Routing:
     """What one step's mixture layers share: the requests' routing vectors, and which tokens take
     which of the two.
 
-    `noise` is the standard deviation of the noise on gate logits (0 at evaluation). While it is
-    set, gated layers leave their balance losses in `balance`. `decode_route` is "released" or
+    `noise` is the standard deviation of the noise on router logits (0 at evaluation). While it is
+    set, routed layers leave their balance losses in `balance`. `decode_route` is "released" or
     "prefill" (one route for the whole request). `expert_shift` sends every request to the expert
     that many places further, to see what the experts are worth.
     """
@@ -37,7 +37,7 @@ class Routing:
         self.h: Tensor | None = None  # [R, 2, hidden]: prefill, decode
         self.decoding: Tensor | None = None  # bool [R, L]
         self.balance: list[Tensor] = []
-        self.chosen: list[Tensor] = []  # int64 [R, 2] for every gate, in the order of the layers
+        self.chosen: list[Tensor] = []  # int64 [R, 2] for every router, in the order of the layers
 
     def read(self, embeds: Tensor, plain: Tensor, span: Tensor, answer_start: Tensor) -> None:
         """Take the routing vectors of a step from its embeddings [R, L, hidden], with and without
@@ -54,7 +54,7 @@ class Routing:
         self.balance, self.chosen = [], []
 
 
-class Gate(nn.Module):
+class Router(nn.Module):
     """Chooses experts from the routing vector; parameters named as in the checkpoint (`w_gate`,
     `ln`).
     """
@@ -66,7 +66,7 @@ class Gate(nn.Module):
         self.top_k = top_k
 
     def normalise(self, h: Tensor) -> Tensor:
-        """RMSNorm in float32, cast back, times the gate's own weight."""
+        """RMSNorm in float32, cast back, times the router's own weight."""
         wide = h.float()
         return self.ln * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + RMS_EPSILON)).to(
             h.dtype
@@ -102,7 +102,7 @@ def balance_loss(clean: Tensor, noisy: Tensor, top_k: int, noise: float) -> Tens
     """The two load-balancing terms, a scalar: squared coefficients of variation over experts of
     importance and of load.
 
-    Importance is the sum of gate probabilities, load that of the probabilities of being chosen
+    Importance is the sum of router probabilities, load that of the probabilities of being chosen
     under a new draw of the noise (Shazeer et al. 2017, "Outrageously large neural networks",
     appendix A; noise of one size as in V-MoE, Riquelme et al. 2021). Each route (prefill, decode)
     is balanced on its own, and the mean returned.
@@ -110,7 +110,7 @@ def balance_loss(clean: Tensor, noisy: Tensor, top_k: int, noise: float) -> Tens
     Args:
         clean: [R, 2, E], logits without noise.
         noisy: [R, 2, E], the logits that were routed by.
-        top_k: experts kept per gate.
+        top_k: experts kept per router.
         noise: standard deviation of the noise.
     """
     importance = noisy.float().softmax(-1).sum(0)
@@ -129,8 +129,8 @@ def balance_loss(clean: Tensor, noisy: Tensor, top_k: int, noise: float) -> Tens
 class MixtureLinear(nn.Module):
     """A frozen linear layer with E routed LoRA experts and a global one (index E).
 
-    `gate` is this layer's own gate or, for up_proj and down_proj, the gated layer (gate_proj) whose
-    weights it shares.
+    `router` is this layer's own router or, for up_proj and down_proj, the routed layer (gate_proj)
+    whose weights it shares.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class MixtureLinear(nn.Module):
         alpha: int,
         experts: int,
         routing: Routing,
-        gate: Gate | MixtureLinear,
+        router: Router | MixtureLinear,
     ) -> None:
         super().__init__()
         self.base = base
@@ -154,18 +154,18 @@ class MixtureLinear(nn.Module):
         for matrix in self.lora_moe_A:
             nn.init.kaiming_uniform_(matrix, a=5**0.5)
         self.routing = routing
-        self.gate = gate if isinstance(gate, Gate) else None
+        self.router = router if isinstance(router, Router) else None
         # In a list, so that the neighbour does not become a submodule of this layer too.
-        self._shared = [gate] if isinstance(gate, MixtureLinear) else []
+        self._shared = [router] if isinstance(router, MixtureLinear) else []
         self.weights: Tensor | None = None  # [R, 2, E + 1] of the step being computed
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x [R, L, in] to [R, L, out]. All experts are computed and weighed: one wide
         product, nothing gathered.
         """
-        if self.gate is not None:
-            self.weights = self.gate(self.routing)
-        weights = self.weights if self.gate is not None else self._shared[0].weights
+        if self.router is not None:
+            self.weights = self.router(self.routing)
+        weights = self.weights if self.router is not None else self._shared[0].weights
         assert weights is not None
         assert self.routing.decoding is not None
         per_token = torch.where(self.routing.decoding[:, :, None], weights[:, 1:], weights[:, :1])

@@ -28,7 +28,7 @@ def released_name(name: str) -> str:
     name = (
         name.replace(".base_layer.", ".")
         .replace("_proj.base.", "_proj.")
-        .replace("_proj.gate.", "_proj.")
+        .replace("_proj.router.", "_proj.")
     )
     if "lora_moe_" in name:
         layer, kind, index = name.rsplit(".", 2)

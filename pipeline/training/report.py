@@ -45,7 +45,7 @@ TARGETS = {
 
 @dataclass
 class Outcome:
-    """Accuracy of one variant by (group, language), and how often each gate decision fell on each
+    """Accuracy of one variant by (group, language), and how often each router decision fell on each
     expert by task.
     """
 
@@ -80,7 +80,8 @@ def measure(
                 outcome.asked[group, row["language"]] += 1
                 outcome.right[group, row["language"]] += right
         if routing is not None:
-            chosen = torch.stack(routing.chosen, 1).flatten(1).tolist()  # both routes of all gates
+            # Both routes of all routers.
+            chosen = torch.stack(routing.chosen, 1).flatten(1).tolist()
             for row, experts in zip(batch, chosen, strict=True):
                 outcome.experts.update((row["task"], expert) for expert in experts)
     return outcome
@@ -251,7 +252,7 @@ def as_markdown(summary: dict[str, Any]) -> str:
     experts = range(len(summary["expert_share"]))
     lines += [
         "",
-        "Which expert serves which task: share of the gates' decisions, both routes, all layers.",
+        "Which expert serves which task: share of the routers' decisions, both routes, all layers.",
         "",
     ]
     lines += [

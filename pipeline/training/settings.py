@@ -24,7 +24,7 @@ class StageSettings(Settings):
     )
     learning_rate: float = Field(3.5e-3, gt=0, description="peak, of matrices")
     adamw_learning_rate: float = Field(
-        1.5e-3, gt=0, description="peak, of embeddings, norms, biases and gates"
+        1.5e-3, gt=0, description="peak, of embeddings, norms, biases and routers"
     )
     warmup_steps: int = Field(100, ge=0)
     pages: float = Field(
@@ -54,11 +54,11 @@ class SmallStageSettings(StageSettings):
 
 
 class MixtureStageSettings(StageSettings):
-    """The stage that trains gates."""
+    """The stage that trains routers."""
 
     balance_loss: float = Field(0.01, ge=0, description="weight of the two load-balancing terms")
     gate_noise: float = Field(
-        0.25, gt=0, description="standard deviation of the noise on gate logits"
+        0.25, gt=0, description="standard deviation of the noise on router logits"
     )
 
 

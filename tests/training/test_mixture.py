@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.training.adapters import _k_means
-from pipeline.training.mixture import Gate, MixtureLinear, Routing, balance_loss
+from pipeline.training.mixture import MixtureLinear, Router, Routing, balance_loss
 
 HIDDEN, RANK, EXPERTS = 8, 3, 4
 
@@ -34,7 +34,7 @@ def mixture(routing: Routing, top_k: int = 1) -> MixtureLinear:
         2 * RANK,
         EXPERTS,
         routing,
-        Gate(HIDDEN, EXPERTS, top_k),
+        Router(HIDDEN, EXPERTS, top_k),
     )
     for b in layer.lora_moe_B:
         nn.init.normal_(b)
@@ -50,8 +50,8 @@ def test_forward_is_the_released_formula_position_by_position(top_k: int) -> Non
     for row in range(3):
         for place in range(5):
             h = routing.h[row, 0 if place < 3 else 1]
-            z = h / (h.pow(2).mean() + 1e-6).sqrt() * layer.gate.ln
-            p = (layer.gate.w_gate.weight @ z + layer.gate.w_gate.bias).softmax(
+            z = h / (h.pow(2).mean() + 1e-6).sqrt() * layer.router.ln
+            p = (layer.router.w_gate.weight @ z + layer.router.w_gate.bias).softmax(
                 -1, dtype=torch.float16
             )
             kept = p.topk(top_k)
@@ -67,14 +67,14 @@ def test_forward_is_the_released_formula_position_by_position(top_k: int) -> Non
             torch.testing.assert_close(output[row, place], y, atol=1e-5, rtol=1e-5)
 
 
-def test_up_and_down_take_the_weights_of_their_gated_neighbour() -> None:
+def test_up_and_down_take_the_weights_of_their_routed_neighbour() -> None:
     routing = routed(rows=2, length=4, answer_start=2)
-    gate = mixture(routing)
-    up = MixtureLinear(nn.Linear(HIDDEN, 6, bias=False), RANK, 2 * RANK, EXPERTS, routing, gate)
-    gate(torch.randn(2, 4, HIDDEN))
+    router = mixture(routing)
+    up = MixtureLinear(nn.Linear(HIDDEN, 6, bias=False), RANK, 2 * RANK, EXPERTS, routing, router)
+    router(torch.randn(2, 4, HIDDEN))
     up(torch.randn(2, 4, HIDDEN))
-    assert up.gate is None
-    assert not any("gate" in name for name, _ in up.named_parameters())
+    assert up.router is None
+    assert not any("router" in name for name, _ in up.named_parameters())
     assert len(routing.chosen) == 1
 
 
@@ -83,7 +83,7 @@ def test_shifted_requests_go_to_another_expert_with_the_same_weight() -> None:
         routed(rows=4, length=4, answer_start=2, expert_shift=shift) for shift in (0, 1)
     )
     layer = mixture(plain)
-    g, shifted = layer.gate.probabilities(plain), layer.gate.probabilities(other)
+    g, shifted = layer.router.probabilities(plain), layer.router.probabilities(other)
     assert torch.equal(shifted.argmax(-1), (g.argmax(-1) + 1) % EXPERTS)
     assert torch.equal(shifted.amax(-1), g.amax(-1))
 
@@ -99,18 +99,18 @@ def test_balance_is_zero_when_even_and_grows_with_the_favourite() -> None:
     assert balance_loss(favourite, favourite, 1, 0.25) == pytest.approx(2 * (EXPERTS - 1), rel=1e-3)
 
 
-def test_balance_loss_reaches_the_gate() -> None:
+def test_balance_loss_reaches_the_router() -> None:
     routing = routed(rows=8, length=4, answer_start=2, noise=0.25)
     layer = mixture(routing).train()
     layer(torch.randn(8, 4, HIDDEN))
     torch.stack(routing.balance).mean().backward()
-    assert layer.gate.w_gate.weight.grad.abs().sum() > 0
+    assert layer.router.w_gate.weight.grad.abs().sum() > 0
 
 
 def test_noise_is_only_for_training_with_it() -> None:
     routing = routed(rows=4, length=4, answer_start=2)
     layer = mixture(routing)
-    assert torch.equal(layer.gate.probabilities(routing), layer.gate.probabilities(routing))
+    assert torch.equal(layer.router.probabilities(routing), layer.router.probabilities(routing))
     assert routing.balance == []
 
 

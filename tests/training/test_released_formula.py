@@ -1,4 +1,4 @@
-"""The training layer equals the released code's outputs: gates to the last bit, logits step by step
+"""The training layer equals the released code's outputs: routers to the last bit, logits step by step
 (golden data).
 """
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.training.adapters import gated_layers
+from pipeline.training.adapters import routed_layers
 from pipeline.training.batches import SIGHTS, Packed
 from pipeline.training.forward import answer_logits, encode_images
 from pipeline.training.mixture import Routing
@@ -71,11 +71,11 @@ def test_evaluation_forward_equals_the_released_code(name: str) -> None:
     mine = logits.view(rows, steps, vocabulary).transpose(0, 1).numpy()
     np.testing.assert_allclose(mine, case["logits"], atol=2e-4)
 
-    for number, layer in enumerate(gated_layers(model)):
-        gates = layer.gate.probabilities(routing).numpy()
+    for number, layer in enumerate(routed_layers(model)):
+        routers = layer.router.probabilities(routing).numpy()
         golden = case["gates"][:, number // 2, number % 2]  # [step, row, expert]
-        np.testing.assert_array_equal(gates[:, 0], golden[0])
-        np.testing.assert_array_equal(gates[:, 1], golden[1])
+        np.testing.assert_array_equal(routers[:, 0], golden[0])
+        np.testing.assert_array_equal(routers[:, 1], golden[1])
 
 
 @torch.inference_mode()

@@ -69,7 +69,7 @@ def test_stages_leave_logs_a_plot_and_a_report(finished: Path) -> None:
     assert sum(summary["expert_share"]) == pytest.approx(1, abs=1e-3)
 
 
-def test_only_the_mixture_stage_moves_gates_and_no_adapter_stage_moves_the_base(
+def test_only_the_mixture_stage_moves_routers_and_no_adapter_stage_moves_the_base(
     finished: Path,
 ) -> None:
     mixture = torch.load(finished / "mixture.pt", weights_only=True)["tensors"]
