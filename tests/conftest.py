@@ -35,9 +35,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # imported.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-# Before triton is imported anywhere: without a GPU its kernels are interpreted.
-if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # How long an example takes says more of what else the machine does than of the code.
 hypothesis.settings.register_profile("without deadline", deadline=None)
@@ -60,6 +57,16 @@ JOBS += (
     "tests/run/test_progress.py",
     "tests/actors/test_metrics.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU, Triton's kernels are interpreted: said before triton is imported anywhere."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # it runs no tests, and need not wait for torch
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _lot(nodeid: str) -> str:

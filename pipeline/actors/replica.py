@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -21,11 +22,12 @@ from pipeline.actors.loading import load_for_job
 from pipeline.actors.outcome import Judged, Outcome, failure_of, output_table
 from pipeline.actors.witness import TRIES, Verdict
 from pipeline.counters import ProcessGauges, ReplicaGauges, RowCounts
-from pipeline.engine import GenerationError, Request, Sampling
+from pipeline.engine import GenerationError, LostDeviceError, Request, Sampling
 from pipeline.engine.repetition import ends_in_loop
-from pipeline.errors import CheckpointError, RowError, RowFailure
+from pipeline.errors import JobError, RowError, RowFailure
 from pipeline.io.output.columns import KEPT_SCHEMA, output_schema
 from pipeline.quality.flags import Flagger, doubt
+from pipeline.redact import one_line
 from pipeline.rows import (
     PLACE_SCHEMA,
     FailedRow,
@@ -37,6 +39,16 @@ from pipeline.rows import (
     prepared_rows,
 )
 from pipeline.settings.job import JobSettings
+
+logger = logging.getLogger(__name__)
+
+#: With what a replica ends whose device is lost (EX_UNAVAILABLE of sysexits.h).
+LOST_DEVICE = 69
+
+#: Seconds after which a thread lets another one run, where Python's own are 5 ms. Each launch of
+#: the engine's thread lets go of the interpreter, and beside a thread of Python that is busy gets
+#: it back once this is over: launches of 2 us took 10 ms.
+SWITCH_SECONDS = 5e-4
 
 #: Rows of a suspect block that are answered at a time: few enough that little is left to search,
 #: and enough that a node that merely went away does not cost a replica minutes.
@@ -78,10 +90,12 @@ class Replica:
         self._alone = asyncio.Lock()
         self._name = uuid.uuid4().hex
         self._device = torch.device(device)
-        self._refusal: CheckpointError | None = None
+        self._refusal: JobError | None = None
+        if self._device.type == "cuda":
+            sys.setswitchinterval(SWITCH_SECONDS)
         try:
             loaded = load_for_job(settings, self._device, threads, planned)
-        except CheckpointError as error:
+        except JobError as error:
             # An actor that cannot be made could not say why, and would be made again ten times.
             if monitor is None:
                 raise
@@ -103,7 +117,7 @@ class Replica:
         were.
 
         Raises:
-            CheckpointError: the checkpoint is not what the job was planned with, here.
+            JobError: nothing can be loaded here, or not what the job was planned with.
         """
         if self._refusal is not None:
             await self._monitor.refuse.remote(self._refusal)
@@ -127,7 +141,13 @@ class Replica:
         Raises:
             RuntimeError: the engine failed, which is no row's fault and ends the job.
         """
-        return await asyncio.gather(*map(self._answer_row, rows))
+        try:
+            return await asyncio.gather(*map(self._answer_row, rows))
+        except LostDeviceError as error:
+            # Only a new process gets a new context. Of one that dies Ray starts another, and the
+            # witness finds the row, should it be one.
+            logger.error("%s; this replica ends, another one takes its place", one_line(str(error)))
+            os._exit(LOST_DEVICE)
 
     async def _answer_row(self, row: PreparedRow) -> Outcome:
         if isinstance(row, FailedRow):

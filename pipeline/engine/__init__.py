@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from pipeline.engine.grouping import AgreementReport
     from pipeline.engine.options import EngineOptions, Sizes
     from pipeline.engine.sampling import Sampling
-    from pipeline.engine.types import Answer, GenerationError, OutOfMemoryError, Request
+    from pipeline.engine.types import (
+        Answer,
+        GenerationError,
+        LostDeviceError,
+        OutOfMemoryError,
+        Request,
+    )
 
 __all__ = [
     "AgreementReport",
@@ -22,6 +28,7 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "GenerationError",
+    "LostDeviceError",
     "OutOfMemoryError",
     "Request",
     "Sampling",

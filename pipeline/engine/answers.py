@@ -39,7 +39,7 @@ def _finished(live: LiveRequest, tokenizer: Any) -> Answer | None:
         text=text[:cut],
         finish_reason="stop" if ended else "length" if full else "repetition",
         prompt_tokens=live.prompt_tokens,
-        visual_tokens=len(encoded.visual),
+        visual_tokens=len(encoded.image_places),
         prefill_weights=None if encoded.expert_weights is None else encoded.expert_weights[0],
         decode_weights=None if encoded.expert_weights is None else encoded.expert_weights[1],
     )

@@ -29,7 +29,8 @@ class Encoded:
     """A request whose images went through the vision tower and whose experts are known.
 
     Attributes:
-        visual: [visual tokens, hidden] on the model's device; empty without images.
+        visual: [visual tokens, hidden] on the model's device; empty without images, and once the
+            prompt is in the cache.
         image_places: [visual tokens] int64, their places among the prompt's tokens.
         positions: [3, T] int64, rotary positions of the prompt.
         next_position: rotary position of the first new token.
@@ -54,6 +55,11 @@ class Encoded:
         """
         return None if self.expert_weights is None else self.expert_weights[1].tobytes()
 
+    def without_visual(self) -> Encoded:
+        """The same once the prompt is in the cache: visual tokens are the most that it holds."""
+        # A tensor of its own: a slice would keep their memory.
+        return replace(self, visual=self.visual.new_empty(0, self.visual.shape[1]))
+
 
 _NO_ROUTES = np.zeros((2, 0), np.int8)
 
@@ -66,10 +72,14 @@ class Encoding:
         requests: the requests, still without expert weights and routes.
         weights: [R, 2, G, E] float16 on the device; G and E are 0 without an adapter.
         routes: [R, 2, G] int8, the same.
+
+    Attributes:
+        visual_bytes: that the requests' visual tokens take on the device.
     """
 
     def __init__(self, requests: list[Encoded], weights: Tensor, routes: Tensor) -> None:
         self._requests = requests
+        self.visual_bytes = sum(request.visual.nbytes for request in requests)
         self._routed = HostCopy(weights, routes)
 
     @property

@@ -18,6 +18,7 @@ import torch
 from pipeline.counters import EngineCounts, EngineGauges
 from pipeline.engine.answers import take_token
 from pipeline.engine.encode import Encoder
+from pipeline.engine.folding import folded_experts
 from pipeline.engine.intake import Intake
 from pipeline.engine.narrow import narrow
 from pipeline.engine.options import EngineOptions, Sizes
@@ -25,8 +26,15 @@ from pipeline.engine.request import LiveRequest, Stage
 from pipeline.engine.reuse import Reuse
 from pipeline.engine.runner import Launched, Runner, room_for_cache
 from pipeline.engine.scheduler import Schedule, Scheduler
-from pipeline.engine.types import Answer, GenerationError, OutOfMemoryError, Request
+from pipeline.engine.types import (
+    Answer,
+    GenerationError,
+    LostDeviceError,
+    OutOfMemoryError,
+    Request,
+)
 from pipeline.model.awaker import Model
+from pipeline.model.ops import is_lost
 from pipeline.redact import one_line, traceback_of
 
 logger = logging.getLogger(__name__)
@@ -60,7 +68,10 @@ class Engine:
         options: EngineOptions | None = None,
     ) -> None:
         options = options or EngineOptions()
+        self._device = model.device
         self._sizes = sizes = Sizes.of(options, model.device.type)
+        # Before the cache takes what is free.
+        folded = folded_experts(model) if options.fold_experts else None
         self._cache_tokens = sizes.batch_tokens or room_for_cache(model)
         self._tokenizer = tokenizer
         self._max_positions = model.shape.max_positions
@@ -76,7 +87,7 @@ class Engine:
             group_by_expert=options.group_by_expert,
             max_rounds_waiting=options.max_rounds_waiting,
         )
-        self._runner = Runner(model, sizes.batch_size, self._cache_tokens, options.fold_experts)
+        self._runner = Runner(model, sizes.batch_size, self._cache_tokens, folded)
         self._reuse = Reuse(options.answer_cache)
         # On a GPU the next step is launched before the tokens of this one are read: the device
         # never waits for the host.
@@ -166,6 +177,7 @@ class Engine:
     def _loop(self) -> None:
         try:
             with torch.inference_mode():
+                self._runner.prepare()
                 open_for_more = True
                 while open_for_more or self._live:
                     open_for_more = self._receive(open_for_more)
@@ -186,8 +198,10 @@ class Engine:
             while not self._inbox.empty():
                 if (live := self._inbox.get()) is not None:
                     self._live.add(live)
+            lost = isinstance(self._failure, LostDeviceError)
+            kind = LostDeviceError if lost else RuntimeError
             for live in self._live:
-                live.resolve(RuntimeError(f"the engine failed: {one_line(str(self._failure))}"))
+                live.resolve(kind(f"the engine failed: {one_line(str(self._failure))}"))
 
     def _receive(self, open_for_more: bool) -> bool:
         """Take what is in the inbox, as far as there is room to wait; False once the engine is
@@ -226,7 +240,8 @@ class Engine:
     def _encode(self) -> None:
         """Run the vision tower and the routers over new requests."""
         busy = bool(self._scheduler.running)
-        for live, error in self._intake.launch(self._recover, busy=busy):
+        encoded = self._scheduler.waiting
+        for live, error in self._intake.launch(self._recover, busy=busy, encoded=encoded):
             self._end(live, _blaming_it(error))
         for live in self._intake.encoded(busy=busy):
             self._scheduler.add(live)
@@ -256,15 +271,15 @@ class Engine:
         """Whether a failure was one of memory; then steps are smaller from now on.
 
         Raises:
-            Exception: the failure itself, where the device's context is lost: blaming one request
-                after another would spoil all.
+            LostDeviceError: the device's context is lost: blaming one request after another would
+                spoil all.
         """
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             self._scheduler.halve_steps()
             return True
-        if isinstance(error, torch.AcceleratorError):
-            raise error
+        if is_lost(self._device, error):
+            raise LostDeviceError(f"{type(error).__name__}: {error}") from error
         return False
 
     def _collect(self, launched: Launched) -> None:
@@ -279,6 +294,7 @@ class Engine:
     def _end(self, live: LiveRequest, outcome: Answer | Exception) -> None:
         """Free what a request holds, and give everybody who waits its answer or its failure."""
         self._scheduler.finish(live)
+        self._intake.memory_came_back()
         self._live.discard(live)
         self._reuse.end(live, outcome)
         live.resolve(outcome)

@@ -9,6 +9,7 @@ setting, off by default (`engine.fold_experts`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from pipeline.engine.encode import Encoded
 from pipeline.model.awaker import Model
-from pipeline.model.decoder import DecoderLayer
+from pipeline.model.decoder import Decoder, DecoderLayer
 from pipeline.model.experts import Mixture
+
+logger = logging.getLogger(__name__)
 
 #: Folding costs about as much as a step or two; it starts once so many steps in a row could have
 #: used it.
@@ -33,12 +36,21 @@ class FoldedExperts:
 
     Args:
         model: the model; it has an adapter.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for the copy.
     """
 
     def __init__(self, model: Model) -> None:
         self._layers = model.decoder.layers
-        self._folded: list[dict[str, Tensor]] = []
-        self.decoder = model.decoder  # with the folded layers, once there are any
+        names = ("o", "gate", "up", "down")
+        self._folded = [
+            {n: torch.empty_like(getattr(layer, n).weight) for n in names} for layer in self._layers
+        ]
+        self._plain = model.decoder
+        # From the start, so that CUDA graphs may be captured over it before anything is folded.
+        self.decoder = self._with_folded_layers()
+        self._usable = True
         self._key: bytes | None = None
         self._wanted: bytes | None = None
         self._steps = 0
@@ -48,7 +60,7 @@ class FoldedExperts:
         they go on like this.
         """
         keys = {encoded.decode_key for encoded in decoding}
-        if len(keys) != 1:
+        if len(keys) != 1 or not self._usable:
             self._wanted = None
             return False
         (key,) = keys
@@ -58,17 +70,18 @@ class FoldedExperts:
         self._wanted = key
         if self._steps < FOLD_AFTER:
             return False
-        self._fold(decoding[0])
+        self._key = None
+        try:
+            self._fold(decoding[0])
+        except torch.OutOfMemoryError:
+            # It is a gain, no need.
+            logger.warning("no memory to fold experts with; going on without (engine.fold_experts)")
+            self._usable = False
+            return False
         self._key = key
         return True
 
     def _fold(self, encoded: Encoded) -> None:
-        if not self._folded:
-            names = ("o", "gate", "up", "down")
-            self._folded = [
-                {n: torch.empty_like(getattr(layer, n).weight) for n in names}
-                for layer in self._layers
-            ]
         assert encoded.factors is not None
         assert encoded.expert_weights is not None
         for index, (layer, weights) in enumerate(zip(self._layers, self._folded, strict=True)):
@@ -77,10 +90,24 @@ class FoldedExperts:
                 weights = encoded.expert_weights[1, router]
                 experts = [*weights.nonzero()[0].tolist(), len(weights)]
                 _fold_mixture(getattr(layer, name), encoded.factors[1, router], experts, into)
+        self.decoder = self._with_folded_layers()
+
+    def _with_folded_layers(self) -> Decoder:
         layers = zip(self._layers, self._folded, strict=True)
-        self.decoder = replace(
-            self.decoder, layers=tuple(_with(layer, weights) for layer, weights in layers)
+        return replace(
+            self._plain, layers=tuple(_with(layer, weights) for layer, weights in layers)
         )
+
+
+def folded_experts(model: Model) -> FoldedExperts | None:
+    """Room for folded experts; None, and a word about it, where there is no memory for it."""
+    if model.routers is None:
+        return None
+    try:
+        return FoldedExperts(model)
+    except torch.OutOfMemoryError:
+        logger.warning("no memory for folded experts; going on without (engine.fold_experts)")
+        return None
 
 
 def _with(layer: DecoderLayer, weights: dict[str, Tensor]) -> DecoderLayer:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+
+import torch
 
 from pipeline.engine.encode import Encoder, Encoding
 from pipeline.engine.narrow import halves, narrow
 from pipeline.engine.request import LiveRequest
+
+#: Bytes of visual tokens that wait on the device for their requests' turn; the vision tower pauses
+#: above. A request of 1,000 visual tokens of the 7B model has 7 MB of them, one of 16,384 117 MB.
+VISUAL_BYTES = 2 << 30
+
+#: Requests encoded together, while nothing is short of memory: what the encoder takes at once is
+#: fewer.
+MOST_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -30,31 +40,62 @@ class Intake:
         self._encoder = encoder
         self._arrived: deque[LiveRequest] = deque()
         self._launched: deque[_Batch] = deque()
+        self._short = False
+        self._at_most = MOST_AT_ONCE
 
     def add(self, live: LiveRequest) -> None:
         """Take in a checked request."""
         self._arrived.append(live)
 
     def launch(
-        self, recover: Callable[[Exception], bool], *, busy: bool
+        self,
+        recover: Callable[[Exception], bool],
+        *,
+        busy: bool,
+        encoded: Iterable[LiveRequest] = (),
     ) -> Iterator[tuple[LiveRequest, Exception]]:
         """Launch the encoding of new requests: of all of them, or of one bounded batch.
 
         Args:
             recover: as `narrow` takes it.
             busy: others run; they shall not wait for more than a batch.
+            encoded: those that wait for their turn, with their visual tokens.
 
         Yields:
             Requests that cannot be encoded, and why.
         """
-        while self._arrived and not (busy and self._launched):
+        if not self._arrived or (busy and self._short):
+            return
+        held = sum(live.encoded.visual.nbytes for live in encoded)
+        while self._arrived and not (busy and self._launched) and held < VISUAL_BYTES:
             count = self._encoder.at_once(live.request for live in self._arrived)
+            count = min(count, self._at_most)
             batch = [self._arrived.popleft() for _ in range(count)]
             launched, failures = narrow(
-                batch, self._encode, recover, lambda requests, _short: halves(requests)
+                batch,
+                self._encode,
+                recover,
+                # While others run, what they leave may do for all of it.
+                lambda requests, short: [] if short and busy else halves(requests),
             )
             self._launched += launched
-            yield from ((live, error) for (live,), error in failures)
+            held += sum(made.encoding.visual_bytes for made in launched)
+            put_back: list[LiveRequest] = []
+            for requests, error in failures:
+                if busy and isinstance(error, torch.OutOfMemoryError):
+                    put_back += requests
+                else:
+                    yield requests[0], error
+            if put_back:
+                self._arrived.extendleft(reversed(put_back))
+                self._at_most = max(1, len(put_back) // 2)
+                self._short = True
+                return
+            self._at_most = min(2 * self._at_most, MOST_AT_ONCE)
+
+    def memory_came_back(self) -> None:
+        """A request ended: what there was no memory for may be tried again."""
+        self._short = False
 
     def encoded(self, *, busy: bool) -> Iterator[LiveRequest]:
         """Requests that are encoded now, in their order; while others run, without waiting."""

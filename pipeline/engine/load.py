@@ -15,6 +15,7 @@ from pipeline.engine.sampling import Sampling
 from pipeline.engine.types import Request
 from pipeline.model.awaker import Model, load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
+from pipeline.model.ops import check_compiler
 from pipeline.model.prompt import PromptProcessor
 
 #: Models up to this width run on one thread of a CPU: handing their small products to others takes
@@ -93,9 +94,12 @@ def load(
 
     Raises:
         CheckpointError: something is missing, extra, misshapen or of another model.
-        ConfigError: `top_k_experts` or `lora_alpha` does not fit the checkpoint.
+        ConfigError: `top_k_experts` or `lora_alpha` does not fit the checkpoint, or this machine
+            cannot build what runs on its GPU.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda":
+        check_compiler()
     checkpoint = open_checkpoint(base, adapter, top_k=top_k_experts, lora_alpha=lora_alpha)
     if place.type == "cpu" and threads is not None:
         torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else threads)

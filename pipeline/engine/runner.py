@@ -66,11 +66,11 @@ class Runner:
         model: the model.
         slots: how many requests run at once.
         cache_tokens: tokens that the key/value cache holds.
-        fold_experts: fold experts into the dense weights while all new tokens share them.
+        folded: experts folded into the dense weights while all new tokens share them, if at all.
     """
 
     def __init__(
-        self, model: Model, slots: int, cache_tokens: int, fold_experts: bool = False
+        self, model: Model, slots: int, cache_tokens: int, folded: FoldedExperts | None = None
     ) -> None:
         self._model = model
         self._cache = KVCache(model.shape, cache_tokens, model.dtype, model.device)
@@ -88,15 +88,23 @@ class Runner:
             self._factors = torch.zeros(
                 2 * slots + 2, routers, experts + 1, dtype=model.dtype, device=model.device
             )
-        self._folded = FoldedExperts(model) if fold_experts and model.routers is not None else None
+        self._folded = folded
         self.folded_tokens = 0
         sizes = static_sizes(model.device, slots)
         self._static = (
             StaticDecode(self._decode_logits, sizes, slots, model.device) if sizes else None
         )
         self._static_folded = (
-            StaticDecode(self._folded_logits, sizes, slots, model.device) if sizes else None
+            StaticDecode(self._folded_logits, sizes, slots, model.device)
+            if sizes and folded is not None
+            else None
         )
+
+    def prepare(self) -> None:
+        """Capture decode steps, where they are captured at all; before the first request."""
+        for static in (self._static, self._static_folded):
+            if static is not None:
+                static.capture()
 
     def admit(self, live: LiveRequest) -> None:
         """Fill a request's slot."""
@@ -119,16 +127,22 @@ class Runner:
         answer_slots = [live.slot for live in answering]
         index = self._upload(np.array(answer_slots, np.int64))
         tokens = self._sampler.sample(logits, answer_slots, index) if answering else self._last[:0]
+        # All that allocates comes before the tables change: what was sampled may not be lost.
+        on_the_way = HostCopy(tokens)
+        one = torch.ones_like(slot_index)
+        filled = [(chunk.live.slot, chunk.behind) for chunk in chunks]
+        prompts = self._upload(np.array(filled, np.int64).T) if chunks else None
+        self._sampler.take(answer_slots, index, tokens)
         self._last.index_copy_(0, index, tokens.clamp_min(0))
         if decoding:
-            one = torch.ones_like(slot_index)
             self._cached.index_add_(0, slot_index, one)
             self._position.index_add_(0, slot_index, one)
-        if chunks:
-            filled = np.array([(chunk.live.slot, chunk.behind) for chunk in chunks], np.int64)
-            at, count = self._upload(filled.T)
-            self._cached.index_copy_(0, at, count)
-        return Launched(answering, HostCopy(tokens))
+        if prompts is not None:
+            self._cached.index_copy_(0, prompts[0], prompts[1])
+        for chunk in chunks:
+            if chunk.is_last:
+                chunk.live.encoded = chunk.live.encoded.without_visual()
+        return Launched(answering, on_the_way)
 
     def _logits(self, schedule: Schedule, slots: np.ndarray, slot_index: Tensor) -> Tensor:
         """Logits [requests, vocabulary] of a step's answering requests.

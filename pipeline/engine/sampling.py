@@ -168,6 +168,7 @@ class Sampler:
         """Give a slot to a request; the repetition penalty covers its prompt too."""
         self._sampling[slot] = sampling
         self._generators[slot] = None
+        self._drawn.pop(slot, None)
         if not sampling.greedy:
             self._generators[slot] = torch.Generator(device=self._device).manual_seed(sampling.seed)
             self._temperature[slot] = sampling.temperature
@@ -194,7 +195,8 @@ class Sampler:
             index: see `slots`.
 
         Returns:
-            [requests] int64; `NOT_FINITE` for a row whose logits are not finite.
+            [requests] int64; `NOT_FINITE` for a row whose logits are not finite. Until `take` is
+            called, the same call gives the same tokens.
         """
         finite = logits.isfinite().all(-1)
         scores, seen = logits, None
@@ -211,12 +213,23 @@ class Sampler:
             tokens.index_copy_(
                 0, at, self._draw(scores.index_select(0, at), [slots[row] for row in rows])
             )
+        return tokens.masked_fill(~finite, NOT_FINITE)
+
+    def take(self, slots: Sequence[int], index: Tensor, tokens: Tensor) -> None:
+        """Note that what was sampled counts: the penalty covers it, and the next is drawn anew.
+
+        Args:
+            slots: see `sample`.
+            index: see `sample`.
+            tokens: what `sample` returned.
+        """
+        for slot in slots:
+            self._drawn.pop(slot, None)
         if self._seen is not None:
             self._seen.index_put_(
-                (index, tokens), torch.ones((), dtype=torch.bool, device=self._device)
+                (index, tokens.clamp_min(0)),
+                torch.ones((), dtype=torch.bool, device=self._device),
             )
-        self._drawn.clear()
-        return tokens.masked_fill(~finite, NOT_FINITE)
 
     def _draw(self, scores: Tensor, slots: list[int]) -> Tensor:
         """Sample rows of scores with the warpers of transformers, in its order, and the draw of

@@ -20,6 +20,10 @@ from pipeline.engine.types import GenerationError
 #: never will.
 LEAST_STEP_TOKENS = 16
 
+#: After so many steps without a shortage of memory, steps grow again: what else held memory may be
+#: gone.
+GROW_AFTER = 256
+
 #: While others run, requests start once this share of the slots is free: single prompts would make
 #: steps too small to be worth it.
 LEAST_FREE_SHARE = 1 / 8
@@ -117,7 +121,8 @@ class Scheduler:
         self._least_free = max(1, int(slots * LEAST_FREE_SHARE))
         self._cache_tokens = cache_tokens
         self._extents = Extents(cache_tokens)
-        self._step_tokens = step_tokens
+        self._step_tokens = self._most_step_tokens = step_tokens
+        self._steps_since_short = 0
         self._experts = experts
         self._group_by_expert = group_by_expert and experts > 0
         self._max_rounds = max_rounds_waiting
@@ -192,6 +197,10 @@ class Scheduler:
             chunk.live.prefilled = chunk.behind
         for live in schedule.answering:
             live.asked += 1
+        self._steps_since_short += 1
+        if self._step_tokens < self._most_step_tokens and self._steps_since_short >= GROW_AFTER:
+            self._step_tokens = min(2 * self._step_tokens, self._most_step_tokens)
+            self._steps_since_short = 0
 
     def finish(self, live: LiveRequest) -> None:
         """End a request and free what it holds, if it runs. A step on its way may still write
@@ -204,7 +213,8 @@ class Scheduler:
         live.stage = Stage.ENDED
 
     def halve_steps(self) -> None:
-        """Plan steps of half as many prompt tokens from now on."""
+        """Plan steps of half as many prompt tokens, until `GROW_AFTER` of them went well."""
+        self._steps_since_short = 0
         self._step_tokens = max(LEAST_STEP_TOKENS, self._step_tokens // 2)
 
     def _preferred(self) -> Sequence[int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.model.ops import to_device
+
+logger = logging.getLogger(__name__)
 
 #: Between them a batch is filled up with nobody's slot: at most 15 rows too many from 16 on.
 _STEP = 16
@@ -26,8 +31,9 @@ def static_sizes(device: torch.device, most: int) -> tuple[int, ...]:
 
 
 class StaticDecode:
-    """Runs a function of slots at fixed sizes: as a CUDA graph captured at first use, on a CPU as
-    it is.
+    """Runs a function of slots at fixed sizes: as CUDA graphs, on a CPU as it is.
+
+    Where a size was not captured, for want of memory say, the function runs as it is, too.
 
     Args:
         function: from slots, int64 [size] on the device, to a result [size, ...] on the device; it
@@ -59,26 +65,67 @@ class StaticDecode:
         filled = np.full(size, self._nobody, np.int64)
         filled[: len(slots)] = slots
         on_device = to_device(filled, self._device)
-        if self._device.type == "cpu":
+        captured = self._captured.get(size)
+        if captured is None:
             return self._function(on_device)[: len(slots)]
-        if size not in self._captured:
-            self._captured[size] = self._capture(on_device)
-        graph, slots_in, result = self._captured[size]
+        graph, slots_in, result = captured
         slots_in.copy_(on_device, non_blocking=True)
         graph.replay()
         return result[: len(slots)]
 
-    def _capture(self, slots: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        # Once outside the graph: kernels are compiled and libraries set up at their first call.
+    def capture(self) -> None:
+        """Capture all sizes; before anything else runs, since it waits for the device and empties
+        its caches. Without CUDA nothing is captured.
+
+        The largest first: the others find room in its memory.
+
+        Raises:
+            torch.AcceleratorError: the device is lost.
+        """
+        if self._device.type == "cpu":
+            return
+        # One stream for all: memory that is cached for a stream is of no use to another.
         aside = torch.cuda.Stream(self._device)
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):
-            self._function(slots)
-        torch.cuda.current_stream(self._device).wait_stream(aside)
+        for size in reversed(self._sizes):
+            slots = torch.full((size,), self._nobody, dtype=torch.int64, device=self._device)
+            try:
+                self._captured[size] = self._captured_on(aside, slots)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                # Whatever keeps it from being captured keeps it from being fast, no more.
+                logger.warning(
+                    "decode steps of %d requests are not captured (%s: %s); they run one launch at "
+                    "a time",
+                    size,
+                    type(error).__name__,
+                    error,
+                )
+        torch.cuda.empty_cache()
+
+    def _captured_on(
+        self, aside: torch.cuda.Stream, slots: Tensor
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may use the device meanwhile. All graphs share one pool: they
-        # never run side by side.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._function(slots)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            # Once outside the graph: kernels are compiled and libraries set up at their first call.
+            self._function(slots)
+            torch.cuda.synchronize(self._device)
+            gc.collect()
+            torch.cuda.empty_cache()
+            # Other threads of the process may use the device meanwhile. All graphs share one pool:
+            # they never run side by side.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                result = self._function(slots)
+            except BaseException:
+                # What ends the capture fails, too, and would hide what happened.
+                with contextlib.suppress(Exception):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        current.wait_stream(aside)
         self._pool = graph.pool()
         return graph, slots, result

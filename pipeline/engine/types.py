@@ -17,6 +17,12 @@ class GenerationError(Exception):
     """A request could not be answered; the message says why."""
 
 
+class LostDeviceError(RuntimeError):
+    """The device's context is gone, which is no request's fault: only another process gets a new
+    one.
+    """
+
+
 class OutOfMemoryError(GenerationError):
     """Memory did not suffice for a request, even alone; on another device, or beside others, it
     may.

@@ -6,12 +6,19 @@ CUDA does, write over its first argument.
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pipeline.errors import ConfigError
 
 #: Weights of fewer elements lie in the processor's cache, where oneDNN's layout brings nothing and
 #: its calls cost more.
@@ -71,6 +78,42 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def check_compiler() -> None:
+    """Make sure that Triton finds what it builds the launchers of its kernels with, as it looks for
+    them; it would say so in the middle of the first step.
+
+    Raises:
+        ConfigError: something is missing.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    missing = [] if compiler else ["a C compiler (gcc or clang in PATH, or CC)"]
+    missing += [] if headers.is_file() else [f"Python's headers ({headers})"]
+    if missing:
+        raise ConfigError(
+            f"model.device: a GPU's kernels need {' and '.join(missing)} on its node; install gcc "
+            f"and python{sys.version_info[0]}.{sys.version_info[1]}-dev there, or set "
+            "model.device=cpu"
+        )
+
+
+def is_lost(device: torch.device, error: Exception) -> bool:
+    """Whether a device can run nothing any more, after an error that came of it.
+
+    Of a lost context torch raises `AcceleratorError`, but Triton and cuBLAS raise plain
+    RuntimeErrors: then waiting for the device fails as well.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    if device.type == "cpu" or not isinstance(error, RuntimeError):
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return True
+    return False
 
 
 class HostCopy:

@@ -136,7 +136,8 @@ def share(settings: JobSettings, nodes: Sequence[Node]) -> Resources:
     if device == "cuda":
         # A GPU may stand on a node of few CPUs.
         beside = min(node.cpus / node.gpus for node in nodes if node.gpus)
-        replica_cpus = min(1.0, cpus / 4 / replicas, beside)
+        # Two threads of a replica are busy: what launches work, and what takes and hands on rows.
+        replica_cpus = min(2.0, cpus / 2 / replicas, beside)
     else:
         replica_cpus = min(cpus / replicas, largest) / 2
     replica_cpus = _floored(replica_cpus)

@@ -11,7 +11,8 @@ import regex
 import torch
 
 from pipeline.actors.outcome import Judged
-from pipeline.actors.replica import Replica, process_gauges
+from pipeline.actors.replica import LOST_DEVICE, Replica, process_gauges
+from pipeline.engine.runner import Runner
 from pipeline.model.prompt import PromptProcessor
 from pipeline.rows import ReadyRow
 from pipeline.settings.base import load_settings
@@ -89,6 +90,29 @@ def test_only_flags_that_are_named_are_worth_another_try(checkpoint: tuple[Path,
     assert {
         one.tries for one in answers(checkpoint, regex="never", retry_flags=["repetition"])
     } == {1}
+
+
+def test_a_replica_whose_device_is_lost_ends_its_process(
+    checkpoint: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An exception would end the job; of a process that dies Ray starts another."""
+
+    class EndedError(BaseException):
+        pass
+
+    def lost(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    def ended(code: int) -> None:
+        raise EndedError(code)
+
+    monkeypatch.setattr(Runner, "launch", lost)
+    monkeypatch.setattr("pipeline.actors.replica.os._exit", ended)
+    with pytest.raises(EndedError, match=f"^{LOST_DEVICE}$"):
+        answers(checkpoint)
+    assert "unspecified launch failure; this replica ends, another one takes" in caplog.text
 
 
 def test_a_gpu_that_does_not_say_how_busy_it_is_is_told_without(

@@ -18,7 +18,7 @@ import pipeline.engine
 from pipeline.engine import GenerationError, Request, Sampling
 from pipeline.engine.encode import Encoded
 from pipeline.engine.request import LiveRequest, Stage
-from pipeline.engine.scheduler import LEAST_STEP_TOKENS, Chunk, Schedule, Scheduler
+from pipeline.engine.scheduler import GROW_AFTER, LEAST_STEP_TOKENS, Chunk, Schedule, Scheduler
 
 NOTHING = np.zeros(0, np.int64)
 
@@ -184,6 +184,22 @@ def test_steps_are_halved_but_never_to_nothing() -> None:
         sizes.append(plan.schedule().chunks[0].tokens)
         plan.halve_steps()
     assert sizes == [70, 35, 17, LEAST_STEP_TOKENS]
+
+
+def test_steps_grow_again_once_memory_was_enough_for_long() -> None:
+    plan = scheduler(step_tokens=70, cache_tokens=200)
+    live = arrived(100, 1)
+    plan.add(live)
+    plan.admit()
+    plan.halve_steps()
+    plan.halve_steps()
+    sizes = []
+    for _ in range(3):
+        sizes.append(plan.schedule().chunks[0].tokens)
+        for _ in range(GROW_AFTER):
+            plan.advance(Schedule())
+    assert sizes == [17, 34, 68]
+    assert plan.schedule().chunks[0].tokens == 70
 
 
 @st.composite

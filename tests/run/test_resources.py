@@ -47,8 +47,8 @@ def test_every_stage_can_always_run(
 
 def test_a_gpu_machine_gives_each_replica_a_gpu_and_preparing_the_cpus() -> None:
     shared = share(settings(replicas=8), [Node(128, 8)])
-    assert (shared.device, shared.replica_gpus, shared.replica_cpus) == ("cuda", 1, 1.0)
-    assert (shared.prepare_actors, shared.prepare_cpus) == (119, 1.0)
+    assert (shared.device, shared.replica_gpus, shared.replica_cpus) == ("cuda", 1, 2.0)
+    assert (shared.prepare_actors, shared.prepare_cpus) == (111, 1.0)
 
 
 def test_replicas_on_the_cpu_share_half_of_the_machine() -> None:
