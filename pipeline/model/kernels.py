@@ -126,44 +126,42 @@ def _rotate(
     sin,
     row_stride,
     head_stride,
-    angle_stride,
     heads,
-    half,
+    HALF: tl.constexpr,
+    ANGLE_STRIDE: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ):
+    # HALF and ANGLE_STRIDE are constants: of a number Triton knows only whether 16 divides it, and
+    # of a head of 80 it would read 2 bytes at a time.
     # All heads of a token: its angles are read once.
     row = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, HEADS_BLOCK), tl.arange(0, HALF_BLOCK)
-    c = tl.load(cos + row * angle_stride + column, mask=column < half, other=0.0).to(tl.float32)[
-        None, :
-    ]
-    s = tl.load(sin + row * angle_stride + column, mask=column < half, other=0.0).to(tl.float32)[
-        None, :
-    ]
-    inside = (head < heads)[:, None] & (column < half)[None, :]
+    angle = row * ANGLE_STRIDE + column
+    c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    inside = (head < heads)[:, None] & (column < HALF)[None, :]
     place = x + row * row_stride + head[:, None] * head_stride + column[None, :]
     first, second = (
         tl.load(place, mask=inside, other=0.0),
-        tl.load(place + half, mask=inside, other=0.0),
+        tl.load(place + HALF, mask=inside, other=0.0),
     )
     a, b = first.to(tl.float32), second.to(tl.float32)
     tl.store(place, (a * c - b * s).to(first.dtype), mask=inside)
-    tl.store(place + half, (b * c + a * s).to(first.dtype), mask=inside)
+    tl.store(place + HALF, (b * c + a * s).to(first.dtype), mask=inside)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `ops.rotate_`."""
     rows, heads, width = x.shape
     if rows:
-        half = width // 2
-        blocks = {
+        sizes = {
+            "HALF": width // 2,
+            "ANGLE_STRIDE": cos.stride(0),
             "HEADS_BLOCK": triton.next_power_of_2(heads),
-            "HALF_BLOCK": triton.next_power_of_2(half),
+            "HALF_BLOCK": triton.next_power_of_2(width // 2),
         }
-        _rotate[(rows,)](
-            x, cos, sin, x.stride(0), x.stride(1), cos.stride(0), heads, half, num_warps=4, **blocks
-        )
+        _rotate[(rows,)](x, cos, sin, x.stride(0), x.stride(1), heads, num_warps=4, **sizes)
     return x
 
 
@@ -262,7 +260,8 @@ def decode_attention(
     _decode_part[(requests, kv_heads, splits)](
         q, keys, values, starts, lengths, sums, maxima, totals,
         dim**-0.5, q.stride(0), keys.stride(0), keys.stride(1), splits,
-        GROUP_BLOCK=max(16, triton.next_power_of_2(group)), TOKENS=64,
+        # Three stages of keys and values fit in the 99 KB of shared memory of sm_86 and sm_89.
+        GROUP_BLOCK=max(16, triton.next_power_of_2(group)), TOKENS=128 // q.element_size(),
         num_warps=4, num_stages=3, **dims,
     )  # fmt: skip
     _decode_join[(requests, kv_heads, group)](
@@ -272,7 +271,8 @@ def decode_attention(
         out,
         splits,
         SPLITS=triton.next_power_of_2(splits),
-        num_warps=1,
+        # One warp holds 16 splits in its registers.
+        num_warps=min(4, max(1, triton.next_power_of_2(splits) // 16)),
         **dims,
     )
     return out
