@@ -129,11 +129,12 @@ class Runner:
         tokens = self._sampler.sample(logits, answer_slots, index) if answering else self._last[:0]
         # All that allocates comes before the tables change: what was sampled may not be lost.
         on_the_way = HostCopy(tokens)
+        chosen = tokens.clamp_min(0)  # where nothing was: the request ends
         one = torch.ones_like(slot_index)
         filled = [(chunk.live.slot, chunk.behind) for chunk in chunks]
         prompts = self._upload(np.array(filled, np.int64).T) if chunks else None
-        self._sampler.take(answer_slots, index, tokens)
-        self._last.index_copy_(0, index, tokens.clamp_min(0))
+        self._sampler.take(answer_slots, index, chosen)
+        self._last.index_copy_(0, index, chosen)
         if decoding:
             self._cached.index_add_(0, slot_index, one)
             self._position.index_add_(0, slot_index, one)

@@ -221,13 +221,13 @@ class Sampler:
         Args:
             slots: see `sample`.
             index: see `sample`.
-            tokens: what `sample` returned.
+            tokens: what `sample` returned; any token in the place of `NOT_FINITE`.
         """
         for slot in slots:
             self._drawn.pop(slot, None)
         if self._seen is not None:
             self._seen.index_put_(
-                (index, tokens.clamp_min(0)),
+                (index, tokens),
                 torch.ones((), dtype=torch.bool, device=self._device),
             )
 
