@@ -39,12 +39,14 @@ def configure(place: Place) -> None:
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         cpu=sum(node.cpus for node in place.nodes), gpu=sum(node.gpus for node in place.nodes)
     )
+    # Not for tasks of large arguments as well (here are none): Ray Data would then take a placement
+    # group's bundles for all that there is, find no object store in them, and let the stages wait
+    # for each other block by block. Replicas had half of their work.
     with warnings.catch_warnings():
         # To be gone from Ray 2.64 on, for which pyproject.toml sets a bound: nothing else keeps a
         # dataset within a placement group.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context.scheduling_strategy = place.strategy
-        context.scheduling_strategy_large_args = place.strategy
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     _make_actors_of_values()
 

@@ -21,6 +21,8 @@ from pipeline.engine.runner import Runner
 from pipeline.engine.scheduler import Chunk, Schedule
 from tests.gpu.pretended import pretended_gpu
 
+pytestmark = pytest.mark.slow
+
 CUDA = torch.device("cuda", 0)
 
 

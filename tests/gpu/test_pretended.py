@@ -69,8 +69,8 @@ def captured(engine: Engine) -> set[int]:
     "sampling",
     [
         {},
-        {"repetition_penalty": 1.1},
-        {"temperature": 0.7, "top_p": 0.9},
+        pytest.param({"repetition_penalty": 1.1}, marks=pytest.mark.slow),
+        pytest.param({"temperature": 0.7, "top_p": 0.9}, marks=pytest.mark.slow),
     ],
     ids=["greedy", "penalty", "drawn"],
 )
@@ -83,6 +83,7 @@ def test_a_gpu_answers_as_the_cpu(model: Model, sampling: dict[str, Any]) -> Non
     assert gpu.replays > 10
 
 
+@pytest.mark.slow
 def test_folded_experts_answer_as_the_cpu(model: Model) -> None:
     asked = requests()
     last = asked[-1]
@@ -96,11 +97,13 @@ def test_folded_experts_answer_as_the_cpu(model: Model) -> None:
     assert captured(engine) == set(runner_module.static_sizes(CUDA, 5))
 
 
+@pytest.mark.slow
 def test_a_cache_of_what_memory_is_free_answers_as_the_cpu(model: Model) -> None:
     asked = requests()
     assert on_gpu(model, asked, batch_tokens=None)[0] == on_cpu(model, asked)
 
 
+@pytest.mark.slow
 def test_bfloat16_runs_through_flash_attention_and_answers() -> None:
     """Products of a batch round otherwise than those of another, so tokens may differ: the tokens of
     one request at a time do not.
@@ -114,6 +117,7 @@ def test_bfloat16_runs_through_flash_attention_and_answers() -> None:
         assert len(found[0]) == one.sampling.max_new_tokens
 
 
+@pytest.mark.slow
 def test_a_size_that_cannot_be_captured_runs_one_launch_at_a_time(
     model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
