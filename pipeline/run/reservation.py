@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.errors import Stopped
 from pipeline.redact import tell
 from pipeline.run.resources import Node, Resources, device_of, portion, share
 from pipeline.settings.job import JobSettings
@@ -54,7 +55,6 @@ def reserved(settings: JobSettings) -> Iterator[Place]:
     Raises:
         ConfigError: the cluster will never do for the settings.
     """
-    from ray.util.placement_group import remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     told = time.monotonic() - TELL_SECONDS + GRANT_SECONDS
@@ -71,10 +71,22 @@ def reserved(settings: JobSettings) -> Iterator[Place]:
     try:
         strategy = PlacementGroupSchedulingStrategy(group)
         yield Place(taken, share(settings, taken), strategy)
-    finally:
-        # The cluster may be gone.
-        with contextlib.suppress(Exception):
-            remove_placement_group(group)
+    except (KeyboardInterrupt, Stopped):
+        # The process ends, and Ray gives the group back then. Taken back now, it would end workers
+        # at work, whose last words would stand behind ours.
+        raise
+    except BaseException:
+        _give_back(group)
+        raise
+    _give_back(group)
+
+
+def _give_back(group: Any) -> None:
+    from ray.util.placement_group import remove_placement_group
+
+    # The cluster may be gone.
+    with contextlib.suppress(Exception):
+        remove_placement_group(group)
 
 
 def _nodes() -> tuple[list[Node], list[Node]]:

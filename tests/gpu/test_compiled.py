@@ -63,8 +63,8 @@ def test_every_kernel_fits_and_spills_nothing(compiled: list[dict[str, Any]]) ->
     for kernel in compiled:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= SHARED, kernel
-        # Four blocks of 128 threads on a multiprocessor of 65,536 registers.
-        assert kernel["registers"] <= 128, kernel
+        # Four blocks of 128 threads on a multiprocessor of 65,536 registers; three in float32.
+        assert kernel["registers"] <= (168 if "float32" in kernel["case"] else 128), kernel
 
 
 def test_memory_is_moved_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
