@@ -111,12 +111,13 @@ class Engine:
             be answered.
 
         Raises:
-            RuntimeError: the engine is closed, or failed.
+            RuntimeError: the engine is closed, or failed; `LostDeviceError` where its device is
+                lost.
         """
-        if self._closing or self._failure:
-            raise RuntimeError(
-                "the engine is closed" if self._closing else "the engine failed"
-            ) from self._failure
+        if self._failure:
+            raise self._failed() from self._failure
+        if self._closing:
+            raise RuntimeError("the engine is closed")
         _ = request.key  # images are hashed here, in the caller's thread
         room = self._max_positions - len(request.input_ids)
         future: Future[Answer] = Future()
@@ -198,10 +199,13 @@ class Engine:
             while not self._inbox.empty():
                 if (live := self._inbox.get()) is not None:
                     self._live.add(live)
-            lost = isinstance(self._failure, LostDeviceError)
-            kind = LostDeviceError if lost else RuntimeError
             for live in self._live:
-                live.resolve(kind(f"the engine failed: {one_line(str(self._failure))}"))
+                live.resolve(self._failed())
+
+    def _failed(self) -> RuntimeError:
+        """What callers get once the engine failed, whether they wait already or come later."""
+        kind = LostDeviceError if isinstance(self._failure, LostDeviceError) else RuntimeError
+        return kind(f"the engine failed: {one_line(str(self._failure))}")
 
     def _receive(self, open_for_more: bool) -> bool:
         """Take what is in the inbox, as far as there is room to wait; False once the engine is

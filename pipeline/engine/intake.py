@@ -64,7 +64,7 @@ class Intake:
         Yields:
             Requests that cannot be encoded, and why.
         """
-        if not self._arrived or (busy and self._short):
+        if not self._arrived or (busy and (self._short or self._launched)):
             return
         held = sum(live.encoded.visual.nbytes for live in encoded)
         while self._arrived and not (busy and self._launched) and held < VISUAL_BYTES:

@@ -57,15 +57,15 @@ def reserved(settings: JobSettings) -> Iterator[Place]:
     """
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    told = time.monotonic() - TELL_SECONDS + GRANT_SECONDS
+    last_word = time.monotonic() - TELL_SECONDS + GRANT_SECONDS
     while True:
         nodes, free = _nodes()
         taken = portion(settings, nodes, free)
         group = _granted(taken) if taken is not None else None
         if taken is not None and group is not None:
             break
-        if time.monotonic() - told >= TELL_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - last_word >= TELL_SECONDS:
+            last_word = time.monotonic()
             tell(_waiting(settings, nodes, free))
         time.sleep(LOOK_SECONDS)
     try:

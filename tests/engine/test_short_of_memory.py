@@ -203,6 +203,9 @@ def test_a_lost_device_is_nobodys_fault(
     for future in [engine.submit(request) for request in requests]:
         with pytest.raises(LostDeviceError, match="illegal memory access"):
             future.result(timeout=60)
+    # Nor is whoever comes later told anything else: an error of another kind would end the job.
+    with pytest.raises(LostDeviceError, match="illegal memory access"):
+        engine.submit(requests[0])
 
 
 def test_a_device_is_lost_where_waiting_for_it_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,12 +118,12 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
         return kernel
 
     JITFunction.run = compile_only
-    found = []
+    facts = []
     for case, call in cases().items():
         compiled.clear()
         call()
-        found += [{"case": case, "kernel": name, **_facts(kernel)} for name, kernel in compiled]
-    return found
+        facts += [{"case": case, "kernel": name, **_facts(kernel)} for name, kernel in compiled]
+    return facts
 
 
 def _facts(kernel: Any) -> dict[str, int]:

@@ -76,8 +76,8 @@ def captured(engine: Engine) -> set[int]:
 )
 def test_a_gpu_answers_as_the_cpu(model: Model, sampling: dict[str, Any]) -> None:
     asked = requests(**sampling)
-    found, gpu, engine = on_gpu(model, asked)
-    assert found == on_cpu(model, asked)
+    there, gpu, engine = on_gpu(model, asked)
+    assert there == on_cpu(model, asked)
     # One for each size of a batch, at the start; then steps without prompts are replayed.
     assert captured(engine) == set(runner_module.static_sizes(CUDA, 5))
     assert gpu.replays > 10
@@ -91,8 +91,8 @@ def test_folded_experts_answer_as_the_cpu(model: Model) -> None:
         replace(last, sampling=replace(last.sampling, max_new_tokens=40 + more))
         for more in range(6)
     ]
-    found, _, engine = on_gpu(model, asked, fold_experts=True)
-    assert found == on_cpu(model, asked, fold_experts=True)
+    there, _, engine = on_gpu(model, asked, fold_experts=True)
+    assert there == on_cpu(model, asked, fold_experts=True)
     assert engine.counts().folded_tokens > 20
     assert captured(engine) == set(runner_module.static_sizes(CUDA, 5))
 
@@ -111,10 +111,10 @@ def test_bfloat16_runs_through_flash_attention_and_answers() -> None:
     model = random_model(SMALL, torch.bfloat16, torch.device("cpu"))
     asked = requests()[:3]
     for one in asked:
-        found, gpu, _ = on_gpu(model, [one])
+        there, gpu, _ = on_gpu(model, [one])
         assert gpu.launches["flash"] > 0
-        assert found[0][0] == on_cpu(model, [one])[0][0]
-        assert len(found[0]) == one.sampling.max_new_tokens
+        assert there[0][0] == on_cpu(model, [one])[0][0]
+        assert len(there[0]) == one.sampling.max_new_tokens
 
 
 @pytest.mark.slow
@@ -138,8 +138,8 @@ def test_a_size_that_cannot_be_captured_runs_one_launch_at_a_time(
 
     monkeypatch.setattr(PretendedGPU, "dispatching", noted)
     monkeypatch.setattr(Runner, "_decode_logits", short)
-    found, _, engine = on_gpu(model, asked)
-    assert found == on_cpu(model, asked)
+    there, _, engine = on_gpu(model, asked)
+    assert there == on_cpu(model, asked)
     assert captured(engine) == set(runner_module.static_sizes(CUDA, 5)) - {5}
     assert "decode steps of 5 requests are not captured" in caplog.text
 
@@ -226,8 +226,8 @@ def test_a_fault_that_only_a_gpu_would_show_is_noticed(
     right = on_cpu(model, asked)
     monkeypatch.setattr(owner, name, fault(getattr(owner, name)))
     try:
-        found, _, engine = on_gpu(model, asked)
+        there, _, engine = on_gpu(model, asked)
     except Exception:
         return  # it raised, for a request or for all
     # A graph that would copy from the host cannot be captured, which is told and costs speed alone.
-    assert found != right or captured(engine) == set()
+    assert there != right or captured(engine) == set()
