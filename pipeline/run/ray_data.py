@@ -20,13 +20,14 @@ INIT_DEATHS = 10
 
 #: Ray Data holds a stage back for the next one only when half of the object store is full. Rows
 #: prepared hours ahead fill disks, are lost with a node and make the pace at first another than
-#: later, so it does so always: prepared and waiting are twice what is under way.
-HOLD_BACK = "RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD"
+#: later, so it does so always: prepared and waiting are twice what is under way. Ray Data reads the
+#: environment's variable when it is imported, and keeps it as this name of the policy's class.
+HOLD_BACK = "OBJECT_STORE_BUDGET_UTIL_THRESHOLD"
+HOLD_BACK_VARIABLE = f"RAY_DATA_DOWNSTREAM_CAPACITY_{HOLD_BACK}"
 
 
 def configure(place: Place) -> None:
     """Set Ray Data up for a job of this process, whose stages run in `place`."""
-    os.environ.setdefault(HOLD_BACK, "0")  # read by Ray Data when it is imported
     from ray.data import DataContext, ExecutionResources
     from ray.util.annotations import RayDeprecationWarning
 
@@ -48,6 +49,7 @@ def configure(place: Place) -> None:
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context.scheduling_strategy = place.strategy
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    hold_back_always()
     _make_actors_of_values()
 
 
@@ -72,6 +74,20 @@ class NamedActor:
         import ray
 
         return ray.get_actor, (self.name, self.namespace)
+
+
+def hold_back_always() -> None:
+    """Let no stage run far ahead of the next one, unless the environment says how far.
+
+    Whoever calls us may have imported Ray Data before, so that the variable alone comes too late.
+    """
+    if HOLD_BACK_VARIABLE in os.environ:
+        return
+    from ray.data._internal.execution.backpressure_policy import (
+        downstream_capacity_backpressure_policy as policies,
+    )
+
+    setattr(policies.DownstreamCapacityBackpressurePolicy, HOLD_BACK, 0.0)
 
 
 def _make_actors_of_values() -> None:
