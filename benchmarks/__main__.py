@@ -24,6 +24,7 @@ NAMES = (
     "report",
     "memory",
     "conversion",
+    "gpu_path",
 )
 
 #: Rounds of which figures should be the medians.

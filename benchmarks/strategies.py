@@ -1,9 +1,9 @@
-"""Which way to compute the experts is fastest: all masked, the majority's dense, or segments; for
-prompts and new tokens?
+"""Which way to compute the experts is fastest, for prompts and new tokens: all masked, the
+majority's dense, gathered, or slices?
 
 One decoder layer's four projections with experts, at the size of the CPU benchmark; "grouped" is
-nine tokens in ten on one expert, "mixed" an even spread. The engine's thresholds (`MASKED_BELOW`
-and `MAJORITY_SHARE` in engine/runner.py) come from this table.
+nine tokens in ten on one expert, "mixed" an even spread. The engine's thresholds
+(`EXPERT_RULES` in engine/runner.py) come from this table. Prompts lie in the order of their routes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.harness import save
 from benchmarks.workloads import CPU_SHAPE
-from pipeline.engine.grouping import dense_and_sparse
-from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
+from pipeline.engine.segments import ExpertRules, plan_segments
+from pipeline.model.experts import ExpertFactors, Mixture, Segment, mixture_linear
 from pipeline.training.precision import products_dtype
 
 REPEATS = 15
@@ -29,8 +29,13 @@ STEPS = {
     "decode 32": (32, 1),
     "decode 8": (8, 1),
 }
-#: `masked_below` and `majority_share` that force a strategy.
-FORCED = {"masked": (1 << 30, 2.0), "majority": (0, 0.0), "segments": (0, 2.0)}
+#: Rules that force a strategy.
+FORCED = {
+    "masked": None,
+    "majority": ExpertRules(majority_share=0.0, most_slices=0),
+    "gathered": ExpertRules(majority_share=2.0, most_slices=0),
+    "slices": ExpertRules(most_slices=1 << 30),
+}
 
 
 def main() -> list[str]:
@@ -61,6 +66,7 @@ def main() -> list[str]:
             tops = np.where(np.arange(requests) < round(share * requests), 0, others).astype(
                 np.int8
             )[:, None]
+            tops.sort(0)
             counts = [min(length, tokens - i * length) for i in range(requests)]
             factors = torch.zeros(tokens, experts + 1, device=device, dtype=dtype)
             factors[
@@ -68,16 +74,11 @@ def main() -> list[str]:
             ] = 1.5
             factors[:, -1] = 0.25
             times = {}
-            for name, (below, majority) in FORCED.items():
-                dense, sparse = dense_and_sparse(
-                    tops, counts, experts, masked_below=below, majority_share=majority
-                )[0]
-                if name == "masked":
-                    dense = tuple(range(experts))
-                routed = ExpertFactors(
-                    factors,
-                    dense,
-                    tuple((e, torch.from_numpy(i).to(device)) for e, i in sparse.items()),
+            for name, rules in FORCED.items():
+                routed = (
+                    ExpertFactors.masked(factors)
+                    if rules is None
+                    else _routed(factors, tops, counts, experts, rules)
                 )
                 times[name] = 1000 * _median(layer, routed, tokens, device, dtype)
             plain = 1000 * _median(layer, None, tokens, device, dtype)
@@ -91,10 +92,32 @@ def main() -> list[str]:
         f"Milliseconds a layer, median of {REPEATS}, {device.type}, "
         f"{str(dtype).removeprefix('torch.')}.",
         "",
-        "| tokens | experts | masked | majority | segments | W alone |",
-        "|---|---|---|---|---|---|",
+        "| tokens | experts | masked | majority | gathered | slices | W alone |",
+        "|---|---|---|---|---|---|---|",
         *rows,
     ]
+
+
+def _routed(
+    factors: torch.Tensor,
+    tops: np.ndarray,
+    counts: list[int],
+    experts: int,
+    rules: ExpertRules,
+) -> ExpertFactors:
+    (plan,) = plan_segments(tops, counts, len(counts), experts, rules)
+    return ExpertFactors(
+        factors,
+        tuple(
+            Segment(
+                each.first,
+                each.behind,
+                each.dense,
+                tuple((e, torch.from_numpy(i).to(factors.device)) for e, i in each.sparse.items()),
+            )
+            for each in plan
+        ),
+    )
 
 
 @torch.inference_mode()

@@ -6,8 +6,8 @@ from typing import Any
 
 from pipeline.engine.repetition import CHECK_EVERY, ends_in_loop
 from pipeline.engine.request import LiveRequest
-from pipeline.engine.sampling import NOT_FINITE
 from pipeline.engine.types import Answer, GenerationError
+from pipeline.model.ops import NOT_FINITE
 
 
 def take_token(live: LiveRequest, token: int, tokenizer: Any) -> Answer | GenerationError | None:

@@ -20,11 +20,12 @@ from pipeline.engine.answers import take_token
 from pipeline.engine.encode import Encoder
 from pipeline.engine.folding import folded_experts
 from pipeline.engine.intake import Intake
+from pipeline.engine.memory import MOST_VISUAL_BYTES, MemoryPlan
 from pipeline.engine.narrow import narrow
 from pipeline.engine.options import EngineOptions, Sizes
 from pipeline.engine.request import LiveRequest, Stage
 from pipeline.engine.reuse import Reuse
-from pipeline.engine.runner import Launched, Runner, room_for_cache
+from pipeline.engine.runner import Launched, Runner
 from pipeline.engine.scheduler import Schedule, Scheduler
 from pipeline.engine.types import (
     Answer,
@@ -72,13 +73,13 @@ class Engine:
         self._sizes = sizes = Sizes.of(options, model.device.type)
         # Before the cache takes what is free.
         folded = folded_experts(model) if options.fold_experts else None
-        self._cache_tokens = sizes.batch_tokens or room_for_cache(model)
+        self._cache_tokens, visual_bytes = _room(model, options)
         self._tokenizer = tokenizer
         self._max_positions = model.shape.max_positions
         self._encoder = Encoder(
             model, image_token_id, options.decode_route, options.vision_cache_bytes
         )
-        self._intake = Intake(self._encoder)
+        self._intake = Intake(self._encoder, visual_bytes)
         self._scheduler = Scheduler(
             slots=sizes.batch_size,
             cache_tokens=self._cache_tokens,
@@ -244,7 +245,7 @@ class Engine:
     def _encode(self) -> None:
         """Run the vision tower and the routers over new requests."""
         busy = bool(self._scheduler.running)
-        encoded = self._scheduler.waiting
+        encoded = (*self._scheduler.waiting, *self._scheduler.running)
         for live, error in self._intake.launch(self._recover, busy=busy, encoded=encoded):
             self._end(live, _blaming_it(error))
         for live in self._intake.encoded(busy=busy):
@@ -302,6 +303,19 @@ class Engine:
         self._live.discard(live)
         self._reuse.end(live, outcome)
         live.resolve(outcome)
+
+
+def _room(model: Model, options: EngineOptions) -> tuple[int, int]:
+    """Tokens of the cache, and bytes of visual tokens that may wait.
+
+    Raises:
+        ConfigError: the model's GPU has no room for them.
+    """
+    if model.device.type == "cpu":
+        return Sizes.of(options, "cpu").batch_tokens or 0, MOST_VISUAL_BYTES
+    free, _ = torch.cuda.mem_get_info(model.device)
+    plan = MemoryPlan.of(model.shape, model.dtype, options, free, loaded=True)
+    return plan.cache_tokens, plan.visual
 
 
 def _blaming_it(error: Exception) -> GenerationError:

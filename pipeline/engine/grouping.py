@@ -5,7 +5,6 @@ dense products.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -167,42 +166,3 @@ class AgreementReport:
     def counts(self) -> dict[str, int]:
         """The counters by name; those of several replicas may be added."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
-
-
-def dense_and_sparse(
-    tops: np.ndarray,
-    tokens: Sequence[int],
-    experts: int,
-    *,
-    masked_below: int,
-    majority_share: float,
-) -> list[tuple[tuple[int, ...], dict[int, np.ndarray]]]:
-    """Choose for each router which experts are computed for all of a step's tokens, and which for
-    their own (`ExpertFactors`).
-
-    Args:
-        tops: [S, G] int8, the one expert of each request that has tokens in the step.
-        tokens: how many each has, in the order of the step.
-        experts: E.
-        masked_below: steps of fewer tokens compute every expert for every token.
-        majority_share: the expert that at least this share of the tokens chose is computed for all
-            of them.
-
-    Returns:
-        For each router the dense experts, and the token indices of each sparse one.
-    """
-    total = sum(tokens)
-    everyone = tuple(range(experts))
-    if total < masked_below:
-        shared = (tops == tops[0]).all(0)
-        return [((int(tops[0, g]),) if shared[g] else everyone, {}) for g in range(tops.shape[1])]
-    weights = np.asarray(tokens)
-    per_token = np.repeat(tops, weights, axis=0)  # [tokens, G]
-    plan: list[tuple[tuple[int, ...], dict[int, np.ndarray]]] = []
-    for column, top in zip(per_token.T, tops.T, strict=True):
-        counts = np.bincount(top, weights, minlength=experts)
-        commonest = int(counts.argmax())
-        dense = (commonest,) if counts[commonest] >= majority_share * total else ()
-        others = [e for e in everyone if counts[e] and e not in dense]
-        plan.append((dense, {e: np.flatnonzero(column == e) for e in others}))
-    return plan

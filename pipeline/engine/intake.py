@@ -12,10 +12,6 @@ from pipeline.engine.encode import Encoder, Encoding
 from pipeline.engine.narrow import halves, narrow
 from pipeline.engine.request import LiveRequest
 
-#: Bytes of visual tokens that wait on the device for their requests' turn; the vision tower pauses
-#: above. A request of 1,000 visual tokens of the 7B model has 7 MB of them, one of 16,384 117 MB.
-VISUAL_BYTES = 2 << 30
-
 #: Requests encoded together, while nothing is short of memory: what the encoder takes at once is
 #: fewer.
 MOST_AT_ONCE = 1 << 16
@@ -34,10 +30,12 @@ class Intake:
 
     Args:
         encoder: what encodes them.
+        visual_bytes: bytes of visual tokens that wait on the device for their requests' turn; the
+            vision tower pauses above.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
+    def __init__(self, encoder: Encoder, visual_bytes: int) -> None:
+        self._encoder, self._visual_bytes = encoder, visual_bytes
         self._arrived: deque[LiveRequest] = deque()
         self._launched: deque[_Batch] = deque()
         self._short = False
@@ -59,7 +57,7 @@ class Intake:
         Args:
             recover: as `narrow` takes it.
             busy: others run; they shall not wait for more than a batch.
-            encoded: those that wait for their turn, with their visual tokens.
+            encoded: those behind this stage, with the visual tokens that they still have.
 
         Yields:
             Requests that cannot be encoded, and why.
@@ -67,7 +65,7 @@ class Intake:
         if not self._arrived or (busy and (self._short or self._launched)):
             return
         held = sum(live.encoded.visual.nbytes for live in encoded)
-        while self._arrived and not (busy and self._launched) and held < VISUAL_BYTES:
+        while self._arrived and not (busy and self._launched) and held < self._visual_bytes:
             count = self._encoder.at_once(live.request for live in self._arrived)
             count = min(count, self._at_most)
             batch = [self._arrived.popleft() for _ in range(count)]

@@ -12,34 +12,20 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.folding import FoldedExperts
-from pipeline.engine.grouping import dense_and_sparse
 from pipeline.engine.request import LiveRequest
 from pipeline.engine.sampling import Sampler
 from pipeline.engine.scheduler import Chunk, Schedule
+from pipeline.engine.segments import ExpertRules, plan_segments
 from pipeline.engine.static_decode import StaticDecode, static_sizes
-from pipeline.model.attention import KVCache, Sequences, StepLayout, token_bytes
+from pipeline.model.attention import KVCache, Sequences, StepLayout
 from pipeline.model.awaker import Model
 from pipeline.model.decoder import Decoder
-from pipeline.model.experts import ExpertFactors
+from pipeline.model.experts import ExpertFactors, Segment
 from pipeline.model.ops import HostCopy, to_device
 
-#: Steps of fewer tokens compute every expert for every token, because reading the weights is what
-#: takes time there. By kind of device: on the CPU it never pays (benchmarks/strategies.py), the
-#: GPU's is arithmetic.
-MASKED_BELOW = {"cpu": 0, "cuda": 256}
-#: Above, an expert that this share of the tokens chose is computed for all of them.
-MAJORITY_SHARE = 0.3
-
-
-#: On a GPU the cache takes this share of the memory that the loaded model leaves; the rest is for
-#: the steps themselves.
-MEMORY_SHARE = 0.7
-
-
-def room_for_cache(model: Model) -> int:
-    """How many tokens' keys and values the free memory of the model's GPU holds."""
-    free, _ = torch.cuda.mem_get_info(model.device)
-    return max(1, int(MEMORY_SHARE * free) // token_bytes(model.shape, model.dtype))
+#: On the CPU masking never pays, the majority's expert is dense from 0.3 on (benchmarks/
+#: strategies.py); the GPU's numbers are arithmetic.
+EXPERT_RULES = {"cpu": ExpertRules(), "cuda": ExpertRules(masked_below=256)}
 
 
 @dataclass(frozen=True)
@@ -91,14 +77,15 @@ class Runner:
         self._folded = folded
         self.folded_tokens = 0
         sizes = static_sizes(model.device, slots)
-        self._static = (
-            StaticDecode(self._decode_logits, sizes, slots, model.device) if sizes else None
-        )
-        self._static_folded = (
-            StaticDecode(self._folded_logits, sizes, slots, model.device)
-            if sizes and folded is not None
-            else None
-        )
+        self._static: StaticDecode | None = None
+        self._static_folded: StaticDecode | None = None
+        if sizes:
+            # One place for the logits of all captured steps: none outlives its step.
+            vocabulary = model.shape.vocabulary
+            logits = torch.empty(slots, vocabulary, dtype=model.dtype, device=model.device)
+            self._static = StaticDecode(self._decode_logits, sizes, slots, logits)
+            if folded is not None:
+                self._static_folded = StaticDecode(self._folded_logits, sizes, slots, logits)
 
     def prepare(self) -> None:
         """Capture decode steps, where they are captured at all; before the first request."""
@@ -227,9 +214,9 @@ class Runner:
         if visual:
             embeddings.index_copy_(0, self._upload(np.concatenate(places)), torch.cat(visual))
 
-    def _decode_logits(self, slots: Tensor) -> Tensor:
+    def _decode_logits(self, slots: Tensor, into: Tensor | None = None) -> Tensor:
         """Logits [slots, vocabulary] of the next tokens of slots, int64, a function of the tables
-        alone.
+        alone; written into a tensor, where one is given.
 
         Every expert is computed for every token: which of them are needed is not known when a CUDA
         graph is captured, and memory is what such a step waits for.
@@ -237,22 +224,23 @@ class Runner:
         routed = []
         if self._factors is not None:
             factors = self._factors.index_select(0, 2 * slots + 1).unbind(1)
-            everyone = tuple(range(self._factors.shape[-1] - 1))
-            routed = [ExpertFactors(f, everyone) for f in factors]
-        return self._next_logits(self._model.decoder, slots, routed)
+            routed = [ExpertFactors.masked(f) for f in factors]
+        return self._next_logits(self._model.decoder, slots, routed, into)
 
-    def _folded_logits(self, slots: Tensor) -> Tensor:
+    def _folded_logits(self, slots: Tensor, into: Tensor | None = None) -> Tensor:
         """The same from the folded weights."""
         assert self._folded is not None
-        return self._next_logits(self._folded.decoder, slots, [])
+        return self._next_logits(self._folded.decoder, slots, [], into)
 
-    def _next_logits(self, decoder: Decoder, slots: Tensor, routed: list[ExpertFactors]) -> Tensor:
+    def _next_logits(
+        self, decoder: Decoder, slots: Tensor, routed: list[ExpertFactors], into: Tensor | None
+    ) -> Tensor:
         last, position, start, cached = self._decode_state(slots)
         layout = StepLayout(self._cache, start + cached, None, start, cached + 1)
         every = torch.arange(len(slots), device=slots.device)
         factors = self._model.layer_factors(routed)
         return decoder.step(
-            self._model.embeddings[last], position.expand(3, -1), layout, factors, every
+            self._model.embeddings[last], position.expand(3, -1), layout, factors, every, into
         )
 
     def _decode_state(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -273,27 +261,40 @@ class Runner:
             return []
         factors = self._factors.index_select(0, rows).unbind(1)  # G of [tokens, E + 1]
         if adapter.top_k > 1:
-            return [ExpertFactors(f, tuple(range(adapter.experts))) for f in factors]
+            return [ExpertFactors.masked(f) for f in factors]
         chunks, decoding = schedule.chunks, schedule.decoding
         tops = [chunk.live.encoded.routes[0] for chunk in chunks]
         tops += [live.encoded.routes[1] for live in decoding]
-        plan = dense_and_sparse(
+        plan = plan_segments(
             np.stack(tops),
             [*(chunk.tokens for chunk in chunks), *(1 for _ in decoding)],
+            len(chunks),
             adapter.experts,
-            masked_below=MASKED_BELOW[self._model.device.type],
-            majority_share=MAJORITY_SHARE,
+            EXPERT_RULES[self._model.device.type],
         )
         # All routers' token indices in one copy to the device.
-        indices = [tokens for _, sparse in plan for tokens in sparse.values()]
+        indices = [
+            tokens for segments in plan for each in segments for tokens in each.sparse.values()
+        ]
         on_device = iter(
             self._upload(np.concatenate(indices)).split([len(i) for i in indices])
             if indices
             else ()
         )
         return [
-            ExpertFactors(f, dense, tuple((expert, next(on_device)) for expert in sparse))
-            for f, (dense, sparse) in zip(factors, plan, strict=True)
+            ExpertFactors(
+                f,
+                tuple(
+                    Segment(
+                        each.first,
+                        each.behind,
+                        each.dense,
+                        tuple((expert, next(on_device)) for expert in each.sparse),
+                    )
+                    for each in segments
+                ),
+            )
+            for f, segments in zip(factors, plan, strict=True)
         ]
 
     def _upload(self, values: np.ndarray) -> Tensor:

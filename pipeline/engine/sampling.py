@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.model.ops import to_device
+from pipeline.model.ops import NOT_FINITE, most_probable, penalised, to_device
 from pipeline.redact import cause_of
 
 #: New tokens where neither settings nor checkpoint say: transformers' own default.
 DEFAULT_NEW_TOKENS = 20
 
-#: Stands for "this row's logits were not finite" where a token id is expected.
-NOT_FINITE = -1
+#: Where every request keeps at most half as many tokens (top_k), top-p looks at these alone: half
+#: of them may be equal to the last that is kept.
+MOST_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Sampler:
         """Choose a token for each row of logits.
 
         Args:
-            logits: [requests, vocabulary] float32.
+            logits: [requests, vocabulary].
             slots: the rows' slots, and as an int64 `index` [requests] on the device.
             index: see `slots`.
 
@@ -198,22 +199,17 @@ class Sampler:
             [requests] int64; `NOT_FINITE` for a row whose logits are not finite. Until `take` is
             called, the same call gives the same tokens.
         """
-        finite = logits.isfinite().all(-1)
-        scores, seen = logits, None
-        if self._seen is not None:
-            seen = self._seen.index_select(0, index)
-            penalty = self._penalty.index_select(0, index).unsqueeze(1)
-            scores = torch.where(
-                seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
-            )
-        tokens = scores.argmax(-1)
+        tokens = most_probable(logits, self._seen, self._penalty, index)
         rows = [row for row, slot in enumerate(slots) if self._generators[slot] is not None]
         if rows:
             at = to_device(np.array(rows, np.int64), self._device)
-            tokens.index_copy_(
-                0, at, self._draw(scores.index_select(0, at), [slots[row] for row in rows])
+            scores = penalised(
+                logits.index_select(0, at), self._seen, self._penalty, index.index_select(0, at)
             )
-        return tokens.masked_fill(~finite, NOT_FINITE)
+            drawn = self._draw(scores, [slots[row] for row in rows])
+            best = tokens.index_select(0, at)
+            tokens.index_copy_(0, at, torch.where(best == NOT_FINITE, best, drawn))
+        return tokens
 
     def take(self, slots: Sequence[int], index: Tensor, tokens: Tensor) -> None:
         """Note that what was sampled counts: the penalty covers it, and the next is drawn anew.
@@ -237,9 +233,10 @@ class Sampler:
         """
         index = to_device(np.array(slots, np.int64), self._device)
         scores = scores / self._temperature.index_select(0, index).unsqueeze(1)
-        settings = [self._sampling[slot] for slot in slots]
-        if any(s is not None and (s.top_k > 0 or s.top_p < 1.0) for s in settings):
-            scores = self._keep_probable(scores, index)
+        settings = [s for slot in slots if (s := self._sampling[slot]) is not None]
+        kept = [min(s.top_k or self._vocabulary, self._vocabulary) for s in settings]
+        if min(kept) < self._vocabulary or any(s.top_p < 1.0 for s in settings):
+            scores = self._keep_probable(scores, index, max(kept))
         probabilities = scores.softmax(-1)
         # A step that runs again after an error must not draw again.
         for slot in slots:
@@ -248,14 +245,27 @@ class Sampler:
                 self._drawn[slot] = noise.exponential_(generator=self._generators[slot])
         return (probabilities / torch.stack([self._drawn[slot] for slot in slots])).argmax(-1)
 
-    def _keep_probable(self, scores: Tensor, index: Tensor) -> Tensor:
-        """Top-k, then top-p: all other scores become -inf."""
+    def _keep_probable(self, scores: Tensor, index: Tensor, most: int) -> Tensor:
+        """Top-k, then top-p: all other scores become -inf.
+
+        Args:
+            scores: [requests, vocabulary] float32.
+            index: [requests] int64 on the device, their slots.
+            most: no request keeps more tokens than these by top-k.
+        """
         top_k = self._top_k.index_select(0, index).unsqueeze(1)
         tail = self._tail.index_select(0, index).unsqueeze(1)
-        rising, order = scores.sort(dim=-1, descending=False)
-        threshold = rising.gather(1, self._vocabulary - top_k)
+        considered = min(self._vocabulary, MOST_KEPT)
+        if most > considered // 2:
+            considered = self._vocabulary
+            rising, order = scores.sort(dim=-1)
+        else:
+            # Sorting a whole vocabulary takes as long as the step itself.
+            falling, order = scores.topk(considered, dim=-1)
+            rising, order = falling.flip(-1), order.flip(-1)
+        threshold = rising.gather(1, considered - top_k.clamp_max(considered))
         rising = rising.masked_fill(rising < threshold, -torch.inf)
         removed = (rising.softmax(-1).cumsum(-1) <= tail) & (tail > 0)
         removed[:, -1] = False
-        removed |= rising == -torch.inf
-        return scores.masked_fill(removed.scatter(1, order, removed), -torch.inf)
+        kept = rising.masked_fill(removed, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter(1, order, kept)

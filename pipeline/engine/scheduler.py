@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.engine.extents import Extents
 from pipeline.engine.grouping import AgreementReport, choose
 from pipeline.engine.request import LiveRequest, Stage
+from pipeline.engine.segments import order_by_route
 from pipeline.engine.types import GenerationError
 
 #: Below this many tokens a step is not divided further: memory that does not suffice for so few
@@ -189,6 +190,10 @@ class Scheduler:
             if (left := live.prompt_left) and budget:
                 chunks.append(Chunk(live, live.prefilled, min(left, budget)))
                 budget -= chunks[-1].tokens
+        if self._experts and chunks:
+            # Prompts of one route in a row are one slice of the step's tokens.
+            routes = np.stack([chunk.live.encoded.routes[0] for chunk in chunks])
+            chunks = [chunks[index] for index in order_by_route(routes)]
         return Schedule(tuple(chunks), tuple(live for live in self.running if live.wants_token))
 
     def advance(self, schedule: Schedule) -> None:

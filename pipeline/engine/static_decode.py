@@ -36,27 +36,24 @@ class StaticDecode:
     Where a size was not captured, for want of memory say, the function runs as it is, too.
 
     Args:
-        function: from slots, int64 [size] on the device, to a result [size, ...] on the device; it
-            must not wait for the device, and read nothing but tensors that stay where they are.
+        function: from slots, int64 [size] on the device, to a result that it writes into the tensor
+            [size, ...] that it is given; it must not wait for the device, and read nothing but
+            tensors that stay where they are.
         sizes: the sizes, rising.
         nobody: the slot that fills up a batch.
-        device: where it runs.
+        results: [at least the last size, ...], on the device it runs on: where all results go.
     """
 
     def __init__(
         self,
-        function: Callable[[Tensor], Tensor],
+        function: Callable[[Tensor, Tensor], Tensor],
         sizes: Sequence[int],
         nobody: int,
-        device: torch.device,
+        results: Tensor,
     ) -> None:
-        self._function, self._sizes, self._nobody, self._device = (
-            function,
-            tuple(sizes),
-            nobody,
-            device,
-        )
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._function, self._sizes, self._nobody = function, tuple(sizes), nobody
+        self._results, self._device = results, results.device
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
 
     def __call__(self, slots: np.ndarray) -> Tensor:
@@ -67,11 +64,11 @@ class StaticDecode:
         on_device = to_device(filled, self._device)
         captured = self._captured.get(size)
         if captured is None:
-            return self._function(on_device)[: len(slots)]
-        graph, slots_in, result = captured
+            return self._function(on_device, self._results[:size])[: len(slots)]
+        graph, slots_in = captured
         slots_in.copy_(on_device, non_blocking=True)
         graph.replay()
-        return result[: len(slots)]
+        return self._results[: len(slots)]
 
     def capture(self) -> None:
         """Capture all sizes; before anything else runs, since it waits for the device and empties
@@ -105,13 +102,14 @@ class StaticDecode:
 
     def _captured_on(
         self, aside: torch.cuda.Stream, slots: Tensor
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
+        results = self._results[: len(slots)]
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             # Once outside the graph: kernels are compiled and libraries set up at their first call.
-            self._function(slots)
+            self._function(slots, results)
             torch.cuda.synchronize(self._device)
             gc.collect()
             torch.cuda.empty_cache()
@@ -119,7 +117,7 @@ class StaticDecode:
             # they never run side by side.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
-                result = self._function(slots)
+                self._function(slots, results)
             except BaseException:
                 # What ends the capture fails, too, and would hide what happened.
                 with contextlib.suppress(Exception):
@@ -128,4 +126,4 @@ class StaticDecode:
             graph.capture_end()
         current.wait_stream(aside)
         self._pool = graph.pool()
-        return graph, slots, result
+        return graph, slots

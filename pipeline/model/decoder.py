@@ -79,6 +79,7 @@ class Decoder:
         layout: StepLayout,
         factors: list[LayerFactors],
         answered: Tensor,
+        into: Tensor | None = None,
     ) -> Tensor:
         """Run a step's tokens: chunks of prompts and new tokens of running requests together,
         packed without padding.
@@ -89,9 +90,10 @@ class Decoder:
             layout: which requests the tokens belong to; their keys and values go into its cache.
             factors: one entry a layer, factors per token.
             answered: [requests] int64, the tokens behind which a new one is wanted.
+            into: where the logits are written; None: memory of their own.
 
         Returns:
-            [requests, vocabulary] float32 logits.
+            [requests, vocabulary] logits, in the dtype of `embeddings`.
         """
         shape = self.shape
         rotated = shape.heads + shape.kv_heads
@@ -124,4 +126,8 @@ class Decoder:
             x = x.index_select(0, answered)
             delta = None if delta is None else delta.index_select(0, answered)
         _, normed = add_rms_norm(x, delta, self.final_norm, shape.rms_eps)
-        return linear(normed, self.lm_head).float()
+        if into is None:
+            return linear(normed, self.lm_head)
+        if self.lm_head.is_mkldnn:
+            return into.copy_(linear(normed, self.lm_head))
+        return torch.mm(normed, self.lm_head.t(), out=into)

@@ -32,8 +32,8 @@ class Mixture:
             `pipeline.model.ops.pack`).
         b: [out, (E + 1) * rank], the experts' B side by side, the global one last; None without an
             adapter.
-        pairs: for each expert [out, 2 * rank], the global expert's B and its own; empty where
-            `dense` is not packed.
+        pairs: for each expert [out, 2 * rank], its B and the global expert's; empty where `dense`
+            is not packed.
         rank: r; 0 without an adapter.
     """
 
@@ -64,7 +64,7 @@ class Mixture:
             ()
             if b is None
             else tuple(
-                torch.cat([b[:, below:], routed], 1) for routed in b[:, :below].split(rank, 1)
+                torch.cat([routed, b[:, below:]], 1) for routed in b[:, :below].split(rank, 1)
             )
         )
         return cls(low.clone(), packed, None, b, pairs, rank)
@@ -80,36 +80,63 @@ class Mixture:
             return unpack(self.dense)[: self.rank]
         return self.low[expert * self.rank : (expert + 1) * self.rank]
 
+    def up(self, expert: int) -> Tensor:
+        """B of an expert and of the global one, [out, 2 * rank]."""
+        if self.pairs:
+            return self.pairs[expert]
+        assert self.b is not None
+        b_of = self.b[:, expert * self.rank : (expert + 1) * self.rank]
+        return torch.cat([b_of, self.b[:, -self.rank :]], 1)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Adjacent tokens of a step, and which experts are computed for which of them.
+
+    The experts of `dense` are computed for every token of the segment, those of `sparse` for the
+    tokens named there; a factor of zero makes an expert's part vanish exactly. Every expert that a
+    token chose must be in one of them.
+
+    Attributes:
+        first: the segment's first token.
+        behind: the first token behind it.
+        dense: experts computed for every token: one, none, or all E.
+        sparse: other experts, each with the int64 indices of its tokens, counted from `first`.
+    """
+
+    first: int
+    behind: int
+    dense: tuple[int, ...]
+    sparse: tuple[tuple[int, Tensor], ...] = ()
+
 
 @dataclass(frozen=True)
 class ExpertFactors:
-    """What one router contributes to a step, and which experts are computed for which of its
-    tokens.
-
-    The experts of `dense` are computed for every token, those of `sparse` for the tokens named
-    there; a factor of zero makes an expert's part vanish exactly. Every expert that a token chose
-    must be in one of them. So with E experts:
-
-    - masked: all of them dense;
-    - majority: the expert that most tokens share dense, the others sparse;
-    - segments: all sparse.
+    """What one router contributes to a step, and where its experts are computed.
 
     Attributes:
         factors: [tokens, E + 1] in the hidden states' dtype: s * m * g_e, the global expert's s *
             (1 - m) last.
-        dense: experts computed for every token: one, none, or all E.
-        sparse: other experts, each with the int64 indices of its tokens.
+        segments: of the tokens, all of them, in their order.
     """
 
     factors: Tensor
-    dense: tuple[int, ...]
-    sparse: tuple[tuple[int, Tensor], ...] = ()
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def masked(cls, factors: Tensor) -> ExpertFactors:
+        """Every expert is computed for every token."""
+        tokens, experts = factors.shape[0], factors.shape[1] - 1
+        return cls(factors, (Segment(0, tokens, tuple(range(experts))),))
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether every expert is computed for every token."""
+        return len(self.segments) == 1 and len(self.segments[0].dense) == self.factors.shape[1] - 1
 
     def of_few(self, tokens: Tensor) -> ExpertFactors:
         """The factors of a few tokens, int64 indices: every expert is computed for each of them."""
-        return ExpertFactors(
-            self.factors.index_select(0, tokens), tuple(range(self.factors.shape[-1] - 1))
-        )
+        return ExpertFactors.masked(self.factors.index_select(0, tokens))
 
 
 def mixture_linear(x: Tensor, mixture: Mixture, routed: ExpertFactors | None) -> Tensor:
@@ -126,35 +153,39 @@ def mixture_linear(x: Tensor, mixture: Mixture, routed: ExpertFactors | None) ->
     b, rank = mixture.b, mixture.rank
     if routed is None or b is None:
         return linear(x, mixture.dense)
-    experts = routed.factors.shape[-1] - 1
-    if len(routed.dense) == experts:
-        if mixture.whole is not None:
-            product = linear(x, mixture.whole)
-            below = (experts + 1) * rank
-            low, out = product[:, :below], product[:, below:]
-        else:
-            product = linear(x, mixture.dense)
-            low, out = torch.cat([linear(x, mixture.low), product[:, :rank]], 1), product[:, rank:]
-        scaled = low.unflatten(-1, (-1, rank)) * routed.factors.unsqueeze(-1)
-        return out.addmm_(scaled.flatten(-2), b.t())
-
-    def b_of(expert: int) -> Tensor:
-        return b[:, expert * rank : (expert + 1) * rank]
-
+    if routed.is_masked and mixture.whole is not None:
+        product = linear(x, mixture.whole)
+        below = b.shape[1]
+        scaled = product[:, :below].unflatten(-1, (-1, rank)) * routed.factors.unsqueeze(-1)
+        return product[:, below:].addmm_(scaled.flatten(-2), b.t())
+    # The experts' and the global expert's low-rank products side by side: one pass over the output
+    # for all of them, which at prefill is what the experts cost.
     product = linear(x, mixture.dense)
     out = product[:, rank:]
-    parts = [product[:, :rank] * routed.factors[:, experts, None]]
-    parts += [
-        linear(x, mixture.a(expert)) * routed.factors[:, expert, None] for expert in routed.dense
-    ]
-    if len(routed.dense) == 1 and mixture.pairs:
-        up = mixture.pairs[routed.dense[0]]
-    else:
-        up = torch.cat([b_of(experts), *map(b_of, routed.dense)], dim=1)
-    # One pass over the output for all of them: at prefill that is what the experts cost.
-    out.addmm_(torch.cat(parts, dim=1), up.t())
-    for expert, tokens in routed.sparse:
-        factors = routed.factors[:, expert].index_select(0, tokens).unsqueeze(-1)
-        low = linear(x.index_select(0, tokens), mixture.a(expert)) * factors
-        out.index_add_(0, tokens, low @ b_of(expert).t())
+    experts = routed.factors.shape[1] - 1
+    low = x.new_empty(len(x), 2, rank)
+    torch.mul(product[:, :rank], routed.factors[:, experts, None], out=low[:, 1])
+    ups: dict[int, Tensor] = {}
+    for segment in routed.segments:
+        rows = slice(segment.first, segment.behind)
+        tokens, factors, into = x[rows], routed.factors[rows], out[rows]
+        if len(segment.dense) == 1:
+            (expert,) = segment.dense
+            torch.mul(linear(tokens, mixture.a(expert)), factors[:, expert, None], out=low[rows, 0])
+            if expert not in ups:
+                ups[expert] = mixture.up(expert)
+            into.addmm_(low[rows].flatten(1), ups[expert].t())
+        elif segment.dense:
+            scaled = (
+                linear(tokens, mixture.low).unflatten(1, (-1, rank)) * factors[:, :experts, None]
+            )
+            into.addmm_(torch.cat([scaled.flatten(1), low[rows, 1]], 1), b.t())
+        else:
+            into.addmm_(low[rows, 1], b[:, experts * rank :].t())
+        for expert, chosen in segment.sparse:
+            scaled = linear(tokens.index_select(0, chosen), mixture.a(expert)) * factors[
+                :, expert
+            ].index_select(0, chosen).unsqueeze(1)
+            b_of = b[:, expert * rank : (expert + 1) * rank]
+            into.index_add_(0, chosen, scaled @ b_of.t())
     return out

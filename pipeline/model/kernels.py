@@ -276,3 +276,57 @@ def decode_attention(
         **dims,
     )
     return out
+
+
+@triton.jit
+def _most_probable(
+    logits, seen, penalties, slots, out, row_stride, seen_stride, width,
+    HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One row: each lane keeps the best of its columns, the first of equals.
+    row = tl.program_id(0).to(tl.int64)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    place = tl.zeros([BLOCK], tl.int32)
+    odd = tl.zeros([BLOCK], tl.int32)
+    slot = row
+    penalty = 1.0
+    if HAS_SEEN:
+        slot = tl.load(slots + row).to(tl.int64)
+        penalty = tl.load(penalties + slot)
+    for at in range(0, width, BLOCK):
+        column = at + tl.arange(0, BLOCK)
+        inside = column < width
+        value = tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+        # Infinity less itself is no number, and no number equals itself.
+        odd = tl.where(value - value == 0.0, odd, 1)
+        if HAS_SEEN:
+            known = tl.load(seen + slot * seen_stride + column, mask=inside, other=0)
+            lower = tl.where(value < 0, value * penalty, tl.math.div_rn(value, penalty + value * 0))
+            value = tl.where(known != 0, lower, value)
+        higher = inside & (value > best)
+        best = tl.where(higher, value, best)
+        place = tl.where(higher, column, place)
+    first = tl.min(tl.where(best == tl.max(best, 0), place, width), 0)
+    tl.store(out + row, tl.where(tl.max(odd, 0) > 0, -1, first).to(tl.int64))
+
+
+def most_probable(logits: Tensor, seen: Tensor | None, penalty: Tensor, slots: Tensor) -> Tensor:
+    """See `ops.most_probable`: logits are read once, in their own dtype."""
+    rows, width = logits.shape
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows:
+        table = slots if seen is None else seen.view(torch.uint8)
+        _most_probable[(rows,)](
+            logits,
+            table,
+            penalty,
+            slots,
+            out,
+            logits.stride(0),
+            table.stride(0),
+            width,
+            HAS_SEEN=seen is not None,
+            BLOCK=min(2048, triton.next_power_of_2(width)),
+            num_warps=8,
+        )
+    return out

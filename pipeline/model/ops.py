@@ -28,6 +28,9 @@ PACK_FROM = 1 << 20
 #: too.
 PACK_TOKENS = 64
 
+#: Stands for "this row's logits are not finite" where a token id is expected.
+NOT_FINITE = -1
+
 
 def pack(weight: Tensor) -> Tensor:
     """A weight [out, in] for `linear`, on a CPU in oneDNN's own layout where that is faster.
@@ -145,6 +148,36 @@ class HostCopy:
         if self._copied is not None:
             self._copied.synchronize()
         return self._tensors
+
+
+def penalised(logits: Tensor, seen: Tensor | None, penalty: Tensor, slots: Tensor) -> Tensor:
+    """Float32 logits under transformers' repetition penalty.
+
+    Args:
+        logits: [requests, vocabulary].
+        seen: bool [slots, vocabulary], the tokens that are penalised; None: none.
+        penalty: [slots] float32.
+        slots: [requests] int64, which slot each request has.
+    """
+    logits = logits.float()
+    if seen is None:
+        return logits
+    factor = penalty.index_select(0, slots).unsqueeze(1)
+    lower = torch.where(logits < 0, logits * factor, logits / factor)
+    return torch.where(seen.index_select(0, slots), lower, logits)
+
+
+def most_probable(logits: Tensor, seen: Tensor | None, penalty: Tensor, slots: Tensor) -> Tensor:
+    """The token of the highest score after `penalised`, of equals the first: [requests] int64;
+    `NOT_FINITE` where a logit is not finite. Arguments: as there.
+    """
+    if logits.is_cuda:
+        from pipeline.model.kernels import most_probable as fused
+
+        return fused(logits, seen, penalty, slots)
+    finite = logits.isfinite().all(-1)
+    tokens = penalised(logits, seen, penalty, slots).argmax(-1)
+    return tokens.masked_fill(~finite, NOT_FINITE)
 
 
 def add_rms_norm(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
+
 from pipeline.actors.row_settings import rules_for_rows
+from pipeline.engine.memory import CARDS, MemoryPlan, fitting
 from pipeline.io.output.columns import layout_schema
+from pipeline.model.checkpoint import DTYPES
 from pipeline.redact import printable
 from pipeline.rows import SETTINGS
 from pipeline.run.check import Job
 from pipeline.settings.base import as_yaml
+
+#: Of a picture of a megapixel, and a question about it.
+USUAL_PROMPT_TOKENS = 1400
 
 #: Shards that are listed one by one.
 SHOWN_SHARDS = 20
@@ -17,6 +24,8 @@ def describe(job: Job) -> str:
     """The configuration, the shards, the columns and what would run, in lines."""
     lines = ["# configuration", *as_yaml(job.settings).rstrip().split("\n"), ""]
     lines += [*_input(job), "", *_columns(job), "", *_would_run(job)]
+    if job.settings.model.device != "cpu":
+        lines += ["", *_memory(job)]
     return "\n".join(map(printable, lines))
 
 
@@ -74,4 +83,42 @@ def _would_run(job: Job) -> list[str]:
         f"{job.task}: {job.plan.rows:,} rows on {settings.replicas} replica(s), model of "
         f"{shape.layers} layers, {adapter}, {settings.model.dtype}, results to "
         f"{settings.output.path}",
+    ]
+
+
+def _memory(job: Job) -> list[str]:
+    """What the engine takes of usual GPUs, what fits, and what to set for it."""
+    settings, shape = job.settings, job.checkpoint.shape
+    answer = settings.generation.to_sampling(job.checkpoint.folder).max_new_tokens
+    request_tokens = USUAL_PROMPT_TOKENS + answer
+    table = [["GPU", *(f.name for f in fields(MemoryPlan) if f.name != "cache_tokens"), "requests"]]
+    advice = []
+    for card, free in CARDS.items():
+        plan, changes = fitting(
+            shape, DTYPES[settings.model.dtype], settings.to_options(), free, request_tokens
+        )
+        if plan is None:
+            advice.append(f"{card}: does not fit")
+            continue
+        parts = asdict(plan)
+        tokens = parts.pop("cache_tokens")
+        table.append(
+            [
+                card,
+                *(f"{size / 2**30:.1f}" for size in parts.values()),
+                str(tokens // request_tokens),
+            ]
+        )
+        if changes:
+            needed = " ".join(f"engine.{name}={value}" for name, value in changes.items())
+            advice.append(f"{card}: set {needed}")
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        f"# memory of a GPU in GiB ({settings.model.dtype}); requests of {request_tokens:,} tokens "
+        "that the cache holds at once",
+        *(
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        ),
+        *advice,
     ]

@@ -14,7 +14,6 @@ from pipeline.engine.grouping import (
     AgreementReport,
     PackedRoutes,
     choose,
-    dense_and_sparse,
     majority,
     majority_served,
 )
@@ -93,26 +92,6 @@ def test_ten_thousand_waiting_requests_cost_a_few_milliseconds_at_most() -> None
     started = time.perf_counter()
     choose(routes, np.zeros(10_000, int), routes[:64], experts=4, size=64, max_rounds=8)
     assert time.perf_counter() - started < 1
-
-
-@given(
-    st.data(),
-    st.integers(1, 5),
-    st.integers(1, 4),
-    st.sampled_from([0, 20]),
-    st.sampled_from([0.0, 0.6, 1.1]),
-)
-def test_every_token_has_its_expert_computed(
-    data: st.DataObject, requests: int, experts: int, masked_below: int, share: float
-) -> None:
-    tops = data.draw(routes_of(requests, 3, experts))
-    tokens = data.draw(st.lists(st.integers(1, 9), min_size=requests, max_size=requests))
-    plan = dense_and_sparse(tops, tokens, experts, masked_below=masked_below, majority_share=share)
-    per_token = np.repeat(tops, tokens, axis=0)
-    for router, (dense, sparse) in enumerate(plan):
-        assert len(dense) in (0, 1, experts)
-        for token, expert in enumerate(per_token[:, router]):
-            assert (int(expert) in dense) != (token in sparse.get(int(expert), ()))
 
 
 def test_the_report_compares_with_the_order_of_arrival() -> None:

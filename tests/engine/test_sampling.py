@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
+import pipeline.engine.sampling as sampling_module
 from pipeline.engine import Sampling
+from pipeline.engine.sampling import Sampler
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.prompts import as_request, as_transformers_inputs, engine_for, random_questions
 from tests.reference import Reference
@@ -80,6 +84,25 @@ def test_requests_with_different_settings_share_a_batch(checkpoint: tuple[Path, 
         together = [answer.token_ids for answer in engine.generate(requests)]
         alone = [engine.generate([request])[0].token_ids for request in requests]
     assert together == alone
+
+
+def test_few_candidates_are_chosen_among_as_all_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-k and top-p of what `topk` gives equal those of a whole sorted vocabulary, by transformers."""
+    scores = torch.randn(5, 3000, generator=torch.Generator().manual_seed(3)) * 3
+    top_k, top_p = [1, 50, 512, 300, 7], [1.0, 0.9, 0.5, 0.99, 0.2]
+    sampler = Sampler(5, 3000, torch.device("cpu"))
+    for slot, (k, p) in enumerate(zip(top_k, top_p, strict=True)):
+        sampling = Sampling(9, (), temperature=1.0, top_k=k, top_p=p)
+        sampler.assign(slot, replace(sampling, top_k=max(2, k)), np.zeros(1))
+    sampler._top_k[0] = 1
+    kept = sampler._keep_probable(scores, torch.arange(5), max(top_k))
+    for row, (k, p) in enumerate(zip(top_k, top_p, strict=True)):
+        expected = TopKLogitsWarper(k)(None, scores[row : row + 1])
+        expected = TopPLogitsWarper(p)(None, expected)
+        assert torch.equal(kept[row : row + 1], expected)
+    # The twin that sorts all.
+    monkeypatch.setattr(sampling_module, "MOST_KEPT", 0)
+    assert torch.equal(kept, sampler._keep_probable(scores, torch.arange(5), max(top_k)))
 
 
 def test_an_end_token_ends_the_answer_and_belongs_to_it(checkpoint: tuple[Path, Path]) -> None:

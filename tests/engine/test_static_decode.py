@@ -68,11 +68,11 @@ def test_sizes_reach_the_largest_batch_and_waste_little() -> None:
 def test_a_batch_is_filled_up_and_cut_back() -> None:
     seen = []
 
-    def function(slots: torch.Tensor) -> torch.Tensor:
+    def function(slots: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
         seen.append(slots.tolist())
-        return 10 * slots
+        return torch.mul(slots, 10, out=into)
 
-    decode = StaticDecode(function, (2, 4), nobody=9, device=CPU)
+    decode = StaticDecode(function, (2, 4), nobody=9, results=torch.empty(4, dtype=torch.int64))
     assert decode(np.array([3])).tolist() == [30]
     assert decode(np.array([1, 2, 0])).tolist() == [10, 20, 0]
     assert seen == [[3, 9], [1, 2, 0, 9]]

@@ -91,6 +91,11 @@ def cases() -> dict[str, Callable[[], Any]]:
             seen[:, :32], torch.empty(1024, 40), torch.empty(1024, 40)
         ),
     }
+    logits = torch.empty(256, 152_064, dtype=BF16)
+    known = torch.empty(256, 152_064, dtype=torch.bool)
+    slots, penalty = torch.zeros(256, dtype=torch.int64), torch.ones(256)
+    calls["most probable"] = lambda: kernels.most_probable(logits, None, penalty, slots)
+    calls["most probable, penalised"] = lambda: kernels.most_probable(logits, known, penalty, slots)
     for dtype in (BF16, torch.float32):
         for requests in (1, 8, 256):
             calls[f"decode of {requests} in {dtype}"] = _decode(requests, dtype)

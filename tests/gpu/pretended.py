@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -54,6 +55,37 @@ class RuleError(RuntimeError):
     """Something that a GPU would not do, or would make the host wait for."""
 
 
+class Memory:
+    """Bytes of the tensors that are alive on the device, and the most that there were."""
+
+    def __init__(self) -> None:
+        self._held: Counter[int] = Counter()
+        self.live = self.peak = 0
+
+    def hold(self, tensor: DeviceTensor) -> None:
+        """Count a tensor's memory, once for all that are views of it, while one of them lives."""
+        storage = tensor.numbers.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if size == 0:
+            return
+        if not self._held[place]:
+            self.live += size
+            self.peak = max(self.peak, self.live)
+        self._held[place] += 1
+        weakref.finalize(tensor, self._let_go, place, size)
+
+    def _let_go(self, place: int, size: int) -> None:
+        self._held[place] -= 1
+        if not self._held[place]:
+            self.live -= size
+
+    def peak_of(self, work: Callable[[], Any]) -> int:
+        """The most bytes that are alive while work runs, beside what is before."""
+        before = self.peak = self.live
+        work()
+        return self.peak - before
+
+
 class DeviceTensor(torch.Tensor):
     """A tensor on the pretended GPU; `numbers` are its own, on the CPU."""
 
@@ -72,6 +104,7 @@ class DeviceTensor(torch.Tensor):
             device=torch.device("cuda", 0),
         )
         made.numbers, made.device_of = numbers, gpu
+        gpu.memory.hold(made)
         return made
 
     def __init__(self, *_: Any) -> None:
@@ -248,6 +281,7 @@ class PretendedGPU:
         self.captured: list[Callable[[], Any]] | None = None
         self.on_their_way: list[tuple[Tensor, Tensor]] = []
         self.launches: Counter[str] = Counter()
+        self.memory = Memory()
         self.replays = 0
         self._pinned: set[int] = set()
 
@@ -474,12 +508,22 @@ def _kernels(gpu: PretendedGPU) -> dict[str, Callable[..., Any]]:
         made = torch.empty(len(a), a.shape[1] * a.shape[2], dtype=a.dtype)
         return gpu.launch("decode_attention", work, made)[0]
 
-    made = (add_rms_norm, silu_multiply, quick_gelu_, rotate_, decode_attention)
+    def most_probable(logits: Any, seen: Any, penalty: Any, slots: Any) -> Any:
+        a, known, factor, index = map(_numbers, (logits, seen, penalty, slots))
+        made = torch.empty(len(a), dtype=torch.int64)
+        work = lambda: (ops.most_probable(a, known, factor, index),)  # noqa: E731
+        return gpu.launch("most_probable", work, made)[0]
+
+    made = (add_rms_norm, silu_multiply, quick_gelu_, rotate_, decode_attention, most_probable)
     return {one.__name__: one for one in made}
 
 
 def _nothing(_: Any) -> Sequence[Tensor]:
     return ()
+
+
+#: What the pretended GPU says that is free.
+FREE_BYTES = 700 << 20
 
 
 @contextlib.contextmanager
@@ -505,7 +549,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         "CUDAGraph": lambda: Graph(gpu),
         "stream": lambda _: contextlib.nullcontext(),
         "current_stream": lambda *_: Stream(),
-        "mem_get_info": lambda *_: (1 << 26, 1 << 27),
+        "mem_get_info": lambda *_: (FREE_BYTES, 2 * FREE_BYTES),
         "empty_cache": lambda: None,
         "synchronize": lambda *_: None,
     }

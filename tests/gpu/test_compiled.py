@@ -59,6 +59,7 @@ def test_every_kernel_fits_and_spills_nothing(compiled: list[dict[str, Any]]) ->
         "_rotate",
         "_decode_part",
         "_decode_join",
+        "_most_probable",
     }
     for kernel in compiled:
         assert kernel["spilled"] == 0, kernel
@@ -74,6 +75,10 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> N
     for kernel in compiled:
         if kernel["kernel"] == "_decode_part":
             assert kernel["wide"] >= 48, kernel
+        elif kernel["kernel"] == "_most_probable":
+            # Beside the logits: the result, and with a penalty its slot, its size, and eight tokens'
+            # bytes at a time of those that it covers.
+            assert kernel["moves"] - kernel["wide"] <= (4 if "penalised" in kernel["case"] else 1)
         elif kernel["kernel"] != "_decode_join":
             assert kernel["wide"] == kernel["moves"], kernel
 

@@ -19,6 +19,7 @@ from pipeline.engine.encode import Encoder
 from pipeline.engine.request import LiveRequest
 from pipeline.engine.runner import Runner
 from pipeline.engine.scheduler import Chunk, Schedule
+from pipeline.engine.segments import ExpertRules
 from tests.gpu.pretended import pretended_gpu
 
 pytestmark = pytest.mark.slow
@@ -60,7 +61,7 @@ def launches(layers: int, **settings: Any) -> dict[str, int]:
         mixed = Schedule((prompts[2],), tuple(running[:2]))
         with pytest.MonkeyPatch.context() as patch:
             # As steps of many tokens do it.
-            patch.setitem(runner_module.MASKED_BELOW, "cuda", 0)
+            patch.setitem(runner_module.EXPERT_RULES, "cuda", ExpertRules(masked_below=3))
             count("mixed", lambda: runner.launch(mixed))
         runner.launch(Schedule((prompts[3],)))
         decode = Schedule((), tuple(running))
@@ -78,7 +79,7 @@ def a_layer(kind: str) -> float:
 
 @pytest.mark.parametrize(
     ("kind", "most"),
-    [("decode, in the graph", 20), ("prompts", 32), ("mixed", 65)],
+    [("decode, in the graph", 20), ("prompts", 32), ("mixed", 54)],
 )
 def test_launches_of_a_layer(kind: str, most: int) -> None:
     assert 10 < a_layer(kind) <= most
@@ -86,7 +87,7 @@ def test_launches_of_a_layer(kind: str, most: int) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "most"),
-    [((), 14), ((("repetition_penalty", 1.05),), 23), ((("temperature", 0.7), ("top_p", 0.9)), 47)],
+    [((), 7), ((("repetition_penalty", 1.05),), 9), ((("temperature", 0.7), ("top_p", 0.9)), 45)],
 )
 def test_launches_of_a_decode_step_outside_its_graph(
     settings: tuple[tuple[str, Any], ...], most: int

@@ -124,10 +124,10 @@ def test_a_size_that_cannot_be_captured_runs_one_launch_at_a_time(
     decode = Runner._decode_logits
     asked = requests()
 
-    def short(self: Runner, slots: torch.Tensor) -> torch.Tensor:
+    def short(self: Runner, slots: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         if len(slots) == 5 and gpus and gpus[0].captured is not None:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return decode(self, slots)
+        return decode(self, slots, into)
 
     gpus: list[PretendedGPU] = []
     dispatching = PretendedGPU.dispatching

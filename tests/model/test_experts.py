@@ -1,15 +1,15 @@
-"""The three ways to compute a mixture equal the formula, token by token."""
+"""Every way to compute a mixture equals the formula, token by token."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.engine.grouping import dense_and_sparse
-from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
+from pipeline.engine.segments import ExpertRules, plan_segments
+from pipeline.model.experts import ExpertFactors, Mixture, Segment, mixture_linear
 from pipeline.model.routing import expert_factors
 
 OUT, IN, RANK = 7, 5, 3
@@ -32,18 +32,32 @@ def formula(
     return torch.stack(out)
 
 
+#: Rules that make every request's tokens go one way.
+RULES = {
+    "slices": ExpertRules(most_slices=99),
+    "few slices": ExpertRules(most_slices=2),
+    "slices and masked": ExpertRules(masked_below=4, most_slices=99),
+    "masked": ExpertRules(masked_below=99),
+    "majority": ExpertRules(majority_share=0.0, most_slices=0),
+    "either": ExpertRules(majority_share=0.5, most_slices=0),
+    "gathered": ExpertRules(majority_share=1.1, most_slices=0),
+}
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.integers(1, 4),
-    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.lists(st.integers(1, 6), min_size=0, max_size=5),
+    st.integers(0, 4),
     st.integers(0, 100),
-    st.sampled_from([0, 99]),
 )
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.1], ids=["majority", "either", "segments"])
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_every_strategy_is_exact(
-    packed: bool, share: float, experts: int, tokens: list[int], seed: int, masked_below: int
+    packed: bool, rules: ExpertRules, experts: int, prompts: list[int], decoding: int, seed: int
 ) -> None:
+    tokens = [*prompts, *[1] * decoding]
+    assume(tokens)
     draw = torch.Generator().manual_seed(seed)
     dtype = torch.float32 if packed else torch.float64  # oneDNN knows no wider
 
@@ -71,16 +85,18 @@ def test_every_strategy_is_exact(
         expert_factors(weights, scale=2.0).to(dtype).repeat_interleave(torch.tensor(tokens), 0)
     )
     x = random(sum(tokens), IN)
-    plan = dense_and_sparse(
-        tops.numpy().astype(np.int8),
-        tokens,
-        experts,
-        masked_below=masked_below,
-        majority_share=share,
-    )
-    dense, sparse = plan[0]
+    (plan,) = plan_segments(tops.numpy().astype(np.int8), tokens, len(prompts), experts, rules)
     routed = ExpertFactors(
-        factors, dense, tuple((e, torch.from_numpy(i)) for e, i in sparse.items())
+        factors,
+        tuple(
+            Segment(
+                each.first,
+                each.behind,
+                each.dense,
+                tuple((e, torch.from_numpy(i)) for e, i in each.sparse.items()),
+            )
+            for each in plan
+        ),
     )
     exact = formula(
         *(t.double() for t in (x, w)),

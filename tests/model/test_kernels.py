@@ -158,3 +158,26 @@ def test_flash_attention_reads_extents(causal: bool) -> None:
         causal=causal,
     )
     torch.testing.assert_close(result.cpu().float(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("penalised", [False, True])
+@pytest.mark.parametrize("width", [7, 300, 9000])
+def test_most_probable(
+    kernels: ModuleType, dtype: torch.dtype, penalised: bool, width: int
+) -> None:
+    # Strided, as a part of a table; few values, so that many are equal.
+    logits = (random(6, width + 8, dtype=torch.float32) * 2).round().to(dtype)[:, :width]
+    logits[1, width // 2] = float("nan")
+    logits[2, width - 1] = float("-inf")
+    logits[3, 0] = float("inf")
+    logits[4, -1] = 100.0
+    seen = random(4, width, dtype=torch.float32, seed=1) > 0 if penalised else None
+    if seen is not None:
+        seen[1] = True
+    penalty = torch.tensor([1.0, 1.3, 0.7, 1.05]).to(DEVICE)
+    slots = torch.tensor([0, 3, 2, 1, 1, 3]).to(DEVICE)
+    tokens = kernels.most_probable(logits, seen, penalty, slots)
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == plain(ops.most_probable, logits, seen, penalty, slots).tolist()  # type: ignore[attr-defined]
+    assert tokens.tolist()[1:5] == [ops.NOT_FINITE] * 3 + [width - 1]

@@ -102,12 +102,11 @@ def test_routers_and_logits_equal_the_released_code(model: Model, golden: Path, 
     cache = KVCache(
         model.shape, sum(lengths) + steps * len(ids), torch.float32, torch.device("cpu")
     )
-    everyone = tuple(range(model.shape.adapter.experts))
 
     def factors(weights: torch.Tensor, tokens: list[int]) -> list[ExpertFactors]:
         per_request = expert_factors(weights, model.shape.adapter.scale)
         per_token = per_request.repeat_interleave(torch.tensor(tokens), 0)
-        return [ExpertFactors(f, everyone) for f in per_token.unbind(1)]
+        return [ExpertFactors.masked(f) for f in per_token.unbind(1)]
 
     rows = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     chunks = Sequences.pack(lengths, starts, lengths, None)

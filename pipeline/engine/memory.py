@@ -1,0 +1,214 @@
+"""What an engine takes of a GPU's memory, planned before the first row: all but the key/value
+cache, which is what is left.
+
+The plan is arithmetic over the model's sizes. A test on the pretended GPU compares what steps
+really allocate with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from pipeline.engine.encode import ENCODE_PATCHES
+from pipeline.engine.options import EngineOptions, Sizes
+from pipeline.engine.static_decode import static_sizes
+from pipeline.errors import ConfigError
+from pipeline.model.attention import token_bytes
+from pipeline.model.checkpoint import serving_shapes
+from pipeline.model.shape import ModelShape
+
+#: What the driver, CUDA's context, the kernels and cuBLAS's workspaces take: not measured here.
+CONTEXT_BYTES = 700 << 20
+#: What a captured decode step takes beside its tensors: not measured here.
+GRAPH_BYTES = 8 << 20
+#: A part of what is free that stays so: memory is given out in blocks.
+SPARE_SHARE = 0.03
+#: Bytes of visual tokens that wait on the device for their requests' turn, at most. A request of
+#: 1,000 visual tokens of the 7B model has 7 MB of them, one of 16,384 117 MB.
+MOST_VISUAL_BYTES = 2 << 30
+#: On small cards they take this part of what is left beside weights and steps.
+VISUAL_SHARE = 0.125
+#: Smaller steps leave a GPU idle.
+LEAST_STEP_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a GPU.
+
+    Attributes:
+        weights: the model's.
+        folded: a second copy of the projections with experts (`engine.fold_experts`).
+        steps: what a step of the most tokens has alive at once, and the captured steps.
+        sampling: logits, what was seen by the repetition penalty, and drawing.
+        vision: the vision tower's largest batch, and visual tokens of images that may come again.
+        visual: visual tokens of requests that wait.
+        cache: keys and values of `cache_tokens` tokens.
+        cache_tokens: what is left holds so many.
+    """
+
+    weights: int
+    folded: int
+    steps: int
+    sampling: int
+    vision: int
+    visual: int
+    cache: int
+    cache_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        options: EngineOptions,
+        free: int,
+        *,
+        loaded: bool = False,
+    ) -> MemoryPlan:
+        """Plan for a GPU.
+
+        Args:
+            shape: the model's sizes.
+            dtype: dtype of weights and arithmetic.
+            options: how the engine batches.
+            free: bytes that are free.
+            loaded: weights and their folded copy lie there already, and CUDA's context.
+
+        Raises:
+            ConfigError: what is asked for does not fit.
+        """
+        sizes = Sizes.of(options, "cuda")
+        parts = {
+            "weights": weight_bytes(shape, dtype),
+            "folded": folded_bytes(shape, dtype) if options.fold_experts else 0,
+            "steps": step_bytes(shape, dtype, sizes, graphs=2 if options.fold_experts else 1),
+            "sampling": sampling_bytes(shape, dtype, sizes),
+            "vision": options.vision_cache_bytes + tower_bytes(shape, dtype),
+        }
+        there = parts["weights"] + parts["folded"] if loaded else -CONTEXT_BYTES
+        left = int((1 - SPARE_SHARE) * free) - sum(parts.values()) + there
+        visual = max(0, min(MOST_VISUAL_BYTES, int(VISUAL_SHARE * left)))
+        token = token_bytes(shape, dtype)
+        tokens = options.batch_tokens or max(0, left - visual) // token
+        if tokens < 1 or left - visual < tokens * token:
+            wanted = f"engine.batch_tokens {tokens:,}" if options.batch_tokens else "any cache"
+            raise ConfigError(
+                f"model.device: a GPU with {free / 2**30:.1f} GiB free has no room for {wanted}: "
+                f"the model and its steps take {(sum(parts.values()) - max(0, there)) / 2**30:.1f} "
+                f"GiB of it; lower engine.step_tokens ({sizes.step_tokens}), engine.batch_size "
+                f"({sizes.batch_size}) or engine.batch_tokens, or take a larger GPU (--dry-run "
+                "shows what fits)"
+            )
+        return cls(**parts, visual=visual, cache=tokens * token, cache_tokens=tokens)
+
+
+def weight_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Bytes of all serving tensors."""
+    return sum(math.prod(size) for size in serving_shapes(shape).values()) * dtype.itemsize
+
+
+def folded_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Bytes of a second copy of the projections that have experts, without these."""
+    if shape.adapter is None:
+        return 0
+    one = shape.hidden * shape.heads * shape.head_dim + 3 * shape.hidden * shape.mlp_width
+    return shape.layers * one * dtype.itemsize
+
+
+def step_bytes(shape: ModelShape, dtype: torch.dtype, sizes: Sizes, *, graphs: int) -> int:
+    """Bytes that a step of the most tokens has alive at once, at its widest place (the MLP), with
+    tables and captured steps.
+
+    There are the residual stream before and after, its norm, gate's and up's product with the
+    columns of an expert, SiLU's result, and low-rank products.
+    """
+    rank, experts = (shape.adapter.rank, shape.adapter.experts) if shape.adapter else (0, 0)
+    tokens = sizes.step_tokens + sizes.batch_size
+    heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    a_token = 4 * shape.hidden + heads + 3 * shape.mlp_width + 6 * rank
+    a_masked = 2 * (experts + 1) * rank
+    # An expert's B beside the global one's, and factors and rotary angles of all tokens.
+    whole = 4 * shape.mlp_width * rank + tokens * (
+        4 * shape.layers * (experts + 1) + 8 * shape.head_dim
+    )
+    elements = tokens * a_token + sizes.batch_size * a_masked + whole
+    captured = static_sizes(torch.device("cuda"), sizes.batch_size)
+    # The graphs' pool: the largest step's tensors once more; parts of attention are float32.
+    pool = sizes.batch_size * (a_token + a_masked) * dtype.itemsize
+    pool += 2 * 64 * 264 * shape.head_dim * 4
+    return elements * dtype.itemsize + graphs * (pool + len(captured) * GRAPH_BYTES)
+
+
+def sampling_bytes(shape: ModelShape, dtype: torch.dtype, sizes: Sizes) -> int:
+    """Bytes of logits, of the tokens that the repetition penalty covers, and of float32 scores,
+    probabilities and noise while tokens are drawn for all requests.
+    """
+    return sizes.batch_size * shape.vocabulary * (3 * dtype.itemsize + 1 + 7 * 4)
+
+
+def tower_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Bytes that the vision tower has alive at once for its largest batch.
+
+    Beside the patches' pixels and the residual stream: queries, keys and values, copied to the
+    widths that attention takes, or the MLP's hidden states.
+    """
+    vision = shape.vision
+    pixels = vision.channels * vision.temporal_patch_size * vision.patch_size**2
+    a_patch = 2 * pixels + max(12 * vision.width, 4 * vision.width + 2 * vision.mlp_width)
+    return ENCODE_PATCHES["cuda"] * (a_patch * dtype.itemsize + 4 * vision.width // vision.heads)
+
+
+def fitting(
+    shape: ModelShape,
+    dtype: torch.dtype,
+    options: EngineOptions,
+    free: int,
+    request_tokens: int,
+) -> tuple[MemoryPlan | None, dict[str, int]]:
+    """A plan for a GPU, and what to set for it.
+
+    Args:
+        shape: see `MemoryPlan.of`.
+        dtype: see there.
+        options: see there.
+        free: see there.
+        request_tokens: tokens of a usual request, its longest answer included.
+
+    Returns:
+        The plan, and settings of `engine` that it needs: none where the options fit as they are and
+        as many usual requests run at once as they say. No plan where nothing fits.
+    """
+    changes: dict[str, int] = {}
+    while True:
+        tried = replace(options, **changes)  # type: ignore[arg-type]
+        sizes = Sizes.of(tried, "cuda")
+        try:
+            plan = MemoryPlan.of(shape, dtype, tried, free)
+        except ConfigError:
+            plan = None
+        at_once = plan.cache_tokens // request_tokens if plan else 0
+        if plan and at_once >= sizes.batch_size:
+            return plan, changes
+        if at_once >= 8 or (at_once and sizes.step_tokens <= LEAST_STEP_TOKENS):
+            # As many slots as the cache has requests: a larger batch would never be full.
+            changes["batch_size"] = at_once
+            continue
+        if sizes.step_tokens <= LEAST_STEP_TOKENS and sizes.batch_size <= 1:
+            return None, {}
+        if sizes.step_tokens > LEAST_STEP_TOKENS:
+            changes["step_tokens"] = max(LEAST_STEP_TOKENS, sizes.step_tokens // 2)
+        changes["batch_size"] = max(1, sizes.batch_size // 2)
+
+
+#: Usual cards, and the bytes that are free on them.
+CARDS: Mapping[str, int] = {
+    "24 GB": int(22.0 * 2**30),
+    "40 GB": int(39.2 * 2**30),
+    "80 GB": int(78.8 * 2**30),
+    "141 GB": int(139.5 * 2**30),
+}
