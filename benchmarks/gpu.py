@@ -1,91 +1,58 @@
 """How close does the engine come to the floor of one GPU, at the model's full size, and how far
 ahead of its peer is it?
 
-    python -m benchmarks.gpu [--profile] [--stages NAME ...]
+    python -m benchmarks.gpu [--seconds N] [--output FILE] [--profile FILE] [--stages NAME ...]
 
-Builds the model with random weights on the device, checks the device against the CPU's plain
-float32 twins on a small shape, then times every stage: under 9 minutes in all. `--profile` adds the
-kernels that take longest. Floors are arithmetic (`Floors`) over what this device itself was
-measured to do: a large matrix product, and copying memory.
+Every figure is in the file named by `--output` as soon as it is there. A stage that fails ends no
+other one, and a stage for which no time is left is skipped, aloud. The cheapest facts come first:
+what the device can do at all, each kernel alone against its plain twin and the bytes that it must
+move, whether the answers are those of the CPU; then decode and prefill of a model of full size with
+random weights (graphs off and on), the vision tower, requests from pixels to tokens; then the peer,
+and the 2B shape. Floors are arithmetic (`Floors`) over what this device was measured to do: a large
+matrix product, and copying memory. The exit status is 1 if a stage failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import json
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.floors import Floors
-from benchmarks.harness import save
-from pipeline.engine import Engine, EngineOptions, Request, Sampling
+from benchmarks.harness import RESULTS, save
+from benchmarks.shapes import (
+    AWAKER_7B,
+    IMAGE_PAD,
+    QWEN2_VL_2B,
+    SMALL,
+    NoText,
+    moved,
+    random_model,
+    random_requests,
+    transformers_config,
+)
+from pipeline.engine import Engine, EngineOptions
 from pipeline.engine.encode import Encoder
+from pipeline.engine.memory import MemoryPlan
 from pipeline.engine.request import LiveRequest
 from pipeline.engine.runner import Runner
 from pipeline.engine.scheduler import Chunk, Schedule
-from pipeline.model.awaker import Model, assemble
-from pipeline.model.checkpoint import serving_shapes
-from pipeline.model.shape import AdapterShape, ModelShape, VisionShape
-from pipeline.model.vision import pixel_table
-from pipeline.synthetic.hub_folder import IMAGE_MEAN, IMAGE_STD
-
-VISION = VisionShape(
-    depth=32,
-    width=1280,
-    heads=16,
-    mlp_width=5120,
-    channels=3,
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    rope_theta=10_000.0,
-    activation="quick_gelu",
-)
-AWAKER_7B = ModelShape(
-    layers=28,
-    hidden=3584,
-    mlp_width=18_944,
-    heads=28,
-    kv_heads=4,
-    head_dim=128,
-    vocabulary=152_064,
-    rms_eps=1e-6,
-    rope_theta=1e6,
-    mrope_section=(16, 24, 24),
-    max_positions=32_768,
-    tied_embeddings=False,
-    vision=VISION,
-    adapter=AdapterShape(experts=4, rank=256, top_k=1, scale=2.0),
-)
-QWEN2_VL_2B = replace(
-    AWAKER_7B,
-    hidden=1536,
-    mlp_width=8960,
-    heads=12,
-    kv_heads=2,
-    vocabulary=151_936,
-    tied_embeddings=True,
-    adapter=None,
-)
-#: As the 7B in all that chooses a kernel: head sizes, groups of 7, four experts.
-SMALL = replace(
-    AWAKER_7B,
-    layers=2,
-    hidden=896,
-    mlp_width=512,
-    heads=7,
-    kv_heads=1,
-    vocabulary=1000,
-    vision=replace(VISION, depth=2, width=160, heads=2, mlp_width=320),
-    adapter=AdapterShape(experts=4, rank=16, top_k=1, scale=2.0),
-)
-IMAGE_PAD, VISION_START, VISION_END = 3, 4, 5
-FIRST_WORD = 10
+from pipeline.model import ops
+from pipeline.model.attention import KVCache, StepLayout, attend_decode
+from pipeline.model.awaker import Model
+from pipeline.model.experts import ExpertFactors, Segment, mixture_linear
+from pipeline.model.shape import ModelShape
 
 #: Height and width in pixels of 1,000, 391 and 1,378 visual tokens.
 IMAGE_1000, IMAGE_391, IMAGE_1378 = (700, 1120), (476, 644), (728, 1484)
@@ -108,6 +75,12 @@ class Scale:
     context: int
     batches: tuple[int, ...]
     step_tokens: int
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of the usual image."""
+        side = self.shape.vision.patch_size * self.shape.vision.merge_size
+        return self.image[0] * self.image[1] // side**2
 
 
 FULL = Scale(
@@ -142,74 +115,72 @@ TINY = Scale(
 )
 
 
-class NoText:
-    """Stands for the tokenizer where only tokens count."""
-
-    def decode(self, token_ids: Sequence[int], **_: object) -> str:
-        """Nothing."""
-        return ""
-
-
-def random_model(
-    shape: ModelShape, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> Model:
-    """A model with random weights, made where it runs."""
-    generator = torch.Generator(device).manual_seed(seed)
-    tensors = {}
-    for name, size in serving_shapes(shape).items():
-        tensor = torch.empty(size, dtype=dtype, device=device)
-        if "norm" in name:
-            tensor.fill_(1.0 if name.endswith("weight") or name == "gates.norm" else 0.0)
-        elif name.endswith("bias"):
-            tensor.zero_()
-        else:
-            wide = 2.0 if name == "gates.weight" else 1.0
-            tensor.normal_(0, wide / size[-1] ** 0.5, generator=generator)
-        tensors[name] = tensor
-    return assemble(
-        shape, tensors, pixel_table(IMAGE_MEAN, IMAGE_STD, 1 / 255).to(device), prepack=True
-    )
-
-
-def random_requests(
-    shape: ModelShape,
-    count: int,
-    image: tuple[int, int] | None,
-    text_tokens: int,
-    new_tokens: int,
-    seed: int = 0,
-) -> list[Request]:
-    """Requests that differ in every word and pixel, so that nothing is computed once for
-    several.
-    """
-    rng = np.random.default_rng(seed)
-    made = []
-    for _ in range(count):
-        words = rng.integers(FIRST_WORD, shape.vocabulary, text_tokens).astype(np.int32)
-        images: tuple[np.ndarray, ...] = ()
-        ids = words
-        if image is not None:
-            side = shape.vision.patch_size * shape.vision.merge_size
-            visual = image[0] // side * (image[1] // side)
-            images = (rng.integers(0, 256, (*image, 3), dtype=np.uint8),)
-            ids = np.concatenate(
-                [[VISION_START], [IMAGE_PAD] * visual, [VISION_END], words[2:]]
-            ).astype(np.int32)
-        made.append(Request(ids, (0, len(ids)), images, Sampling(new_tokens, eos_token_ids=())))
-    return made
+#: The stages, in order, and seconds that each needs at full size: arithmetic, generous.
+STAGES = {
+    "kernels": 40,
+    "check": 30,
+    "decoder": 80,
+    "tower": 25,
+    "requests": 110,
+    "peer": 130,
+    "second": 45,
+}
 
 
 class Bench:
-    """The stages, in order; each returns rows of (what, floor, measured, unit, higher is
-    better).
+    """The stages; each adds rows of (what, floor, measured, unit, share of the floor).
+
+    Args:
+        scale: how much work they do.
+        device: where.
+        output: the file that holds every row as soon as it is there; None: no file.
+        profile: where the kernels that take longest are written; None: nowhere.
+        seconds: all stages together may take so long.
     """
 
-    def __init__(self, scale: Scale, device: torch.device, profile: bool) -> None:
-        self.scale, self.device, self.profile = scale, device, profile
+    def __init__(
+        self,
+        scale: Scale,
+        device: torch.device,
+        output: Path | None = None,
+        profile: Path | None = None,
+        seconds: float = 500,
+    ) -> None:
+        self.scale, self.device = scale, device
+        self._output, self._profile = output, profile
+        self._deadline = time.perf_counter() + seconds
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.failed: list[str] = []
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._model: Model | None = None
+        self._rate: float | None = None
         self.flops, self.bandwidth = self._ceilings()
+        self.floors = Floors(scale.shape, self.flops, self.bandwidth)
+        self._save()
+
+    def run(self, names: Sequence[str]) -> None:
+        """Run stages as far as there is time."""
+        for name in names:
+            left = self._deadline - time.perf_counter()
+            if self.scale is FULL and left < STAGES[name]:
+                self.note(f"{name}: skipped, {left:.0f} s left of {STAGES[name]} needed")
+                continue
+            if name in ("peer", "second"):
+                self._model = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                getattr(self, name)()
+            except Exception as error:
+                # What the others measure is worth as much.
+                traceback.print_exc()
+                self.failed.append(name)
+                self.note(f"{name}: failed ({type(error).__name__}: {error})")
+            if self.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                self.add(f"{name}: most memory allocated", peak, "GiB", None)
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -230,16 +201,40 @@ class Bench:
     def add(
         self, what: str, measured: float, unit: str, floor: float | None, *, higher: bool = False
     ) -> None:
-        """Note a figure and print it."""
+        """Note a figure, print and save it."""
         share = None if floor is None else (measured / floor if higher else floor / measured)
         self.rows.append(
             {"what": what, "measured": measured, "unit": unit, "floor": floor, "share": share}
         )
         print(_line(self.rows[-1]), flush=True)
+        self._save()
+
+    def note(self, text: str) -> None:
+        """Note something that is no figure, print and save it."""
+        self.notes.append(text)
+        print(text, flush=True)
+        self._save()
+
+    def figures(self) -> dict[str, Any]:
+        """All that is known so far."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+            "torch": torch.__version__,
+            "tflops": self.flops / 1e12,
+            "bandwidth": self.bandwidth,
+            "rows": self.rows,
+            "notes": self.notes,
+            "failed": self.failed,
+        }
+
+    def _save(self) -> None:
+        if self._output is not None:
+            self._output.write_text(json.dumps(self.figures(), indent=1) + "\n")
 
     def profiled(self, what: str, work: Callable[[], object]) -> None:
-        """Print and keep the kernels of `work` that take longest."""
-        if not self.profile:
+        """Write down the kernels of `work` that take longest."""
+        if self._profile is None:
             return
         activity = torch.profiler.ProfilerActivity
         kinds = [activity.CPU] + ([activity.CUDA] if self.device.type == "cuda" else [])
@@ -247,8 +242,15 @@ class Bench:
             work()
             self.synchronize()
         by = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        table = profile.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=60)
-        print(f"-- {what}\n{table}", flush=True)
+        table = profile.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60)
+        with self._profile.open("a") as file:
+            file.write(f"-- {what}\n{table}\n")
+
+    def model(self) -> Model:
+        """The model of full size, made once."""
+        if self._model is None:
+            self._model = random_model(self.scale.shape, self.dtype, self.device)
+        return self._model
 
     def _ceilings(self) -> tuple[float, float]:
         size = 8192 if self.device.type == "cuda" else 512
@@ -262,6 +264,86 @@ class Bench:
         into = torch.empty_like(data)
         return flops, 2 * data.numel() / self.seconds(lambda: into.copy_(data), 10)
 
+    # Each kernel alone
+
+    def kernels(self) -> None:
+        """Each kernel against its plain twin, and against the bytes that it must move."""
+        shape, scale = self.scale.shape, self.scale
+        batch = max(scale.batches)
+        small, large = (
+            self._kernel_cases(SMALL, 5, 30),
+            self._kernel_cases(shape, batch, scale.context),
+        )
+        for name, (work, moved_bytes) in large.items():
+            there, here = small[name][0](self.device), small[name][0](torch.device("cpu"))
+            off = max(
+                (a.cpu().float() - b.float()).abs().max().item()
+                for a, b in zip(there(), here(), strict=True)
+            )
+            microseconds = 1e6 * self.seconds(work(self.device), 20)
+            floor = 1e6 * moved_bytes / self.bandwidth
+            self.add(f"{name} (off its twin by {off:.2g} at most)", microseconds, "us", floor)
+
+    def _kernel_cases(
+        self, shape: ModelShape, rows: int, context: int
+    ) -> dict[str, tuple[Callable[[torch.device], Callable[[], tuple[torch.Tensor, ...]]], int]]:
+        """By name: what makes the kernel's call on a device, from the same numbers on any; and the
+        bytes that it must move.
+        """
+        hidden, wide, vocabulary = shape.hidden, shape.mlp_width, shape.vocabulary
+        heads, kv, dim = shape.heads, shape.kv_heads, shape.head_dim
+        size = self.dtype.itemsize
+
+        def numbers(device: torch.device, *sizes: int, seed: int = 0) -> torch.Tensor:
+            # Drawn on the CPU while they are few, so that both sides have the same.
+            where = torch.device("cpu") if rows == 5 else device
+            generator = torch.Generator(where).manual_seed(seed)
+            drawn = torch.randn(sizes, generator=generator, device=where)
+            return drawn.to(device, self.dtype)
+
+        def norm(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
+            x, delta = (numbers(device, rows, hidden, seed=s) for s in range(2))
+            return lambda: ops.add_rms_norm(x, delta, x[0], 1e-6)
+
+        def silu(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
+            gate, up = (numbers(device, rows, wide, seed=s) for s in range(2))
+            return lambda: (ops.silu_multiply(gate, up),)
+
+        def rotate(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
+            x = numbers(device, rows, heads + kv, dim)
+            angles = numbers(device, rows, dim // 2, seed=1)
+            return lambda: (ops.rotate_(x.clone() if rows == 5 else x, angles, angles),)
+
+        def attention(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
+            one = replace(shape, layers=1)
+            cache = KVCache(one, rows * context, self.dtype, device)
+            cache.keys[0].copy_(numbers(device, *cache.keys[0].shape, seed=1))
+            cache.values[0].copy_(numbers(device, *cache.values[0].shape, seed=2))
+            q = numbers(device, rows, heads, dim)
+            starts = torch.arange(rows, device=device) * context
+            lengths = torch.full((rows,), context, device=device)
+            layout = StepLayout(cache, starts, None, starts, lengths)
+            keys, values = cache.keys[0], cache.values[0]
+            return lambda: (attend_decode(q, keys, values, layout),)
+
+        def choice(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
+            logits = numbers(device, rows, vocabulary)
+            seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
+            seen[:, ::7] = True
+            penalty = torch.full((rows,), 1.05, device=device)
+            slots = torch.arange(rows, device=device)
+            return lambda: (ops.most_probable(logits, seen, penalty, slots),)
+
+        return {
+            "norm of a sum": (norm, 4 * rows * hidden * size),
+            "SiLU": (silu, 3 * rows * wide * size),
+            "rotary embedding": (rotate, 2 * rows * (heads + kv) * dim * size),
+            "attention of new tokens": (attention, 2 * rows * context * kv * dim * size),
+            "choice of the next token": (choice, rows * vocabulary * (size + 1)),
+        }
+
+    # Against the CPU
+
     def check(self) -> None:
         """Greedy tokens of the device at float32 equal those of the CPU's plain twins."""
         answers = []
@@ -274,44 +356,74 @@ class Bench:
             with Engine(moved(model, device), NoText(), IMAGE_PAD, options) as engine:
                 answers.append([a.token_ids for a in engine.generate(requests)])
         same = sum(a == b for a, b in zip(answers[0], answers[-1], strict=True))
-        self.notes.append(f"{same} of {len(answers[0])} answers at float32 equal the CPU's.")
-        print(self.notes[-1], flush=True)
+        self.note(f"{same} of {len(answers[0])} answers at float32 equal the CPU's.")
         if same != len(answers[0]):
-            raise SystemExit("the device computes something else than the CPU's plain twins")
+            # One may differ for a near-tie; what it costs to look is not the others' figures.
+            self.failed.append("check")
 
-    def stages(self) -> None:
-        """Vision tower, prefill and decode steps on their own."""
-        scale, shape = self.scale, self.scale.shape
-        floors = Floors(shape, self.flops, self.bandwidth)
-        model = random_model(shape, self.dtype, self.device)
+    # The decoder
+
+    def decoder(self) -> None:
+        """Projections with experts, prefill, and decode steps with graphs off and on."""
+        scale, model = self.scale, self.model()
         with torch.inference_mode():
-            images = [
-                r.images[0] for r in random_requests(shape, 4, scale.image, scale.text_tokens, 1)
-            ]
-            patches = scale.image[0] * scale.image[1] // shape.vision.patch_size**2
-            seconds = self.seconds(lambda: model.vision.encode(images))
-            rate = len(images) * floors.vision_flops(patches) / seconds / 1e12
-            self.add("vision tower, 4 images", rate, "TFLOP/s", self.flops / 1e12, higher=True)
-            self.profiled("vision tower", lambda: model.vision.encode(images))
-            self._decoder(model, floors)
-        self._requests(model, floors)
-
-    def _decoder(self, model: Model, floors: Floors) -> None:
-        scale = self.scale
+            self._projections(model)
         steps, room = 12, 200
         most = max(scale.batches)
-        runner = Runner(model, most, most * (scale.context + room))
+        with torch.inference_mode():
+            runner = Runner(model, most, most * (scale.context + room))
+            running = self._admitted(runner, most, room)
+            self._prefill(runner, running)
+            for captured in (False, True):
+                if captured:
+                    self.synchronize()
+                    started = time.perf_counter()
+                    runner.prepare()
+                    self.synchronize()
+                    self.add("capturing", time.perf_counter() - started, "s", None)
+                for batch in scale.batches:
+                    self._decode(runner, running[:batch], steps, captured)
+
+    def _projections(self, model: Model) -> None:
+        """The MLP's first projection: all experts for new tokens, one for a step of prompts."""
+        shape, mixture = self.scale.shape, model.decoder.layers[0].gate
+        if shape.adapter is None:
+            return
+        experts, rank = shape.adapter.experts, shape.adapter.rank
+        weights = shape.hidden * shape.mlp_width
+        an_expert = rank * (shape.hidden + shape.mlp_width)
+        for tokens in (*self.scale.batches, self.scale.step_tokens):
+            x = torch.randn(tokens, shape.hidden, device=self.device, dtype=self.dtype)
+            factors = torch.rand(tokens, experts + 1, device=self.device, dtype=self.dtype)
+            one = ExpertFactors(factors, (Segment(0, tokens, (0,)),))
+            masked = tokens < self.scale.step_tokens
+            routed = ExpertFactors.masked(factors) if masked else one
+            read = weights + an_expert * (experts + 1 if masked else 2)
+            floor = max(
+                read * self.dtype.itemsize / self.bandwidth,
+                2.0 * tokens * (weights + 2 * an_expert) / self.flops,
+            )
+            name = "all experts" if masked else "one expert"
+            seconds = self.seconds(lambda x=x, r=routed: mixture_linear(x, mixture, r), 20)  # type: ignore[misc]
+            self.add(f"a projection, {name}, {tokens:,} tokens", 1e6 * seconds, "us", 1e6 * floor)
+
+    def _admitted(self, runner: Runner, count: int, room: int) -> list[LiveRequest]:
+        scale, model = self.scale, self.model()
         encoder = Encoder(model, IMAGE_PAD, "released", 0)
-        requests = random_requests(scale.shape, most, None, scale.context, room)
+        requests = random_requests(scale.shape, count, None, scale.context, room)
         running = []
         for slot, encoded in enumerate(encoder.encode(requests).finish()):
             live = LiveRequest(requests[slot], room)
             live.encoded, live.slot, live.start = encoded, slot, slot * (scale.context + room)
             runner.admit(live)
             running.append(live)
+        return running
+
+    def _prefill(self, runner: Runner, running: list[LiveRequest]) -> None:
+        scale = self.scale
         timed: list[float] = []
         together = max(1, scale.step_tokens // scale.context)
-        for first in range(0, most, together):
+        for first in range(0, len(running), together):
             chunks = tuple(
                 Chunk(live, 0, scale.context) for live in running[first : first + together]
             )
@@ -320,29 +432,51 @@ class Bench:
             runner.launch(Schedule(chunks))
             self.synchronize()
             timed.append((time.perf_counter() - started) / len(chunks))
-        rate = floors.prefill_flops(scale.context) / statistics.median(timed[1:] or timed) / 1e12
+        seconds = statistics.median(timed[1:] or timed)
+        rate = self.floors.prefill_flops(scale.context) / seconds / 1e12
         name = f"prefill, {together} prompts of {scale.context} tokens"
         self.add(name, rate, "TFLOP/s", self.flops / 1e12, higher=True)
-        for batch in scale.batches:
-            step = Schedule((), tuple(running[:batch]))
+        again = Schedule(tuple(Chunk(live, 0, scale.context) for live in running[:together]))
+        self.profiled(name, lambda: runner.launch(again))
 
-            def some(step: Schedule = step) -> None:
-                for _ in range(steps):
-                    runner.launch(step)
+    def _decode(
+        self, runner: Runner, running: list[LiveRequest], steps: int, captured: bool
+    ) -> None:
+        step = Schedule((), tuple(running))
 
-            some()  # compiled and captured
-            milliseconds = 1000 * self.seconds(some, 2) / steps
-            floor = 1000 * floors.decode_seconds(batch, scale.context)
-            self.add(
-                f"decode step, batch {batch}, context {scale.context}", milliseconds, "ms", floor
-            )
-            self.profiled(f"decode step, batch {batch}", lambda step=step: runner.launch(step))  # type: ignore[misc]
+        def some() -> None:
+            for _ in range(steps):
+                runner.launch(step)
 
-    def _requests(self, model: Model, floors: Floors) -> None:
-        """Requests from pixels to tokens, through the engine; then the peer on some of them."""
-        scale, shape = self.scale, self.scale.shape
+        milliseconds = 1000 * self.seconds(some, 2) / steps
+        floor = 1000 * self.floors.decode_seconds(len(running), self.scale.context)
+        name = f"decode step, batch {len(running)}, context {self.scale.context}"
+        name += "" if captured else ", without graphs"
+        self.add(name, milliseconds, "ms", floor)
+        if captured:
+            self.profiled(name, lambda: runner.launch(step))
+
+    # The vision tower
+
+    def tower(self) -> None:
+        """The vision tower alone."""
+        scale, shape, model = self.scale, self.scale.shape, self.model()
+        with torch.inference_mode():
+            images = [
+                r.images[0] for r in random_requests(shape, 4, scale.image, scale.text_tokens, 1)
+            ]
+            patches = scale.image[0] * scale.image[1] // shape.vision.patch_size**2
+            seconds = self.seconds(lambda: model.vision.encode(images))
+            rate = len(images) * self.floors.vision_flops(patches) / seconds / 1e12
+            self.add("vision tower, 4 images", rate, "TFLOP/s", self.flops / 1e12, higher=True)
+            self.profiled("vision tower", lambda: model.vision.encode(images))
+
+    # From pixels to tokens
+
+    def requests(self) -> None:
+        """Requests from pixels to tokens, through the engine."""
+        scale, model, shape = self.scale, self.model(), self.scale.shape
         side = shape.vision.patch_size * shape.vision.merge_size
-        rates = {}
         for image in (scale.image, scale.small_image):
             visual = image[0] * image[1] // side**2
             requests = random_requests(
@@ -362,14 +496,22 @@ class Bench:
                 engine.generate(requests[: most // 2])
                 started = time.perf_counter()
                 engine.generate(requests)
-                rates[image] = len(requests) / (time.perf_counter() - started)
-            floor = 1 / floors.request_seconds(visual, scale.text_tokens, scale.new_tokens, most)
+                rate = len(requests) / (time.perf_counter() - started)
+            if self.device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info()
+                planned = MemoryPlan.of(shape, self.dtype, options, free, loaded=True)
+                beside = planned.steps + planned.sampling + planned.vision + planned.visual
+                held = planned.weights + planned.cache + beside
+                self.add("memory planned for this", held / 2**30, "GiB", None)
+            floor = 1 / self.floors.request_seconds(
+                visual, scale.text_tokens, scale.new_tokens, most
+            )
             what = (
                 f"{visual:,} visual + {scale.text_tokens} text tokens in, "
                 f"{scale.new_tokens} out, {scale.requests} requests"
             )
-            self.add(what, rates[image], "images/s", floor, higher=True)
-        self._rate = rates[scale.image]
+            self.add(what, rate, "images/s", floor, higher=True)
+            self._rate = self._rate or rate  # the first kind's
 
     def peer(self) -> None:
         """Transformers' `generate` on the base model without experts, on the requests of the first
@@ -407,7 +549,9 @@ class Bench:
                     )
 
         for size in scale.peer_batches:
-            answer(min(size, len(ids)))
+            everything, ids = ids, ids[:size]
+            answer(size)  # warms up
+            ids = everything
             self.synchronize()
             started = time.perf_counter()
             answer(size)
@@ -416,7 +560,7 @@ class Bench:
             self.add(
                 f"transformers `generate` without experts, batch {size}", rate, "images/s", None
             )
-            if hasattr(self, "_rate"):
+            if self._rate is not None:
                 self.add(
                     f"the engine with experts over it, batch {size}",
                     self._rate / rate,
@@ -456,101 +600,46 @@ class Bench:
         self.add("2B shape, 8 sequences, decode", rate, "tokens/s", floor, higher=True)
 
 
-def transformers_config(shape: ModelShape) -> Any:
-    """The transformers config of a shape, adapter left out."""
-    from transformers import Qwen2VLConfig
-
-    v = shape.vision
-    return Qwen2VLConfig(
-        text_config={
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.mlp_width,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "vocab_size": shape.vocabulary,
-            "max_position_embeddings": shape.max_positions,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": shape.rope_theta,
-                "mrope_section": list(shape.mrope_section),
-            },
-        },
-        vision_config={
-            "depth": v.depth,
-            "embed_dim": v.width,
-            "num_heads": v.heads,
-            "mlp_ratio": v.mlp_width // v.width,
-            "hidden_size": shape.hidden,
-            "patch_size": v.patch_size,
-            "spatial_merge_size": v.merge_size,
-            "temporal_patch_size": v.temporal_patch_size,
-        },
-        image_token_id=IMAGE_PAD,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=shape.tied_embeddings,
-    )
-
-
-def moved(model: Model, device: torch.device) -> Model:
-    """A model with the same weights on another device."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(device)
-        if isinstance(value, tuple):
-            return tuple(move(v) for v in value)
-        if hasattr(value, "__dataclass_fields__") and not isinstance(
-            value, ModelShape | VisionShape | AdapterShape
-        ):
-            return replace(
-                value, **{name: move(getattr(value, name)) for name in value.__dataclass_fields__}
-            )
-        return value
-
-    moved: Model = move(model)
-    return moved
-
-
 def _line(row: dict[str, Any]) -> str:
     floor = "" if row["floor"] is None else f"{row['floor']:.2f}"
     share = "" if row["share"] is None else f"{row['share']:.0%}"
     return f"| {row['what']} | {floor} | {row['measured']:.2f} {row['unit']} | {share} |"
 
 
-STAGES = ("check", "stages", "peer", "second")
-
-
 def main(
-    names: Sequence[str] = STAGES,
+    names: Sequence[str] = tuple(STAGES),
     *,
-    profile: bool = False,
+    output: Path | None = None,
+    profile: Path | None = None,
+    seconds: float = 500,
     scale: Scale = FULL,
     device: str = "cuda",
-) -> list[str]:
-    """Measure, save, and return lines for RESULTS.md."""
+) -> tuple[list[str], list[str]]:
+    """Measure and save.
+
+    Returns:
+        Lines for RESULTS.md, and the stages that failed.
+    """
+    # Whatever hangs shows where, a little before whoever lent the device takes it back.
+    faulthandler.dump_traceback_later(seconds + 40)
     started = time.perf_counter()
-    bench = Bench(scale, torch.device(device), profile)
-    for name in names:
-        getattr(bench, name)()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    bench = Bench(scale, torch.device(device), output, profile, seconds)
+    bench.run(names)
+    faulthandler.cancel_dump_traceback_later()
+    figures = bench.figures()
     took = time.perf_counter() - started
-    figures = {"device": where, "torch": torch.__version__, "seconds": took, "rows": bench.rows}
     if scale is FULL:
-        save("gpu", {**figures, "tflops": bench.flops / 1e12, "bandwidth": bench.bandwidth})
-    return [
-        f"{where}, torch {torch.__version__}: {bench.flops / 1e12:.0f} TFLOP/s in a product of "
-        "8,192, "
-        f"{bench.bandwidth / 1e12:.2f} TB/s copying memory. {took:.0f} s in all. "
+        save("gpu", {**figures, "seconds": took})
+    lines = [
+        f"{figures['device']}, torch {torch.__version__}: {bench.flops / 1e12:.0f} TFLOP/s in a "
+        f"product of 8,192, {bench.bandwidth / 1e12:.2f} TB/s copying memory. {took:.0f} s in all. "
         f"{' '.join(bench.notes)}",
         "",
         "| what | floor | measured | share of the floor |",
         "|---|---|---|---|",
         *map(_line, bench.rows),
     ]
+    return lines, bench.failed
 
 
 if __name__ == "__main__":
@@ -558,10 +647,19 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--profile", action="store_true", help="print the kernels that take longest"
+        "--output", type=Path, default=RESULTS / "gpu.json", help="where figures are kept at once"
     )
+    parser.add_argument("--profile", type=Path, help="where to write the longest kernels")
+    parser.add_argument("--seconds", type=float, default=500, help="for all stages together")
     parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=STAGES, help="which stages to run"
+        "--stages", nargs="+", choices=STAGES, default=tuple(STAGES), help="which stages to run"
     )
     arguments = parser.parse_args()
-    print("\n".join(main(arguments.stages, profile=arguments.profile)))
+    printed, failures = main(
+        arguments.stages,
+        output=arguments.output,
+        profile=arguments.profile,
+        seconds=arguments.seconds,
+    )
+    print("\n".join(printed))
+    sys.exit(1 if failures else 0)

@@ -15,8 +15,8 @@ import sys
 
 import torch
 
-from benchmarks.gpu import AWAKER_7B
 from benchmarks.harness import ROOT, save
+from benchmarks.shapes import AWAKER_7B
 from pipeline.engine.memory import CARDS, fitting
 from pipeline.engine.options import EngineOptions
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.gpu import IMAGE_PAD, SMALL, NoText, moved, random_model, random_requests
+from benchmarks.shapes import IMAGE_PAD, SMALL, NoText, moved, random_model, random_requests
 from pipeline.engine import Engine, EngineOptions
 from pipeline.engine.encode import Encoder
 from pipeline.engine.request import LiveRequest

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pipeline.engine.runner as runner_module
-from benchmarks.gpu import IMAGE_PAD, SMALL, moved, random_model, random_requests
+from benchmarks.shapes import IMAGE_PAD, SMALL, moved, random_model, random_requests
 from pipeline.engine.encode import Encoder
 from pipeline.engine.request import LiveRequest
 from pipeline.engine.runner import Runner

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import AWAKER_7B, IMAGE_PAD, SMALL, moved, random_model, random_requests
+from benchmarks.shapes import AWAKER_7B, IMAGE_PAD, SMALL, moved, random_model, random_requests
 from pipeline.engine import EngineOptions
 from pipeline.engine.encode import ENCODE_PATCHES, Encoder
 from pipeline.engine.memory import (

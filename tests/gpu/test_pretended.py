@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pipeline.engine.runner as runner_module
-from benchmarks.gpu import IMAGE_PAD, SMALL, NoText, moved, random_model, random_requests
+from benchmarks.shapes import IMAGE_PAD, SMALL, NoText, moved, random_model, random_requests
 from pipeline.engine import Engine, EngineOptions, Request
 from pipeline.engine.runner import Runner
 from pipeline.engine.sampling import Sampler
