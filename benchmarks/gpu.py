@@ -310,9 +310,16 @@ class Bench:
             return lambda: (ops.silu_multiply(gate, up),)
 
         def rotate(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
-            x = numbers(device, rows, heads + kv, dim)
+            qkv = numbers(device, rows, heads + 2 * kv, dim)
             angles = numbers(device, rows, dim // 2, seed=1)
-            return lambda: (ops.rotate_(x.clone() if rows == 5 else x, angles, angles),)
+            keys, values = (torch.zeros_like(qkv[:, :kv]) for _ in range(2))
+            write = torch.arange(rows, device=device)
+
+            def work() -> tuple[torch.Tensor, ...]:
+                given = qkv.clone() if rows == 5 else qkv
+                return ops.rotate_and_store(given, angles, angles, keys, values, write), keys
+
+            return work
 
         def attention(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
             one = replace(shape, layers=1)
@@ -337,7 +344,7 @@ class Bench:
         return {
             "norm of a sum": (norm, 4 * rows * hidden * size),
             "SiLU": (silu, 3 * rows * wide * size),
-            "rotary embedding": (rotate, 2 * rows * (heads + kv) * dim * size),
+            "rotary embedding and cache": (rotate, 2 * rows * (heads + 2 * kv) * dim * size),
             "attention of new tokens": (attention, 2 * rows * context * kv * dim * size),
             "choice of the next token": (choice, rows * vocabulary * (size + 1)),
         }

@@ -155,22 +155,18 @@ class StepLayout:
         return groups
 
 
-def attend(layout: StepLayout, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Write a step's keys and values into the cache and attend.
+def attend(layout: StepLayout, layer: int, q: Tensor) -> Tensor:
+    """Attend to the cache, in which a step's own keys and values are written already.
 
     Args:
         layout: where the tokens belong.
         layer: which layer's cache.
         q: [tokens, heads, head_dim].
-        k: [tokens, kv_heads, head_dim].
-        v: the same.
 
     Returns:
         [tokens, heads * head_dim].
     """
     keys, values = layout.cache.keys[layer], layout.cache.values[layer]
-    keys.index_copy_(0, layout.write, k)
-    values.index_copy_(0, layout.write, v)
     attended = []
     in_chunks = 0
     if layout.chunks is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.model.attention import StepLayout, attend
 from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
-from pipeline.model.ops import add_rms_norm, linear, rotate_, silu_multiply
+from pipeline.model.ops import add_rms_norm, linear, rotate_and_store, silu_multiply
 from pipeline.model.shape import ModelShape
 
 
@@ -96,7 +96,6 @@ class Decoder:
             [requests, vocabulary] logits, in the dtype of `embeddings`.
         """
         shape = self.shape
-        rotated = shape.heads + shape.kv_heads
         cos, sin = rotary(positions, shape, embeddings.dtype)
         x, delta = embeddings, None
         last = len(self.layers) - 1 if layout.chunks is not None else None
@@ -105,8 +104,9 @@ class Decoder:
             qkv = linear(normed, layer.qkv_weight, layer.qkv_bias).unflatten(
                 1, (-1, shape.head_dim)
             )
-            q, k = rotate_(qkv[:, :rotated], cos, sin).split([shape.heads, shape.kv_heads], dim=1)
-            attended = attend(layout, index, q, k, qkv[:, rotated:])
+            keys, values = layout.cache.keys[index], layout.cache.values[index]
+            q = rotate_and_store(qkv, cos, sin, keys, values, layout.write)
+            attended = attend(layout, index, q)
             if index == last:
                 # Behind the last attention only what is answered matters: of a prompt, its last
                 # token.

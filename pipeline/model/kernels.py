@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Programs that keep every multiprocessor of an H100 or H200 (132) busy a few times over.
-_ENOUGH_PROGRAMS = 264
+#: Two waves of attention's programs on an H100 or H200: 132 multiprocessors have room for three of
+#: them each. Of one wave and a bit, half of the second would be idle.
+_ENOUGH_PROGRAMS = 792
 _MOST_SPLITS = 64
 
 
@@ -166,6 +167,68 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @triton.jit
+def _rotate_and_store(
+    qkv, cos, sin, keys, values, write, row_stride, head_stride, token_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, ANGLE_STRIDE: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # All heads of a token: queries are rotated where they are, keys on their way into the cache,
+    # and values go there as they are.
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(write + row).to(tl.int64)
+    head, column = tl.arange(0, HEADS_BLOCK), tl.arange(0, HALF_BLOCK)
+    angle = row * ANGLE_STRIDE + column
+    c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    half = (column < HALF)[None, :]
+    inside = (head < HEADS + KV_HEADS)[:, None] & half
+    place = qkv + row * row_stride + head[:, None] * head_stride + column[None, :]
+    first, second = (
+        tl.load(place, mask=inside, other=0.0),
+        tl.load(place + HALF, mask=inside, other=0.0),
+    )
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    left, right = (a * c - b * s).to(first.dtype), (b * c + a * s).to(first.dtype)
+    query = (head < HEADS)[:, None] & half
+    tl.store(place, left, mask=query)
+    tl.store(place + HALF, right, mask=query)
+    key = (head >= HEADS)[:, None] & inside
+    into = keys + token * token_stride + (head[:, None] - HEADS) * (2 * HALF) + column[None, :]
+    tl.store(into, left, mask=key)
+    tl.store(into + HALF, right, mask=key)
+    member, wide = tl.arange(0, KV_BLOCK), tl.arange(0, 2 * HALF_BLOCK)
+    real = (member < KV_HEADS)[:, None] & (wide < 2 * HALF)[None, :]
+    given = qkv + row * row_stride + (HEADS + KV_HEADS + member)[:, None] * head_stride
+    value = tl.load(given + wide[None, :], mask=real, other=0.0)
+    kept = values + token * token_stride + member[:, None] * (2 * HALF) + wide[None, :]
+    tl.store(kept, value, mask=real)
+
+
+def rotate_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, write: Tensor
+) -> Tensor:
+    """See `ops.rotate_and_store`."""
+    rows, every, width = qkv.shape
+    kv_heads = keys.shape[1]
+    heads = every - 2 * kv_heads
+    if rows:
+        sizes = {
+            "HEADS": heads,
+            "KV_HEADS": kv_heads,
+            "HALF": width // 2,
+            "ANGLE_STRIDE": cos.stride(0),
+            "HEADS_BLOCK": triton.next_power_of_2(heads + kv_heads),
+            "KV_BLOCK": triton.next_power_of_2(kv_heads),
+            "HALF_BLOCK": triton.next_power_of_2(width // 2),
+        }
+        strides = (qkv.stride(0), qkv.stride(1), keys.stride(0))
+        _rotate_and_store[(rows,)](
+            qkv, cos, sin, keys, values, write, *strides, num_warps=4, **sizes
+        )
+    return qkv[:, :heads]
+
+
+@triton.jit
 def _decode_part(
     q, keys, values, starts, lengths, sums, maxima, totals, scale,
     q_stride, token_stride, head_stride, splits,
@@ -251,7 +314,7 @@ def decode_attention(
     requests, heads, dim = q.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
-    splits = max(1, min(_MOST_SPLITS, _ENOUGH_PROGRAMS // (requests * kv_heads)))
+    splits = min(_MOST_SPLITS, triton.cdiv(_ENOUGH_PROGRAMS, requests * kv_heads))
     parts = (requests, kv_heads, splits, group)
     sums = torch.empty((*parts, dim), dtype=torch.float32, device=q.device)
     maxima, totals = (torch.empty(parts, dtype=torch.float32, device=q.device) for _ in range(2))

@@ -241,3 +241,32 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotate_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, write: Tensor
+) -> Tensor:
+    """Rotate queries and keys (see `rotate_`), and write keys and values into the cache.
+
+    Args:
+        qkv: [tokens, heads + 2 * kv_heads, head_dim], which may be written over.
+        cos: [tokens, head_dim / 2].
+        sin: the same.
+        keys: [tokens of the cache, kv_heads, head_dim], of one layer.
+        values: the same.
+        write: [tokens] int64, where in the cache each token goes.
+
+    Returns:
+        The rotated queries, [tokens, heads, head_dim].
+    """
+    if qkv.is_cuda:
+        from pipeline.model.kernels import rotate_and_store as fused
+
+        return fused(qkv, cos, sin, keys, values, write)
+    kv_heads = keys.shape[1]
+    heads = qkv.shape[1] - 2 * kv_heads
+    q, k = rotate_(qkv[:, :-kv_heads], cos, sin).split([heads, kv_heads], dim=1)
+    keys.index_copy_(0, write, k)
+    values.index_copy_(0, write, qkv[:, -kv_heads:])
+    queries: Tensor = q
+    return queries

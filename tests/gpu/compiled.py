@@ -81,12 +81,15 @@ def cases() -> dict[str, Callable[[], Any]]:
     heads = torch.empty(256, 36, 128, dtype=BF16)
     angles = torch.empty(256, 64, dtype=BF16)
     seen = torch.empty(1024, 48, 80, dtype=BF16)
+    cache, places = torch.empty(4096, 4, 128, dtype=BF16), torch.zeros(256, dtype=torch.int64)
     calls: dict[str, Callable[[], Any]] = {
         "norm": lambda: kernels.add_rms_norm(x, None, x[0], 1e-6),
         "norm of a sum": lambda: kernels.add_rms_norm(x, narrow, x[0], 1e-6),
         "silu": lambda: kernels.silu_multiply(wide, wide),
         "gelu": lambda: kernels.quick_gelu_(torch.empty(1024, 5120, dtype=BF16)),
-        "rope of the decoder": lambda: kernels.rotate_(heads[:, :32], angles, angles),
+        "rope of the decoder": lambda: kernels.rotate_and_store(
+            heads, angles, angles, cache, cache, places
+        ),
         "rope of the tower": lambda: kernels.rotate_(
             seen[:, :32], torch.empty(1024, 40), torch.empty(1024, 40)
         ),

@@ -498,6 +498,17 @@ def _kernels(gpu: PretendedGPU) -> dict[str, Callable[..., Any]]:
         gpu.launch("rotate", lambda: _nothing(a.copy_(ops.rotate_(a, c, s))))
         return x
 
+    def rotate_and_store(qkv: Any, cos: Any, sin: Any, keys: Any, values: Any, write: Any) -> Any:
+        a, c, s, k, v, places = map(_numbers, (qkv, cos, sin, keys, values, write))
+        heads = a.shape[1] - 2 * k.shape[1]
+
+        def work() -> Sequence[Tensor]:
+            a[:, :heads].copy_(ops.rotate_and_store(a, c, s, k, v, places))
+            return ()
+
+        gpu.launch("rotate_and_store", work)
+        return qkv[:, :heads]
+
     def decode_attention(q: Any, keys: Any, values: Any, starts: Any, lengths: Any) -> Any:
         a, k, v, first, count = map(_numbers, (q, keys, values, starts, lengths))
 
@@ -514,7 +525,8 @@ def _kernels(gpu: PretendedGPU) -> dict[str, Callable[..., Any]]:
         work = lambda: (ops.most_probable(a, known, factor, index),)  # noqa: E731
         return gpu.launch("most_probable", work, made)[0]
 
-    made = (add_rms_norm, silu_multiply, quick_gelu_, rotate_, decode_attention, most_probable)
+    made = (add_rms_norm, silu_multiply, quick_gelu_, rotate_, rotate_and_store)
+    made += (decode_attention, most_probable)
     return {one.__name__: one for one in made}
 
 

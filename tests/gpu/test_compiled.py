@@ -57,6 +57,7 @@ def test_every_kernel_fits_and_spills_nothing(compiled: list[dict[str, Any]]) ->
         "_silu_multiply",
         "_quick_gelu",
         "_rotate",
+        "_rotate_and_store",
         "_decode_part",
         "_decode_join",
         "_most_probable",
@@ -75,6 +76,10 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> N
     for kernel in compiled:
         if kernel["kernel"] == "_decode_part":
             assert kernel["wide"] >= 48, kernel
+        elif kernel["kernel"] == "_rotate_and_store":
+            # Beside the heads: where in the cache they go, and four numbers of the values at a
+            # time, of which a token has no more for 128 threads.
+            assert kernel["moves"] - kernel["wide"] <= 3, kernel
         elif kernel["kernel"] == "_most_probable":
             # Beside the logits: the result, and with a penalty its slot, its size, and eight tokens'
             # bytes at a time of those that it covers.

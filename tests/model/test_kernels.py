@@ -93,6 +93,26 @@ def test_rotate(kernels: ModuleType, dtype: torch.dtype, dim: int) -> None:
     torch.testing.assert_close(kernels.rotate_(q, angles.cos(), angles.sin()).cpu(), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(7, 1, 16), (6, 3, 20)])
+def test_rotate_and_store(
+    kernels: ModuleType, dtype: torch.dtype, heads: int, kv_heads: int, dim: int
+) -> None:
+    # Strided rows; tokens of the cache in any order, the others untouched.
+    qkv = random(5, (heads + 2 * kv_heads) * dim + 8, dtype=dtype)[:, 8:].unflatten(1, (-1, dim))
+    angles = random(5, dim // 2, dtype=torch.float32, seed=1)
+    cos, sin = angles.cos(), angles.sin()
+    write = torch.tensor([7, 2, 3, 8, 0]).to(DEVICE)
+    caches = [[random(9, kv_heads, dim, dtype=dtype, seed=s) for s in (2, 3)] for _ in "ab"]
+    here = [cache.cpu() for cache in caches[1]]
+    expected = ops.rotate_and_store(qkv.cpu().clone(), cos.cpu(), sin.cpu(), *here, write.cpu())
+    q = kernels.rotate_and_store(qkv, cos, sin, *caches[0], write)
+    torch.testing.assert_close(q.cpu(), expected)
+    for there, wanted in zip(caches[0], here, strict=True):
+        torch.testing.assert_close(there.cpu(), wanted)
+    assert torch.equal(here[1][[7, 2, 3, 8, 0]], qkv[:, -kv_heads:].cpu())
+
+
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     st.lists(st.integers(1, 150), min_size=1, max_size=3),
