@@ -34,6 +34,7 @@ BEFORE: dict[str, tuple[int, int | None]] = {
     "a decode step outside its graph, top-p": (47, None),
 }
 _COUNT = """
+import pipeline.compat
 import json
 from tests.gpu.test_launches import a_layer, launches
 drawn = {"temperature": 0.7, "top_p": 0.9}
