@@ -57,7 +57,7 @@ def holds(running: list[LiveRequest]) -> list[tuple[int, int]]:
 
 def test_what_decides_knows_neither_torch_nor_threads_nor_the_model() -> None:
     folder = Path(pipeline.engine.__file__).parent
-    for name in ("scheduler", "request", "narrow", "reuse", "grouping", "extents"):
+    for name in ("scheduler", "request", "narrow", "reuse", "grouping", "segments", "extents"):
         tree = ast.parse((folder / f"{name}.py").read_text())
         imported = [
             alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
@@ -90,6 +90,21 @@ def test_prompts_share_a_steps_budget_and_new_tokens_go_on_beside_them() -> None
     plan.advance(plan.schedule())
     assert plan.schedule() == Schedule()
     assert (long.asked, short.stage, plan.running) == (3, Stage.ENDED, [long])
+
+
+def test_prompts_of_one_route_lie_side_by_side_in_a_step() -> None:
+    plan = scheduler(step_tokens=14, experts=2, group_by_expert=False)
+    routes = ([0, 0], [1, 1], [0, 0], [1, 1])
+    some = [arrived(4, 2, route) for route in routes]
+    for live in some:
+        plan.add(live)
+    assert plan.admit() == some
+    step = plan.schedule()
+    # Who is in it follows the order of arrival, as does what is left of the last one.
+    assert step == Schedule(
+        (Chunk(some[0], 0, 4), Chunk(some[2], 0, 4), Chunk(some[1], 0, 4), Chunk(some[3], 0, 2))
+    )
+    assert step.answering == (some[0], some[2], some[1])
 
 
 def test_a_request_takes_the_room_of_its_longest_answer_when_it_starts_and_no_one_gets_it() -> None:
