@@ -95,6 +95,7 @@ class Replica:
             sys.setswitchinterval(SWITCH_SECONDS)
         try:
             loaded = load_for_job(settings, self._device, threads, planned)
+            self._engine = loaded.engine(settings.to_options())
         except JobError as error:
             # An actor that cannot be made could not say why, and would be made again ten times.
             if monitor is None:
@@ -102,7 +103,6 @@ class Replica:
             self._refusal = error
             return
         self._sampling = settings.generation.to_sampling(loaded.folder)
-        self._engine = loaded.engine(settings.to_options())
         self._flagger = Flagger(settings.to_rules())
         if monitor is not None:
             name = (
@@ -117,7 +117,8 @@ class Replica:
         were.
 
         Raises:
-            JobError: nothing can be loaded here, or not what the job was planned with.
+            JobError: nothing can be loaded here, or not what the job was planned with, or this GPU
+                has no room for it.
         """
         if self._refusal is not None:
             await self._monitor.refuse.remote(self._refusal)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
@@ -12,7 +12,9 @@ import torch
 
 from pipeline.actors.outcome import Judged
 from pipeline.actors.replica import LOST_DEVICE, Replica, process_gauges
+from pipeline.engine.load import LoadedModel
 from pipeline.engine.runner import Runner
+from pipeline.errors import ConfigError, JobError
 from pipeline.model.prompt import PromptProcessor
 from pipeline.rows import ReadyRow
 from pipeline.settings.base import load_settings
@@ -26,8 +28,7 @@ def checkpoint(tmp_path: Path) -> tuple[Path, Path]:
     return write_random_checkpoint(tmp_path, RandomShape(), seed=3)
 
 
-def answers(checkpoint: tuple[Path, Path], count: int = 3, **generation: Any) -> list[Judged]:
-    """What a replica answers to random questions; nobody watches it, and nothing is committed."""
+def job(checkpoint: tuple[Path, Path], **generation: Any) -> JobSettings:
     base, adapter = checkpoint
     sets = {
         "input.path": "in",
@@ -39,8 +40,13 @@ def answers(checkpoint: tuple[Path, Path], count: int = 3, **generation: Any) ->
     # Random models write whatever script.
     sets |= {"generation.max_new_tokens": 8, "generation.temperature": 0, "flags.language": "any"}
     sets |= {f"generation.{key}": json.dumps(value) for key, value in generation.items()}
-    settings = load_settings(JobSettings, None, [f"{key}={value}" for key, value in sets.items()])
-    processor = PromptProcessor.from_settings(str(base), None, None)
+    return load_settings(JobSettings, None, [f"{key}={value}" for key, value in sets.items()])
+
+
+def answers(checkpoint: tuple[Path, Path], count: int = 3, **generation: Any) -> list[Judged]:
+    """What a replica answers to random questions; nobody watches it, and nothing is committed."""
+    settings = job(checkpoint, **generation)
+    processor = PromptProcessor.from_settings(str(checkpoint[0]), None, None)
     rows = []
     for number, asked in enumerate(random_questions(count, seed=7)):
         prompt = processor.prepare(asked.messages)
@@ -56,6 +62,32 @@ def answers(checkpoint: tuple[Path, Path], count: int = 3, **generation: Any) ->
             replica._engine.close()
 
     return asyncio.run(run())
+
+
+def test_a_replica_whose_gpu_has_no_room_tells_the_monitor_and_ends_the_job(
+    checkpoint: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise ConfigError("model.device: a GPU with 8.0 GiB free has no room")
+
+    class Monitor:
+        """Its handle, as far as a replica that cannot start uses it."""
+
+        told: ClassVar[list[JobError]] = []
+
+        class refuse:  # noqa: N801
+            @staticmethod
+            async def remote(reason: JobError) -> None:
+                Monitor.told.append(reason)
+
+    monkeypatch.setattr(LoadedModel, "engine", no_room)
+    # An actor whose making fails is made again ten times, and nobody learns why.
+    replica = Replica(job(checkpoint), pa.schema([]), 1, "cpu", 1, Monitor, None)
+    with pytest.raises(ConfigError, match="has no room"):
+        asyncio.run(replica(pa.table({})))
+    assert [str(reason) for reason in Monitor.told] == [
+        "model.device: a GPU with 8.0 GiB free has no room"
+    ]
 
 
 def test_an_answer_without_fault_is_not_tried_again(checkpoint: tuple[Path, Path]) -> None:
