@@ -60,8 +60,7 @@ def main(
         arguments: None: the process's own.
 
     Returns:
-        0; 2 with one line on standard error that a person can act on; 130 after Ctrl-C; 143 after
-        SIGTERM.
+        0; 2 with one line on standard error that a person can act on; 143 after SIGTERM.
     """
     # Which `kind` needed, too: it costs nothing here.
     from pipeline.settings.base import load_settings
@@ -80,9 +79,6 @@ def main(
     except JobError as error:
         tell(f"error: {without_secrets(' '.join(str(error).split()))}")
         return EXIT_POINTLESS
-    except KeyboardInterrupt:
-        tell("interrupted")
-        return EXIT_INTERRUPTED
     except Stopped:
         tell("stopped by SIGTERM; run the same command again to go on")
         return EXIT_STOPPED

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.redact import printable
+from pipeline.redact import printable, tell
 
 # Whatever takes longer to import is imported where Ctrl-C is answered.
 from pipeline.run.cli import EXIT_INTERRUPTED, EXIT_POINTLESS, main
@@ -313,22 +313,25 @@ def run(name: str, arguments: Sequence[str], program: str | None = None) -> int:
         name: which.
         arguments: what stands behind its name.
         program: how it was called, for messages.
+
+    Returns:
+        As `pipeline.run.cli.main` does; 130 after Ctrl-C.
     """
     command, program = COMMANDS[name], program or f"awaker-batch {name}"
     try:
-        kind, work = command.load()  # which imports for seconds
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        kind, work = command.load()
+        return main(
+            command.description,
+            kind,
+            work,
+            command.config,
+            program=program,
+            example=command.example,
+            arguments=arguments,
+        )
+    except KeyboardInterrupt:  # also while all this is imported, which takes seconds
+        tell("interrupted")
         return EXIT_INTERRUPTED
-    return main(
-        command.description,
-        kind,
-        work,
-        command.config,
-        program=program,
-        example=command.example,
-        arguments=arguments,
-    )
 
 
 def awaker_batch() -> int:

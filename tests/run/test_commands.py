@@ -37,6 +37,22 @@ def test_every_command_has_help_with_an_example_that_it_takes(
     load_settings(kind, file, [words[at + 1] for at, word in enumerate(words) if word == "--set"])
 
 
+@pytest.mark.parametrize(
+    "at", ["pipeline.settings.shipped.configuration", "pipeline.run.check.check_job"]
+)
+def test_ctrl_c_is_one_word_wherever_it_comes(
+    at: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(at, interrupted)
+    sets = ("input.path=in", "output.path=out", "model.base=b")
+    given = [word for each in sets for word in ("--set", each)]
+    assert run("vqa", ["--config", "vqa", *given]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_every_command_is_a_job_too() -> None:
     scripts = {path.stem for path in (ROOT / "jobs").glob("*.py")}
     assert {"inspect_row" if name == "inspect" else name for name in COMMANDS} <= scripts
