@@ -76,12 +76,6 @@ class Scale:
     batches: tuple[int, ...]
     step_tokens: int
 
-    @property
-    def visual_tokens(self) -> int:
-        """Of the usual image."""
-        side = self.shape.vision.patch_size * self.shape.vision.merge_size
-        return self.image[0] * self.image[1] // side**2
-
 
 FULL = Scale(
     AWAKER_7B,
@@ -270,10 +264,8 @@ class Bench:
         """Each kernel against its plain twin, and against the bytes that it must move."""
         shape, scale = self.scale.shape, self.scale
         batch = max(scale.batches)
-        small, large = (
-            self._kernel_cases(SMALL, 5, 30),
-            self._kernel_cases(shape, batch, scale.context),
-        )
+        small = self._kernel_cases(SMALL, 5, 30, compared=True)
+        large = self._kernel_cases(shape, batch, scale.context)
         for name, (work, moved_bytes) in large.items():
             there, here = small[name][0](self.device), small[name][0](torch.device("cpu"))
             off = max(
@@ -285,18 +277,19 @@ class Bench:
             self.add(f"{name} (off its twin by {off:.2g} at most)", microseconds, "us", floor)
 
     def _kernel_cases(
-        self, shape: ModelShape, rows: int, context: int
+        self, shape: ModelShape, rows: int, context: int, *, compared: bool = False
     ) -> dict[str, tuple[Callable[[torch.device], Callable[[], tuple[torch.Tensor, ...]]], int]]:
-        """By name: what makes the kernel's call on a device, from the same numbers on any; and the
-        bytes that it must move.
+        """By name: what makes the kernel's call on a device, and the bytes that it must move.
+
+        Results may be `compared` between devices: then all have the same numbers, drawn on the CPU,
+        and a call leaves them as they are.
         """
         hidden, wide, vocabulary = shape.hidden, shape.mlp_width, shape.vocabulary
         heads, kv, dim = shape.heads, shape.kv_heads, shape.head_dim
         size = self.dtype.itemsize
 
         def numbers(device: torch.device, *sizes: int, seed: int = 0) -> torch.Tensor:
-            # Drawn on the CPU while they are few, so that both sides have the same.
-            where = torch.device("cpu") if rows == 5 else device
+            where = torch.device("cpu") if compared else device
             generator = torch.Generator(where).manual_seed(seed)
             drawn = torch.randn(sizes, generator=generator, device=where)
             return drawn.to(device, self.dtype)
@@ -316,7 +309,7 @@ class Bench:
             write = torch.arange(rows, device=device)
 
             def work() -> tuple[torch.Tensor, ...]:
-                given = qkv.clone() if rows == 5 else qkv
+                given = qkv.clone() if compared else qkv
                 return ops.rotate_and_store(given, angles, angles, keys, values, write), keys
 
             return work
@@ -504,12 +497,6 @@ class Bench:
                 started = time.perf_counter()
                 engine.generate(requests)
                 rate = len(requests) / (time.perf_counter() - started)
-            if self.device.type == "cuda":
-                free, _ = torch.cuda.mem_get_info()
-                planned = MemoryPlan.of(shape, self.dtype, options, free, loaded=True)
-                beside = planned.steps + planned.sampling + planned.vision + planned.visual
-                held = planned.weights + planned.cache + beside
-                self.add("memory planned for this", held / 2**30, "GiB", None)
             floor = 1 / self.floors.request_seconds(
                 visual, scale.text_tokens, scale.new_tokens, most
             )
@@ -519,6 +506,10 @@ class Bench:
             )
             self.add(what, rate, "images/s", floor, higher=True)
             self._rate = self._rate or rate  # the first kind's
+            if self.device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info()
+                planned = MemoryPlan.of(shape, self.dtype, options, free, loaded=True)
+                self.add("memory planned for this", planned.total / 2**30, "GiB", None)
 
     def peer(self) -> None:
         """Transformers' `generate` on the base model without experts, on the requests of the first
@@ -539,9 +530,8 @@ class Bench:
         ids = torch.from_numpy(np.stack([r.input_ids for r in requests])).long().to(self.device)
         values = torch.randn(height * width, 1176, device=self.device, dtype=self.dtype)
 
-        def answer(size: int) -> None:
-            for first in range(0, len(ids), size):
-                part = ids[first : first + size]
+        def answer(asked: torch.Tensor, size: int) -> None:
+            for part in asked.split(size):
                 grid = torch.tensor([(1, height, width)] * len(part), device=self.device)
                 with torch.inference_mode():
                     model.generate(
@@ -556,12 +546,10 @@ class Bench:
                     )
 
         for size in scale.peer_batches:
-            everything, ids = ids, ids[:size]
-            answer(size)  # warms up
-            ids = everything
+            answer(ids[:size], size)  # warms up
             self.synchronize()
             started = time.perf_counter()
-            answer(size)
+            answer(ids, size)
             self.synchronize()
             rate = len(ids) / (time.perf_counter() - started)
             self.add(

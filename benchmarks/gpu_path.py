@@ -3,7 +3,7 @@
 Launches are counted on the pretended GPU of tests/gpu, which a model of few layers passes as it
 would a real one; what libraries launch beside is not seen. Kernels are compiled by triton's own
 compiler and ptxas for an H100 or H200 (sm_90). Memory is the plan that a job starts with. "Before"
-is the count at the commit named, "foretold" what was expected of the change.
+is the count at commit 73ffbcf, "foretold" what was expected of the changes since.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pipeline.engine.options import EngineOptions
 
 ARCHITECTURE = "90"
 REQUEST_TOKENS = 1500
-#: Launches before experts in slices, the sampling kernel and the one that writes the cache (commit
-#: 73ffbcf), and what was foretold of these changes; None: nothing.
+#: Launches before experts in slices, the sampling kernel and the one that writes the cache; and
+#: what was foretold of these, None: nothing.
 BEFORE: dict[str, tuple[int, int | None]] = {
     "a layer: decode, in the graph": (20, 18),
     "a layer: prompts of one route": (32, 30),

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 
 import numpy as np
 import torch
 
 from benchmarks.harness import save
 from benchmarks.workloads import CPU_SHAPE
+from pipeline.engine.runner import routed_factors
 from pipeline.engine.segments import ExpertRules, plan_segments
-from pipeline.model.experts import ExpertFactors, Mixture, Segment, mixture_linear
+from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
+from pipeline.model.ops import to_device
 from pipeline.training.precision import products_dtype
 
 REPEATS = 15
@@ -75,11 +78,12 @@ def main() -> list[str]:
             factors[:, -1] = 0.25
             times = {}
             for name, rules in FORCED.items():
-                routed = (
-                    ExpertFactors.masked(factors)
-                    if rules is None
-                    else _routed(factors, tops, counts, experts, rules)
-                )
+                if rules is None:
+                    routed = ExpertFactors.masked(factors)
+                else:
+                    plan = plan_segments(tops, counts, len(counts), experts, rules)
+                    upload = partial(to_device, device=device)
+                    (routed,) = routed_factors([factors], plan, upload)
                 times[name] = 1000 * _median(layer, routed, tokens, device, dtype)
             plain = 1000 * _median(layer, None, tokens, device, dtype)
             measured = " | ".join(
@@ -96,28 +100,6 @@ def main() -> list[str]:
         "|---|---|---|---|---|---|---|",
         *rows,
     ]
-
-
-def _routed(
-    factors: torch.Tensor,
-    tops: np.ndarray,
-    counts: list[int],
-    experts: int,
-    rules: ExpertRules,
-) -> ExpertFactors:
-    (plan,) = plan_segments(tops, counts, len(counts), experts, rules)
-    return ExpertFactors(
-        factors,
-        tuple(
-            Segment(
-                each.first,
-                each.behind,
-                each.dense,
-                tuple((e, torch.from_numpy(i).to(factors.device)) for e, i in each.sparse.items()),
-            )
-            for each in plan
-        ),
-    )
 
 
 @torch.inference_mode()

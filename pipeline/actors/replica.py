@@ -95,6 +95,7 @@ class Replica:
             sys.setswitchinterval(SWITCH_SECONDS)
         try:
             loaded = load_for_job(settings, self._device, threads, planned)
+            self._sampling = settings.generation.to_sampling(loaded.folder)
             self._engine = loaded.engine(settings.to_options())
         except JobError as error:
             # An actor that cannot be made could not say why, and would be made again ten times.
@@ -102,7 +103,6 @@ class Replica:
                 raise
             self._refusal = error
             return
-        self._sampling = settings.generation.to_sampling(loaded.folder)
         self._flagger = Flagger(settings.to_rules())
         if monitor is not None:
             name = (

@@ -34,6 +34,7 @@ from pipeline.engine.types import (
     OutOfMemoryError,
     Request,
 )
+from pipeline.errors import ConfigError
 from pipeline.model.awaker import Model
 from pipeline.model.ops import is_lost
 from pipeline.redact import one_line, traceback_of
@@ -42,6 +43,10 @@ logger = logging.getLogger(__name__)
 
 #: How long to wait for more requests before a batch that is not full starts.
 LINGER_SECONDS = 0.02
+
+#: How long a GPU's memory is waited for, where less than half of the cache that it has room for is
+#: free: a process that died there, and whose place this one takes, may hold it for a while.
+ROOM_SECONDS = 60.0
 
 
 class Engine:
@@ -313,9 +318,21 @@ def _room(model: Model, options: EngineOptions) -> tuple[int, int]:
     """
     if model.device.type == "cpu":
         return Sizes.of(options, "cpu").batch_tokens or 0, MOST_VISUAL_BYTES
-    free, _ = torch.cuda.mem_get_info(model.device)
-    plan = MemoryPlan.of(model.shape, model.dtype, options, free, loaded=True)
-    return plan.cache_tokens, plan.visual
+    free, total = torch.cuda.mem_get_info(model.device)
+    # What never fits is said at once.
+    whole = MemoryPlan.of(model.shape, model.dtype, options, total)
+    until = time.monotonic() + ROOM_SECONDS
+    while True:
+        late = time.monotonic() >= until
+        try:
+            plan = MemoryPlan.of(model.shape, model.dtype, options, free, loaded=True)
+            if late or 2 * plan.cache_tokens >= whole.cache_tokens:
+                return plan.cache_tokens, plan.visual
+        except ConfigError:
+            if late:
+                raise
+        time.sleep(1.0)
+        free, _ = torch.cuda.mem_get_info(model.device)
 
 
 def _blaming_it(error: Exception) -> GenerationError:

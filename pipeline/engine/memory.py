@@ -90,8 +90,9 @@ class MemoryPlan:
             "sampling": sampling_bytes(shape, dtype, sizes),
             "vision": options.vision_cache_bytes + tower_bytes(shape, dtype),
         }
-        there = parts["weights"] + parts["folded"] if loaded else -CONTEXT_BYTES
-        left = int((1 - SPARE_SHARE) * free) - sum(parts.values()) + there
+        loading = parts["weights"] + parts["folded"] + CONTEXT_BYTES
+        needed = sum(parts.values()) + CONTEXT_BYTES - (loading if loaded else 0)
+        left = int((1 - SPARE_SHARE) * free) - needed
         visual = max(0, min(MOST_VISUAL_BYTES, int(VISUAL_SHARE * left)))
         token = token_bytes(shape, dtype)
         tokens = options.batch_tokens or max(0, left - visual) // token
@@ -99,12 +100,18 @@ class MemoryPlan:
             wanted = f"engine.batch_tokens {tokens:,}" if options.batch_tokens else "any cache"
             raise ConfigError(
                 f"model.device: a GPU with {free / 2**30:.1f} GiB free has no room for {wanted}: "
-                f"the model and its steps take {(sum(parts.values()) - max(0, there)) / 2**30:.1f} "
-                f"GiB of it; lower engine.step_tokens ({sizes.step_tokens}), engine.batch_size "
+                f"the model and its steps take {needed / 2**30:.1f} GiB of it; lower "
+                f"engine.step_tokens ({sizes.step_tokens}), engine.batch_size "
                 f"({sizes.batch_size}) or engine.batch_tokens, or take a larger GPU (--dry-run "
                 "shows what fits)"
             )
         return cls(**parts, visual=visual, cache=tokens * token, cache_tokens=tokens)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of it, CUDA's context left out."""
+        beside = self.steps + self.sampling + self.vision + self.visual
+        return self.weights + self.folded + beside + self.cache
 
 
 def weight_bytes(shape: ModelShape, dtype: torch.dtype) -> int:

@@ -4,7 +4,7 @@ decoder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from pipeline.engine.folding import FoldedExperts
 from pipeline.engine.request import LiveRequest
 from pipeline.engine.sampling import Sampler
 from pipeline.engine.scheduler import Chunk, Schedule
-from pipeline.engine.segments import ExpertRules, plan_segments
+from pipeline.engine.segments import ExpertRules, PlannedSegment, plan_segments
 from pipeline.engine.static_decode import StaticDecode, static_sizes
 from pipeline.model.attention import KVCache, Sequences, StepLayout
 from pipeline.model.awaker import Model
@@ -272,33 +272,43 @@ class Runner:
             adapter.experts,
             EXPERT_RULES[self._model.device.type],
         )
-        # All routers' token indices in one copy to the device.
-        indices = [
-            tokens for segments in plan for each in segments for tokens in each.sparse.values()
-        ]
-        on_device = iter(
-            self._upload(np.concatenate(indices)).split([len(i) for i in indices])
-            if indices
-            else ()
-        )
-        return [
-            ExpertFactors(
-                f,
-                tuple(
-                    Segment(
-                        each.first,
-                        each.behind,
-                        each.dense,
-                        tuple((expert, next(on_device)) for expert in each.sparse),
-                    )
-                    for each in segments
-                ),
-            )
-            for f, segments in zip(factors, plan, strict=True)
-        ]
+        return routed_factors(factors, plan, self._upload)
 
     def _upload(self, values: np.ndarray) -> Tensor:
         return to_device(values, self._model.device)
+
+
+def routed_factors(
+    factors: Sequence[Tensor],
+    plan: Sequence[Sequence[PlannedSegment]],
+    upload: Callable[[np.ndarray], Tensor],
+) -> list[ExpertFactors]:
+    """What each router contributes to a step whose segments are planned.
+
+    Args:
+        factors: for each router [tokens, E + 1].
+        plan: for each router its segments.
+        upload: takes an array to the device; called once, for the token indices of all of them.
+    """
+    indices = [tokens for segments in plan for each in segments for tokens in each.sparse.values()]
+    on_device = iter(
+        upload(np.concatenate(indices)).split([len(i) for i in indices]) if indices else ()
+    )
+    return [
+        ExpertFactors(
+            f,
+            tuple(
+                Segment(
+                    each.first,
+                    each.behind,
+                    each.dense,
+                    tuple((expert, next(on_device)) for expert in each.sparse),
+                )
+                for each in segments
+            ),
+        )
+        for f, segments in zip(factors, plan, strict=True)
+    ]
 
 
 def _packed(chunks: Sequence[Chunk]) -> np.ndarray:

@@ -121,6 +121,20 @@ def quick_gelu_(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def _rotated(place, cos, sin, row, column, inside, HALF: tl.constexpr, ANGLE_STRIDE: tl.constexpr):
+    # Both halves of a token's heads, of which `place` points to the first ones. HALF and
+    # ANGLE_STRIDE are constants: of a number Triton knows only whether 16 divides it, and of a head
+    # of 80 it would read 2 bytes at a time. All heads of a token: its angles are read once.
+    angle = row * ANGLE_STRIDE + column
+    c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    first = tl.load(place, mask=inside, other=0.0)
+    second = tl.load(place + HALF, mask=inside, other=0.0)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    return (a * c - b * s).to(first.dtype), (b * c + a * s).to(first.dtype)
+
+
+@triton.jit
 def _rotate(
     x,
     cos,
@@ -133,23 +147,13 @@ def _rotate(
     HEADS_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
 ):
-    # HALF and ANGLE_STRIDE are constants: of a number Triton knows only whether 16 divides it, and
-    # of a head of 80 it would read 2 bytes at a time.
-    # All heads of a token: its angles are read once.
     row = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, HEADS_BLOCK), tl.arange(0, HALF_BLOCK)
-    angle = row * ANGLE_STRIDE + column
-    c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
     inside = (head < heads)[:, None] & (column < HALF)[None, :]
     place = x + row * row_stride + head[:, None] * head_stride + column[None, :]
-    first, second = (
-        tl.load(place, mask=inside, other=0.0),
-        tl.load(place + HALF, mask=inside, other=0.0),
-    )
-    a, b = first.to(tl.float32), second.to(tl.float32)
-    tl.store(place, (a * c - b * s).to(first.dtype), mask=inside)
-    tl.store(place + HALF, (b * c + a * s).to(first.dtype), mask=inside)
+    left, right = _rotated(place, cos, sin, row, column, inside, HALF, ANGLE_STRIDE)
+    tl.store(place, left, mask=inside)
+    tl.store(place + HALF, right, mask=inside)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -177,18 +181,10 @@ def _rotate_and_store(
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(write + row).to(tl.int64)
     head, column = tl.arange(0, HEADS_BLOCK), tl.arange(0, HALF_BLOCK)
-    angle = row * ANGLE_STRIDE + column
-    c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + angle, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
     half = (column < HALF)[None, :]
     inside = (head < HEADS + KV_HEADS)[:, None] & half
     place = qkv + row * row_stride + head[:, None] * head_stride + column[None, :]
-    first, second = (
-        tl.load(place, mask=inside, other=0.0),
-        tl.load(place + HALF, mask=inside, other=0.0),
-    )
-    a, b = first.to(tl.float32), second.to(tl.float32)
-    left, right = (a * c - b * s).to(first.dtype), (b * c + a * s).to(first.dtype)
+    left, right = _rotated(place, cos, sin, row, column, inside, HALF, ANGLE_STRIDE)
     query = (head < HEADS)[:, None] & half
     tl.store(place, left, mask=query)
     tl.store(place + HALF, right, mask=query)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -79,15 +80,17 @@ class NamedActor:
 def hold_back_always() -> None:
     """Let no stage run far ahead of the next one, unless the environment says how far.
 
-    Whoever calls us may have imported Ray Data before, so that the variable alone comes too late.
+    Whoever calls us may have imported Ray Data before, so that the variable alone comes too late. A
+    version of Ray Data without the policy goes on as it would.
     """
     if HOLD_BACK_VARIABLE in os.environ:
         return
-    from ray.data._internal.execution.backpressure_policy import (
-        downstream_capacity_backpressure_policy as policies,
-    )
+    with contextlib.suppress(ImportError):
+        from ray.data._internal.execution.backpressure_policy import (
+            DownstreamCapacityBackpressurePolicy,
+        )
 
-    setattr(policies.DownstreamCapacityBackpressurePolicy, HOLD_BACK, 0.0)
+        setattr(DownstreamCapacityBackpressurePolicy, HOLD_BACK, 0.0)
 
 
 def _make_actors_of_values() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from benchmarks.shapes import AWAKER_7B, IMAGE_PAD, SMALL, moved, random_model, random_requests
 from pipeline.engine import EngineOptions
 from pipeline.engine.encode import ENCODE_PATCHES, Encoder
+from pipeline.engine.engine import _room
 from pipeline.engine.memory import (
     CARDS,
     MemoryPlan,
@@ -117,8 +119,8 @@ def test_the_plan_leaves_the_cache_what_is_left() -> None:
     options = EngineOptions()
     plan = MemoryPlan.of(AWAKER_7B, torch.bfloat16, options, CARDS["80 GB"])
     assert 20 < plan.weights / 2**30 < 21
-    total = sum(getattr(plan, f) for f in vars(plan) if f != "cache_tokens")
-    assert 0.93 * CARDS["80 GB"] < total < 0.98 * CARDS["80 GB"]
+    assert plan.total == sum(getattr(plan, f) for f in vars(plan) if f != "cache_tokens")
+    assert 0.93 * CARDS["80 GB"] < plan.total < 0.98 * CARDS["80 GB"]
     # Once the model is loaded, what it takes is not free; the same is left.
     free = CARDS["80 GB"] - plan.weights
     later = MemoryPlan.of(AWAKER_7B, torch.bfloat16, options, free, loaded=True)
@@ -127,6 +129,33 @@ def test_the_plan_leaves_the_cache_what_is_left() -> None:
     less = MemoryPlan.of(AWAKER_7B, torch.bfloat16, folding, CARDS["80 GB"])
     assert less.folded > 10 << 30
     assert less.cache_tokens < plan.cache_tokens
+
+
+def test_memory_that_a_dead_process_still_holds_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = SimpleNamespace(shape=SHAPE, dtype=torch.float32, device=CUDA)
+    free = iter([100 << 20, 2 << 30, 7 << 30])  # no room, some, nearly all
+    waits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (next(free), 8 << 30))
+    monkeypatch.setattr("pipeline.engine.engine.time.sleep", waits.append)
+    tokens, visual = _room(model, EngineOptions())  # type: ignore[arg-type]
+    assert len(waits) == 2
+    assert tokens > 1000
+    assert visual > 0
+    # It is not waited for where the whole GPU is too small.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (100 << 20, 900 << 20))
+    with pytest.raises(ConfigError, match="a GPU with 0.9 GiB free has no room"):
+        _room(model, EngineOptions())  # type: ignore[arg-type]
+    # Nor for ever.
+    monkeypatch.setattr("pipeline.engine.engine.ROOM_SECONDS", 0.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (100 << 20, 8 << 30))
+    with pytest.raises(ConfigError, match="a GPU with 0.1 GiB free has no room"):
+        _room(model, EngineOptions())  # type: ignore[arg-type]
+    assert len(waits) == 2
+    # What there is then is taken.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 << 30, 8 << 30))
+    assert 0 < _room(model, EngineOptions())[0] < tokens / 2  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_is_refused_with_what_to_lower() -> None:

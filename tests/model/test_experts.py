@@ -8,8 +8,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pipeline.engine.runner import routed_factors
 from pipeline.engine.segments import ExpertRules, plan_segments
-from pipeline.model.experts import ExpertFactors, Mixture, Segment, mixture_linear
+from pipeline.model.experts import Mixture, mixture_linear
 from pipeline.model.routing import expert_factors
 
 OUT, IN, RANK = 7, 5, 3
@@ -85,19 +86,8 @@ def test_every_strategy_is_exact(
         expert_factors(weights, scale=2.0).to(dtype).repeat_interleave(torch.tensor(tokens), 0)
     )
     x = random(sum(tokens), IN)
-    (plan,) = plan_segments(tops.numpy().astype(np.int8), tokens, len(prompts), experts, rules)
-    routed = ExpertFactors(
-        factors,
-        tuple(
-            Segment(
-                each.first,
-                each.behind,
-                each.dense,
-                tuple((e, torch.from_numpy(i)) for e, i in each.sparse.items()),
-            )
-            for each in plan
-        ),
-    )
+    plan = plan_segments(tops.numpy().astype(np.int8), tokens, len(prompts), experts, rules)
+    (routed,) = routed_factors([factors], plan, torch.from_numpy)
     exact = formula(
         *(t.double() for t in (x, w)),
         [t.double() for t in a],
