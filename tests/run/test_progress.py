@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,7 +140,9 @@ def test_samples_are_thinned_and_a_run_that_lost_the_output_writes_none(
     folder.make()
     hold(folder)
     clock = itertools.count(1000)
-    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    # Journal's own name for the module: other threads of this process ask for the time, too.
+    a_second_later = SimpleNamespace(time=lambda: float(next(clock)), monotonic=time.monotonic)
+    monkeypatch.setattr("pipeline.io.output.journal.time", a_second_later)
     journal = Journal(Claim(folder, "mine"))
     for rows in range(5000):
         journal.sample({"rows": rows})
