@@ -1,6 +1,7 @@
 """Answers follow from the truth, in every task and both languages."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -29,6 +30,20 @@ def test_captions_name_everything_in_reading_order() -> None:
     assert caption("zh", THINGS) == "一个大的红色圆形、一个小的蓝色方形和一个绿色的字母K。"
     assert caption("en", THINGS[:1]) == "A big red circle."
     assert caption("zh", THINGS[1:2]) == "一个小的蓝色方形。"
+
+
+def test_an_stands_before_a_vowel() -> None:
+    orange = Thing("glyph", "orange", "", "7", 20, 20, 30)
+    assert caption("en", [orange]) == "An orange digit 7."
+    assert caption("en", [RED_CIRCLE, orange]) == "A big red circle and an orange digit 7."
+    said = [
+        text
+        for task in (*TASKS, *LESSONS)
+        for question in questions(task, "en", [orange, *THINGS])
+        for text in (question.prompt, question.answer)
+    ]
+    assert not [text for text in said if re.search(r"\b[Aa] [aeiou]", text)]
+    assert sum("an orange" in text for text in said) > 10
 
 
 def test_counting_says_how_many() -> None:

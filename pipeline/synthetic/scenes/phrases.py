@@ -8,6 +8,7 @@ whole sentences.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -232,6 +233,11 @@ def plain(phrase: str) -> str:
     return phrase.replace("|", "")
 
 
+def with_articles(text: str) -> str:
+    """English with "an" where a word with a vowel at its beginning follows: an orange digit."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
 def noun(language: str, form: str, **names: str) -> str:
     """A noun phrase; `names` are English names (or a character) and come out in `language`."""
     fields = {key: NAMES[language].get(name, name) for key, name in names.items()}
@@ -276,10 +282,13 @@ def describe_thing(language: str, thing: Thing) -> str:
     """All that a caption says of one object."""
     words, names = CAPTIONS[language], NAMES[language]
     if thing.kind == "glyph":
+        phrase = words["character"]
         fields = {"sort": names[sort_of(thing.character)], "character": thing.character}
-        return plain(words["character"]).format(colour=names[thing.colour], **fields)
-    fields = {"size": names[thing.size], "kind": names[thing.kind]}
-    return plain(words["shape"]).format(colour=names[thing.colour], **fields)
+    else:
+        phrase = words["shape"]
+        fields = {"size": names[thing.size], "kind": names[thing.kind]}
+    text = plain(phrase).format(colour=names[thing.colour], **fields)
+    return with_articles(text) if language == "en" else text
 
 
 def tell(language: str, thing: Thing, cell: int) -> str:
@@ -311,7 +320,9 @@ def vocabulary() -> list[str]:
             )
     fragments += [
         "A ",
+        "An ",
         " a",
+        " an",
         "A.",
         "B.",
         "C.",

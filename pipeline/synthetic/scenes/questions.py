@@ -82,7 +82,7 @@ def _prompt(rng: random.Random, language: str, form: str, **fields: str) -> str:
         and rng.random() < 0.125
     ):
         prompt += phrases.SHORT_ANSWER
-    return prompt
+    return phrases.with_articles(prompt) if language == "en" else prompt
 
 
 def _caption(rng: random.Random, language: str, things: Sequence[Thing]) -> tuple[str, str]:
