@@ -24,6 +24,7 @@ from pipeline.io.output.columns import RESERVED_COLUMNS, output_schema
 from pipeline.io.output.commits import OutputLog, done_rows
 from pipeline.io.output.lease import Claim, Lease
 from pipeline.io.output.storage import OutputFolder
+from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet
 from pipeline.settings.job import InputSettings, OutputSettings
 
@@ -46,7 +47,7 @@ def generate(folder: Path, shards: int) -> None:
 
     output = OutputFolder(str(folder / "out"))
     output.make()
-    log = OutputLog(output, Lease(Claim(output, "before")).take())
+    writer = OutputWriter(output, Lease(Claim(output, "before")).take())
     rng = np.random.default_rng(0)
     empty = output_schema(OutputSettings(path="out"), pa.schema([])).empty_table()
     # Every row is done or not by blocks of 32, since replicas answer blocks out of order; a file
@@ -60,10 +61,10 @@ def generate(folder: Path, shards: int) -> None:
             rows[f"file://{name}"] = RowSet.of_intervals(
                 [(int(b), min(int(b) + 32, ROWS_PER_SHARD)) for b in done]
             )
-        log.commit(empty, rows, None)
-        if first // per_file % UNINDEXED == 0 and log._unindexed:
-            log._unindexed.popitem()
-    log.index()
+        writer.commit(empty, rows, None)
+        if first // per_file % UNINDEXED == 0 and writer._unindexed:
+            writer._unindexed.popitem()
+    writer.index()
 
 
 def plan(folder: Path) -> dict[str, float]:

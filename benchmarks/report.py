@@ -19,12 +19,12 @@ from playwright.sync_api import sync_playwright
 from benchmarks.harness import ROOT, mebibytes, peak_memory, save
 from pipeline.actors.kept import SIDE, as_jpeg
 from pipeline.io.output.columns import KEPT_SCHEMA, output_schema
-from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.journal import Journal
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim, Lease
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
+from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet
 from pipeline.report.gather import SHOWN
 from pipeline.rows import PLACE_SCHEMA, ROW, SHARD
@@ -83,16 +83,16 @@ def generate(folder: OutputFolder) -> None:
     total = FILES * ROWS_PER_FILE
     Manifest("caption", {}, {}, {"file:///in.parquet": (1, "v", total)}, "0").save(folder)
     folder.write("_run/config.yaml", b"model: {}\n")
-    log = OutputLog(folder, Lease(Claim(folder, "mine")).take())
+    writer = OutputWriter(folder, Lease(Claim(folder, "mine")).take())
     schema = output_schema(OutputSettings(path="o"), pa.schema([]))
     table = pa.Table.from_pylist([row(rng, number) for number in range(ROWS_PER_FILE)], schema)
     for file in range(FILES):
-        log.commit(
+        writer.commit(
             table,
             {"file:///in.parquet": RowSet.range(file * ROWS_PER_FILE, (file + 1) * ROWS_PER_FILE)},
             None,
         )
-    log.index()
+    writer.index()
     kept = pa.schema(
         [
             *output_schema(OutputSettings(path="o", routes=True), pa.schema([])),
@@ -108,7 +108,7 @@ def generate(folder: OutputFolder) -> None:
                 number += 1
                 place = {SHARD: "in", ROW: number, "sample": why, "pictures": [photograph(rng)]}
                 rows.append({**row(rng, number), **place})
-            log.keep_rows(pa.Table.from_pylist(rows, kept))
+            writer.keep_rows(pa.Table.from_pylist(rows, kept))
     with Journal(Claim(folder, "mine")) as journal:
         journal.event("run_started")
         for step in range(720):

@@ -56,7 +56,7 @@ def floors(
     """New tokens a second if the products that nobody can leave out, without padding, ran at
     `rate`.
     """
-    shape = loaded.model.shape
+    shape = loaded.awaker.model.shape
     kinds = {"with experts": shape, "without": replace(shape, adapter=None)}
     floors: dict[str, dict[str, float]] = {f"floor {name}": {} for name in kinds}
     for workload, asked in workloads.items():

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import pipeline.compat  # noqa: F401 - before transformers' processor imports torchvision
+from pipeline import load
 from pipeline.engine import Engine, EngineOptions, Request, Sampling
-from pipeline.model.awaker import Model, load_model
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.prompt import PromptProcessor
+from pipeline.engine.load import LoadedModel
+from pipeline.engine.options import DtypeName
 from pipeline.synthetic.hub_folder import FolderShape
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from pipeline.training.precision import products_dtype
@@ -72,18 +72,12 @@ def noise(rng: np.random.Generator, height: int, width: int) -> Image.Image:
 class Loaded:
     """A random checkpoint with experts, loaded on the CPU."""
 
-    model: Model
-    processor: PromptProcessor
+    awaker: LoadedModel
 
     def engine(self, **options: Any) -> Engine:
         """An engine over the model; no answer is kept, so that every round does all the work."""
         options = {"answer_cache": 0, "vision_cache_bytes": 0, **options}
-        return Engine(
-            self.model,
-            self.processor.tokenizer,
-            self.processor.special.image_pad,
-            EngineOptions(**options),
-        )
+        return self.awaker.engine(EngineOptions(**options))
 
     def requests(self, asked: Sequence[Asked]) -> list[Request]:
         """What a CPU actor and a replica make of the questions; no end token, so that all answers
@@ -93,7 +87,7 @@ class Loaded:
 
     def request(self, messages: list[dict[str, Any]], new_tokens: int) -> Request:
         """One conversation, answered with exactly `new_tokens` tokens."""
-        prompt = self.processor.prepare(messages)
+        prompt = self.awaker.processor.prepare(messages)
         return Request(
             prompt.input_ids, prompt.span, prompt.images, Sampling(new_tokens, eos_token_ids=())
         )
@@ -102,9 +96,8 @@ class Loaded:
 def load_random(folder: Path, shape: RandomShape = CPU_SHAPE, dtype: torch.dtype = DTYPE) -> Loaded:
     """Write a random checkpoint and load it on the CPU."""
     base, adapter = write_random_checkpoint(folder, shape, seed=0)
-    checkpoint = open_checkpoint(str(base), str(adapter))
-    processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    return Loaded(load_model(checkpoint, processor.image_processor, dtype, CPU), processor)
+    name: DtypeName = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    return Loaded(load(str(base), str(adapter), dtype=name, device="cpu"))
 
 
 class Transformers:

@@ -12,21 +12,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
-from pipeline.engine import Engine, Sampling
-from pipeline.model.awaker import load_model
+from pipeline import load
+from pipeline.engine.options import DtypeName
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.convert import convert
-from pipeline.model.prompt import PromptProcessor
 from pipeline.quality.accuracy import is_right
 from pipeline.settings.base import load_settings
 from pipeline.settings.job import JobSettings
 from pipeline.synthetic.scenes.questions import TASKS
 from tests.conftest import RayCluster
 from tests.jobs.support import ROOT, results, run_on_cluster
-from tests.prompts import Asked, as_request
 
 DEMO = ROOT / "pipeline" / "demo"
 SMALL = DEMO / "awaker-small"
@@ -45,30 +42,22 @@ def report() -> dict[str, Any]:
 
 
 def answers(
-    base: Path, adapter: Path | None, dtype: torch.dtype, rows: list[dict[str, Any]]
+    base: Path, adapter: Path | None, dtype: DtypeName, rows: list[dict[str, Any]]
 ) -> list[str]:
     """The engine's answers to all rows."""
-    checkpoint = open_checkpoint(str(base), str(adapter) if adapter else None)
-    processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    model = load_model(checkpoint, processor.image_processor, dtype, torch.device("cpu"))
+    awaker = load(str(base), str(adapter) if adapter else None, dtype=dtype, device="cpu")
     requests = []
     for row in rows:
-        pictures = (
-            () if row["image"] is None else (Image.open(io.BytesIO(row["image"])).convert("RGB"),)
-        )
-        requests.append(
-            as_request(
-                Asked(row["prompt"], pictures), processor, Sampling(64, (processor.special.im_end,))
-            )
-        )
-    with Engine(model, processor.tokenizer, processor.special.image_pad) as engine:
-        return [result.text for result in engine.generate(requests)]
+        pictures = () if row["image"] is None else (Image.open(io.BytesIO(row["image"])),)
+        requests.append(awaker.request(row["prompt"], *pictures, max_new_tokens=64))
+    with awaker.engine() as engine:
+        return [answer.text for answer in engine.generate(requests)]
 
 
 @pytest.fixture(scope="module")
 def exact(scenes: list[dict[str, Any]]) -> list[str]:
     """The answers at float32."""
-    return answers(SMALL / "base", SMALL / "adapter", torch.float32, scenes)
+    return answers(SMALL / "base", SMALL / "adapter", "float32", scenes)
 
 
 def right(texts: list[str], rows: list[dict[str, Any]]) -> int:
@@ -114,7 +103,7 @@ def test_the_engine_answers_the_scenes_as_well_as_the_report_says(
 
 @pytest.mark.slow
 def test_bfloat16_scores_within_a_point(exact: list[str], scenes: list[dict[str, Any]]) -> None:
-    half = answers(SMALL / "base", SMALL / "adapter", torch.bfloat16, scenes)
+    half = answers(SMALL / "base", SMALL / "adapter", "bfloat16", scenes)
     assert abs(right(half, scenes) - right(exact, scenes)) <= len(scenes) / 100
 
 
@@ -128,7 +117,7 @@ def test_a_converted_checkpoint_says_the_same(
         None,
         1 << 20,
     )
-    assert answers(tmp_path / "converted", None, torch.float32, scenes) == exact
+    assert answers(tmp_path / "converted", None, "float32", scenes) == exact
 
 
 @pytest.mark.slow

@@ -21,11 +21,11 @@ from pipeline.actors.outcome import Judged
 from pipeline.engine import Answer
 from pipeline.errors import OutputError, RowFailure
 from pipeline.io.output.columns import KEPT_SCHEMA, output_schema
-from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.journal import Journal
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim
 from pipeline.io.output.storage import OutputFolder
+from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet
 from pipeline.report import charts
 from pipeline.report.page import _stages, write_report
@@ -97,8 +97,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
     )
     made = rows()
     schema = output_schema(OutputSettings(path="o"), EXTRAS)
-    log = OutputLog(folder, fence)
-    log.commit(
+    writer = OutputWriter(folder, fence)
+    writer.commit(
         pa.Table.from_pylist(made, schema), {"file:///in.parquet": RowSet.range(0, ROWS)}, None
     )
     picture = as_jpeg(np.full((56, 84, 3), 90, np.uint8))
@@ -113,7 +113,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
         for at, row in enumerate(made)
     ]
     with_routes = output_schema(OutputSettings(path="o", routes=True), EXTRAS)
-    log.keep_rows(
+    writer.keep_rows(
         pa.Table.from_pylist(kept, pa.schema([*with_routes, *PLACE_SCHEMA, *KEPT_SCHEMA]))
     )
     with Journal(Claim(folder, "mine")) as journal:

@@ -23,6 +23,7 @@ from pipeline.counters import COMMITTED, RowCounts
 from pipeline.errors import JobError, OutputError, TooManyErrorsError, code_of, worth_another_try
 from pipeline.io.output.commits import OutputLog, done_rows
 from pipeline.io.output.lease import Claim, Fence
+from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet
 from pipeline.quality.accuracy import Truth
 from pipeline.redact import cause_of
@@ -109,11 +110,12 @@ class Committer:
             # An epoch of its own: one that Ray gave up, but that still reaches the storage, writes
             # nothing from here on.
             fence = self._patiently(lambda: Fence.begin(claim))
-            self._log = OutputLog(claim.folder, fence, settings.at)
-            self._patiently(self._log.accept)
+            self._writer = OutputWriter(claim.folder, fence, settings.at)
+            self._patiently(self._writer.accept)
             # Read here, not handed over: started again, it must know what it committed before it
             # died.
-            self._taken.update(done_rows(self._log.commits(mend=True)))
+            committed = OutputLog(claim.folder, settings.at).commits(mend=True)
+            self._taken.update(done_rows(committed))
         except Exception as error:  # an actor that cannot be made could not say why
             self._failure = self._explained(error)
         self._error_settings = errors
@@ -148,7 +150,7 @@ class Committer:
                 raise self._failure
             self._commit()
             with contextlib.suppress(Exception):  # it only repeats what the files say
-                self._patiently(self._log.index)
+                self._patiently(self._writer.index)
         if self._monitor is not None:
             import ray
 
@@ -233,7 +235,7 @@ class Committer:
         try:
             # A run that took the output over has planned these rows anew: the log asks before and
             # after each try.
-            self._patiently(lambda: self._log.commit(table, rows, self._truth, retry))
+            self._patiently(lambda: self._writer.commit(table, rows, self._truth, retry))
         except Exception as error:
             # Of whatever kind: these rows cannot be written, and none may be taken after them.
             self._failure = self._explained(error)
@@ -241,7 +243,7 @@ class Committer:
         self._gathered = _Gathered()
         if gathered.kept:
             try:
-                self._log.keep_rows(pa.concat_tables(gathered.kept))
+                self._writer.keep_rows(pa.concat_tables(gathered.kept))
             except Exception as error:  # they are for looking at; the results are what counts
                 logger.warning("cannot write the rows to look at (%s)", cause_of(error))
         if self._monitor is not None:

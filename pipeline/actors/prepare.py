@@ -14,10 +14,11 @@ from pipeline.actors.ahead import Ahead
 from pipeline.actors.conversation import from_messages, from_prompt, named_images
 from pipeline.actors.decoder import Decoder
 from pipeline.actors.pictures import EncodedPicture, RowPictures
+from pipeline.actors.refusal import Refusal
 from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
 from pipeline.counters import RowCounts
-from pipeline.errors import CheckpointError, RowError, RowErrorCode, RowFailure
+from pipeline.errors import RowError, RowErrorCode, RowFailure
 from pipeline.io.input.columns import Columns
 from pipeline.io.input.references import shown
 from pipeline.model.prompt import PromptProcessor
@@ -80,14 +81,9 @@ class Preparer:
 
         # Several of these share a machine; torch's own threads would only get in each other's way.
         torch.set_num_threads(1)
-        self._refusal: CheckpointError | None = None
-        try:
+        self._refusal = Refusal(monitor)
+        with self._refusal.kept():
             self.processor = _processor(settings, planned)
-        except CheckpointError as error:
-            # An actor that cannot be made could not say why, and would be made again ten times.
-            if monitor is None:
-                raise
-            self._refusal = error
         self._columns = columns
         self._image_settings = settings.images
         self._most_new_tokens = settings.generation.max_new_tokens
@@ -111,11 +107,7 @@ class Preparer:
         Raises:
             CheckpointError: `model.base` is not what the job was planned with, here.
         """
-        if self._refusal is not None:
-            import ray
-
-            ray.get(self._monitor.refuse.remote(self._refusal))
-            raise self._refusal
+        self._refusal.check()
         extras = carried(table)
         ready: list[PreparedRow] = []
         size = start = 0

@@ -20,11 +20,12 @@ import torch
 from pipeline.actors.kept import RowKeeper, Why, as_jpeg
 from pipeline.actors.loading import load_for_job
 from pipeline.actors.outcome import Judged, Outcome, failure_of, output_table
+from pipeline.actors.refusal import Refusal
 from pipeline.actors.witness import TRIES, Verdict
 from pipeline.counters import ProcessGauges, ReplicaGauges, RowCounts
 from pipeline.engine import GenerationError, LostDeviceError, Request, Sampling
 from pipeline.engine.repetition import ends_in_loop
-from pipeline.errors import JobError, RowError, RowFailure
+from pipeline.errors import RowError, RowFailure
 from pipeline.io.output.columns import KEPT_SCHEMA, output_schema
 from pipeline.quality.flags import Flagger, doubt
 from pipeline.redact import one_line
@@ -90,27 +91,21 @@ class Replica:
         self._alone = asyncio.Lock()
         self._name = uuid.uuid4().hex
         self._device = torch.device(device)
-        self._refusal: JobError | None = None
+        self._flagger = Flagger(settings.to_rules())
         if self._device.type == "cuda":
             sys.setswitchinterval(SWITCH_SECONDS)
-        try:
+        self._refusal = Refusal(monitor)
+        with self._refusal.kept():
             loaded = load_for_job(settings, self._device, threads, planned)
             self._sampling = settings.generation.to_sampling(loaded.folder)
             self._engine = loaded.engine(settings.to_options())
-        except JobError as error:
-            # An actor that cannot be made could not say why, and would be made again ten times.
-            if monitor is None:
-                raise
-            self._refusal = error
-            return
-        self._flagger = Flagger(settings.to_rules())
-        if monitor is not None:
-            name = (
-                torch.cuda.get_device_name(self._device)
-                if self._device.type == "cuda"
-                else f"CPU, {torch.get_num_threads()} threads"
-            )
-            monitor.started.remote(self._name, socket.gethostname(), name)
+            if monitor is not None:
+                name = (
+                    torch.cuda.get_device_name(self._device)
+                    if self._device.type == "cuda"
+                    else f"CPU, {torch.get_num_threads()} threads"
+                )
+                monitor.started.remote(self._name, socket.gethostname(), name)
 
     async def __call__(self, table: pa.Table) -> pa.Table:
         """Answer a block and hand its rows, in the output's schema, to the committer; how many they
@@ -120,9 +115,7 @@ class Replica:
             JobError: nothing can be loaded here, or not what the job was planned with, or this GPU
                 has no room for it.
         """
-        if self._refusal is not None:
-            await self._monitor.refuse.remote(self._refusal)
-            raise self._refusal
+        await self._refusal.check_async()
         rows = prepared_rows(table)
         row_places = places(table)
         outcomes = await self._answer_watched(rows, row_places)

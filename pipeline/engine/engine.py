@@ -5,7 +5,6 @@ they join and leave.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -19,34 +18,24 @@ from pipeline.counters import EngineCounts, EngineGauges
 from pipeline.engine.answers import take_token
 from pipeline.engine.encode import Encoder
 from pipeline.engine.folding import folded_experts
+from pipeline.engine.inbox import Inbox
 from pipeline.engine.intake import Intake
-from pipeline.engine.memory import MOST_VISUAL_BYTES, MemoryPlan
-from pipeline.engine.narrow import narrow
+from pipeline.engine.memory import find_room
+from pipeline.engine.narrow import blamed, narrow
 from pipeline.engine.options import EngineOptions, Sizes
 from pipeline.engine.request import LiveRequest, Stage
 from pipeline.engine.reuse import Reuse
 from pipeline.engine.runner import Launched, Runner
 from pipeline.engine.scheduler import Schedule, Scheduler
-from pipeline.engine.types import (
-    Answer,
-    GenerationError,
-    LostDeviceError,
-    OutOfMemoryError,
-    Request,
-)
-from pipeline.errors import ConfigError
+from pipeline.engine.types import Answer, GenerationError, LostDeviceError, Request
 from pipeline.model.awaker import Model
 from pipeline.model.ops import is_lost
-from pipeline.redact import one_line, traceback_of
+from pipeline.redact import traceback_of
 
 logger = logging.getLogger(__name__)
 
 #: How long to wait for more requests before a batch that is not full starts.
 LINGER_SECONDS = 0.02
-
-#: How long a GPU's memory is waited for, where less than half of the cache that it has room for is
-#: free: a process that died there, and whose place this one takes, may hold it for a while.
-ROOM_SECONDS = 60.0
 
 
 class Engine:
@@ -78,7 +67,7 @@ class Engine:
         self._sizes = sizes = Sizes.of(options, model.device.type)
         # Before the cache takes what is free.
         folded = folded_experts(model) if options.fold_experts else None
-        self._cache_tokens, visual_bytes = _room(model, options)
+        self._cache_tokens, visual_bytes = find_room(model, options)
         self._tokenizer = tokenizer
         self._max_positions = model.shape.max_positions
         self._encoder = Encoder(
@@ -98,14 +87,11 @@ class Engine:
         # On a GPU the next step is launched before the tokens of this one are read: the device
         # never waits for the host.
         self._ahead = 0 if model.device.type == "cpu" else 1
-        self._inbox: queue.SimpleQueue[LiveRequest | None] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._live: set[LiveRequest] = set()
         self._launched: deque[Launched] = deque()
         self._stages = {"encode": self._encode, "admit": self._admit, "step": self._step}
         self._seconds = dict.fromkeys(self._stages, 0.0)
-        self._closing = False
-        self._failure: Exception | None = None
-        self._abandoning = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -120,16 +106,10 @@ class Engine:
             RuntimeError: the engine is closed, or failed; `LostDeviceError` where its device is
                 lost.
         """
-        if self._failure:
-            raise self._failed() from self._failure
-        if self._closing:
-            raise RuntimeError("the engine is closed")
         _ = request.key  # images are hashed here, in the caller's thread
         room = self._max_positions - len(request.input_ids)
         future: Future[Answer] = Future()
         self._inbox.put(LiveRequest(request, min(request.sampling.max_new_tokens, room), [future]))
-        if self._failure:  # it failed in between: nobody reads the inbox any more
-            self._abandon()
         return future
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
@@ -165,9 +145,7 @@ class Engine:
 
     def close(self) -> None:
         """Answer what was submitted, then stop."""
-        if not self._closing:
-            self._closing = True
-            self._inbox.put(None)
+        self._inbox.close()
         self._thread.join()
 
     def __enter__(self) -> Engine:
@@ -185,9 +163,8 @@ class Engine:
         try:
             with torch.inference_mode():
                 self._runner.prepare()
-                open_for_more = True
-                while open_for_more or self._live:
-                    open_for_more = self._receive(open_for_more)
+                while self._inbox.open or self._live:
+                    self._receive()
                     for name, work in self._stages.items():
                         started = time.perf_counter()
                         work()
@@ -196,43 +173,23 @@ class Engine:
             # Not a request's fault. Nobody may wait for ever: every caller learns of it, and may
             # start a new engine.
             logger.error("the engine failed\n%s", traceback_of(error))
-            self._failure = error
-            self._abandon()
+            self._inbox.fail(error, self._live)
 
-    def _abandon(self) -> None:
-        """Give the engine's failure to everyone who waits, whatever state it left them in."""
-        with self._abandoning:
-            while not self._inbox.empty():
-                if (live := self._inbox.get()) is not None:
-                    self._live.add(live)
-            for live in self._live:
-                live.resolve(self._failed())
-
-    def _failed(self) -> RuntimeError:
-        """What callers get once the engine failed, whether they wait already or come later."""
-        kind = LostDeviceError if isinstance(self._failure, LostDeviceError) else RuntimeError
-        return kind(f"the engine failed: {one_line(str(self._failure))}")
-
-    def _receive(self, open_for_more: bool) -> bool:
-        """Take what is in the inbox, as far as there is room to wait; False once the engine is
-        closing.
+    def _receive(self) -> None:
+        """Take what is in the inbox, as far as there is room to wait.
 
         Only an engine with nothing to run waits: for ever if it has nothing at all, else a moment
         for a fuller batch.
         """
-        while open_for_more and self._queued < self._sizes.waiting:
-            try:
-                if self._scheduler.running:
-                    live = self._inbox.get_nowait()
-                else:
-                    live = self._inbox.get(timeout=LINGER_SECONDS if self._live else None)
-            except queue.Empty:
-                break
+        while self._queued < self._sizes.waiting:
+            if self._scheduler.running:
+                patience: float | None = 0.0
+            else:
+                patience = LINGER_SECONDS if self._live else None
+            live = self._inbox.take(patience)
             if live is None:
-                open_for_more = False
-            elif live.futures[0].set_running_or_notify_cancel():
-                self._take_in(live)
-        return open_for_more
+                break
+            self._take_in(live)
 
     def _take_in(self, live: LiveRequest) -> None:
         """Queue a request, unless an equal one was answered or is on its way."""
@@ -252,7 +209,7 @@ class Engine:
         busy = bool(self._scheduler.running)
         encoded = (*self._scheduler.waiting, *self._scheduler.running)
         for live, error in self._intake.launch(self._recover, busy=busy, encoded=encoded):
-            self._end(live, _blaming_it(error))
+            self._end(live, blamed(error))
         for live in self._intake.encoded(busy=busy):
             self._scheduler.add(live)
 
@@ -268,7 +225,7 @@ class Engine:
             launched, failures = narrow(schedule, self._launch, self._recover, Schedule.smaller)
             self._launched += launched
             for piece, error in failures:
-                self._end(piece.requests[0], _blaming_it(error))
+                self._end(piece.requests[0], blamed(error))
         while len(self._launched) > (self._ahead if schedule.requests else 0):
             self._collect(self._launched.popleft())
 
@@ -308,36 +265,3 @@ class Engine:
         self._live.discard(live)
         self._reuse.end(live, outcome)
         live.resolve(outcome)
-
-
-def _room(model: Model, options: EngineOptions) -> tuple[int, int]:
-    """Tokens of the cache, and bytes of visual tokens that may wait.
-
-    Raises:
-        ConfigError: the model's GPU has no room for them.
-    """
-    if model.device.type == "cpu":
-        return Sizes.of(options, "cpu").batch_tokens or 0, MOST_VISUAL_BYTES
-    free, total = torch.cuda.mem_get_info(model.device)
-    # What never fits is said at once.
-    whole = MemoryPlan.of(model.shape, model.dtype, options, total)
-    until = time.monotonic() + ROOM_SECONDS
-    while True:
-        late = time.monotonic() >= until
-        try:
-            plan = MemoryPlan.of(model.shape, model.dtype, options, free, loaded=True)
-            if late or 2 * plan.cache_tokens >= whole.cache_tokens:
-                return plan.cache_tokens, plan.visual
-        except ConfigError:
-            if late:
-                raise
-        time.sleep(1.0)
-        free, _ = torch.cuda.mem_get_info(model.device)
-
-
-def _blaming_it(error: Exception) -> GenerationError:
-    """What a request's callers get for an exception that it raised alone."""
-    if isinstance(error, GenerationError):
-        return error
-    kind = OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else GenerationError
-    return kind(f"{type(error).__name__}: {error}")

@@ -8,8 +8,10 @@ really allocate with it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +22,9 @@ from pipeline.errors import ConfigError
 from pipeline.model.attention import token_bytes
 from pipeline.model.checkpoint import serving_shapes
 from pipeline.model.shape import ModelShape
+
+if TYPE_CHECKING:
+    from pipeline.model.awaker import Model
 
 #: What the driver, CUDA's context, the kernels and cuBLAS's workspaces take: not measured here.
 CONTEXT_BYTES = 700 << 20
@@ -34,6 +39,9 @@ MOST_VISUAL_BYTES = 2 << 30
 VISUAL_SHARE = 0.125
 #: Smaller steps leave a GPU idle.
 LEAST_STEP_TOKENS = 512
+#: How long a GPU's memory is waited for, where less than half of the cache that it has room for is
+#: free: a process that died there, and whose place this one takes, may hold it for a while.
+ROOM_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,35 @@ class MemoryPlan:
         """Bytes of all of it, CUDA's context left out."""
         beside = self.steps + self.sampling + self.vision + self.visual
         return self.weights + self.folded + beside + self.cache
+
+
+def find_room(model: Model, options: EngineOptions) -> tuple[int, int]:
+    """What is left for requests beside a loaded model; on a GPU, waits for what a dead process
+    still holds of it.
+
+    Returns:
+        Tokens of the cache, and bytes of visual tokens that may wait.
+
+    Raises:
+        ConfigError: the model's GPU has no room for them.
+    """
+    if model.device.type == "cpu":
+        return Sizes.of(options, "cpu").batch_tokens or 0, MOST_VISUAL_BYTES
+    free, total = torch.cuda.mem_get_info(model.device)
+    # What never fits is said at once.
+    whole = MemoryPlan.of(model.shape, model.dtype, options, total)
+    until = time.monotonic() + ROOM_SECONDS
+    while True:
+        late = time.monotonic() >= until
+        try:
+            plan = MemoryPlan.of(model.shape, model.dtype, options, free, loaded=True)
+            if late or 2 * plan.cache_tokens >= whole.cache_tokens:
+                return plan.cache_tokens, plan.visual
+        except ConfigError:
+            if late:
+                raise
+        time.sleep(1.0)
+        free, _ = torch.cuda.mem_get_info(model.device)
 
 
 def weight_bytes(shape: ModelShape, dtype: torch.dtype) -> int:

@@ -10,36 +10,22 @@ differences. Pixels stay uint8, and are normalised and cut into patches on the m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
-import pipeline.compat  # noqa: F401 - before transformers and qwen-vl-utils import torchvision
+import pipeline.compat  # noqa: F401 - before transformers' processor imports torchvision
 from pipeline.errors import CheckpointError, RowError
+from pipeline.model.resize import Resizer
 from pipeline.model.shape import ModelShape
 from pipeline.model.sources import check_tokenizer, localise
 from pipeline.redact import cause_of
 
 #: A chat message as the template takes it: {"role": ..., "content": text or list of parts}.
 Message = dict[str, Any]
-
-
-class Picture(Protocol):
-    """An image that is not decoded yet; in the place of a `PIL.Image`, so that one at a time is
-    there in full size.
-    """
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height that its file declares."""
-
-    def resized(self, how: Hashable, resize: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-        """What `resize` makes of it; equal `how` make the same."""
-
 
 #: What becomes of control tokens in a row's own text: see `input.control_tokens`.
 ControlTokens = Literal["text", "error", "allow"]
@@ -153,6 +139,7 @@ class PromptProcessor:
         tokenizer: the transformers tokenizer.
         image_processor: the transformers image processor, whose settings are followed.
         special: ids of the special tokens.
+        resizer: makes pixels of images.
     """
 
     def __init__(
@@ -178,9 +165,7 @@ class PromptProcessor:
         self.image_processor = self._processor.image_processor
         self.special = SpecialTokens.from_tokenizer(self.tokenizer)
         self._max_positions = max_positions
-        self._min_pixels = min_pixels or self.image_processor.size["shortest_edge"]
-        self._max_pixels = max_pixels or self.image_processor.size["longest_edge"]
-        self._factor = self.image_processor.patch_size * self.image_processor.merge_size
+        self.resizer = Resizer(self.image_processor, min_pixels, max_pixels)
         self._control_tokens = control_tokens
         added = self.tokenizer.get_added_vocab()
         self._added = {id_: token for token, id_ in added.items()}
@@ -246,8 +231,11 @@ class PromptProcessor:
             RowError: `image_decode`, `prompt_invalid`, `prompt_positions` or `prompt_too_long`.
         """
         pieces = self._pieces(messages)
-        images = tuple(self._resize(messages))
-        counts = [self.visual_tokens(image) for image in images]
+        parts = self.resizer.parts(messages)
+        if (tokens := self.resizer.tokens(parts)) >= self._max_positions:
+            raise self._too_long(f"{tokens} visual tokens of {len(parts)} images")
+        images = self.resizer.resized(parts)
+        counts = [self.resizer.visual_tokens(image) for image in images]
         input_ids = self._tokenized(pieces, counts)
         if (count := int((input_ids == self.special.image_pad).sum())) != sum(counts):
             raise RowError(
@@ -257,12 +245,7 @@ class PromptProcessor:
             )
         if len(input_ids) >= self._max_positions:
             raise self._too_long(f"{len(input_ids)} prompt tokens ({sum(counts)} of them visual)")
-        return Prompt(input_ids, prompt_span(input_ids, self.special), images)
-
-    def visual_tokens(self, image: np.ndarray) -> int:
-        """Visual tokens of a resized image [height, width, 3]."""
-        height, width = image.shape[:2]
-        return int(height * width // self._factor**2)
+        return Prompt(input_ids, prompt_span(input_ids, self.special), tuple(images))
 
     def _pieces(self, messages: Sequence[Message]) -> list[str]:
         """The rendered prompt, cut at its control tokens: text and token in turn, text first and
@@ -372,77 +355,6 @@ class PromptProcessor:
         # them is tokenized alone.
         texts = [self._plain.encode(text, add_special_tokens=False).ids for text in pieces[::2]]
         return np.asarray([id_ for ids in _in_turn(texts, tokens) for id_ in ids], dtype=np.int32)
-
-    def _resize(self, messages: Sequence[Message]) -> list[np.ndarray]:
-        """Resize every image as process_vision_info and then the processor do: two bicubic steps at
-        most.
-
-        One is decoded after the other, and none where they will not fit anyway.
-        """
-        from qwen_vl_utils import extract_vision_info
-
-        parts = extract_vision_info(list(messages))
-        try:
-            if any("video" in part for part in parts):
-                raise RowError("messages_invalid", "videos are not supported; send images")
-            outlines = [self._in_steps(part, _Outline(part["image"].size)) for part in parts]
-            tokens = sum(outline.width * outline.height for outline in outlines) // self._factor**2
-            if tokens >= self._max_positions:
-                raise self._too_long(f"{tokens} visual tokens of {len(parts)} images")
-            return [self._resized(part) for part in parts]
-        except RowError:
-            raise
-        except Exception as error:
-            # qwen-vl-utils and Pillow raise many types; each is this row's alone.
-            raise RowError(
-                "image_decode", f"cannot resize an image ({type(error).__name__}: {error})"
-            ) from error
-
-    def _resized(self, part: dict[str, Any]) -> np.ndarray:
-        def resize(image: Image.Image) -> np.ndarray:
-            return np.asarray(self._in_steps(part, image).convert("RGB"))
-
-        if isinstance(part["image"], Image.Image):
-            return resize(part["image"])
-        how = tuple(
-            sorted((key, value) for key, value in part.items() if key not in ("type", "image"))
-        )
-        resized: np.ndarray = part["image"].resized(how, resize)
-        return resized
-
-    def _in_steps(self, part: dict[str, Any], image: Image.Image) -> Image.Image:
-        from qwen_vl_utils import process_vision_info
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-        images, _ = process_vision_info([{"role": "user", "content": [{**part, "image": image}]}])
-        assert images is not None
-        first: Image.Image = images[0]
-        height, width = smart_resize(
-            first.height,
-            first.width,
-            factor=self._factor,
-            min_pixels=self._min_pixels,
-            max_pixels=self._max_pixels,
-        )
-        if (height, width) != (first.height, first.width):
-            return first.resize((width, height), Image.Resampling(self.image_processor.resample))
-        return first
-
-
-class _Outline(Image.Image):
-    """An image without pixels, which takes the same steps as one with them: they tell what size
-    they make of it.
-    """
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
-        self._size, self._mode = size, "RGB"
-
-    def convert(self, *_: Any, **__: Any) -> _Outline:
-        return self
-
-    def resize(self, size: Any, *_: Any, **__: Any) -> _Outline:
-        return _Outline((size[0], size[1]))
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:

@@ -64,7 +64,7 @@ def inspect(settings: InspectSettings, console: Console, *, routes: bool) -> Non
         return
     for image in row.images:
         height, width = image.shape[:2]
-        tokens = preparer.processor.visual_tokens(image)
+        tokens = preparer.processor.resizer.visual_tokens(image)
         console.print(
             f"{'image':<8}{width} x {height} pixels, {tokens} visual tokens", highlight=False
         )

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.journal import Journal
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim, Lease, LeaseTimes
 from pipeline.io.output.storage import OutputFolder
+from pipeline.io.output.writer import OutputWriter
 from pipeline.redact import cause_of, tell
 from pipeline.run.check import Job, check_may_go_on
 from pipeline.run.stopping import stoppable
@@ -29,13 +29,11 @@ class OpenRun:
     Attributes:
         claim: the output, and the run's name.
         lease: the output's lock, which a thread of this process keeps.
-        log: what is committed.
         journal: what the run tells of itself.
     """
 
     claim: Claim
     lease: Lease
-    log: OutputLog
     journal: Journal
 
     @property
@@ -60,18 +58,17 @@ def open_run(job: Job) -> Iterator[OpenRun]:
         fence = lease.take()
     with stoppable(), contextlib.ExitStack() as stack:
         stack.callback(give_back, lease)
-        log = OutputLog(claim.folder, fence)
         with claim.folder.explained("write to"):
-            _begin(job, claim.folder, log)
-        yield OpenRun(claim, lease, log, stack.enter_context(Journal(claim)))
+            _begin(job, OutputWriter(claim.folder, fence), claim.folder)
+        yield OpenRun(claim, lease, stack.enter_context(Journal(claim)))
 
 
-def _begin(job: Job, folder: OutputFolder, log: OutputLog) -> None:
+def _begin(job: Job, writer: OutputWriter, folder: OutputFolder) -> None:
     """Settle which of the files that lie in the output count, and write down what this run is."""
     fresh = job.settings.output.overwrite
     if not fresh:
         check_may_go_on(job, folder)  # again, now that nobody else can write here
-    superseded = log.accept(fresh=fresh)
+    superseded = writer.accept(fresh=fresh)
     if superseded and not fresh:
         tell(
             f"removed {len(superseded)} files that a run wrote after it had lost {folder.url}, "

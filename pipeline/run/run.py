@@ -106,7 +106,7 @@ class _Rounds:
         Raises:
             InputError: the input changed meanwhile.
         """
-        plan, log = self._job.plan, self._run.log
+        plan, log = self._job.plan, OutputLog(self._run.folder)
         commits = log.commits(mend=True)
         missing = missing_rows(plan, done_rows(commits))
         left = _count(missing)

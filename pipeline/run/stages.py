@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.counters import Snapshot
 from pipeline.engine.options import Sizes
@@ -18,6 +18,9 @@ from pipeline.run.progress import Watch
 from pipeline.run.ray_data import NamedActor, configure
 from pipeline.run.reservation import Place
 from pipeline.run.resources import TASK_CPUS, Resources
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 #: Seconds that committing may take once SIGTERM has come.
 FINISH_SECONDS = 30.0
@@ -47,12 +50,13 @@ def run_stages(
 
     monitor = _start_monitor(job, run)
     committer = _start_committer(job, run, at, monitor)
-    dataset = _dataset(job, place.resources, missing, monitor, committer)
+    prepared = _prepare(_read(job, missing), job, place.resources, monitor)
+    answered = _answer(prepared, job, place.resources, monitor, committer)
     left = {shard: len(rows) for shard, rows in missing.items()}
     finish, failure = committer.handle.finish, committer.handle.failure
     try:
         with Watch(monitor.handle, left, job.plan.prompts_per_row, run.journal):
-            for _ in dataset.iter_internal_ref_bundles():
+            for _ in answered.iter_internal_ref_bundles():
                 pass  # what comes out is how many rows each block committed
             ray.get(finish.remote())
     except (KeyboardInterrupt, Stopped):
@@ -111,62 +115,70 @@ def _start_committer(job: Job, run: OpenRun, at: str, monitor: NamedActor) -> Na
     )
 
 
-def _dataset(
-    job: Job,
-    resources: Resources,
-    missing: dict[str, RowSet],
-    monitor: NamedActor,
-    committer: NamedActor,
-) -> Any:
-    """The rows through the stages; a block that comes out says how many rows it committed."""
+def _read(job: Job, missing: dict[str, RowSet]) -> Dataset:
+    """Blocks of the missing rows, as they lie in their shards."""
     import ray
+
+    from pipeline.io.input.read import PlannedShards
+
+    source = PlannedShards(job.plan, missing, job.settings.preparation.rows_per_block)
+    return ray.data.read_datasource(
+        source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces)
+    )
+
+
+def _prepare(rows: Dataset, job: Job, resources: Resources, monitor: NamedActor) -> Dataset:
+    """Blocks of rows that replicas can answer."""
     from ray.data import ActorPoolStrategy
 
     from pipeline.actors.prepare import Preparer
-    from pipeline.actors.replica import Replica
-    from pipeline.io.input.read import PlannedShards
 
-    settings, plan = job.settings, job.plan
-    rows_per_block = settings.preparation.rows_per_block
-    source = PlannedShards(plan, missing, rows_per_block)
-    in_flight = _blocks_in_flight(job, resources)
-    read = ray.data.read_datasource(
-        source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces)
-    )
-    caption = job.task == "caption"
-    prepared = read.map_batches(
+    return rows.map_batches(
         Preparer,
         fn_constructor_args=(
-            settings,
-            plan.columns,
-            caption,
+            job.settings,
+            job.plan.columns,
+            job.task == "caption",
             monitor,
-            plan.image_root,
+            job.plan.image_root,
             job.manifest.model,
         ),
-        batch_size=rows_per_block,
+        batch_size=job.settings.preparation.rows_per_block,
         batch_format="pyarrow",
         num_cpus=resources.prepare_cpus,
         compute=ActorPoolStrategy(min_size=1, max_size=resources.prepare_actors),
     )
-    return prepared.map_batches(
+
+
+def _answer(
+    rows: Dataset, job: Job, resources: Resources, monitor: NamedActor, committer: NamedActor
+) -> Dataset:
+    """The prepared rows answered and handed to the committer; a block that comes out says how many
+    it took.
+    """
+    from ray.data import ActorPoolStrategy
+
+    from pipeline.actors.replica import Replica
+
+    in_flight = _blocks_in_flight(job, resources)
+    return rows.map_batches(
         Replica,
         fn_constructor_args=(
-            settings,
-            plan.extras_schema,
-            plan.rows * plan.prompts_per_row,
+            job.settings,
+            job.plan.extras_schema,
+            job.plan.rows * job.plan.prompts_per_row,
             resources.device,
             resources.replica_threads,
             monitor,
             committer,
             job.manifest.model,
         ),
-        batch_size=rows_per_block,
+        batch_size=job.settings.preparation.rows_per_block,
         batch_format="pyarrow",
         num_cpus=resources.replica_cpus,
         num_gpus=resources.replica_gpus,
         compute=ActorPoolStrategy(
-            size=settings.replicas,
+            size=job.settings.replicas,
             max_tasks_in_flight_per_actor=in_flight,
             max_concurrent_calls_per_actor=in_flight,
         ),

@@ -73,6 +73,26 @@ CHAT_TEMPLATE = (
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
+#: Qwen2-VL's preprocessor_config.json.
+IMAGE_PROCESSOR = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": list(IMAGE_MEAN),
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_std": list(IMAGE_STD),
+    "max_pixels": 12845056,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "patch_size": 14,
+    "processor_class": "Qwen2VLProcessor",
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"max_pixels": 12845056, "min_pixels": 3136},
+    "temporal_patch_size": 2,
+}
+
 
 @dataclass(frozen=True)
 class FolderShape:
@@ -151,11 +171,25 @@ def write_hub_folder(
         )
     _save_tokenizer(tokenizer, ids, folder)
     end, turn_end = ids["<|endoftext|>"], ids["<|im_end|>"]
-    config = {
+    generation = {
+        "bos_token_id": end,
+        "eos_token_id": [turn_end, end],
+        "pad_token_id": end,
+        **sampling,
+        "transformers_version": "4.45.0.dev0",
+    }
+    write_json(folder / "config.json", _model_config(shape, vocabulary, ids))
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "preprocessor_config.json", IMAGE_PROCESSOR)
+
+
+def _model_config(shape: FolderShape, vocabulary: int, ids: Mapping[str, int]) -> dict[str, object]:
+    """Qwen2-VL's config.json, with these sizes and ids of special tokens."""
+    return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "attention_dropout": 0.0,
-        "bos_token_id": end,
-        "eos_token_id": turn_end,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
         "hidden_act": "silu",
         "hidden_size": shape.hidden,
         "image_token_id": ids["<|image_pad|>"],
@@ -190,34 +224,6 @@ def write_hub_folder(
         "vision_token_id": ids["<|vision_pad|>"],
         "vocab_size": vocabulary,
     }
-    generation = {
-        "bos_token_id": end,
-        "eos_token_id": [turn_end, end],
-        "pad_token_id": end,
-        **sampling,
-        "transformers_version": "4.45.0.dev0",
-    }
-    processor = {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(IMAGE_MEAN),
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "image_std": list(IMAGE_STD),
-        "max_pixels": 12845056,
-        "merge_size": 2,
-        "min_pixels": 3136,
-        "patch_size": 14,
-        "processor_class": "Qwen2VLProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"max_pixels": 12845056, "min_pixels": 3136},
-        "temporal_patch_size": 2,
-    }
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", generation)
-    write_json(folder / "preprocessor_config.json", processor)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, ids: dict[str, int], folder: Path) -> None:

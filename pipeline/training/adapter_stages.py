@@ -28,6 +28,8 @@ from pipeline.training.released import load_base, save_adapter
 from pipeline.training.settings import TrainSettings
 from pipeline.training.small_base import load_tokenizer
 
+AdapterStage = Literal["lora", "mixture", "instruct"]
+
 TRAINED = {
     "lora": ("lora_A", "lora_B"),
     "mixture": ("lora_A", "lora_B", "lora_moe_", "w_gate", ".ln"),
@@ -39,7 +41,7 @@ ROUTER_SAMPLE_STEPS = 8
 
 def train_adapter(
     settings: TrainSettings,
-    name: Literal["lora", "mixture", "instruct"],
+    name: AdapterStage,
     source: Source,
     measured: Sequence[Sequence[Example]],
 ) -> None:
@@ -48,30 +50,13 @@ def train_adapter(
 
     `measured` is what accuracy is measured on at every save: batches of examples.
     """
-    stage, device, sizes = (
-        getattr(settings.stages, name),
-        torch.device(settings.device),
-        settings.adapter,
-    )
+    stage, device = getattr(settings.stages, name), torch.device(settings.device)
     output = Path(settings.output)
-    base = Path(settings.base or output / "base")
-    packer = Packer(load_tokenizer(base))
-    alpha = sizes.alpha or 2 * sizes.rank
-    model = load_base(base, getattr(torch, settings.dtype))
-    add_lora(model, sizes.rank, alpha)
+    packer = Packer(load_tokenizer(settings.base_folder))
     routing = None
     if name != "lora":
         routing = Routing(noise=stage.gate_noise if name == "mixture" else 0.0)
-        if name == "mixture":
-            load_stage(model, output / "lora.pt")
-        lora_to_mixture(model, sizes.rank, alpha, sizes.experts, sizes.top_k, routing)
-    model.to(device)
-    if name == "mixture":
-        start_routers(model, sample_routing_vectors(model, packer, source, device), settings.seed)
-    if name == "instruct":
-        load_stage(model, output / "mixture.pt")
-    train_only(model, TRAINED[name])
-    model.train()
+    model = model_at_start(settings, name, routing, packer, source)
 
     def losses(step: int) -> Losses:
         packed = packer.pack(source.examples(step), one_question_per_row=routing is not None).to(
@@ -92,7 +77,7 @@ def train_adapter(
             noise, routing.noise = routing.noise, 0.0
         accuracies = measure_accuracy(model, packer, measured, routing, device)
         if routing is not None:
-            save_adapter(model, output / "adapter", sizes.experts, torch.bfloat16)
+            save_adapter(model, output / "adapter", settings.adapter.experts, torch.bfloat16)
             routing.noise = noise
         model.train()
         return accuracies
@@ -103,6 +88,39 @@ def train_adapter(
         settings.save_every,
         settings.report_every,
     )
+
+
+def model_at_start(
+    settings: TrainSettings,
+    name: AdapterStage,
+    routing: Routing | None,
+    packer: Packer,
+    source: Source,
+) -> Qwen2VLForConditionalGeneration:
+    """The model that a stage starts from: the base, and what the stage before has trained on it.
+
+    Args:
+        settings: the run's.
+        name: the stage, whose parameters alone have gradients.
+        routing: what the mixture's layers share; None in the stage that has none.
+        packer: packs the questions that routers start from.
+        source: where these come from.
+    """
+    sizes, output, device = settings.adapter, Path(settings.output), torch.device(settings.device)
+    alpha = sizes.alpha or 2 * sizes.rank
+    model = load_base(settings.base_folder, getattr(torch, settings.dtype))
+    add_lora(model, sizes.rank, alpha)
+    if routing is not None:
+        if name == "mixture":
+            load_stage(model, output / "lora.pt")
+        lora_to_mixture(model, sizes.rank, alpha, sizes.experts, sizes.top_k, routing)
+    model.to(device)
+    if name == "mixture":
+        start_routers(model, sample_routing_vectors(model, packer, source, device), settings.seed)
+    if name == "instruct":
+        load_stage(model, output / "mixture.pt")
+    train_only(model, TRAINED[name])
+    return model.train()
 
 
 @torch.inference_mode()

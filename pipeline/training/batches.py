@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,63 +139,37 @@ class Packer:
             # Without other questions behind the same prefix, a row without picture need not carry
             # one.
             rows = [(i, e if e.sees_image[0] else replace(e, pixels=None)) for i, e in rows]
-        grids = [
-            None if e.pixels is None else (e.pixels.shape[0] // PATCH, e.pixels.shape[1] // PATCH)
-            for e in examples
-        ]
-        tokens = [0 if g is None else g[0] * g[1] // MERGE**2 for g in grids]
-        first_token = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64)
-
         built = [_Row(self, example) for _, example in rows]
-        length = max(len(row.ids) for row in built)
-        count = len(built)
-        input_ids = np.full((count, length), self.pad, np.int64)
-        positions = np.zeros((3, count, length), np.int64)
-        segment = np.full((count, length), -1, np.int64)
-        reach = np.zeros((count, length), np.int64)
-        slots, index, scored, targets, weights, question = [], [], [], [], [], []
-        nouns, noun_sights = [], []
-        questions: list[Question] = []
-        for r, (row, (image, _)) in enumerate(zip(built, rows, strict=True)):
-            n = len(row.ids)
-            input_ids[r, :n], segment[r, :n], reach[r, :n] = row.ids, row.segment, row.reach
-            positions[:, r, :n] = row.positions
-            if row.image_length:
-                slots.append(r * length + row.image_start + np.arange(row.image_length))
-                index.append(first_token[image] + np.arange(row.image_length))
-            for q, (_, places, ids) in enumerate(row.answers):
-                scored.append(r * length + places)
-                targets.append(ids)
-                # Between a mean over tokens, in which captions drown short answers, and one over
-                # questions.
-                weights.append(np.full(len(ids), len(ids) ** -0.5, np.float32))
-                question.append(np.full(len(ids), len(questions) + q))
-            questions += [asked for asked, _, _ in row.answers]
-            nouns += [r * length + place for place, _ in row.nouns]
-            noun_sights += [sight_of(thing) for _, thing in row.nouns]
-        pixels = [patches(e.pixels) for e in examples if e.pixels is not None]
-        empty = np.zeros(0, np.int64)
+        input_ids, positions, segment, reach = _padded(built, self.pad)
+        length = input_ids.shape[1]
+        grids = [_grid_of(example) for example in examples]
+        slots, index = _visual_places(built, [image for image, _ in rows], grids, length)
+        scored, targets, weights, question = _answers(built, length)
+        nouns = [
+            (r * length + place, thing) for r, row in enumerate(built) for place, thing in row.nouns
+        ]
+        pixels = [e.pixels for e in examples if e.pixels is not None]
         return Packed(
-            input_ids=torch.from_numpy(input_ids),
-            positions=torch.from_numpy(positions),
-            segment=torch.from_numpy(segment),
-            reach=torch.from_numpy(reach),
-            image_slots=torch.from_numpy(np.concatenate(slots or [empty])),
-            image_index=torch.from_numpy(np.concatenate(index or [empty])),
-            pixel_values=torch.cat(pixels) if pixels else None,
+            input_ids=input_ids,
+            positions=positions,
+            segment=segment,
+            reach=reach,
+            image_slots=slots,
+            image_index=index,
+            pixel_values=torch.cat([patches(image) for image in pixels]) if pixels else None,
             grid=torch.tensor([(1, *g) for g in grids if g is not None]) if pixels else None,
-            sights=torch.from_numpy(
-                np.concatenate([sights_of(e) for e in examples if e.pixels is not None] or [empty])
-            ),
-            scored=torch.from_numpy(np.concatenate(scored or [empty])),
-            targets=torch.from_numpy(np.concatenate(targets or [empty])),
-            weights=torch.from_numpy(np.concatenate(weights or [empty.astype(np.float32)])),
-            question=torch.from_numpy(np.concatenate(question or [empty])),
-            nouns=torch.tensor(nouns, dtype=torch.int64),
-            noun_sights=torch.tensor(noun_sights, dtype=torch.int64).reshape(-1, len(SIGHTS)),
+            sights=_joined([sights_of(e) for e in examples if e.pixels is not None]),
+            scored=scored,
+            targets=targets,
+            weights=weights,
+            question=question,
+            nouns=torch.tensor([place for place, _ in nouns], dtype=torch.int64),
+            noun_sights=torch.tensor(
+                [sight_of(thing) for _, thing in nouns], dtype=torch.int64
+            ).reshape(-1, len(SIGHTS)),
             span=torch.tensor([row.span for row in built]),
             answer_start=torch.tensor([row.answer_start for row in built]),
-            questions=questions,
+            questions=[asked for row in built for asked, _, _ in row.answers],
         )
 
 
@@ -252,6 +227,77 @@ class _Row:
             reach += [prefix if sees else len(system)] * len(new)
         self.ids, self.segment, self.reach = ids, segment, reach
         self.positions = np.concatenate(position, axis=1)
+
+
+def _padded(rows: Sequence[_Row], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token ids, positions, segments and reach of rows (see `Packed`), padded to the longest."""
+    count, length = len(rows), max(len(row.ids) for row in rows)
+    input_ids = np.full((count, length), pad, np.int64)
+    positions = np.zeros((3, count, length), np.int64)
+    segment = np.full((count, length), -1, np.int64)
+    reach = np.zeros((count, length), np.int64)
+    for r, row in enumerate(rows):
+        n = len(row.ids)
+        input_ids[r, :n], segment[r, :n], reach[r, :n] = row.ids, row.segment, row.reach
+        positions[:, r, :n] = row.positions
+    return (
+        torch.from_numpy(input_ids),
+        torch.from_numpy(positions),
+        torch.from_numpy(segment),
+        torch.from_numpy(reach),
+    )
+
+
+def _grid_of(example: Example) -> tuple[int, int] | None:
+    """Height and width of a picture in patches; None where there is none."""
+    if example.pixels is None:
+        return None
+    height, width = example.pixels.shape[:2]
+    return height // PATCH, width // PATCH
+
+
+def _visual_places(
+    rows: Sequence[_Row],
+    images: Sequence[int],
+    grids: Sequence[tuple[int, int] | None],
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """Where visual tokens lie, and which of all images' they are: `Packed.image_slots` and
+    `image_index`.
+
+    Args:
+        rows: the rows.
+        images: for each, which example its picture is of.
+        grids: of all examples, see `_grid_of`.
+        length: L.
+    """
+    tokens = [0 if grid is None else grid[0] * grid[1] // MERGE**2 for grid in grids]
+    first_token = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64)
+    slots, index = [], []
+    for r, (row, image) in enumerate(zip(rows, images, strict=True)):
+        if row.image_length:
+            slots.append(r * length + row.image_start + np.arange(row.image_length))
+            index.append(first_token[image] + np.arange(row.image_length))
+    return _joined(slots), _joined(index)
+
+
+def _answers(rows: Sequence[_Row], length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is learned: `Packed.scored`, `targets`, `weights` and `question`."""
+    scored, targets, weights, question = [], [], [], []
+    answers = [(r, places, ids) for r, row in enumerate(rows) for _, places, ids in row.answers]
+    for number, (r, places, ids) in enumerate(answers):
+        scored.append(r * length + places)
+        targets.append(ids)
+        # Between a mean over tokens, in which captions drown short answers, and one over
+        # questions.
+        weights.append(np.full(len(ids), len(ids) ** -0.5, np.float32))
+        question.append(np.full(len(ids), number))
+    return _joined(scored), _joined(targets), _joined(weights, np.float32), _joined(question)
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: type = np.int64) -> Tensor:
+    """Arrays of one step's rows one after the other; without any, an empty one of this dtype."""
+    return torch.from_numpy(np.concatenate(parts or [np.zeros(0, dtype)]))
 
 
 def patches(pixels: NDArray[np.uint8]) -> Tensor:

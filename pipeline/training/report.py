@@ -113,7 +113,7 @@ def report(settings: TrainSettings) -> dict[str, Any]:
     """
     torch.set_num_threads(settings.threads)
     output = Path(settings.output)
-    base, adapter = Path(settings.base or output / "base"), output / "adapter"
+    base, adapter = settings.base_folder, output / "adapter"
     began = time.perf_counter()
     count = settings.report_scenes * len(TASKS) * len(LANGUAGES)
     rows = scene_table(

@@ -4,6 +4,7 @@ two of them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -121,6 +122,11 @@ class TrainSettings(Settings):
         ["vision", "base", "lora", "mixture", "instruct", "report"], min_length=1
     )
     stages: StagesSettings
+
+    @property
+    def base_folder(self) -> Path:
+        """Where the base of the adapters lies: the one that is given, or that is trained first."""
+        return Path(self.base or Path(self.output) / "base")
 
     @model_validator(mode="after")
     def _a_base_comes_from_somewhere(self) -> TrainSettings:

@@ -20,11 +20,12 @@ from pipeline.actors.assemble import Prompts
 from pipeline.actors.committer import CommitSettings, Committer
 from pipeline.errors import OutputError, TooManyErrorsError
 from pipeline.io.output.columns import layout_schema, output_schema
-from pipeline.io.output.commits import FILES_PER_INDEX, OutputLog, done_rows
+from pipeline.io.output.commits import OutputLog, done_rows
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim, LeaseLostError
 from pipeline.io.output.retries import merge_retries
 from pipeline.io.output.storage import OutputFolder
+from pipeline.io.output.writer import FILES_PER_INDEX
 from pipeline.io.rowset import RowSet
 from pipeline.rows import PROMPT_NAME, ROW, SHARD
 from pipeline.settings.job import ErrorSettings, OutputSettings

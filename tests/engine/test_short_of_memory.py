@@ -109,7 +109,7 @@ def test_visual_tokens_that_wait_for_their_turn_are_bounded(
     checkpoint: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = tokens(*asked(checkpoint, 24, waiting=24))
-    monkeypatch.setattr("pipeline.engine.engine.MOST_VISUAL_BYTES", 4000)
+    monkeypatch.setattr("pipeline.engine.memory.MOST_VISUAL_BYTES", 4000)
     monkeypatch.setattr("pipeline.engine.encode.ENCODE_PATCHES", {"cpu": 1, "cuda": 1})
     engine, requests = asked(checkpoint, 24, waiting=24)
     admit = engine._scheduler.admit

@@ -14,10 +14,10 @@ import torch
 from benchmarks.shapes import AWAKER_7B, IMAGE_PAD, SMALL, moved, random_model, random_requests
 from pipeline.engine import EngineOptions
 from pipeline.engine.encode import ENCODE_PATCHES, Encoder
-from pipeline.engine.engine import _room
 from pipeline.engine.memory import (
     CARDS,
     MemoryPlan,
+    find_room,
     fitting,
     sampling_bytes,
     step_bytes,
@@ -139,26 +139,26 @@ def test_memory_that_a_dead_process_still_holds_is_waited_for(
     free = iter([100 << 20, 2 << 30, 7 << 30])  # no room, some, nearly all
     waits: list[float] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (next(free), 8 << 30))
-    # The engine's own name for the module: other threads of this process sleep, too.
+    # The plan's own name for the module: other threads of this process sleep, too.
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=waits.append)
-    monkeypatch.setattr("pipeline.engine.engine.time", clock)
-    tokens, visual = _room(model, EngineOptions())  # type: ignore[arg-type]
+    monkeypatch.setattr("pipeline.engine.memory.time", clock)
+    tokens, visual = find_room(model, EngineOptions())  # type: ignore[arg-type]
     assert len(waits) == 2
     assert tokens > 1000
     assert visual > 0
     # It is not waited for where the whole GPU is too small.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (100 << 20, 900 << 20))
     with pytest.raises(ConfigError, match="a GPU with 0.9 GiB free has no room"):
-        _room(model, EngineOptions())  # type: ignore[arg-type]
+        find_room(model, EngineOptions())  # type: ignore[arg-type]
     # Nor for ever.
-    monkeypatch.setattr("pipeline.engine.engine.ROOM_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.engine.memory.ROOM_SECONDS", 0.0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (100 << 20, 8 << 30))
     with pytest.raises(ConfigError, match="a GPU with 0.1 GiB free has no room"):
-        _room(model, EngineOptions())  # type: ignore[arg-type]
+        find_room(model, EngineOptions())  # type: ignore[arg-type]
     assert len(waits) == 2
     # What there is then is taken.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 << 30, 8 << 30))
-    assert 0 < _room(model, EngineOptions())[0] < tokens / 2  # type: ignore[arg-type]
+    assert 0 < find_room(model, EngineOptions())[0] < tokens / 2  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_is_refused_with_what_to_lower() -> None:

@@ -19,6 +19,7 @@ from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim, Lease
 from pipeline.io.output.storage import OutputFolder
+from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet
 from pipeline.run.check import Job, check_job
 from pipeline.run.run import run_job
@@ -131,14 +132,14 @@ def write_finished(job: Job, *, outcomes: bool) -> None:
         answers = [{"id": id_, "status": status, "error": error, "flags": []} for id_ in ids]
         return pa.Table.from_pylist(answers, schema)
 
-    log = OutputLog(folder, fence)
-    log.accept()
+    writer = OutputWriter(folder, fence)
+    writer.accept()
     answers = pa.concat_tables(
         [rows(IDS[:1], None), rows(IDS[1:3], "image_fetch: no"), rows(IDS[3:], None)]
     )
-    log.commit(answers, {shard: RowSet.range(0, 4)}, None, lost)
+    writer.commit(answers, {shard: RowSet.range(0, 4)}, None, lost)
     if outcomes:
-        aside = OutputLog(folder, fence, OutputLayout.RETRIES)
+        aside = OutputWriter(folder, fence, OutputLayout.RETRIES)
         aside.commit(rows(IDS[1:3], None), lost, None)
     lease.release()
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import OutputError
 from pipeline.io.output.columns import output_schema
-from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.storage import OutputFolder
+from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet
 from pipeline.run.export import _tar, as_json, export, member_name
 from pipeline.settings.job import OutputSettings
@@ -45,11 +45,11 @@ def results(tmp_path: Path) -> OutputFolder:
     folder.make()
     manifest = {"task": "vqa", "settings": {}, "model": {}, "shards": {}, "code": "0"}
     folder.write("_run/manifest.json", json.dumps(manifest).encode())
-    log = OutputLog(folder, hold(folder))
+    writer = OutputWriter(folder, hold(folder))
     schema = output_schema(OutputSettings(path="o"), pa.schema([("model", pa.string())]))
     for number, rows in enumerate((ROWS[:2], ROWS[2:])):
         table = pa.Table.from_pylist([{**row, "model": "m"} for row in rows], schema)
-        log.commit(table, {"in": RowSet.range(10 * number, 10 * number + len(rows))}, None)
+        writer.commit(table, {"in": RowSet.range(10 * number, 10 * number + len(rows))}, None)
     return folder
 
 
@@ -116,14 +116,14 @@ def test_a_webdataset_gets_tars_of_the_same_keys_in_the_same_order(
         {first: RowSet.of_rows([0, 3]), second: RowSet.range(0, 2)},
         {third: RowSet.range(0, 1), first: RowSet.range(1, 3)},
     )
-    log = OutputLog(results, hold(results))
+    writer = OutputWriter(results, hold(results))
     schema = output_schema(OutputSettings(path="o"), pa.schema([]))
     for number, part in enumerate(rows):
         keys = [f"{url[11:-4]}/{row:03d}" for url in sorted(part) for row in part[url]]
         answers = [
             {"id": key, "text": None if key == "train/01/001" else f"says {key}"} for key in keys
         ]
-        log.commit(pa.Table.from_pylist(answers, schema), part, None)
+        writer.commit(pa.Table.from_pylist(answers, schema), part, None)
         assert len(answers) == (4, 3)[number]
 
     target = OutputFolder(str(tmp_path / "beside"))

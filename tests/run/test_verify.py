@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import OutputError
-from pipeline.io.output.commits import FOOTER_KEY, OutputLog
+from pipeline.io.output.commits import FOOTER_KEY
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim, Fence
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
+from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet
 from pipeline.run.commands import run
 from pipeline.run.verify import verify
@@ -30,17 +31,17 @@ def folder(tmp_path: Path) -> OutputFolder:
     output = OutputFolder(str(tmp_path / "out"))
     output.make()
     Manifest("vqa", {}, {}, {"a": (1, "v", 7)}, "0").save(output)
-    log = OutputLog(output, hold(output))
-    log.accept()
+    writer = OutputWriter(output, hold(output))
+    writer.accept()
     for rows in ((0, 1, 2), (3, 4, 5)):
-        log.commit(block("a", *rows), {"a": RowSet.of_rows(rows)}, None)
+        writer.commit(block("a", *rows), {"a": RowSet.of_rows(rows)}, None)
     return output
 
 
 def answer(folder: OutputFolder, *rows: int) -> str:
-    log = OutputLog(folder, Fence.begin(Claim(folder, "mine")))
-    log.accept()
-    return log.commit(block("a", *rows), {"a": RowSet.of_rows(rows)}, None).file
+    writer = OutputWriter(folder, Fence.begin(Claim(folder, "mine")))
+    writer.accept()
+    return writer.commit(block("a", *rows), {"a": RowSet.of_rows(rows)}, None).file
 
 
 def test_an_output_that_is_finished_has_every_row_once(

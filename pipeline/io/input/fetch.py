@@ -2,11 +2,8 @@
 trusted.
 
 A path may only lead below `input.image_root`, an object's URL only into a bucket that the job's
-owner named, a web address only to public addresses (or hosts that `fetch.allow_hosts` names). A web
-address is parsed once: the object that was checked is the one that is asked for, and the socket
-checks the address once more, so neither a spelling that is read in two ways nor a name that answers
-differently the second time gains anything. Redirects are followed one by one, each checked like the
-first URL. All references and bodies end at a cap, all tries in time.
+owner named, a web address only where `WebClient` lets it. All references and bodies end at a cap,
+all tries in time.
 """
 
 from __future__ import annotations
@@ -21,37 +18,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import aiohttp
-from yarl import URL
-
 from pipeline.errors import RowError
 from pipeline.io.filesystem import WRAPPERS, open_filesystem
-from pipeline.io.input.addresses import (
-    PublicResolver,
-    as_address,
-    is_public,
-    not_public,
-    public_socket,
-)
 from pipeline.io.input.data_uri import data_of, is_bare_base64, is_data_uri
 from pipeline.io.input.image_files import read_below
 from pipeline.io.input.references import (
     MAX_REFERENCE,
     climbs,
-    parsed_url,
     paths_of,
-    redirected,
     scheme_of,
     shown,
 )
-from pipeline.redact import cause_of, one_line
+from pipeline.io.input.web import PassingError, WebClient, too_large
+from pipeline.redact import one_line
 from pipeline.settings.buckets import bucket_of, buckets_of, has_buckets, holds_credentials
 from pipeline.settings.job import FetchSettings
-
-MAX_REDIRECTS = 5
-
-#: Answers that may be another a moment later.
-PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 #: Seconds before the second try, doubled for each further one, of which a random share is waited.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
@@ -60,16 +41,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
 _NO_SUCH_FILE = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 )
-
-_CHUNK = 1 << 16
-
-
-class _PassingError(Exception):
-    """This try failed, another may not."""
-
-    def __init__(self, cause: str, pause: float | None = None) -> None:
-        super().__init__(cause)
-        self.pause = pause
 
 
 class Fetcher:
@@ -93,17 +64,13 @@ class Fetcher:
         inputs: str | Sequence[str] = (),
     ) -> None:
         self._root, self._options, self._max_bytes = image_root, options, max_bytes
-        self._allowed = frozenset(host.lower().strip("[]") for host in options.allow_hosts)
         self._schemes = frozenset(scheme.lower() for scheme in options.schemes)
         named = [inputs] if isinstance(inputs, str) else inputs
         self._buckets = buckets_of([*named, image_root, *options.buckets])
-        web = image_root is not None and scheme_of(image_root) in ("http", "https")
-        self._web_root = (
-            parsed_url(f"{image_root}".rstrip("/") + "/", of_the_job=True) if web else None
-        )
+        self._root_is_web = image_root is not None and scheme_of(image_root) in ("http", "https")
+        self._web = WebClient(options, max_bytes, image_root if self._root_is_web else None)
         self._loop = asyncio.new_event_loop()
         self._pool = ThreadPoolExecutor(options.concurrency, "fetch")
-        self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._slots = asyncio.Semaphore(options.concurrency)
         self.retries = 0
         threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True).start()
@@ -125,8 +92,7 @@ class Fetcher:
         """Drop what is under way and end the thread."""
 
         async def end() -> None:
-            for session in self._sessions.values():
-                await session.close()
+            await self._web.close()
             asyncio.get_running_loop().stop()
 
         asyncio.run_coroutine_threadsafe(end(), self._loop)
@@ -140,7 +106,7 @@ class Fetcher:
                     return await asyncio.wait_for(
                         self._try(reference), self._options.timeout_seconds
                     )
-                except _PassingError as error:
+                except PassingError as error:
                     failure, pause = str(error), error.pause
                 except TimeoutError:
                     failure, pause = f"nothing within {self._options.timeout_seconds:g} s", None
@@ -182,7 +148,7 @@ class Fetcher:
                 f"{shown(reference)}: expected a scheme of fetch.schemes ({known})",
             )
         if scheme in ("http", "https"):
-            return self._from_web(url)
+            return self._web.get(url)
         url = scheme + url[len(scheme) :]
         self._check_object(url)
         return self._in_pool(reference, partial(self._from_storage, url))
@@ -211,9 +177,9 @@ class Fetcher:
                 if isinstance(error, OSError) and isinstance(code, int)
                 else ""
             )
-            raise _PassingError(f"{type(error).__name__}{says}") from error
+            raise PassingError(f"{type(error).__name__}{says}") from error
         if len(content) > self._max_bytes:
-            raise _too_large(reference, self._max_bytes)
+            raise too_large(reference, self._max_bytes)
         return content
 
     # Paths
@@ -244,8 +210,8 @@ class Fetcher:
             )
         url = f"{root.rstrip('/')}/{path.removeprefix('./')}"
         return (
-            self._from_web(url)
-            if self._web_root
+            self._web.get(url)
+            if self._root_is_web
             else self._in_pool(url, partial(self._from_storage, url))
         )
 
@@ -273,92 +239,3 @@ class Fetcher:
         filesystem, path = open_filesystem(url)
         content: bytes = filesystem.cat_file(path, end=self._max_bytes + 1)
         return content
-
-    # The web
-
-    async def _from_web(self, reference: str) -> bytes:
-        url = reference
-        for _ in range(MAX_REDIRECTS + 1):
-            target = parsed_url(
-                url,
-                of_the_job=self._web_root is not None
-                and url.startswith(f"{self._root}".rstrip("/") + "/"),
-            )
-            session = self._session_for(target)
-            try:
-                async with session.get(target, allow_redirects=False) as response:
-                    if response.status in (301, 302, 303, 307, 308):
-                        url = redirected(target, response.headers.get("Location", "").strip())
-                        continue
-                    return await self._body(url, response)
-            except ValueError as error:
-                # aiohttp's InvalidURL, or a host that the system's codec does not take.
-                raise RowError("image_missing", f"{shown(url)} is no URL") from error
-            except (aiohttp.ClientError, OSError) as error:
-                raise _PassingError(cause_of(error)) from error
-        raise RowError("image_fetch", f"{shown(reference)}: more than {MAX_REDIRECTS} redirects")
-
-    def _session_for(self, url: URL) -> aiohttp.ClientSession:
-        """The connections that a URL may use: guarded ones, unless its host may be private.
-
-        Raises:
-            RowError: `image_forbidden`. Names are checked when they are resolved.
-        """
-        below = self._below_web_root(url)
-        if not below and url.scheme not in self._schemes & {"http", "https"}:
-            raise RowError("image_forbidden", f"{shown(str(url))}: expected http or https")
-        host = url.raw_host or ""
-        trusted = below or host in self._allowed
-        # aiohttp asks no resolver about what looks like an address, and 127.1 does.
-        address = as_address(host)
-        if not trusted and address is not None and not is_public(address):
-            raise not_public(host)
-        if trusted not in self._sessions:
-            guards: dict[str, Any] = (
-                {} if trusted else {"resolver": PublicResolver(), "socket_factory": public_socket}
-            )
-            # `identity`, and no unpacking of what comes packed all the same: the cap counts the
-            # bytes that there are.
-            self._sessions[trusted] = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._options.concurrency, **guards),
-                auto_decompress=False,
-                headers={"Accept-Encoding": "identity", "User-Agent": self._options.user_agent},
-                cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=False,
-            )
-        return self._sessions[trusted]
-
-    def _below_web_root(self, url: URL) -> bool:
-        root = self._web_root
-        if root is None or (url.scheme, url.raw_host, url.port) != (
-            root.scheme,
-            root.raw_host,
-            root.port,
-        ):
-            return False
-        return url.raw_path.startswith(root.raw_path) and not climbs(url.raw_path)
-
-    async def _body(self, url: str, response: aiohttp.ClientResponse) -> bytes:
-        if response.status in PASSING_STATUS:
-            after = response.headers.get("Retry-After", "")
-            raise _PassingError(
-                f"HTTP {response.status}", float(after) if after.isdecimal() else None
-            )
-        if response.status in (401, 403):
-            raise RowError("image_forbidden", f"{shown(url)}: HTTP {response.status}")
-        if response.status != 200:
-            raise RowError("image_missing", f"{shown(url)}: HTTP {response.status}")
-        if (response.content_length or 0) > self._max_bytes:
-            raise _too_large(url, self._max_bytes)
-        content = bytearray()
-        async for chunk in response.content.iter_chunked(_CHUNK):
-            content += chunk
-            if len(content) > self._max_bytes:
-                raise _too_large(url, self._max_bytes)
-        return bytes(content)
-
-
-def _too_large(reference: str, most: int) -> RowError:
-    return RowError(
-        "image_too_large", f"{shown(reference)} has more than {most:,} bytes (images.max_bytes)"
-    )

@@ -8,7 +8,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -130,13 +130,7 @@ def plan_input(
     check_present(columns, files, schemas)
     if columns.id is None:
         _check_names(files)
-    shards = _limited(
-        [
-            Shard(file, row_groups, sum(row_groups))
-            for file, row_groups in zip(files, groups, strict=True)
-        ],
-        options.limit,
-    )
+    shards = _limited(files, groups, options.limit)
     if not shards:
         raise InputError(f"input.path: the {len(files)} files at {options.path!r} hold no rows")
     several = frozenset(f"{name}_{prompt}" for prompt in options.prompts for name in ANSWER_COLUMNS)
@@ -154,9 +148,7 @@ def plan_input(
         extras_schema=extras_schema,
         schema=planned.schema,
         prompts=_templates(options, planned.schema),
-        # Images that the input itself consists of need no leave.
-        image_root=options.image_root
-        or next((f.base for f in files if f.form == "images" or f.is_metadata), None),
+        image_root=options.image_root or _own_image_root(files),
         max_row_bytes=options.max_row_bytes,
         notes=tuple(planned.notes[name] for name in extras.values() if name in planned.notes),
         untyped=untyped,
@@ -236,12 +228,20 @@ def _read_footer(
         ) from error
 
 
-def _limited(shards: list[Shard], limit: int | None) -> list[Shard]:
+def _own_image_root(files: Sequence[FileInfo]) -> str | None:
+    """The folder of images that the input itself consists of: these need no leave."""
+    return next((f.base for f in files if f.form == "images" or f.is_metadata), None)
+
+
+def _limited(
+    files: Sequence[FileInfo], groups: Sequence[tuple[int, ...]], limit: int | None
+) -> list[Shard]:
+    """The files' first rows, as many as `input.limit` says; files of which none are left out."""
     taken = []
-    left = limit if limit is not None else sum(shard.rows for shard in shards)
-    for shard in shards:
-        rows = min(shard.rows, left)
+    left = limit if limit is not None else sum(map(sum, groups))
+    for file, row_groups in zip(files, groups, strict=True):
+        rows = min(sum(row_groups), left)
         if rows:
-            taken.append(replace(shard, rows=rows))
+            taken.append(Shard(file, row_groups, rows))
         left -= rows
     return taken

@@ -15,6 +15,7 @@ from pipeline.io.output.commits import OutputLog, done_rows, read_result, retry_
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim, Fence
 from pipeline.io.output.storage import OutputFolder
+from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import difference, intersection
 from pipeline.quality.accuracy import Truth
 
@@ -35,14 +36,14 @@ def merge_retries(claim: Claim, truth: Truth | None) -> int:
     outcomes = OutputLog(folder, at=OutputLayout.RETRIES).commits(mend=True)
     if not outcomes:
         return 0
-    log = OutputLog(folder, Fence.begin(claim))
-    log.accept()
+    writer = OutputWriter(folder, Fence.begin(claim))
+    writer.accept()
     answered = done_rows(outcomes)
     passed = difference(answered, retry_rows(outcomes))
     files = [f"{OutputLayout.RETRIES}{one.file}" for one in outcomes]
     table = pa.concat_tables([_read(folder, file) for file in files])
     place = {id_: number for number, id_ in enumerate(table["id"].to_pylist())}
-    for commit in log.commits(mend=True):
+    for commit in OutputLog(folder).commits(mend=True):
         if not intersection(commit.retry, answered):
             continue
         before = _read(folder, commit.file)
@@ -51,8 +52,8 @@ def merge_retries(claim: Claim, truth: Truth | None) -> int:
             len(before) + place[i] if i in place else n
             for n, i in enumerate(before["id"].to_pylist())
         ]
-        log.replace(commit, merged.take(chosen), truth, difference(commit.retry, passed))
-    log.index()
+        writer.replace(commit, merged.take(chosen), truth, difference(commit.retry, passed))
+    writer.index()
     for file in files:
         folder.remove(file)
     return len(table)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import random
 import secrets
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,12 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import JobError, OutputError
 from pipeline.io.filesystem import OBJECT_STORES, PARQUET_SUFFIXES, open_filesystem, protocols
 from pipeline.io.output.layout import OutputLayout
+from pipeline.io.output.local_files import create_file, write_file
+from pipeline.io.output.objects import create_object, replace_object, version_of
 from pipeline.redact import cause_of
 
 #: Part of the path of every copy that Ray makes of a submitted job's working directory.
 _SUBMITTED = "/working_dir_files/_ray_pkg_"
-#: What a filesystem says that knows no hard links.
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
-#: What S3 says where a condition of a write does not hold.
-_CONDITION_CODES = frozenset({"PreconditionFailed", "ConditionalRequestConflict"})
-#: What it says where it knows no conditions.
-_UNKNOWN_CODES = frozenset({"NotImplemented", "NotSupported", "InvalidRequest"})
-#: How often creating is tried again where several do so at once and the store refuses all of them.
-_CONFLICTS = 5
 
 
 class ReplacedError(Exception):
@@ -197,18 +189,13 @@ class OutputFolder:
         return isinstance(self._filesystem, LocalFileSystem)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a whole file; a reader sees all of it or nothing, also after a power cut.
-
-        Object stores show an object once its upload is complete. A local file is written beside,
-        synced and renamed.
+        """Write a whole file; a reader sees all of it or nothing, also after a power cut: object
+        stores show an object once its upload is complete.
         """
-        if not self.is_local:
+        if self.is_local:
+            write_file(Path(self._root), name, data)
+        else:
             self._filesystem.pipe_file(f"{self._root}/{name}", data)
-            return
-        with self._beside(name, data) as partial:
-            target = Path(self._root, name)
-            partial.replace(target)
-            _sync_folder(target.parent)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a whole file unless there is one of its name; whether there now is one of these
@@ -218,44 +205,9 @@ class OutputFolder:
         all (see `creates_exclusively`). `data` holds something that nobody else would write: an
         answer may be lost, and then the file that is found there is our own.
         """
-        if not self.is_local:
-            return self._create_object(name, data)
-        target = Path(self._root, name)
-        with self._beside(name, data) as partial:
-            try:
-                os.link(partial, target)
-            except FileExistsError:
-                return target.read_bytes() == data
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                return _create_without_links(target, data)
-            _sync_folder(target.parent)
-        return True
-
-    def _create_object(self, name: str, data: bytes) -> bool:
-        for _ in range(_CONFLICTS):
-            try:
-                self._filesystem.pipe_file(f"{self._root}/{name}", data, mode="create")
-                return True
-            except FileExistsError:
-                return self.read(name) == data
-            except (NotImplementedError, TypeError, ValueError):
-                # A backend that does not know of conditions.
-                break
-            except OSError as error:
-                if _code_of(error) in _UNKNOWN_CODES:
-                    break
-                if _code_of(error) not in _CONDITION_CODES:
-                    raise
-            with contextlib.suppress(FileNotFoundError):
-                return self.read(name) == data
-            # Several wrote at once, and none of them succeeded.
-            time.sleep(random.uniform(0.1, 0.5))
-        else:
-            return False
-        self.write(name, data)
-        return True
+        if self.is_local:
+            return create_file(Path(self._root), name, data)
+        return create_object(self._filesystem, f"{self._root}/{name}", data)
 
     def creates_exclusively(self) -> bool:
         """Whether `create` is what it says: a second one of the same name is refused. Tried with a
@@ -271,11 +223,7 @@ class OutputFolder:
         """What changes whenever a file does, where the storage can make a write depend on it; else
         None.
         """
-        if "s3" not in protocols(self._filesystem):
-            return None
-        self._filesystem.invalidate_cache()
-        etag: str | None = self._filesystem.info(f"{self._root}/{name}").get("ETag")
-        return etag
+        return version_of(self._filesystem, f"{self._root}/{name}")
 
     def replace(self, name: str, data: bytes, version: str | None) -> None:
         """Write a file in the place of the one whose `version` was asked; None: whatever is there.
@@ -286,31 +234,8 @@ class OutputFolder:
         if version is None:
             self.write(name, data)
             return
-        try:
-            self._filesystem.pipe_file(f"{self._root}/{name}", data, IfMatch=version)
-        except OSError as error:
-            if _code_of(error) not in _CONDITION_CODES:
-                raise
-            # Else the answer to our own write was lost, and the client tried again.
-            if self.read(name) != data:
-                raise ReplacedError(f"{self.url}/{name} was written by somebody else") from error
-
-    @contextlib.contextmanager
-    def _beside(self, name: str, data: bytes) -> Iterator[Path]:
-        """A synced file of these bytes in `_run/`, to be given its name; gone afterwards."""
-        target = Path(self._root, name)
-        unique = f"{os.getpid()}-{secrets.token_hex(4)}"
-        partial = Path(self._root, OutputLayout.partial(name, unique))
-        for folder in (partial.parent, target.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield partial
-        finally:
-            partial.unlink(missing_ok=True)
+        if not replace_object(self._filesystem, f"{self._root}/{name}", data, version):
+            raise ReplacedError(f"{self.url}/{name} was written by somebody else")
 
     def remove_partial(self) -> None:
         """Delete local files that were never given their names: a dead process left them."""
@@ -350,41 +275,3 @@ class OutputFolder:
         """Read a whole file, by its name within the folder."""
         data: bytes = self._filesystem.cat_file(f"{self._root}/{name}")
         return data
-
-
-def _code_of(error: OSError) -> str | None:
-    """What an S3 store called its error; None where it was something else."""
-    cause: BaseException | None = error
-    while cause is not None:
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict):
-            code: str | None = response.get("Error", {}).get("Code")
-            return code
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
-def _create_without_links(target: Path, data: bytes) -> bool:
-    """`create` where there are no hard links: exclusive, but a crash may leave the file cut
-    short.
-    """
-    try:
-        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        return target.read_bytes() == data
-    with open(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(target.parent)
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a name that was given in a folder outlast a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network filesystems sync no folders
-            os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,6 +24,7 @@ from aiohttp.abc import ResolveResult
 from pipeline.errors import RowError
 from pipeline.io.filesystem import open_filesystem
 from pipeline.io.input import addresses, fetch
+from pipeline.io.input import web as web_client
 from pipeline.io.input.addresses import is_public
 from pipeline.io.input.fetch import Fetcher
 from pipeline.io.input.listing import find_shards
@@ -411,7 +412,7 @@ def test_a_public_ipv6_address_may_be_named(make: Any, monkeypatch: pytest.Monke
         peers.append(peer[4][0])
         raise OSError("far enough")
 
-    monkeypatch.setattr(fetch, "public_socket", connected)
+    monkeypatch.setattr(web_client, "public_socket", connected)
     refused(make(tries=1).submit("http://[2a00::1]/a.jpg"), "image_fetch")
     assert peers == ["2a00::1"]
 

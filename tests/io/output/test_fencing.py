@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from pipeline.actors.committer import CommitSettings, Committer
 from pipeline.errors import OutputError
 from pipeline.io.output import commits
+from pipeline.io.output import writer as writer_module
 from pipeline.io.output.commits import Accepted, OutputLog, done_rows
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.lease import Claim, Fence, LeaseLostError
 from pipeline.io.output.retries import merge_retries
 from pipeline.io.output.storage import OutputFolder, ReplacedError
+from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet, difference
 from pipeline.settings.job import ErrorSettings
 from tests.actors.test_committer import SCHEMA, block, committer, ids
@@ -32,7 +34,7 @@ from tests.io.output.epochs import hold
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commits, "VERDICT_SECONDS", 0.2)
+    monkeypatch.setattr(writer_module, "VERDICT_SECONDS", 0.2)
 
 
 def writer(folder: OutputFolder, run: str, rows: int = 1000) -> Committer:
@@ -97,12 +99,12 @@ def test_one_that_dies_before_it_takes_its_file_back_doubles_nothing_for_us_and_
     second = writer(folder, "second", rows=1)
     second.take(block("a", 0))
     # What the first run's machine had under way arrives now, and the machine is gone for good.
-    late = OutputLog(folder, first._log._writing())
+    late = OutputWriter(folder, first._writer._fence)
     data = late._encoded(
         commits.Commit("part-x.parquet", {"a": RowSet.range(0, 1)}, commits.Written()),
         block("a", 0),
     )
-    name = f"part-{first._log._writing().name}-00000.parquet"
+    name = f"part-{first._writer._fence.name}-00000.parquet"
     folder.write(name, data)
     assert [commit.file for commit in OutputLog(folder).commits()] == [
         n for n in folder.sizes() if n != name
@@ -110,7 +112,7 @@ def test_one_that_dies_before_it_takes_its_file_back_doubles_nothing_for_us_and_
     assert OutputLog(folder).superseded() == [name]
     assert done_rows(OutputLog(folder).commits()) == {"a": RowSet.range(0, 1)}
     hold(folder, "third")
-    assert OutputLog(folder, Fence.begin(Claim(folder, "third"))).accept() == [name]
+    assert OutputWriter(folder, Fence.begin(Claim(folder, "third"))).accept() == [name]
     assert read_ids(folder) == ["a#0"]
 
 
@@ -118,22 +120,22 @@ def test_a_file_that_the_next_run_found_there_is_not_taken_back(folder: OutputFo
     """Paused after its write, not before: whoever took over counts the rows as done."""
     hold(folder, "first")
     first = writer(folder, "first")
-    fence = first._log._writing()
-    asked: list[OutputLog] = []
+    fence = first._writer._fence
+    asked: list[OutputWriter] = []
 
     class TakenOver(Fence):
         def check(self) -> None:
             if folder.sizes() and not asked:
                 hold(folder, "second")
-                asked.append(OutputLog(folder, Fence.begin(Claim(folder, "second"))))
+                asked.append(OutputWriter(folder, Fence.begin(Claim(folder, "second"))))
                 asked[0].accept()
             super().check()
 
-    first._log._fence = TakenOver(fence.folder, fence.holder)
+    first._writer._fence = TakenOver(fence.folder, fence.holder)
     first.take(block("a", 0))
     with pytest.raises(LeaseLostError):
         first.finish()
-    assert done_rows(asked[0].commits()) == {"a": RowSet.range(0, 1)}
+    assert done_rows(OutputLog(folder).commits()) == {"a": RowSet.range(0, 1)}
     assert read_ids(folder) == ["a#0"]
 
 
@@ -164,7 +166,7 @@ def test_whoever_waits_for_storage_asks_again_before_each_try(tmp_path: Path) ->
                 raise OSError("network is unreachable")
             super().write(name, data)
 
-    first._log._folder = Cut(folder.url)
+    first._writer._folder = Cut(folder.url)
     first.take(block("a", 0, 1, 2))
     thread = threading.Thread(target=finish_in_vain, args=(first,))
     thread.start()
@@ -210,7 +212,7 @@ def test_a_merge_that_lost_the_output_replaces_nothing(folder: OutputFolder) -> 
     with pytest.raises(LeaseLostError):
         merge_retries(Claim(folder, "mine"), None)
     merged = Fence.begin(Claim(folder, "another"))
-    OutputLog(folder, merged).accept()
+    OutputWriter(folder, merged).accept()
     assert merge_retries(Claim(folder, "another"), None) == 1
     (commit,) = OutputLog(folder).commits()
     assert (commit.retry, commit.revision) == ({}, 1)
@@ -291,7 +293,7 @@ def test_a_file_tells_its_epoch_and_writer_in_name_and_footer(folder: OutputFold
     footer = json.loads(
         pq.read_schema(pa.BufferReader(folder.read(name))).metadata[commits.FOOTER_KEY]
     )
-    fence = writer_._log._writing()
+    fence = writer_._writer._fence
     assert OutputLayout.epoch_of(name) == footer["epoch"] == fence.epoch == 2
     assert (footer["run"], footer["by"], footer["name"]) == ("mine", fence.holder.token, name)
     assert fence.holder.token in name
@@ -386,7 +388,7 @@ def test_a_fresh_start_leaves_nothing_to_count_even_if_it_dies_before_it_has_del
     committer(folder, rows=1).take(block("a", 0))
     folder.write("other.parquet", b"somebody's")
     hold(folder, "fresh")
-    (name,) = OutputLog(folder, Fence.begin(Claim(folder, "fresh"))).accept(fresh=True)
+    (name,) = OutputWriter(folder, Fence.begin(Claim(folder, "fresh"))).accept(fresh=True)
     folder.write(name, b"not deleted yet")
     assert OutputLog(folder).names() == ["other.parquet"]
     folder.clear()
@@ -471,12 +473,12 @@ def answer_what_is_missing(folder: OutputFolder, run: str) -> None:
     """
     try:
         driver = hold(folder, run)
-        OutputLog(folder, driver).accept(fresh=run == "run-0")
-        log = OutputLog(folder, Fence.begin(Claim(folder, run)))
-        log.accept()
-        missing = difference({"a": RowSet.range(0, ROWS)}, done_rows(log.commits()))
+        OutputWriter(folder, driver).accept(fresh=run == "run-0")
+        writer = OutputWriter(folder, Fence.begin(Claim(folder, run)))
+        writer.accept()
+        missing = difference({"a": RowSet.range(0, ROWS)}, done_rows(OutputLog(folder).commits()))
         for row in missing.get("a", RowSet.empty()):
-            log.commit(block("a", row), {"a": RowSet.of_rows([row])}, None)
+            writer.commit(block("a", row), {"a": RowSet.of_rows([row])}, None)
     except (LeaseLostError, AssertionError):
         return  # another one began
 
@@ -487,7 +489,7 @@ def overtake(bursts: Iterable[tuple[int, int]]) -> None:
     """
     order = [run for run, operations in bursts for _ in range(operations)]
     with tempfile.TemporaryDirectory() as path, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commits, "VERDICT_SECONDS", 0.0)
+        patch.setattr(writer_module, "VERDICT_SECONDS", 0.0)
         plain = OutputFolder(path)
         plain.make()
         turns, threads = Turns(order), {}
@@ -508,7 +510,7 @@ def overtake(bursts: Iterable[tuple[int, int]]) -> None:
         counted = done_rows(OutputLog(plain).commits())  # an error where a row counts twice
         assert counted == {"a": RowSet.range(0, ROWS)}
         hold(plain, "reader")
-        OutputLog(plain, Fence.begin(Claim(plain, "reader"))).accept()
+        OutputWriter(plain, Fence.begin(Claim(plain, "reader"))).accept()
         assert Counter(ids(plain)) == {f"a#{row}": 1 for row in range(ROWS)}
 
 

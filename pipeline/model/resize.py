@@ -1,0 +1,150 @@
+"""From the images of a conversation to the pixels that the model reads.
+
+As the released README resizes them: process_vision_info, then the processor, each to sides that are
+multiples of patch_size * merge_size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+import pipeline.compat  # noqa: F401 - before qwen-vl-utils imports torchvision
+from pipeline.errors import RowError
+
+
+class Picture(Protocol):
+    """An image that is not decoded yet; in the place of a `PIL.Image`, so that one at a time is
+    there in full size.
+    """
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height that its file declares."""
+
+    def resized(self, how: Hashable, resize: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+        """What `resize` makes of it; equal `how` make the same."""
+
+
+class Resizer:
+    """Resizes images in two bicubic steps at most.
+
+    Args:
+        image_processor: the transformers image processor, whose settings are followed.
+        min_pixels: least pixels of a resized image; None: the processor's own.
+        max_pixels: most pixels of a resized image; None: the processor's own.
+    """
+
+    def __init__(
+        self, image_processor: Any, min_pixels: int | None, max_pixels: int | None
+    ) -> None:
+        self._min_pixels = min_pixels or image_processor.size["shortest_edge"]
+        self._max_pixels = max_pixels or image_processor.size["longest_edge"]
+        self._factor = image_processor.patch_size * image_processor.merge_size
+        self._image_processor = image_processor
+
+    def parts(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The image parts of a conversation, in their order.
+
+        Raises:
+            RowError: `messages_invalid`, one is a video.
+        """
+        from qwen_vl_utils import extract_vision_info
+
+        parts: list[dict[str, Any]] = extract_vision_info(list(messages))
+        if any("video" in part for part in parts):
+            raise RowError("messages_invalid", "videos are not supported; send images")
+        return parts
+
+    def tokens(self, parts: Sequence[dict[str, Any]]) -> int:
+        """Visual tokens that they will have together, by the sizes that their files declare:
+        nothing is decoded.
+
+        Raises:
+            RowError: `image_decode`.
+        """
+        with _explained():
+            outlines = [self._in_steps(part, _Outline(part["image"].size)) for part in parts]
+        pixels = sum(outline.width * outline.height for outline in outlines)
+        return int(pixels // self._factor**2)
+
+    def resized(self, parts: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+        """Their pixels, each [height, width, 3] uint8; one is decoded after the other.
+
+        Raises:
+            RowError: `image_decode`.
+        """
+        with _explained():
+            return [self._resized(part) for part in parts]
+
+    def visual_tokens(self, image: np.ndarray) -> int:
+        """Visual tokens of a resized image [height, width, 3]."""
+        height, width = image.shape[:2]
+        return int(height * width // self._factor**2)
+
+    def _resized(self, part: dict[str, Any]) -> np.ndarray:
+        def resize(image: Image.Image) -> np.ndarray:
+            return np.asarray(self._in_steps(part, image).convert("RGB"))
+
+        if isinstance(part["image"], Image.Image):
+            return resize(part["image"])
+        how = tuple(
+            sorted((key, value) for key, value in part.items() if key not in ("type", "image"))
+        )
+        resized: np.ndarray = part["image"].resized(how, resize)
+        return resized
+
+    def _in_steps(self, part: dict[str, Any], image: Image.Image) -> Image.Image:
+        from qwen_vl_utils import process_vision_info
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        images, _ = process_vision_info([{"role": "user", "content": [{**part, "image": image}]}])
+        assert images is not None
+        first: Image.Image = images[0]
+        height, width = smart_resize(
+            first.height,
+            first.width,
+            factor=self._factor,
+            min_pixels=self._min_pixels,
+            max_pixels=self._max_pixels,
+        )
+        if (height, width) != (first.height, first.width):
+            return first.resize((width, height), Image.Resampling(self._image_processor.resample))
+        return first
+
+
+class _Outline(Image.Image):
+    """An image without pixels, which takes the same steps as one with them: they tell what size
+    they make of it.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._size, self._mode = size, "RGB"
+
+    def convert(self, *_: Any, **__: Any) -> _Outline:
+        return self
+
+    def resize(self, size: Any, *_: Any, **__: Any) -> _Outline:
+        return _Outline((size[0], size[1]))
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """qwen-vl-utils and Pillow raise many types; each is this row's alone.
+
+    Raises:
+        RowError: `image_decode` in their place.
+    """
+    try:
+        yield
+    except RowError:
+        raise
+    except Exception as error:
+        raise RowError(
+            "image_decode", f"cannot resize an image ({type(error).__name__}: {error})"
+        ) from error
