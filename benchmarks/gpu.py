@@ -299,7 +299,7 @@ class Bench:
             return lambda: ops.add_rms_norm(x, delta, x[0], 1e-6)
 
         def silu(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
-            gate, up = (numbers(device, rows, wide, seed=s) for s in range(2))
+            gate, up = numbers(device, rows, 2 * wide).chunk(2, dim=1)
             return lambda: (ops.silu_multiply(gate, up),)
 
         def rotate(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -385,13 +385,13 @@ class Bench:
                     self._decode(runner, running[:batch], steps, captured)
 
     def _projections(self, model: Model) -> None:
-        """The MLP's first projection: all experts for new tokens, one for a step of prompts."""
-        shape, mixture = self.scale.shape, model.decoder.layers[0].gate
+        """The MLP's first projections: all experts for new tokens, one for a step of prompts."""
+        shape, mixture = self.scale.shape, model.decoder.layers[0].gate_up
         if shape.adapter is None:
             return
         experts, rank = shape.adapter.experts, shape.adapter.rank
-        weights = shape.hidden * shape.mlp_width
-        an_expert = rank * (shape.hidden + shape.mlp_width)
+        weights = 2 * shape.hidden * shape.mlp_width
+        an_expert = 2 * rank * (shape.hidden + shape.mlp_width)
         for tokens in (*self.scale.batches, self.scale.step_tokens):
             x = torch.randn(tokens, shape.hidden, device=self.device, dtype=self.dtype)
             factors = torch.rand(tokens, experts + 1, device=self.device, dtype=self.dtype)
@@ -405,7 +405,7 @@ class Bench:
             )
             name = "all experts" if masked else "one expert"
             seconds = self.seconds(lambda x=x, r=routed: mixture_linear(x, mixture, r), 20)  # type: ignore[misc]
-            self.add(f"a projection, {name}, {tokens:,} tokens", 1e6 * seconds, "us", 1e6 * floor)
+            self.add(f"gate and up, {name}, {tokens:,} tokens", 1e6 * seconds, "us", 1e6 * floor)
 
     def _admitted(self, runner: Runner, count: int, room: int) -> list[LiveRequest]:
         scale, model = self.scale, self.model()

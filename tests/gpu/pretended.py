@@ -51,6 +51,10 @@ WAITING = frozenset(
 )
 
 
+#: Operations that give memory and launch nothing.
+GIVING_MEMORY = frozenset(["empty", "empty_like", "empty_strided", "new_empty"])
+
+
 class RuleError(RuntimeError):
     """Something that a GPU would not do, or would make the host wait for."""
 
@@ -408,6 +412,8 @@ class PretendedGPU:
         if not writes and any(one.alias_info is not None for one in schema.returns):
             # A view: nothing is launched.
             return tree_map(self._here, func(*numbers, **named))
+        if name in GIVING_MEMORY:
+            return tree_map(self._here, spoil(func(*numbers, **named)))
         self.launches[name] += 1
         if writes:
             work = functools.partial(func, *numbers, **named)

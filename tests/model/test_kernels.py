@@ -65,7 +65,7 @@ def test_add_rms_norm(kernels: ModuleType, dtype: torch.dtype, with_delta: bool)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_multiply(kernels: ModuleType, dtype: torch.dtype) -> None:
-    gate, up = random(3, 100, dtype=dtype)[:, 30:], random(3, 90, dtype=dtype, seed=1)[:, 20:]
+    gate, up = random(3, 170, dtype=dtype)[:, 30:].chunk(2, dim=1)  # columns of one product
     torch.testing.assert_close(
         kernels.silu_multiply(gate, up).cpu(), plain(ops.silu_multiply, gate, up)
     )
