@@ -298,6 +298,10 @@ class Bench:
             x, delta = (numbers(device, rows, hidden, seed=s) for s in range(2))
             return lambda: ops.add_rms_norm(x, delta, x[0], 1e-6)
 
+        def tower_norm(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
+            x, delta = (numbers(device, rows, shape.vision.width, seed=s) for s in range(2))
+            return lambda: ops.add_layer_norm(x, delta, x[0], x[1], 1e-6)
+
         def silu(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
             gate, up = numbers(device, rows, 2 * wide).chunk(2, dim=1)
             return lambda: (ops.silu_multiply(gate, up),)
@@ -336,6 +340,7 @@ class Bench:
 
         return {
             "norm of a sum": (norm, 4 * rows * hidden * size),
+            "norm of a sum in the tower": (tower_norm, 4 * rows * shape.vision.width * size),
             "SiLU": (silu, 3 * rows * wide * size),
             "rotary embedding and cache": (rotate, 2 * rows * (heads + 2 * kv) * dim * size),
             "attention of new tokens": (attention, 2 * rows * context * kv * dim * size),

@@ -81,10 +81,12 @@ def cases() -> dict[str, Callable[[], Any]]:
     heads = torch.empty(256, 36, 128, dtype=BF16)
     angles = torch.empty(256, 64, dtype=BF16)
     seen = torch.empty(1024, 48, 80, dtype=BF16)
+    patches, affine = torch.empty(1024, 1280, dtype=BF16), torch.empty(2, 1280, dtype=BF16)
     cache, places = torch.empty(4096, 4, 128, dtype=BF16), torch.zeros(256, dtype=torch.int64)
     calls: dict[str, Callable[[], Any]] = {
         "norm": lambda: kernels.add_rms_norm(x, None, x[0], 1e-6),
         "norm of a sum": lambda: kernels.add_rms_norm(x, narrow, x[0], 1e-6),
+        "norm of the tower": lambda: kernels.add_layer_norm(patches, patches, *affine, 1e-6),
         "silu": lambda: kernels.silu_multiply(*wide),
         "gelu": lambda: kernels.quick_gelu_(torch.empty(1024, 5120, dtype=BF16)),
         "rope of the decoder": lambda: kernels.rotate_and_store(

@@ -478,16 +478,22 @@ def _kernels(gpu: PretendedGPU) -> dict[str, Callable[..., Any]]:
     """Launchers in the place of `pipeline.model.kernels`', which compute what the plain forms do."""
     from pipeline.model import attention, ops
 
-    def add_rms_norm(x: Any, delta: Any, weight: Any, eps: float) -> Any:
-        left, right, scale = _numbers(x), _numbers(delta), _numbers(weight)
+    def add_norm(name: str, x: Any, delta: Any, *affine: Any) -> Any:
+        left, right, *rest = map(_numbers, (x, delta, *affine))
         made = [torch.empty_like(left)] if delta is None else [torch.empty_like(left) for _ in "ab"]
 
         def work() -> Sequence[Tensor]:
-            total, normed = ops.add_rms_norm(left, right, scale, eps)
+            total, normed = getattr(ops, name)(left, right, *rest)
             return (normed,) if right is None else (total, normed)
 
-        results = gpu.launch("add_rms_norm", work, *made)
+        results = gpu.launch(name, work, *made)
         return (x, *results) if delta is None else results
+
+    def add_rms_norm(*arguments: Any) -> Any:
+        return add_norm("add_rms_norm", *arguments)
+
+    def add_layer_norm(*arguments: Any) -> Any:
+        return add_norm("add_layer_norm", *arguments)
 
     def silu_multiply(gate: Any, up: Any) -> Any:
         a, b = _numbers(gate), _numbers(up)
@@ -531,7 +537,7 @@ def _kernels(gpu: PretendedGPU) -> dict[str, Callable[..., Any]]:
         work = lambda: (ops.most_probable(a, known, factor, index),)  # noqa: E731
         return gpu.launch("most_probable", work, made)[0]
 
-    made = (add_rms_norm, silu_multiply, quick_gelu_, rotate_, rotate_and_store)
+    made = (add_rms_norm, add_layer_norm, silu_multiply, quick_gelu_, rotate_, rotate_and_store)
     made += (decode_attention, most_probable)
     return {one.__name__: one for one in made}
 
