@@ -25,6 +25,7 @@ NAMES = (
     "memory",
     "conversion",
     "gpu_path",
+    "extents",
 )
 
 #: Rounds of which figures should be the medians.

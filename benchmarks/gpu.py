@@ -298,8 +298,12 @@ class Bench:
             x, delta = (numbers(device, rows, hidden, seed=s) for s in range(2))
             return lambda: ops.add_rms_norm(x, delta, x[0], 1e-6)
 
+        def tower_norm(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
+            x, delta = (numbers(device, rows, shape.vision.width, seed=s) for s in range(2))
+            return lambda: ops.add_layer_norm(x, delta, x[0], x[1], 1e-6)
+
         def silu(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
-            gate, up = (numbers(device, rows, wide, seed=s) for s in range(2))
+            gate, up = numbers(device, rows, 2 * wide).chunk(2, dim=1)
             return lambda: (ops.silu_multiply(gate, up),)
 
         def rotate(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -336,6 +340,7 @@ class Bench:
 
         return {
             "norm of a sum": (norm, 4 * rows * hidden * size),
+            "norm of a sum in the tower": (tower_norm, 4 * rows * shape.vision.width * size),
             "SiLU": (silu, 3 * rows * wide * size),
             "rotary embedding and cache": (rotate, 2 * rows * (heads + 2 * kv) * dim * size),
             "attention of new tokens": (attention, 2 * rows * context * kv * dim * size),
@@ -385,13 +390,13 @@ class Bench:
                     self._decode(runner, running[:batch], steps, captured)
 
     def _projections(self, model: Model) -> None:
-        """The MLP's first projection: all experts for new tokens, one for a step of prompts."""
-        shape, mixture = self.scale.shape, model.decoder.layers[0].gate
+        """The MLP's first projections: all experts for new tokens, one for a step of prompts."""
+        shape, mixture = self.scale.shape, model.decoder.layers[0].gate_up
         if shape.adapter is None:
             return
         experts, rank = shape.adapter.experts, shape.adapter.rank
-        weights = shape.hidden * shape.mlp_width
-        an_expert = rank * (shape.hidden + shape.mlp_width)
+        weights = 2 * shape.hidden * shape.mlp_width
+        an_expert = 2 * rank * (shape.hidden + shape.mlp_width)
         for tokens in (*self.scale.batches, self.scale.step_tokens):
             x = torch.randn(tokens, shape.hidden, device=self.device, dtype=self.dtype)
             factors = torch.rand(tokens, experts + 1, device=self.device, dtype=self.dtype)
@@ -405,7 +410,7 @@ class Bench:
             )
             name = "all experts" if masked else "one expert"
             seconds = self.seconds(lambda x=x, r=routed: mixture_linear(x, mixture, r), 20)  # type: ignore[misc]
-            self.add(f"a projection, {name}, {tokens:,} tokens", 1e6 * seconds, "us", 1e6 * floor)
+            self.add(f"gate and up, {name}, {tokens:,} tokens", 1e6 * seconds, "us", 1e6 * floor)
 
     def _admitted(self, runner: Runner, count: int, room: int) -> list[LiveRequest]:
         scale, model = self.scale, self.model()

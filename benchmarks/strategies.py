@@ -1,9 +1,10 @@
 """Which way to compute the experts is fastest, for prompts and new tokens: all masked, the
 majority's dense, gathered, or slices?
 
-One decoder layer's four projections with experts, at the size of the CPU benchmark; "grouped" is
-nine tokens in ten on one expert, "mixed" an even spread. The engine's thresholds
-(`EXPERT_RULES` in engine/runner.py) come from this table. Prompts lie in the order of their routes.
+One decoder layer's four projections with experts (gate and up are one product), at the size of the
+CPU benchmark; "grouped" is nine tokens in ten on one expert, "mixed" an even spread. The engine's
+thresholds (`EXPERT_RULES` in engine/runner.py) come from this table. Prompts lie in the order of
+their routes.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ def main() -> list[str]:
     dtype = products_dtype(device)
     torch.manual_seed(0)
 
-    def mixture(out: int, into: int) -> Mixture:
-        stacked = torch.randn((experts + 1) * rank + out, into, device=device, dtype=dtype) * 0.02
-        b = torch.randn(out, (experts + 1) * rank, device=device, dtype=dtype) * 0.02
+    def mixture(out: int, into: int, projections: int = 1) -> Mixture:
+        rows = projections * ((experts + 1) * rank + out)
+        stacked = torch.randn(rows, into, device=device, dtype=dtype) * 0.02
+        b = torch.randn(projections, out, (experts + 1) * rank, device=device, dtype=dtype) * 0.02
         return Mixture.of(stacked, b, rank, prepack=True)
 
     width, wide = base.hidden, base.mlp_width
     layer = [
         mixture(width, width),
-        mixture(wide, width),
-        mixture(wide, width),
+        mixture(wide, width, projections=2),
         mixture(width, wide),
     ]
     rows, figures = [], []

@@ -24,8 +24,8 @@ def test_the_gpu_benchmark_runs_at_a_tiny_size(tmp_path: Path) -> None:
     for what in (
         "norm of a sum (off its twin by 0 at most)",
         "choice of the next token (off its twin by 0 at most)",
-        "a projection, all experts, 2 tokens",
-        "a projection, one expert, 64 tokens",
+        "gate and up, all experts, 2 tokens",
+        "gate and up, one expert, 64 tokens",
         "vision tower",
         "prefill",
         "decode step, batch 4, context 20, without graphs",

@@ -43,7 +43,7 @@ class FoldedExperts:
 
     def __init__(self, model: Model) -> None:
         self._layers = model.decoder.layers
-        names = ("o", "gate", "up", "down")
+        names = ("o", "gate_up", "down")
         self._folded = [
             {n: torch.empty_like(getattr(layer, n).weight) for n in names} for layer in self._layers
         ]
@@ -123,13 +123,12 @@ def _with(layer: DecoderLayer, weights: dict[str, Tensor]) -> DecoderLayer:
 def _fold_mixture(mixture: Mixture, factors: Tensor, experts: Sequence[int], into: Tensor) -> None:
     """Write W + sum over `experts` of factor * B A into `into`: in float32, rounded once."""
     assert mixture.b is not None
-    rank = mixture.rank
-    total = mixture.weight.float()
-    for expert in experts:
-        columns = slice(expert * rank, (expert + 1) * rank)
-        total = torch.addmm(
-            total,
-            mixture.b[:, columns].float() * factors[expert].float(),
-            mixture.a(expert).float(),
-        )
-    into.copy_(total)
+    rank, count = mixture.rank, mixture.projections
+    parts = zip(mixture.weight.chunk(count), into.chunk(count), mixture.b, strict=True)
+    # One projection after another: a float32 copy of several is large.
+    for number, (weight, folded, b) in enumerate(parts):
+        total = weight.float()
+        for expert in experts:
+            b_of = b[:, expert * rank : (expert + 1) * rank].float() * factors[expert].float()
+            total = torch.addmm(total, b_of, mixture.a(expert).chunk(count)[number].float())
+        folded.copy_(total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import torch
 from PIL import Image
 
 from pipeline.engine.encode import Encoder
-from pipeline.engine.engine import Engine
+from pipeline.engine.engine import ROOM_SECONDS, Engine
+from pipeline.engine.memory import weight_bytes
 from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.types import Request
+from pipeline.errors import ConfigError
 from pipeline.model.awaker import Model, load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
 from pipeline.model.ops import check_compiler
@@ -94,8 +97,8 @@ def load(
 
     Raises:
         CheckpointError: something is missing, extra, misshapen or of another model.
-        ConfigError: `top_k_experts` or `lora_alpha` does not fit the checkpoint, or this machine
-            cannot build what runs on its GPU.
+        ConfigError: `top_k_experts` or `lora_alpha` does not fit the checkpoint, this machine
+            cannot build what runs on its GPU, or the GPU has no room for the weights.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda":
@@ -104,5 +107,39 @@ def load(
     if place.type == "cpu" and threads is not None:
         torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else threads)
     processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    model = load_model(checkpoint, processor.image_processor, DTYPES[dtype], place, prepack=prepack)
+    needed = weight_bytes(checkpoint.shape, DTYPES[dtype])
+    if place.type == "cuda":
+        _wait_for_room(needed, place)
+    try:
+        model = load_model(
+            checkpoint, processor.image_processor, DTYPES[dtype], place, prepack=prepack
+        )
+    except torch.OutOfMemoryError as error:
+        # Somebody else took it meanwhile.
+        raise _no_room(needed, torch.cuda.mem_get_info(place)[0]) from error
     return LoadedModel(checkpoint.folder, model, processor)
+
+
+def _wait_for_room(needed: int, gpu: torch.device) -> None:
+    """Wait until so many bytes of a GPU are free: a process that died there may hold them for a
+    while.
+
+    Raises:
+        ConfigError: they are not free after `ROOM_SECONDS`, or the GPU has not as many.
+    """
+    until = time.monotonic() + ROOM_SECONDS
+    while True:
+        free, total = torch.cuda.mem_get_info(gpu)
+        if free >= needed:
+            return
+        if total < needed or time.monotonic() >= until:
+            raise _no_room(needed, free)
+        time.sleep(1.0)
+
+
+def _no_room(needed: int, free: int) -> ConfigError:
+    return ConfigError(
+        f"model.device: a GPU with {free / 2**30:.1f} GiB free has no room for the model's "
+        f"weights, which take {needed / 2**30:.1f} GiB; take a larger GPU, or one that nobody else "
+        "uses (--dry-run shows what fits)"
+    )

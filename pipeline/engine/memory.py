@@ -168,16 +168,17 @@ def step_bytes(shape: ModelShape, dtype: torch.dtype, sizes: Sizes, *, graphs: i
     """Bytes that a step of the most tokens has alive at once, at its widest place (the MLP), with
     tables and captured steps.
 
-    There are the residual stream before and after, its norm, gate's and up's product with the
-    columns of an expert, SiLU's result, and low-rank products.
+    There are the residual stream before and after, its norm, the product of gate and up with the
+    columns of the global expert, SiLU's result, and low-rank products.
     """
     rank, experts = (shape.adapter.rank, shape.adapter.experts) if shape.adapter else (0, 0)
     tokens = sizes.step_tokens + sizes.batch_size
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    a_token = 4 * shape.hidden + heads + 3 * shape.mlp_width + 6 * rank
-    a_masked = 2 * (experts + 1) * rank
-    # An expert's B beside the global one's, and factors and rotary angles of all tokens.
-    whole = 4 * shape.mlp_width * rank + tokens * (
+    a_token = 4 * shape.hidden + heads + 3 * shape.mlp_width + 8 * rank
+    a_masked = 4 * (experts + 1) * rank
+    # Gate's and up's B of every expert beside the global one's, and factors and rotary angles of
+    # all tokens.
+    whole = 4 * experts * shape.mlp_width * rank + tokens * (
         4 * shape.layers * (experts + 1) + 8 * shape.head_dim
     )
     elements = tokens * a_token + sizes.batch_size * a_masked + whole

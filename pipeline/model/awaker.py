@@ -17,7 +17,7 @@ from pipeline.model.decoder import Decoder, DecoderLayer, LayerFactors
 from pipeline.model.experts import ExpertFactors, Mixture
 from pipeline.model.ops import pack
 from pipeline.model.routing import Routers, Routes, route
-from pipeline.model.shape import ROUTED, ModelShape
+from pipeline.model.shape import ROUTED, ModelShape, VisionShape
 from pipeline.model.vision import Affine, VisionBlock, VisionTower, pixel_table
 
 
@@ -110,68 +110,76 @@ def assemble(
         table: `pixel_table`'s result, on that device.
         prepack: as in `load_model`.
     """
+    parts = _Parts(tensors, shape.adapter.rank if shape.adapter else 0, prepack)
+    vision = _tower(parts, shape.vision, table)
+    layers = tuple(_layer(parts, f"layers.{i}") for i in range(shape.layers))
+    embeddings = tensors.pop("embeddings.weight")
+    lm_head = parts.laid_out(embeddings if shape.tied_embeddings else tensors.pop("lm_head.weight"))
+    routers = None
+    if shape.adapter is not None:
+        routers = Routers(*(tensors.pop(f"gates.{name}") for name in ("norm", "weight", "bias")))
+    decoder = Decoder(shape, layers, tensors.pop("final_norm.weight"), lm_head)
+    return Model(shape, embeddings, vision, routers, decoder)
 
-    def weight(name: str) -> Tensor:
-        return pack(tensors.pop(name)) if prepack else tensors.pop(name)
 
-    def affine(name: str) -> Affine:
-        return Affine(weight(f"{name}.weight"), tensors.pop(f"{name}.bias"))
+@dataclass(frozen=True)
+class _Parts:
+    """Takes serving tensors out, by name, for the parts of a model."""
 
-    def norm(name: str) -> Affine:
-        return Affine(tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias"))
+    tensors: MutableMapping[str, Tensor]
+    rank: int
+    prepack: bool
 
-    def mixture(name: str) -> Mixture:
-        rank = shape.adapter.rank if shape.adapter else 0
-        return Mixture.of(
-            tensors.pop(f"{name}.stacked"), tensors.pop(f"{name}.b", None), rank, prepack=prepack
-        )
+    def laid_out(self, weight: Tensor) -> Tensor:
+        return pack(weight) if self.prepack else weight
 
-    def block(name: str) -> VisionBlock:
-        return VisionBlock(
-            norm(f"{name}.norm1"),
-            affine(f"{name}.qkv"),
-            affine(f"{name}.proj"),
-            norm(f"{name}.norm2"),
-            affine(f"{name}.fc1"),
-            affine(f"{name}.fc2"),
-        )
+    def weight(self, name: str) -> Tensor:
+        return self.laid_out(self.tensors.pop(f"{name}.weight"))
 
-    vision = VisionTower(
-        shape=shape.vision,
+    def affine(self, name: str) -> Affine:
+        return Affine(self.weight(name), self.tensors.pop(f"{name}.bias"))
+
+    def norm(self, name: str) -> Affine:
+        return Affine(self.tensors.pop(f"{name}.weight"), self.tensors.pop(f"{name}.bias"))
+
+    def mixture(self, name: str) -> Mixture:
+        stacked, b = self.tensors.pop(f"{name}.stacked"), self.tensors.pop(f"{name}.b", None)
+        return Mixture.of(stacked, b, self.rank, prepack=self.prepack)
+
+
+def _tower(parts: _Parts, shape: VisionShape, table: Tensor) -> VisionTower:
+    return VisionTower(
+        shape=shape,
         table=table,
-        patch_embedding=weight("vision.patch_embedding.weight"),
-        blocks=tuple(block(f"vision.blocks.{i}") for i in range(shape.vision.depth)),
-        merger_norm=norm("vision.merger.norm"),
-        merger_in=affine("vision.merger.in"),
-        merger_out=affine("vision.merger.out"),
+        patch_embedding=parts.weight("vision.patch_embedding"),
+        blocks=tuple(_block(parts, f"vision.blocks.{i}") for i in range(shape.depth)),
+        merger_norm=parts.norm("vision.merger.norm"),
+        merger_in=parts.affine("vision.merger.in"),
+        merger_out=parts.affine("vision.merger.out"),
     )
-    layers = tuple(
-        DecoderLayer(
-            input_norm=tensors[f"layers.{i}.input_norm.weight"],
-            qkv_weight=weight(f"layers.{i}.qkv.weight"),
-            qkv_bias=tensors[f"layers.{i}.qkv.bias"],
-            o=mixture(f"layers.{i}.o"),
-            post_norm=tensors[f"layers.{i}.post_norm.weight"],
-            gate=mixture(f"layers.{i}.gate"),
-            up=mixture(f"layers.{i}.up"),
-            down=mixture(f"layers.{i}.down"),
-        )
-        for i in range(shape.layers)
+
+
+def _block(parts: _Parts, name: str) -> VisionBlock:
+    return VisionBlock(
+        norm1=parts.norm(f"{name}.norm1"),
+        qkv=parts.affine(f"{name}.qkv"),
+        proj=parts.affine(f"{name}.proj"),
+        norm2=parts.norm(f"{name}.norm2"),
+        fc1=parts.affine(f"{name}.fc1"),
+        fc2=parts.affine(f"{name}.fc2"),
     )
-    embeddings = tensors["embeddings.weight"]
-    lm_head = tensors.pop("lm_head.weight") if not shape.tied_embeddings else embeddings
-    lm_head = pack(lm_head) if prepack else lm_head
-    routers = (
-        Routers(tensors["gates.norm"], tensors["gates.weight"], tensors["gates.bias"])
-        if shape.adapter is not None
-        else None
-    )
-    return Model(
-        shape,
-        embeddings,
-        vision,
-        routers,
-        Decoder(shape, layers, tensors["final_norm.weight"], lm_head),
+
+
+def _layer(parts: _Parts, name: str) -> DecoderLayer:
+    qkv = parts.affine(f"{name}.qkv")
+    return DecoderLayer(
+        input_norm=parts.tensors.pop(f"{name}.input_norm.weight"),
+        qkv_weight=qkv.weight,
+        qkv_bias=qkv.bias,
+        o=parts.mixture(f"{name}.o"),
+        post_norm=parts.tensors.pop(f"{name}.post_norm.weight"),
+        gate_up=parts.mixture(f"{name}.gate_up"),
+        down=parts.mixture(f"{name}.down"),
     )
 
 

@@ -2,16 +2,18 @@
 for converting.
 
 A replica's tensors ("serving tensors") are: q, k and v stacked with their plain adapter folded in,
-each projection's experts stacked, all routers stacked. `recipes` says for every serving tensor
-which source tensors it is made of and how. Loading the released format builds them in memory;
-`convert.py` writes them to files, which a replica then maps.
+projections that read the same stacked with their experts, all routers stacked. `recipes` says for
+every serving tensor which source tensors it is made of and how. Loading the released format builds
+them in memory; `convert.py` writes them to files, which a replica then maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +24,14 @@ from pipeline.model.sources import TensorFiles, TensorReader, localise, read_obj
 
 #: Written beside converted weights; its presence marks a folder as a serving checkpoint.
 SERVING_MANIFEST = "awaker_serving.json"
-SERVING_FORMAT = 2
+SERVING_FORMAT = 3
 
-#: Our name of each projection that has experts, and where it stands in a released layer.
+#: Projections that have experts, where they stand in a released layer: our name of those that read
+#: the same and obey the same router, and are one `experts.Mixture`.
 MIXTURES = {
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
 }
 _ROUTED = ("self_attn.o_proj", "mlp.gate_proj")
 
@@ -100,7 +102,6 @@ def open_checkpoint(
     """
     folder = localise(base, "model.base")
     shape = ModelShape.from_folder(folder)
-
     manifest = folder / SERVING_MANIFEST
     if manifest.is_file():
         if adapter is not None:
@@ -108,37 +109,51 @@ def open_checkpoint(
                 "model.adapter: model.base is a converted checkpoint with its adapter inside; set "
                 "null"
             )
-        settings = read_object(manifest, "model.base")
-        if settings.get("format") != SERVING_FORMAT:
-            raise CheckpointError(
-                f"model.base: {folder} has format {settings.get('format')!r}; convert it again"
-            )
-        if settings.get("adapter") is not None:
-            shape = replace(
-                shape, adapter=_converted_adapter(settings["adapter"], top_k, lora_alpha)
-            )
-        files = TensorFiles.open(folder, "model.base")
-        _check(files, serving_shapes(shape), f"model.base: {folder}")
-        return Checkpoint(folder, files, shape, is_serving=True)
-
+        saved = read_object(manifest, "model.base")
+        return _open_serving(folder, shape, saved, top_k, lora_alpha)
     if adapter is None:
-        files = TensorFiles.open(folder, "model.base")
-        if any(".lora_" in name for name in files.tensors):
-            raise CheckpointError(
-                f"model.base: {folder} holds adapter tensors; name it as model.adapter instead"
-            )
-        where = f"model.base: {folder}"
-    else:
-        location = localise(adapter, "model.adapter")
-        files = TensorFiles.open(location, "model.adapter")
-        shape = replace(shape, adapter=_released_adapter(files, location, top_k, lora_alpha))
-        where = f"model.adapter: {location}"
-    _check(
-        files,
-        released_shapes(shape),
-        where,
-        optional={"lm_head.weight"} if shape.tied_embeddings else set(),
-    )
+        return _open_plain(folder, shape)
+    return _open_released(folder, shape, adapter, top_k, lora_alpha)
+
+
+def _open_serving(
+    folder: Path,
+    shape: ModelShape,
+    saved: dict[str, Any],
+    top_k: int,
+    lora_alpha: float | None,
+) -> Checkpoint:
+    """A folder of serving tensors, with what its manifest says."""
+    if saved.get("format") != SERVING_FORMAT:
+        raise CheckpointError(
+            f"model.base: {folder} has format {saved.get('format')!r}; convert it again"
+        )
+    if saved.get("adapter") is not None:
+        shape = replace(shape, adapter=_converted_adapter(saved["adapter"], top_k, lora_alpha))
+    files = TensorFiles.open(folder, "model.base")
+    _check(files, serving_shapes(shape), f"model.base: {folder}")
+    return Checkpoint(folder, files, shape, is_serving=True)
+
+
+def _open_plain(folder: Path, shape: ModelShape) -> Checkpoint:
+    """Qwen2-VL's own tensors, without an adapter."""
+    files = TensorFiles.open(folder, "model.base")
+    if any(".lora_" in name for name in files.tensors):
+        raise CheckpointError(
+            f"model.base: {folder} holds adapter tensors; name it as model.adapter instead"
+        )
+    _check_released(files, shape, f"model.base: {folder}")
+    return Checkpoint(folder, files, shape, is_serving=False)
+
+
+def _open_released(
+    folder: Path, shape: ModelShape, adapter: str, top_k: int, lora_alpha: float | None
+) -> Checkpoint:
+    """The base's folder with the released adapter, which holds the base's weights as well."""
+    location = localise(adapter, "model.adapter")
+    files = TensorFiles.open(location, "model.adapter")
+    shape = replace(shape, adapter=_released_adapter(files, location, top_k, lora_alpha))
+    _check_released(files, shape, f"model.adapter: {location}")
     return Checkpoint(folder, files, shape, is_serving=False)
 
 
@@ -177,6 +192,11 @@ def _adapter(experts: int, rank: int, top_k: int, lora_alpha: float) -> AdapterS
             f"model.top_k_experts: {top_k}, expected 1 to {experts} (the checkpoint's experts)"
         )
     return AdapterShape(experts, rank, top_k, lora_alpha / rank)
+
+
+def _check_released(files: TensorFiles, shape: ModelShape, where: str) -> None:
+    optional = {"lm_head.weight"} if shape.tied_embeddings else set()
+    _check(files, released_shapes(shape), where, optional)
 
 
 def _check(
@@ -255,13 +275,13 @@ def released_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
                 shapes[f"{projection}.lora_A.default.weight"] = (shape.adapter.rank, hidden)
                 shapes[f"{projection}.lora_B.default.weight"] = (out, shape.adapter.rank)
         for name, out, into in _mixture_sizes(shape):
-            projection = f"{at}.{MIXTURES[name]}"
+            projection = f"{at}.{name}"
             shapes[f"{projection}.weight"] = (out, into)
             if shape.adapter:
                 for expert in _expert_names(shape.adapter):
                     shapes[f"{projection}.lora_moe_A.{expert}.weight"] = (shape.adapter.rank, into)
                     shapes[f"{projection}.lora_moe_B.{expert}.weight"] = (out, shape.adapter.rank)
-                if MIXTURES[name] in _ROUTED:
+                if name in _ROUTED:
                     # The router reads prompt embeddings, whatever the projection reads.
                     shapes[f"{projection}.w_gate.weight"] = (shape.adapter.experts, hidden)
                     shapes[f"{projection}.w_gate.bias"] = (shape.adapter.experts,)
@@ -274,10 +294,11 @@ def released_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def _mixture_sizes(shape: ModelShape) -> Iterator[tuple[str, int, int]]:
-    yield "o", shape.hidden, shape.heads * shape.head_dim
-    yield "gate", shape.mlp_width, shape.hidden
-    yield "up", shape.mlp_width, shape.hidden
-    yield "down", shape.hidden, shape.mlp_width
+    """Each projection that has experts, with the numbers of its outputs and inputs."""
+    yield "self_attn.o_proj", shape.hidden, shape.heads * shape.head_dim
+    yield "mlp.gate_proj", shape.mlp_width, shape.hidden
+    yield "mlp.up_proj", shape.mlp_width, shape.hidden
+    yield "mlp.down_proj", shape.hidden, shape.mlp_width
 
 
 def _expert_names(adapter: AdapterShape) -> list[str]:
@@ -288,8 +309,8 @@ def _stack_rows(*tensors: Tensor) -> Tensor:
     return torch.cat(tensors, dim=0)
 
 
-def _stack_columns(*tensors: Tensor) -> Tensor:
-    return torch.cat(tensors, dim=1)
+def _stack(*tensors: Tensor) -> Tensor:
+    return torch.stack(tensors)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -298,11 +319,22 @@ def _same(tensor: Tensor) -> Tensor:
 
 def recipes(shape: ModelShape) -> Iterator[Recipe]:
     """All serving tensors of a model, in the order of a forward pass."""
-    vision, adapter = shape.vision, shape.adapter
+    yield from _tower_recipes(shape.vision.depth)
+    yield Recipe("embeddings.weight", ("model.embed_tokens.weight",), _same)
+    for layer in range(shape.layers):
+        yield from _layer_recipes(layer, shape.adapter)
+    if shape.adapter:
+        yield from _router_recipes(shape.layers)
+    yield Recipe("final_norm.weight", ("model.norm.weight",), _same)
+    if not shape.tied_embeddings:
+        yield Recipe("lm_head.weight", ("lm_head.weight",), _same)
+
+
+def _tower_recipes(depth: int) -> Iterator[Recipe]:
     yield Recipe(
         "vision.patch_embedding.weight", ("visual.patch_embed.proj.weight",), lambda w: w.flatten(1)
     )
-    affine = {
+    block = {
         "norm1": "norm1",
         "qkv": "attn.qkv",
         "proj": "attn.proj",
@@ -310,62 +342,67 @@ def recipes(shape: ModelShape) -> Iterator[Recipe]:
         "fc1": "mlp.fc1",
         "fc2": "mlp.fc2",
     }
-    for block in range(vision.depth):
-        for ours, theirs in affine.items():
-            for part in ("weight", "bias"):
-                source = f"visual.blocks.{block}.{theirs}.{part}"
-                yield Recipe(f"vision.blocks.{block}.{ours}.{part}", (source,), _same)
-    for ours, theirs in (("norm", "ln_q"), ("in", "mlp.0"), ("out", "mlp.2")):
+    affine = {
+        f"blocks.{number}.{ours}": f"blocks.{number}.{theirs}"
+        for number in range(depth)
+        for ours, theirs in block.items()
+    }
+    affine |= {"merger.norm": "merger.ln_q", "merger.in": "merger.mlp.0"}
+    affine |= {"merger.out": "merger.mlp.2"}
+    for ours, theirs in affine.items():
         for part in ("weight", "bias"):
-            yield Recipe(f"vision.merger.{ours}.{part}", (f"visual.merger.{theirs}.{part}",), _same)
-    yield Recipe("embeddings.weight", ("model.embed_tokens.weight",), _same)
+            yield Recipe(f"vision.{ours}.{part}", (f"visual.{theirs}.{part}",), _same)
 
-    def fold(*tensors: Tensor) -> Tensor:
-        """Stack W + s B A of q, k and v in float32: the released code keeps this adapter in
-        float32.
-        """
-        assert adapter is not None
-        triples = [tensors[i : i + 3] for i in range(0, 9, 3)]
-        return torch.cat(
-            [w.float() + adapter.scale * (b.float() @ a.float()) for w, a, b in triples]
-        )
 
-    for layer in range(shape.layers):
-        at, to = f"model.layers.{layer}", f"layers.{layer}"
-        yield Recipe(f"{to}.input_norm.weight", (f"{at}.input_layernorm.weight",), _same)
-        qkv = [f"{at}.self_attn.{name}_proj" for name in "qkv"]
-        if adapter:
-            parts = ("weight", "lora_A.default.weight", "lora_B.default.weight")
-            yield Recipe(
-                f"{to}.qkv.weight", tuple(f"{p}.{part}" for p in qkv for part in parts), fold
-            )
-        else:
-            yield Recipe(f"{to}.qkv.weight", tuple(f"{p}.weight" for p in qkv), _stack_rows)
-        yield Recipe(f"{to}.qkv.bias", tuple(f"{p}.bias" for p in qkv), _stack_rows)
-        for ours, theirs in MIXTURES.items():
-            names = _expert_names(adapter) if adapter else []
-            a = tuple(f"{at}.{theirs}.lora_moe_A.{e}.weight" for e in names)
-            b = tuple(f"{at}.{theirs}.lora_moe_B.{e}.weight" for e in names)
-            # One product over all of them (see `experts.Mixture`).
-            yield Recipe(f"{to}.{ours}.stacked", (*a, f"{at}.{theirs}.weight"), _stack_rows)
-            if adapter:
-                yield Recipe(f"{to}.{ours}.b", b, _stack_columns)
-        yield Recipe(f"{to}.post_norm.weight", (f"{at}.post_attention_layernorm.weight",), _same)
+def _layer_recipes(layer: int, adapter: AdapterShape | None) -> Iterator[Recipe]:
+    """Serving tensors of a decoder layer."""
+    at, to = f"model.layers.{layer}", f"layers.{layer}"
+    yield Recipe(f"{to}.input_norm.weight", (f"{at}.input_layernorm.weight",), _same)
+    qkv = [f"{at}.self_attn.{name}_proj" for name in "qkv"]
     if adapter:
-        routed = [
-            f"model.layers.{layer}.{name}" for layer in range(shape.layers) for name in _ROUTED
-        ]
-        for name, part in (
-            ("norm", "ln.weight"),
-            ("weight", "w_gate.weight"),
-            ("bias", "w_gate.bias"),
-        ):
-            yield Recipe(
-                f"gates.{name}", tuple(f"{g}.{part}" for g in routed), lambda *t: torch.stack(t)
-            )
-    yield Recipe("final_norm.weight", ("model.norm.weight",), _same)
-    if not shape.tied_embeddings:
-        yield Recipe("lm_head.weight", ("lm_head.weight",), _same)
+        parts = ("weight", "lora_A.default.weight", "lora_B.default.weight")
+        sources = tuple(f"{projection}.{part}" for projection in qkv for part in parts)
+        yield Recipe(f"{to}.qkv.weight", sources, partial(_folded, adapter.scale))
+    else:
+        yield Recipe(f"{to}.qkv.weight", tuple(f"{p}.weight" for p in qkv), _stack_rows)
+    yield Recipe(f"{to}.qkv.bias", tuple(f"{p}.bias" for p in qkv), _stack_rows)
+    for ours, theirs in MIXTURES.items():
+        yield from _mixture_recipes(f"{to}.{ours}", [f"{at}.{name}" for name in theirs], adapter)
+    yield Recipe(f"{to}.post_norm.weight", (f"{at}.post_attention_layernorm.weight",), _same)
+
+
+def _folded(scale: float, *tensors: Tensor) -> Tensor:
+    """Stack W + s B A of each W, A, B in turn, in float32: the released code keeps this adapter in
+    float32.
+    """
+    triples = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
+    return torch.cat([w.float() + scale * (b.float() @ a.float()) for w, a, b in triples])
+
+
+def _mixture_recipes(
+    to: str, projections: Sequence[str], adapter: AdapterShape | None
+) -> Iterator[Recipe]:
+    """What an `experts.Mixture` is made of: one product over all of `stacked`."""
+    experts = _expert_names(adapter) if adapter else []
+    a = tuple(f"{p}.lora_moe_A.{expert}.weight" for expert in experts for p in projections)
+    yield Recipe(f"{to}.stacked", (*a, *(f"{p}.weight" for p in projections)), _stack_rows)
+    if experts:
+        b = tuple(f"{p}.lora_moe_B.{expert}.weight" for p in projections for expert in experts)
+        yield Recipe(f"{to}.b", b, partial(_side_by_side, len(projections)))
+
+
+def _side_by_side(projections: int, *tensors: Tensor) -> Tensor:
+    """Each projection's B beside one another: [projections, out, (E + 1) * rank]."""
+    each = len(tensors) // projections
+    return torch.stack(
+        [torch.cat(tensors[i : i + each], dim=1) for i in range(0, len(tensors), each)]
+    )
+
+
+def _router_recipes(layers: int) -> Iterator[Recipe]:
+    routed = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in _ROUTED]
+    for name, part in (("norm", "ln.weight"), ("weight", "w_gate.weight"), ("bias", "w_gate.bias")):
+        yield Recipe(f"gates.{name}", tuple(f"{g}.{part}" for g in routed), _stack)
 
 
 def serving_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

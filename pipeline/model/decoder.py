@@ -20,16 +20,22 @@ from pipeline.model.shape import ModelShape
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Weights of one layer; `qkv` holds q, k and v stacked with their plain adapter folded in."""
+    """Weights of one layer; `qkv` holds q, k and v stacked with their plain adapter folded in,
+    `gate_up` gate_proj and up_proj.
+    """
 
     input_norm: Tensor
     qkv_weight: Tensor
     qkv_bias: Tensor
     o: Mixture
     post_norm: Tensor
-    gate: Mixture
-    up: Mixture
+    gate_up: Mixture
     down: Mixture
+
+    def mlp(self, x: Tensor, factors: ExpertFactors | None) -> Tensor:
+        """down(SiLU(gate(x)) * up(x)) of [tokens, hidden]; gate and up are one product."""
+        gate, up = mixture_linear(x, self.gate_up, factors).chunk(2, dim=1)
+        return mixture_linear(silu_multiply(gate, up), self.down, factors)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,10 @@ class LayerFactors:
 
     o: ExpertFactors | None
     mlp: ExpertFactors | None
+
+    def of_few(self, tokens: Tensor) -> LayerFactors:
+        """The factors of a few tokens, int64 indices."""
+        return LayerFactors(*(f if f is None else f.of_few(tokens) for f in (self.o, self.mlp)))
 
 
 def rotary(positions: Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -95,39 +105,40 @@ class Decoder:
         Returns:
             [requests, vocabulary] logits, in the dtype of `embeddings`.
         """
-        shape = self.shape
-        cos, sin = rotary(positions, shape, embeddings.dtype)
+        eps = self.shape.rms_eps
+        angles = rotary(positions, self.shape, embeddings.dtype)
         x, delta = embeddings, None
         last = len(self.layers) - 1 if layout.chunks is not None else None
         for index, (layer, routed) in enumerate(zip(self.layers, factors, strict=True)):
-            x, normed = add_rms_norm(x, delta, layer.input_norm, shape.rms_eps)
-            qkv = linear(normed, layer.qkv_weight, layer.qkv_bias).unflatten(
-                1, (-1, shape.head_dim)
-            )
-            keys, values = layout.cache.keys[index], layout.cache.values[index]
-            q = rotate_and_store(qkv, cos, sin, keys, values, layout.write)
-            attended = attend(layout, index, q)
+            x, normed = add_rms_norm(x, delta, layer.input_norm, eps)
+            attended = self._attend(index, normed, angles, layout)
             if index == last:
                 # Behind the last attention only what is answered matters: of a prompt, its last
                 # token.
                 x, attended = x.index_select(0, answered), attended.index_select(0, answered)
-                routed = LayerFactors(
-                    *(f if f is None else f.of_few(answered) for f in (routed.o, routed.mlp))
-                )
-            x, normed = add_rms_norm(
-                x, mixture_linear(attended, layer.o, routed.o), layer.post_norm, shape.rms_eps
-            )
-            hidden = silu_multiply(
-                mixture_linear(normed, layer.gate, routed.mlp),
-                mixture_linear(normed, layer.up, routed.mlp),
-            )
-            delta = mixture_linear(hidden, layer.down, routed.mlp)
+                routed = routed.of_few(answered)
+            delta = mixture_linear(attended, layer.o, routed.o)
+            x, normed = add_rms_norm(x, delta, layer.post_norm, eps)
+            delta = layer.mlp(normed, routed.mlp)
         if last is None:
             x = x.index_select(0, answered)
             delta = None if delta is None else delta.index_select(0, answered)
-        _, normed = add_rms_norm(x, delta, self.final_norm, shape.rms_eps)
+        _, normed = add_rms_norm(x, delta, self.final_norm, eps)
+        return self._logits(normed, into)
+
+    def _attend(
+        self, index: int, x: Tensor, angles: tuple[Tensor, Tensor], layout: StepLayout
+    ) -> Tensor:
+        """A layer's attention, from its normed input to o_proj's."""
+        layer = self.layers[index]
+        qkv = linear(x, layer.qkv_weight, layer.qkv_bias).unflatten(1, (-1, self.shape.head_dim))
+        keys, values = layout.cache.keys[index], layout.cache.values[index]
+        q = rotate_and_store(qkv, *angles, keys, values, layout.write)
+        return attend(layout, index, q)
+
+    def _logits(self, x: Tensor, into: Tensor | None) -> Tensor:
         if into is None:
-            return linear(normed, self.lm_head)
+            return linear(x, self.lm_head)
         if self.lm_head.is_mkldnn:
-            return into.copy_(linear(normed, self.lm_head))
-        return torch.mm(normed, self.lm_head.t(), out=into)
+            return into.copy_(linear(x, self.lm_head))
+        return torch.mm(x, self.lm_head.t(), out=into)

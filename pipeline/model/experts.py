@@ -22,18 +22,20 @@ from pipeline.model.ops import linear, pack, unpack
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights of one projection with its experts.
+    """Weights of one projection with its experts, or of several that read the same and obey the
+    same router: P of them, each with as many outputs.
 
     Attributes:
-        low: [E * rank, in], the experts' A; no rows without an adapter.
-        dense: [rank + out, in], the global expert's A, then W: one product for both. Without an
-            adapter it is W.
-        whole: [(E + 1) * rank + out, in], both; None where `dense` is packed (see
+        low: [E * P * rank, in], the experts' A, expert by expert, each for all projections; no rows
+            without an adapter.
+        dense: [P * rank + P * out, in], the global expert's A, then W, each for all projections:
+            one product for all of it. Without an adapter it is W.
+        whole: [(E + 1) * P * rank + P * out, in], both; None where `dense` is packed (see
             `pipeline.model.ops.pack`).
-        b: [out, (E + 1) * rank], the experts' B side by side, the global one last; None without an
-            adapter.
-        pairs: for each expert [out, 2 * rank], its B and the global expert's; empty where `dense`
-            is not packed.
+        b: [P, out, (E + 1) * rank], the experts' B side by side, the global one last; None without
+            an adapter.
+        pairs: for each expert [P, out, 2 * rank], its B and the global expert's; empty where
+            `dense` is not packed.
         rank: r; 0 without an adapter.
     """
 
@@ -46,47 +48,50 @@ class Mixture:
 
     @classmethod
     def of(cls, stacked: Tensor, b: Tensor | None, rank: int, *, prepack: bool) -> Mixture:
-        """A projection of its serving tensors.
+        """Projections of their serving tensors.
 
         Args:
-            stacked: [(E + 1) * rank + out, in], the experts' A, the global expert's A, then W; W
-                without an adapter.
+            stacked: [(E + 1) * P * rank + P * out, in], the experts' A, the global expert's A, then
+                W, each for all projections; W without an adapter.
             b: as the attribute.
             rank: as the attribute.
             prepack: lay the weights out for this processor, in memory of their own.
         """
-        below = 0 if b is None else b.shape[1] - rank
+        below = 0 if b is None else b.shape[0] * (b.shape[2] - rank)
         low, dense = stacked[:below], stacked[below:]
         packed = pack(dense) if prepack else dense
         if not packed.is_mkldnn:
             return cls(low, dense, stacked, b, (), rank)
-        pairs = (
-            ()
-            if b is None
-            else tuple(
-                torch.cat([routed, b[:, below:]], 1) for routed in b[:, :below].split(rank, 1)
-            )
-        )
+        pairs = () if b is None else tuple(_pair(b, e, rank) for e in range(b.shape[2] // rank - 1))
         return cls(low.clone(), packed, None, b, pairs, rank)
 
     @property
+    def projections(self) -> int:
+        """P; 1 without an adapter, where nothing asks."""
+        return 1 if self.b is None else self.b.shape[0]
+
+    @property
     def weight(self) -> Tensor:
-        """W, of [out, in]: a view, or where it is packed a copy."""
-        return unpack(self.dense)[self.rank :]
+        """W of all projections, [P * out, in]: a view, or where it is packed a copy."""
+        return unpack(self.dense)[self.projections * self.rank :]
 
     def a(self, expert: int) -> Tensor:
-        """A of an expert, [rank, in]; the global one is number E."""
-        if expert * self.rank == len(self.low):
-            return unpack(self.dense)[: self.rank]
-        return self.low[expert * self.rank : (expert + 1) * self.rank]
+        """A of an expert for all projections, [P * rank, in]; the global one is number E."""
+        rows = self.projections * self.rank
+        if expert * rows == len(self.low):
+            return unpack(self.dense)[:rows]
+        return self.low[expert * rows : (expert + 1) * rows]
 
     def up(self, expert: int) -> Tensor:
-        """B of an expert and of the global one, [out, 2 * rank]."""
+        """B of an expert and of the global one, [P, out, 2 * rank]."""
         if self.pairs:
             return self.pairs[expert]
         assert self.b is not None
-        b_of = self.b[:, expert * self.rank : (expert + 1) * self.rank]
-        return torch.cat([b_of, self.b[:, -self.rank :]], 1)
+        return _pair(self.b, expert, self.rank)
+
+
+def _pair(b: Tensor, expert: int, rank: int) -> Tensor:
+    return torch.cat([b[:, :, expert * rank : (expert + 1) * rank], b[:, :, -rank:]], 2)
 
 
 @dataclass(frozen=True)
@@ -140,52 +145,86 @@ class ExpertFactors:
 
 
 def mixture_linear(x: Tensor, mixture: Mixture, routed: ExpertFactors | None) -> Tensor:
-    """Apply a projection with its experts.
+    """Apply projections with their experts.
 
     Args:
         x: [tokens, in].
-        mixture: the projection's weights.
-        routed: the factors of the router that this projection obeys; None without an adapter.
+        mixture: the projections' weights.
+        routed: the factors of the router that they obey; None without an adapter.
 
     Returns:
-        [tokens, out], in the dtype of `x`.
+        [tokens, P * out], in the dtype of `x`: columns of a wider product.
     """
     b, rank = mixture.b, mixture.rank
     if routed is None or b is None:
         return linear(x, mixture.dense)
+    count, experts = len(b), routed.factors.shape[1] - 1
     if routed.is_masked and mixture.whole is not None:
         product = linear(x, mixture.whole)
-        below = b.shape[1]
-        scaled = product[:, :below].unflatten(-1, (-1, rank)) * routed.factors.unsqueeze(-1)
-        return product[:, below:].addmm_(scaled.flatten(-2), b.t())
+        below = len(mixture.low) + count * rank
+        # Scaled on the way from expert by expert, as A lies, to projection by projection.
+        scaled = x.new_empty(len(x), count, experts + 1, rank)
+        torch.mul(
+            product[:, :below].unflatten(1, (-1, count, rank)).transpose(1, 2),
+            routed.factors[:, None, :, None],
+            out=scaled,
+        )
+        return _expand_(product[:, below:], scaled.flatten(2), b)
     # The experts' and the global expert's low-rank products side by side: one pass over the output
     # for all of them, which at prefill is what the experts cost.
     product = linear(x, mixture.dense)
-    out = product[:, rank:]
-    experts = routed.factors.shape[1] - 1
-    low = x.new_empty(len(x), 2, rank)
-    torch.mul(product[:, :rank], routed.factors[:, experts, None], out=low[:, 1])
+    out = product[:, count * rank :]
+    low = x.new_empty(len(x), count, 2, rank)
+
+    def scale(part: Tensor, factor: Tensor, into: Tensor) -> None:
+        torch.mul(part.unflatten(1, (count, rank)), factor[:, None, None], out=into)
+
+    scale(product[:, : count * rank], routed.factors[:, experts], low[:, :, 1])
     ups: dict[int, Tensor] = {}
     for segment in routed.segments:
         rows = slice(segment.first, segment.behind)
         tokens, factors, into = x[rows], routed.factors[rows], out[rows]
         if len(segment.dense) == 1:
             (expert,) = segment.dense
-            torch.mul(linear(tokens, mixture.a(expert)), factors[:, expert, None], out=low[rows, 0])
+            scale(linear(tokens, mixture.a(expert)), factors[:, expert], low[rows, :, 0])
             if expert not in ups:
                 ups[expert] = mixture.up(expert)
-            into.addmm_(low[rows].flatten(1), ups[expert].t())
+            _expand_(into, low[rows].flatten(2), ups[expert])
         elif segment.dense:
-            scaled = (
-                linear(tokens, mixture.low).unflatten(1, (-1, rank)) * factors[:, :experts, None]
-            )
-            into.addmm_(torch.cat([scaled.flatten(1), low[rows, 1]], 1), b.t())
+            each = linear(tokens, mixture.low).unflatten(1, (experts, count, rank))
+            scaled = each.transpose(1, 2) * factors[:, None, :experts, None]
+            _expand_(into, torch.cat([scaled, low[rows, :, 1:]], 2).flatten(2), b)
         else:
-            into.addmm_(low[rows, 1], b[:, experts * rank :].t())
+            _expand_(into, low[rows, :, 1], b[:, :, experts * rank :])
         for expert, chosen in segment.sparse:
-            scaled = linear(tokens.index_select(0, chosen), mixture.a(expert)) * factors[
-                :, expert
-            ].index_select(0, chosen).unsqueeze(1)
-            b_of = b[:, expert * rank : (expert + 1) * rank]
-            into.index_add_(0, chosen, scaled @ b_of.t())
+            scaled = x.new_empty(len(chosen), count, rank)
+            scale(
+                linear(tokens.index_select(0, chosen), mixture.a(expert)),
+                factors[:, expert].index_select(0, chosen),
+                scaled,
+            )
+            b_of = b[:, :, expert * rank : (expert + 1) * rank]
+            added = torch.bmm(scaled.transpose(0, 1), b_of.transpose(1, 2))
+            into.unflatten(1, (count, -1)).transpose(0, 1).index_add_(1, chosen, added)
+    return out
+
+
+def _expand_(out: Tensor, low: Tensor, b: Tensor) -> Tensor:
+    """Add what experts bring: out + low B^T, for each projection.
+
+    Args:
+        out: [tokens, P * out], columns of a wider product.
+        low: [tokens, P, K], scaled low-rank products.
+        b: [P, out, K].
+
+    Returns:
+        `out`, written over.
+    """
+    parts = out.unflatten(1, (len(b), -1))
+    if out.is_cuda and len(b) > 1:
+        parts.transpose(0, 1).baddbmm_(low.transpose(0, 1), b.transpose(1, 2))
+        return out
+    # Of a batch, a CPU computes each product on one thread.
+    for number, b_of in enumerate(b):
+        parts[:, number].addmm_(low[:, number], b_of.t())
     return out

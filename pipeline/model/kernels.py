@@ -12,11 +12,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 #: Two waves of attention's programs on an H100 or H200: 132 multiprocessors have room for three of
 #: them each. Of one wave and a bit, half of the second would be idle.
 _ENOUGH_PROGRAMS = 792
 _MOST_SPLITS = 64
+
+
+@triton.jit
+def _added(
+    x, delta, out_sum, row, column, inside, x_stride, delta_stride, width, HAS_DELTA: tl.constexpr
+):  # fmt: skip
+    # A row of the residual stream; with a delta, the sum, rounded as the stream is, is kept.
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
+    if HAS_DELTA:
+        value = value + tl.load(delta + row * delta_stride + column, mask=inside, other=0.0)
+        tl.store(out_sum + row * width + column, value, mask=inside)
+    return value
 
 
 @triton.jit
@@ -36,11 +49,7 @@ def _add_rms_norm(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
-    if HAS_DELTA:
-        # The sum is rounded as the residual stream is.
-        value = value + tl.load(delta + row * delta_stride + column, mask=inside, other=0.0)
-        tl.store(out_sum + row * width + column, value, mask=inside)
+    value = _added(x, delta, out_sum, row, column, inside, x_stride, delta_stride, width, HAS_DELTA)
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     normed = (wide * scale).to(value.dtype)
@@ -55,27 +64,59 @@ def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """See `ops.add_rms_norm`; rows may be strided, columns not."""
+    return _launch_norm(_add_rms_norm, x, delta, (weight,), eps)
+
+
+def _launch_norm(
+    kernel: JITFunction, x: Tensor, delta: Tensor | None, affine: tuple[Tensor, ...], eps: float
+) -> tuple[Tensor, Tensor]:
+    """A program for each row: the sum of `x` and `delta`, and its norm."""
     rows, width = x.shape
     normed = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     total = x if delta is None else torch.empty_like(normed)
     if rows:
-        step = 0 if delta is None else delta.stride(0)
+        added, step = (x, 0) if delta is None else (delta, delta.stride(0))
         block = triton.next_power_of_2(width)
-        arguments = (
-            x,
-            x if delta is None else delta,
-            weight,
-            total,
-            normed,
-            eps,
-            x.stride(0),
-            step,
-            width,
-        )
-        _add_rms_norm[(rows,)](
+        arguments = (x, added, *affine, total, normed, eps, x.stride(0), step, width)
+        kernel[(rows,)](
             *arguments, HAS_DELTA=delta is not None, BLOCK=block, num_warps=8 if block > 1024 else 4
         )
     return total, normed
+
+
+@triton.jit
+def _add_layer_norm(
+    x,
+    delta,
+    weight,
+    bias,
+    out_sum,
+    out,
+    eps,
+    x_stride,
+    delta_stride,
+    width,
+    HAS_DELTA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = _added(x, delta, out_sum, row, column, inside, x_stride, delta_stride, width, HAS_DELTA)
+    wide = value.to(tl.float32)
+    centred = tl.where(inside, wide - tl.sum(wide, 0) / width, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    normed = centred * scale * factor + shift
+    tl.store(out + row * width + column, normed.to(value.dtype), mask=inside)
+
+
+def add_layer_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `ops.add_layer_norm`; rows may be strided, columns not."""
+    return _launch_norm(_add_layer_norm, x, delta, (weight, bias), eps)
 
 
 @triton.jit

@@ -206,6 +206,29 @@ def add_rms_norm(
     )
 
 
+def add_layer_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and normalise it: LayerNorm in float32, rounded once.
+
+    Args:
+        x: [tokens, width].
+        delta: what is added to it, or None.
+        weight: [width].
+        bias: [width].
+        eps: epsilon of the norm.
+
+    Returns:
+        x + delta, and its LayerNorm.
+    """
+    if x.is_cuda:
+        from pipeline.model.kernels import add_layer_norm as fused
+
+        return fused(x, delta, weight, bias, eps)
+    total = x if delta is None else x + delta
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
 def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up, [tokens, width]."""
     if gate.is_cuda:

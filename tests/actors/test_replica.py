@@ -90,6 +90,27 @@ def test_a_replica_whose_gpu_has_no_room_tells_the_monitor_and_ends_the_job(
     ]
 
 
+def test_weights_that_a_gpu_has_no_room_for_end_the_job_as_well(
+    checkpoint: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator's own error would have the actor made again ten times."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Monitor:
+        class refuse:  # noqa: N801
+            @staticmethod
+            async def remote(reason: JobError) -> None:
+                pass
+
+    monkeypatch.setattr("pipeline.engine.load.load_model", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 << 30, 8 << 30))
+    replica = Replica(job(checkpoint), pa.schema([]), 1, "cpu", 1, Monitor, None)
+    with pytest.raises(ConfigError, match=r"^model\.device: a GPU with 3\.0 GiB free has no room"):
+        asyncio.run(replica(pa.table({})))
+
+
 def test_an_answer_without_fault_is_not_tried_again(checkpoint: tuple[Path, Path]) -> None:
     assert {one.tries for one in answers(checkpoint, regex=r"(?s).*")} == {1}
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.engine.encode import Encoder
+from pipeline.engine.load import _wait_for_room
 from pipeline.engine.sampling import Sampling
+from pipeline.errors import ConfigError
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.prompts import as_request, engine_for, greedy, random_questions
 
@@ -58,8 +63,6 @@ def test_a_question_is_sampled_as_the_checkpoint_says_unless_it_says_otherwise()
 
 
 def test_the_encoder_shows_the_experts_that_answer(tmp_path: Path) -> None:
-    import torch
-
     from pipeline import load
 
     base, adapter = write_random_checkpoint(tmp_path, RandomShape(), seed=3)
@@ -73,3 +76,23 @@ def test_the_encoder_shows_the_experts_that_answer(tmp_path: Path) -> None:
     for answer, encoded in zip(answers, shown, strict=True):
         assert encoded.expert_weights[0].tolist() == answer.prefill_weights.tolist()
         assert encoded.expert_weights[1].tolist() == answer.decode_weights.tolist()
+
+
+def test_weights_wait_for_memory_that_a_dead_process_still_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, waits = torch.device("cuda", 0), []
+    free = iter([1 << 30, 2 << 30, 6 << 30])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free), 8 << 30))
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=waits.append)
+    monkeypatch.setattr("pipeline.engine.load.time", clock)
+    _wait_for_room(5 << 30, gpu)
+    assert len(waits) == 2
+    # Not where the whole GPU is too small, and not for ever.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 8 << 30))
+    with pytest.raises(ConfigError, match="weights, which take 9.0 GiB"):
+        _wait_for_room(9 << 30, gpu)
+    monkeypatch.setattr("pipeline.engine.load.ROOM_SECONDS", 0.0)
+    with pytest.raises(ConfigError, match="a GPU with 1.0 GiB free has no room"):
+        _wait_for_room(5 << 30, gpu)
+    assert len(waits) == 2

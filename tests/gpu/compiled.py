@@ -77,15 +77,17 @@ def cases() -> dict[str, Callable[[], Any]]:
     x = torch.empty(256, hidden, dtype=BF16)
     # A step's products carry the experts' columns in front of their own.
     narrow = torch.empty(256, experts + hidden, dtype=BF16)[:, experts:]
-    wide = torch.empty(256, experts + mlp, dtype=BF16)[:, experts:]
+    wide = torch.empty(256, 2 * (experts + mlp), dtype=BF16)[:, 2 * experts :].chunk(2, dim=1)
     heads = torch.empty(256, 36, 128, dtype=BF16)
     angles = torch.empty(256, 64, dtype=BF16)
     seen = torch.empty(1024, 48, 80, dtype=BF16)
+    patches, affine = torch.empty(1024, 1280, dtype=BF16), torch.empty(2, 1280, dtype=BF16)
     cache, places = torch.empty(4096, 4, 128, dtype=BF16), torch.zeros(256, dtype=torch.int64)
     calls: dict[str, Callable[[], Any]] = {
         "norm": lambda: kernels.add_rms_norm(x, None, x[0], 1e-6),
         "norm of a sum": lambda: kernels.add_rms_norm(x, narrow, x[0], 1e-6),
-        "silu": lambda: kernels.silu_multiply(wide, wide),
+        "norm of the tower": lambda: kernels.add_layer_norm(patches, patches, *affine, 1e-6),
+        "silu": lambda: kernels.silu_multiply(*wide),
         "gelu": lambda: kernels.quick_gelu_(torch.empty(1024, 5120, dtype=BF16)),
         "rope of the decoder": lambda: kernels.rotate_and_store(
             heads, angles, angles, cache, cache, places

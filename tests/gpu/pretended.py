@@ -51,6 +51,10 @@ WAITING = frozenset(
 )
 
 
+#: Operations that give memory and launch nothing.
+GIVING_MEMORY = frozenset(["empty", "empty_like", "empty_strided", "new_empty"])
+
+
 class RuleError(RuntimeError):
     """Something that a GPU would not do, or would make the host wait for."""
 
@@ -408,6 +412,8 @@ class PretendedGPU:
         if not writes and any(one.alias_info is not None for one in schema.returns):
             # A view: nothing is launched.
             return tree_map(self._here, func(*numbers, **named))
+        if name in GIVING_MEMORY:
+            return tree_map(self._here, spoil(func(*numbers, **named)))
         self.launches[name] += 1
         if writes:
             work = functools.partial(func, *numbers, **named)
@@ -472,16 +478,22 @@ def _kernels(gpu: PretendedGPU) -> dict[str, Callable[..., Any]]:
     """Launchers in the place of `pipeline.model.kernels`', which compute what the plain forms do."""
     from pipeline.model import attention, ops
 
-    def add_rms_norm(x: Any, delta: Any, weight: Any, eps: float) -> Any:
-        left, right, scale = _numbers(x), _numbers(delta), _numbers(weight)
+    def add_norm(name: str, x: Any, delta: Any, *affine: Any) -> Any:
+        left, right, *rest = map(_numbers, (x, delta, *affine))
         made = [torch.empty_like(left)] if delta is None else [torch.empty_like(left) for _ in "ab"]
 
         def work() -> Sequence[Tensor]:
-            total, normed = ops.add_rms_norm(left, right, scale, eps)
+            total, normed = getattr(ops, name)(left, right, *rest)
             return (normed,) if right is None else (total, normed)
 
-        results = gpu.launch("add_rms_norm", work, *made)
+        results = gpu.launch(name, work, *made)
         return (x, *results) if delta is None else results
+
+    def add_rms_norm(*arguments: Any) -> Any:
+        return add_norm("add_rms_norm", *arguments)
+
+    def add_layer_norm(*arguments: Any) -> Any:
+        return add_norm("add_layer_norm", *arguments)
 
     def silu_multiply(gate: Any, up: Any) -> Any:
         a, b = _numbers(gate), _numbers(up)
@@ -525,7 +537,7 @@ def _kernels(gpu: PretendedGPU) -> dict[str, Callable[..., Any]]:
         work = lambda: (ops.most_probable(a, known, factor, index),)  # noqa: E731
         return gpu.launch("most_probable", work, made)[0]
 
-    made = (add_rms_norm, silu_multiply, quick_gelu_, rotate_, rotate_and_store)
+    made = (add_rms_norm, add_layer_norm, silu_multiply, quick_gelu_, rotate_, rotate_and_store)
     made += (decode_attention, most_probable)
     return {one.__name__: one for one in made}
 

@@ -54,6 +54,7 @@ def test_every_kernel_fits_and_spills_nothing(compiled: list[dict[str, Any]]) ->
     names = {kernel["kernel"] for kernel in compiled}
     assert names == {
         "_add_rms_norm",
+        "_add_layer_norm",
         "_silu_multiply",
         "_quick_gelu",
         "_rotate",

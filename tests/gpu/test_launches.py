@@ -1,6 +1,6 @@
 """How many kernels a step launches, counted on the pretended GPU: a bound, so that more is noticed.
 
-An operation that is no view is one launch at least; what libraries launch beside is not seen.
+An operation that computes is one launch at least; what libraries launch beside is not seen.
 """
 
 from __future__ import annotations
@@ -73,16 +73,39 @@ def launches(layers: int, **settings: Any) -> dict[str, int]:
     return counted
 
 
+@cache
+def encoding(blocks: int) -> int:
+    """Launches of encoding two pictures, with a tower of so many blocks in bfloat16."""
+    shape = replace(SMALL, layers=1, vision=replace(SMALL.vision, depth=blocks))
+    model = random_model(shape, torch.bfloat16, torch.device("cpu"))
+    asked = random_requests(shape, 2, (84, 112), 20, 5)
+    with pretended_gpu() as gpu, torch.no_grad():
+        with gpu.may_wait():
+            encoder = Encoder(moved(model, CUDA), IMAGE_PAD, "released", 0)
+        before = gpu.launches.total()
+        encoder.encode(asked)
+        return gpu.launches.total() - before
+
+
+def a_block() -> float:
+    """Launches of a block of the vision tower."""
+    return (encoding(3) - encoding(1)) / 2
+
+
 def a_layer(kind: str) -> float:
     return (launches(3)[kind] - launches(1)[kind]) / 2
 
 
 @pytest.mark.parametrize(
     ("kind", "most"),
-    [("decode, in the graph", 18), ("prompts", 30), ("mixed", 52)],
+    [("decode, in the graph", 15), ("prompts", 21), ("mixed", 38)],
 )
 def test_launches_of_a_layer(kind: str, most: int) -> None:
     assert 10 < a_layer(kind) <= most
+
+
+def test_launches_of_a_block_of_the_tower() -> None:
+    assert 6 < a_block() <= 9
 
 
 @pytest.mark.parametrize(

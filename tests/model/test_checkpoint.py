@@ -323,7 +323,7 @@ processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
 before = anonymous()
 model = load_model(checkpoint, processor.image_processor, torch.bfloat16, torch.device("cpu"), prepack=False)
 for layer in model.decoder.layers:
-    for mixture in (layer.o, layer.gate, layer.up, layer.down):
+    for mixture in (layer.o, layer.gate_up, layer.down):
         mixture.whole.sum(), mixture.b.sum()
 print("anonymous", anonymous() - before)
 """

@@ -54,8 +54,15 @@ RULES = {
 )
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("projections", [1, 2])
 def test_every_strategy_is_exact(
-    packed: bool, rules: ExpertRules, experts: int, prompts: list[int], decoding: int, seed: int
+    projections: int,
+    packed: bool,
+    rules: ExpertRules,
+    experts: int,
+    prompts: list[int],
+    decoding: int,
+    seed: int,
 ) -> None:
     tokens = [*prompts, *[1] * decoding]
     assume(tokens)
@@ -65,17 +72,17 @@ def test_every_strategy_is_exact(
     def random(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=draw, dtype=torch.float64).to(dtype)
 
-    w, a, b = (
-        random(OUT, IN),
-        list(random(experts + 1, RANK, IN)),
-        list(random(experts + 1, OUT, RANK)),
-    )
+    w = random(projections, OUT, IN)
+    a = random(experts + 1, projections, RANK, IN)
+    b = random(projections, experts + 1, OUT, RANK)
+    stacked = torch.cat([a.view(-1, IN), w.view(-1, IN)])
+    side_by_side = b.transpose(1, 2).flatten(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.model.ops.PACK_FROM", 1)
-        mixture = Mixture.of(torch.cat([*a, w]), torch.cat(b, dim=1), RANK, prepack=packed)
+        mixture = Mixture.of(stacked, side_by_side, RANK, prepack=packed)
     assert mixture.dense.is_mkldnn == packed
-    assert torch.equal(mixture.weight, w)
-    assert all(torch.equal(mixture.a(expert), matrix) for expert, matrix in enumerate(a))
+    assert torch.equal(mixture.weight, w.flatten(0, 1))
+    assert all(torch.equal(mixture.a(e), matrices.flatten(0, 1)) for e, matrices in enumerate(a))
     tops = torch.randint(experts, (len(tokens), 1), generator=draw)
     weights = (
         torch.zeros(len(tokens), experts)
@@ -88,11 +95,17 @@ def test_every_strategy_is_exact(
     x = random(sum(tokens), IN)
     plan = plan_segments(tops.numpy().astype(np.int8), tokens, len(prompts), experts, rules)
     (routed,) = routed_factors([factors], plan, torch.from_numpy)
-    exact = formula(
-        *(t.double() for t in (x, w)),
-        [t.double() for t in a],
-        [t.double() for t in b],
-        factors.double(),
+    exact = torch.cat(
+        [
+            formula(
+                *(t.double() for t in (x, w[number])),
+                [t.double() for t in a[:, number]],
+                [t.double() for t in b[number]],
+                factors.double(),
+            )
+            for number in range(projections)
+        ],
+        dim=1,
     )
     torch.testing.assert_close(
         mixture_linear(x, mixture, routed).double(), exact, atol=1e-4 if packed else 1e-7, rtol=1e-5

@@ -64,8 +64,20 @@ def test_add_rms_norm(kernels: ModuleType, dtype: torch.dtype, with_delta: bool)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_add_layer_norm(kernels: ModuleType, dtype: torch.dtype, with_delta: bool) -> None:
+    x = random(5, 48, dtype=dtype) + 3
+    weight, bias = random(48, dtype=dtype, seed=1), random(48, dtype=dtype, seed=3)
+    delta = random(5, 48, dtype=dtype, seed=2) if with_delta else None
+    expected = plain(ops.add_layer_norm, x, delta, weight, bias, 1e-6)
+    results = kernels.add_layer_norm(x, delta, weight, bias, 1e-6)
+    for result, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(result.cpu(), right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_multiply(kernels: ModuleType, dtype: torch.dtype) -> None:
-    gate, up = random(3, 100, dtype=dtype)[:, 30:], random(3, 90, dtype=dtype, seed=1)[:, 20:]
+    gate, up = random(3, 170, dtype=dtype)[:, 30:].chunk(2, dim=1)  # columns of one product
     torch.testing.assert_close(
         kernels.silu_multiply(gate, up).cpu(), plain(ops.silu_multiply, gate, up)
     )
