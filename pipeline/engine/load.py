@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import torch
 from PIL import Image
 
 from pipeline.engine.encode import Encoder
-from pipeline.engine.engine import ROOM_SECONDS, Engine
-from pipeline.engine.memory import weight_bytes
+from pipeline.engine.engine import Engine
+from pipeline.engine.memory import no_room_for_weights, wait_for_weights, weight_bytes
 from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.types import Request
-from pipeline.errors import ConfigError
 from pipeline.model.awaker import Model, load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
 from pipeline.model.ops import check_compiler
@@ -109,37 +107,12 @@ def load(
     processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     needed = weight_bytes(checkpoint.shape, DTYPES[dtype])
     if place.type == "cuda":
-        _wait_for_room(needed, place)
+        wait_for_weights(needed, place)
     try:
         model = load_model(
             checkpoint, processor.image_processor, DTYPES[dtype], place, prepack=prepack
         )
     except torch.OutOfMemoryError as error:
         # Somebody else took it meanwhile.
-        raise _no_room(needed, torch.cuda.mem_get_info(place)[0]) from error
+        raise no_room_for_weights(needed, torch.cuda.mem_get_info(place)[0]) from error
     return LoadedModel(checkpoint.folder, model, processor)
-
-
-def _wait_for_room(needed: int, gpu: torch.device) -> None:
-    """Wait until so many bytes of a GPU are free: a process that died there may hold them for a
-    while.
-
-    Raises:
-        ConfigError: they are not free after `ROOM_SECONDS`, or the GPU has not as many.
-    """
-    until = time.monotonic() + ROOM_SECONDS
-    while True:
-        free, total = torch.cuda.mem_get_info(gpu)
-        if free >= needed:
-            return
-        if total < needed or time.monotonic() >= until:
-            raise _no_room(needed, free)
-        time.sleep(1.0)
-
-
-def _no_room(needed: int, free: int) -> ConfigError:
-    return ConfigError(
-        f"model.device: a GPU with {free / 2**30:.1f} GiB free has no room for the model's "
-        f"weights, which take {needed / 2**30:.1f} GiB; take a larger GPU, or one that nobody else "
-        "uses (--dry-run shows what fits)"
-    )

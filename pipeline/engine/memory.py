@@ -122,6 +122,32 @@ class MemoryPlan:
         return self.weights + self.folded + beside + self.cache
 
 
+def wait_for_weights(needed: int, gpu: torch.device) -> None:
+    """Wait until a GPU has so many bytes free for a model's weights: a process that died there may
+    hold them for a while.
+
+    Raises:
+        ConfigError: they are not free after `ROOM_SECONDS`, or the GPU has not as many.
+    """
+    until = time.monotonic() + ROOM_SECONDS
+    while True:
+        free, total = torch.cuda.mem_get_info(gpu)
+        if free >= needed:
+            return
+        if total < needed or time.monotonic() >= until:
+            raise no_room_for_weights(needed, free)
+        time.sleep(1.0)
+
+
+def no_room_for_weights(needed: int, free: int) -> ConfigError:
+    """Why a model cannot be loaded, in one line."""
+    return ConfigError(
+        f"model.device: a GPU with {free / 2**30:.1f} GiB free has no room for the model's "
+        f"weights, which take {needed / 2**30:.1f} GiB; take a larger GPU, or one that nobody else "
+        "uses (--dry-run shows what fits)"
+    )
+
+
 def find_room(model: Model, options: EngineOptions) -> tuple[int, int]:
     """What is left for requests beside a loaded model; on a GPU, waits for what a dead process
     still holds of it.

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.engine.encode import Encoder
-from pipeline.engine.load import _wait_for_room
+from pipeline.engine.memory import wait_for_weights
 from pipeline.engine.sampling import Sampling
 from pipeline.errors import ConfigError
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
@@ -85,14 +85,14 @@ def test_weights_wait_for_memory_that_a_dead_process_still_holds(
     free = iter([1 << 30, 2 << 30, 6 << 30])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free), 8 << 30))
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=waits.append)
-    monkeypatch.setattr("pipeline.engine.load.time", clock)
-    _wait_for_room(5 << 30, gpu)
+    monkeypatch.setattr("pipeline.engine.memory.time", clock)
+    wait_for_weights(5 << 30, gpu)
     assert len(waits) == 2
     # Not where the whole GPU is too small, and not for ever.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 8 << 30))
     with pytest.raises(ConfigError, match="weights, which take 9.0 GiB"):
-        _wait_for_room(9 << 30, gpu)
-    monkeypatch.setattr("pipeline.engine.load.ROOM_SECONDS", 0.0)
+        wait_for_weights(9 << 30, gpu)
+    monkeypatch.setattr("pipeline.engine.memory.ROOM_SECONDS", 0.0)
     with pytest.raises(ConfigError, match="a GPU with 1.0 GiB free has no room"):
-        _wait_for_room(5 << 30, gpu)
+        wait_for_weights(5 << 30, gpu)
     assert len(waits) == 2
