@@ -21,6 +21,7 @@ NAMES = (
     "repetition",
     "languages",
     "planning",
+    "many_shards",
     "report",
     "memory",
     "conversion",

@@ -9,9 +9,10 @@ only, as a killed run leaves them.
 from __future__ import annotations
 
 import json
-import sys
+import os
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,38 +29,54 @@ from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet
 from pipeline.settings.job import InputSettings, OutputSettings
 
-SHARDS, ROWS_PER_SHARD, GROUPS = 20_000, 5_000, 5
+
+@dataclass(frozen=True)
+class Shards:
+    """How many there are, and the rows and row groups of each."""
+
+    count: int
+    rows: int
+    groups: int
+
+
+SHARDS = Shards(20_000, 5_000, 5)
 ROWS_PER_FILE = 10_000
+#: Shards of a folder, and names of one file: a disk has a bound of these.
+FOLDER, LINKS = 500, 50_000
 DONE = 0.9
 #: Of the output files, one in so many is not in the index.
 UNINDEXED = 100
 
 
-def generate(folder: Path, shards: int) -> None:
-    """Write an input of `shards` shards and an output in which `DONE` of its rows are done."""
-    table = pa.table({"prompt": ["?"] * ROWS_PER_SHARD})
-    pq.write_table(table, folder / "shard.parquet", row_group_size=ROWS_PER_SHARD // GROUPS)
-    content = (folder / "shard.parquet").read_bytes()
-    (folder / "in").mkdir()
-    names = [folder / "in" / f"{number:05d}.parquet" for number in range(shards)]
-    for name in names:
-        name.write_bytes(content)
+def generate(folder: Path, shards: Shards) -> None:
+    """Write an input of such shards, and an output in which `DONE` of its rows are done."""
+    table = pa.table({"prompt": ["?"] * shards.rows})
+    names = [
+        folder / "in" / f"{number // FOLDER:05d}" / f"{number:07d}.parquet"
+        for number in range(shards.count)
+    ]
+    for number, name in enumerate(names):
+        if number % LINKS == 0:
+            content = folder / f"shard-{number}.parquet"
+            pq.write_table(table, content, row_group_size=shards.rows // shards.groups)
+        if number % FOLDER == 0:
+            name.parent.mkdir(parents=True)
+        os.link(content, name)
 
     output = OutputFolder(str(folder / "out"))
     output.make()
     writer = OutputWriter(output, Lease(Claim(output, "before")).take())
     rng = np.random.default_rng(0)
     empty = output_schema(OutputSettings(path="out"), pa.schema([])).empty_table()
-    # Every row is done or not by blocks of 32, since replicas answer blocks out of order; a file
-    # holds ten shards' worth.
-    blocks = -(-ROWS_PER_SHARD // 32)
-    per_file = round(ROWS_PER_FILE / ROWS_PER_SHARD / DONE)
-    for first in range(0, shards, per_file):
+    # Every row is done or not by blocks of 32, since replicas answer blocks out of order.
+    blocks = -(-shards.rows // 32)
+    per_file = round(ROWS_PER_FILE / shards.rows / DONE)
+    for first in range(0, shards.count, per_file):
         rows = {}
         for name in names[first : first + per_file]:
             done = np.flatnonzero(rng.random(blocks) < DONE) * 32
             rows[f"file://{name}"] = RowSet.of_intervals(
-                [(int(b), min(int(b) + 32, ROWS_PER_SHARD)) for b in done]
+                [(int(b), min(int(b) + 32, shards.rows)) for b in done]
             )
         writer.commit(empty, rows, None)
         if first // per_file % UNINDEXED == 0 and writer._unindexed:
@@ -72,7 +89,7 @@ def plan(folder: Path) -> dict[str, float]:
     from pipeline.io.input.read import PlannedShards
     from pipeline.run.run import missing_rows
 
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     taken: dict[str, float] = {}
 
     def lap(name: str) -> None:
@@ -89,6 +106,7 @@ def plan(folder: Path) -> dict[str, float]:
     left = sum(map(len, missing.values()))
     return {
         **taken,
+        "cpu_seconds": time.process_time() - cpu,
         "rows": planned.rows,
         "left": left,
         "files": len(commits),
@@ -96,8 +114,8 @@ def plan(folder: Path) -> dict[str, float]:
     }
 
 
-def main(shards: int = SHARDS) -> list[str]:
-    """Generate, plan in a process of its own, and print."""
+def measure(name: str, shards: Shards) -> list[str]:
+    """Generate, plan in a process of its own, keep the figures under a name, and print."""
     with tempfile.TemporaryDirectory(prefix="awaker-planning-") as where:
         folder = Path(where)
         generate(folder, shards)
@@ -113,12 +131,13 @@ def main(shards: int = SHARDS) -> list[str]:
         measured = json.loads(figures.read_text())
     stages = ("listing and footers", "commits", "missing rows", "read tasks")
     seconds = sum(measured[stage] for stage in stages)
-    save("planning", {"shards": shards, "peak_bytes": peak, "seconds": seconds, **measured})
+    save(name, {"shards": shards.count, "peak_bytes": peak, "seconds": seconds, **measured})
     lines = [
-        f"{measured['rows']:,} rows in {shards:,} shards, {measured['left']:,} left; "
+        f"{measured['rows']:,} rows in {shards.count:,} shards, {measured['left']:,} left; "
         f"{measured['files']:,} output files.",
         "",
-        f"**{seconds:.1f} s and {mebibytes(peak)} at its peak**.",
+        f"**{seconds:.1f} s and {mebibytes(peak)} at its peak**; {measured['cpu_seconds']:.1f} s "
+        "of a CPU.",
         "",
         "| part | seconds |",
         "|---|---|",
@@ -126,5 +145,10 @@ def main(shards: int = SHARDS) -> list[str]:
     return lines + [f"| {stage} | {measured[stage]:.1f} |" for stage in stages]
 
 
+def main() -> list[str]:
+    """Measure, and print."""
+    return measure("planning", SHARDS)
+
+
 if __name__ == "__main__":
-    print("\n".join(main(int(sys.argv[1]) if len(sys.argv) > 1 else SHARDS)))
+    print("\n".join(main()))

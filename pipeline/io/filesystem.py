@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 #: fsspec's names of the storages whose folders are mere prefixes.
@@ -44,11 +45,18 @@ WRAPPERS = frozenset(
 )
 
 
+#: How URLs of local files begin.
+_LOCAL = "file://"
+
+
 def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of a URL or local path, and the path within it.
 
     `::` chains filesystems only behind one of `WRAPPERS`; elsewhere it is part of a name.
     """
+    if url.startswith(_LOCAL) and "::" not in url:
+        # As fsspec finds out, in a tenth of the time: plans ask for each of a million files.
+        return fsspec.filesystem("file"), LocalFileSystem._strip_protocol(url)
     first, chained, _ = url.partition("::")
     scheme, separator, _ = first.partition("://")
     if chained and scheme not in WRAPPERS:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowSet:
     """Row numbers of one shard; immutable.
 
@@ -89,17 +89,17 @@ class RowSet:
         if not other or not self:
             return self
         # Behind an edge of either set, a row is in the difference if it is inside the first and
-        # outside the second.
+        # outside the second; the difference has its edges where that changes.
         edges = np.unique(np.concatenate([self.edges, other.edges]))
-        inside = self.contains(edges[:-1]) & ~other.contains(edges[:-1])
-        return RowSet.of_intervals(
-            np.stack([edges[:-1][inside], edges[1:][inside]], axis=1).tolist()
-        )
+        inside = self.contains(edges) & ~other.contains(edges)
+        return RowSet(edges[np.diff(inside, prepend=False)])
 
     def clip(self, first: int, behind: int) -> RowSet:
         """The rows from `first` up to `behind`, exclusive: as `& RowSet.range(first, behind)`, in a
         tenth of the time.
         """
+        if len(self.edges) and first <= self.edges[0] and self.edges[-1] <= behind:
+            return self
         start, end = (
             # As methods: numpy's functions of that name take longer to find the array's.
             int(self.edges.searchsorted(first, "right")),
@@ -128,8 +128,7 @@ def intersection(first: Mapping[str, RowSet], second: Mapping[str, RowSet]) -> d
 
 def difference(first: Mapping[str, RowSet], second: Mapping[str, RowSet]) -> dict[str, RowSet]:
     """Rows by shard that are in `first` alone; shards without any are left out."""
+    none = RowSet.empty()
     return {
-        shard: left
-        for shard, rows in first.items()
-        if (left := rows - second.get(shard, RowSet.empty()))
+        shard: left for shard, rows in first.items() if (left := rows - second.get(shard, none))
     }

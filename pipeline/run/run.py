@@ -214,4 +214,7 @@ def retryable_rows(plan: InputPlan, commits: Iterable[Commit]) -> dict[str, RowS
 
 
 def _planned_rows(plan: InputPlan) -> dict[str, RowSet]:
-    return {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}
+    # Shards of equal lengths, which may be a million, share what says so.
+    lengths = {shard.rows for shard in plan.shards}
+    whole = {rows: RowSet.range(0, rows) for rows in lengths}
+    return {shard.file.url: whole[shard.rows] for shard in plan.shards}

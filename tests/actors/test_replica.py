@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -162,7 +164,9 @@ def test_a_replica_whose_device_is_lost_ends_its_process(
         raise EndedError(code)
 
     monkeypatch.setattr(Runner, "launch", lost)
-    monkeypatch.setattr("pipeline.actors.replica.os._exit", ended)
+    # The module's alone: children that this process forks meanwhile end by it, too.
+    own = SimpleNamespace(_exit=ended, sysconf=os.sysconf)
+    monkeypatch.setattr("pipeline.actors.replica.os", own)
     with pytest.raises(EndedError, match=f"^{LOST_DEVICE}$"):
         answers(checkpoint)
     assert "unspecified launch failure; this replica ends, another one takes" in caplog.text

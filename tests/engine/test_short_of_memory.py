@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,10 +229,9 @@ def test_a_compiler_that_is_missing_is_said_before_the_first_step(
 ) -> None:
     check_compiler()  # here is one
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr("pipeline.model.ops.shutil.which", lambda name: None)
-    monkeypatch.setattr(
-        "pipeline.model.ops.sysconfig.get_paths", lambda: {"include": str(tmp_path)}
-    )
+    nowhere = SimpleNamespace(which=lambda name: None, get_paths=lambda: {"include": str(tmp_path)})
+    for module in ("shutil", "sysconfig"):
+        monkeypatch.setattr(f"pipeline.model.ops.{module}", nowhere)
     with pytest.raises(
         ConfigError,
         match=r"model.device: .* need a C compiler .* and Python's headers .*-dev there",

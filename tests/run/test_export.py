@@ -222,9 +222,12 @@ def test_a_damaged_result_and_a_full_disk_are_one_line(
         lines(results, tmp_path / "lines", "jsonl")
     file.write_bytes(whole)
 
+    write = OutputFolder.write
+
     def full(self: OutputFolder, name: str, data: bytes) -> None:
         if name.endswith(".jsonl"):
             raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, name, data)  # locks of other tests are still renewed
 
     monkeypatch.setattr(OutputFolder, "write", full)
     monkeypatch.setattr(OutputFolder, "make", lambda self: None)

@@ -84,7 +84,7 @@ METADATA = "metadata"
 _TOLD = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """A file found in the input; of images a folder.
 
@@ -176,7 +176,10 @@ def _find(
     base_url = filesystem.unstrip_protocol(base)
     # None: of no form.
     by_form: dict[Form | None, list[FileInfo]] = defaultdict(list)
-    for name, info in listing.items():
+    found = len(listing)
+    # Taken out one by one: what a storage says of a million files takes more than the plan of them.
+    for name in list(listing):
+        info = listing.pop(name)
         relative = name[len(base) :].lstrip("/")
         if any(part.startswith(("_", ".")) for part in relative.split("/")):
             continue
@@ -190,7 +193,7 @@ def _find(
                 url, relative, info["size"] or 0, _version(info), form_of_name or "images", base_url
             )
         )
-    chosen = _chosen(by_form, single=len(listing) == 1) if form == "auto" else form
+    chosen = _chosen(by_form, single=found == 1) if form == "auto" else form
     if chosen is None or not by_form[chosen]:
         expected = "data" if form == "auto" else FORM_NAMES[form]
         forms = ", ".join(
@@ -199,7 +202,7 @@ def _find(
         there = f"; it holds {forms}" if forms else ""
         if packed := _others(_packed(by_form)):
             there += f"; {packed} cannot be read: unpack them, or compress with {_READ_PACKED}"
-        raise InputError(f"input.path: no {expected} at {path!r} ({len(listing)} files){there}")
+        raise InputError(f"input.path: no {expected} at {path!r} ({found} files){there}")
     files = by_form[chosen]
     if chosen == "images":
         if tell is not None and (others := _others(_beside(by_form, "images"))):

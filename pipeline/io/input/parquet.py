@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,10 +34,12 @@ def open_parquet(url: str, read_dictionary: Sequence[str] = ()) -> Iterator[pq.P
     dictionaries.
     """
     filesystem, path = open_filesystem(url)
-    # No cache of fsspec's: pyarrow asks for whole buffers, and reads no byte twice.
-    uncached = {} if "local" in protocols(filesystem) else {"cache_type": "none"}
     with (
-        filesystem.open(path, "rb", **uncached) as source,
+        # Arrow's own reading of disks waits for no other thread's Python. No cache of fsspec's:
+        # pyarrow asks for whole buffers, and reads no byte twice.
+        pa.OSFile(os.fsencode(path))
+        if "local" in protocols(filesystem)
+        else filesystem.open(path, "rb", cache_type="none") as source,
         pq.ParquetFile(
             source,
             buffer_size=READ_BUFFER,

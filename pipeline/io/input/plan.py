@@ -5,6 +5,7 @@ starts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,9 @@ from pipeline.redact import tell
 from pipeline.rows import ANSWER_COLUMNS
 from pipeline.settings.job import InputSettings
 from pipeline.template import Template
+
+#: Footers that a thread reads one after another, at most.
+FOOTERS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -194,8 +198,18 @@ def _read_footers(
 ) -> tuple[list[tuple[int, ...]], list[pa.Schema]]:
     """Rows of each row group, and the columns, of every file; equal schemas are one object."""
     known = Schemas()
+    same: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def read(several: Sequence[FileInfo]) -> list[tuple[tuple[int, ...], pa.Schema]]:
+        footers = (_read_footer(file, known, untyped) for file in several)
+        return [(same.setdefault(groups, groups), schema) for groups, schema in footers]
+
+    # Several at once, where all threads have enough of them: to hand one over takes as long as to
+    # read it.
+    count = max(1, min(FOOTERS_AT_ONCE, len(files) // (8 * LISTING_THREADS)))
+    parts = [files[start : start + count] for start in range(0, len(files), count)]
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        footers = list(pool.map(lambda file: _read_footer(file, known, untyped), files))
+        footers = list(itertools.chain.from_iterable(pool.map(read, parts)))
     common = common_types(
         (schema for file, (_, schema) in zip(files, footers, strict=True) if file.form in UNTYPED),
         untyped,

@@ -57,7 +57,7 @@ PART_BYTES = 256 << 20
 MOST_TEXT = 1 << 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Consecutive row groups of a shard.
 
@@ -78,6 +78,10 @@ def pieces(shard: Shard, missing: RowSet) -> Iterator[Piece]:
     """Cut what is missing of a shard into what one read task takes; row groups that hold nothing of
     it are not read.
     """
+    if len(shard.row_groups) == 1:
+        if wanted := missing.clip(0, shard.row_groups[0]):
+            yield Piece(shard, (0,), 0, wanted)
+        return
     groups: list[int] = []
     begin = at = 0
     for index, rows in enumerate(shard.row_groups):

@@ -17,7 +17,7 @@ from pipeline.io.input.untyped import Untyped
 NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One file of rows.
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -43,18 +44,64 @@ def is_view(kind: pa.DataType) -> bool:
 
 def written_out(values: pa.Array) -> int:
     """Bytes of a column once each row has a value of its own: rows may share a large one by way of
-    a dictionary, and slices of views count the whole buffers that they look into.
+    a dictionary, a run or a list's view, at any depth, and slices of views count the whole buffers
+    that they look into.
     """
-    if is_view(values.type):
+    kind = values.type
+    if not _may_share(kind):
+        return int(values.nbytes)
+    if isinstance(kind, pa.BaseExtensionType):
+        return written_out(values.storage)
+    if is_view(kind):
         return int(values.cast(pa.large_binary()).nbytes)
-    if not pa.types.is_dictionary(values.type):
-        return int(values.nbytes)
-    kind = values.type.value_type
-    if not (is_text(kind) or is_binary(kind)):
-        return int(values.nbytes)
-    plain = values.dictionary.cast(pa.large_binary()) if is_view(kind) else values.dictionary
-    lengths = pc.binary_length(plain).cast(pa.int64())
-    return int(pc.sum(lengths.take(values.indices)).as_py() or 0)
+    if pa.types.is_dictionary(kind):
+        places = values.indices.drop_null().to_numpy()
+        return int(_sizes(values.dictionary, places).sum())
+    if pa.types.is_run_end_encoded(kind):
+        first, runs = values.find_physical_offset(), values.find_physical_length()
+        ends = values.run_ends.slice(first, runs).to_numpy().astype(np.int64) - values.offset
+        times = np.diff(np.minimum(ends, len(values)), prepend=0)
+        return int((_sizes(values.values, np.arange(first, first + runs)) * times).sum())
+    if pa.types.is_struct(kind):
+        return sum(map(written_out, values.flatten()))
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        # Not flattened, which would write out what rows share.
+        parts = zip(values.offsets.to_pylist(), values.sizes.to_pylist(), strict=True)
+        return sum(written_out(values.values.slice(at, count)) for at, count in parts)
+    if pa.types.is_map(kind):
+        first, behind = values.offsets[0].as_py(), values.offsets[-1].as_py()
+        pairs = (values.keys, values.items)
+        return sum(written_out(one.slice(first, behind - first)) for one in pairs)
+    return written_out(values.flatten())
+
+
+@functools.cache
+def _may_share(kind: pa.DataType) -> bool:
+    """Whether rows of a type may share their values, or values within them."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _may_share(kind.storage_type)
+    if pa.types.is_struct(kind):
+        return any(_may_share(field.type) for field in kind)
+    if pa.types.is_map(kind):
+        return _may_share(kind.key_type) or _may_share(kind.item_type)
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return True
+    if is_list(kind):
+        return _may_share(kind.value_type)
+    return is_view(kind) or pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind)
+
+
+def _sizes(values: pa.Array, places: np.ndarray) -> np.ndarray:
+    """Bytes of the values at some places, each written out: int64."""
+    kind = values.type
+    if is_text(kind) or is_binary(kind):
+        plain = values.cast(pa.large_binary()) if is_view(kind) else values
+        lengths = pc.fill_null(pc.binary_length(plain), 0)
+        sizes: np.ndarray = lengths.to_numpy(zero_copy_only=False).astype(np.int64)[places]
+        return sizes
+    named, at = np.unique(places, return_inverse=True)
+    each = [written_out(values.slice(int(place), 1)) for place in named]
+    return np.array(each, np.int64)[at]
 
 
 def cut_batch(batch: pa.RecordBatch, size: int) -> Iterator[pa.RecordBatch]:

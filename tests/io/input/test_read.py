@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from pipeline.rows import (
     SHARD,
 )
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
+from tests.jobs.support import ROOT
 
 
 def everything(plan: InputPlan, rows_per_block: int = 3) -> PlannedShards:
@@ -372,3 +376,108 @@ def test_what_a_data_uri_holds_is_read_and_not_passed_through(
     kept = ["a.png", None, "data:image/png;base64,…", " data:image/png;base64,…"]
     passed = [value[0] if several else value for value in table[name].to_pylist()]
     assert [one and one.strip() for one in passed] == [one and one.strip() for one in kept]
+
+
+#: Writes a row group of so many rows of so many bytes, no two alike and none in a dictionary; and
+#: plans and reads one in a process of its own, which prints ids, places of images that are not
+#: their row's, and the memory that planning and reading took at their peak.
+LARGE = """
+import json, sys
+from pathlib import Path
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+
+what, path, count, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+
+
+def image(number):
+    return number.to_bytes(8, "little") + noise[8:]
+
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+
+noise = np.random.default_rng(0).bytes(size)
+if what == "write":
+    images = [pa.array([image(number)], pa.large_binary()) for number in range(count)]
+    table = pa.table({"id": range(count), "image": pa.chunked_array(images)})
+    pq.write_table(table, path, use_dictionary=["id"], compression="none", row_group_size=count)
+    sys.exit()
+
+from pipeline.io.input.plan import plan_input
+from pipeline.io.input.read import PlannedShards, read_piece
+from pipeline.io.input.unique import check_ids_unique
+from pipeline.io.output.columns import RESERVED_COLUMNS
+from pipeline.io.rowset import RowSet
+from pipeline.rows import ID, IMAGES
+from pipeline.settings.job import InputSettings
+
+before = peak()
+plan = plan_input(InputSettings(path=path, prompt="?"), RESERVED_COLUMNS)
+check_ids_unique(plan)
+planned = peak()
+rows = {shard.file.url: RowSet.range(0, shard.rows) for shard in plan.shards}
+source = PlannedShards(plan, rows, 32)
+ids, wrong = [], []
+for piece in source.pieces:
+    for table in read_piece(piece, plan, 32):
+        for id_, images in zip(table[ID].to_pylist(), table[IMAGES], strict=True):
+            ids.append(id_)
+            if images.values[0].as_py() != image(int(id_)):
+                wrong.append(id_)
+        del table, images
+print(json.dumps([ids, wrong, planned - before, peak() - before]))
+"""
+
+
+@pytest.mark.slow
+def test_a_row_group_of_2_gb_without_a_dictionary_is_read_a_bounded_amount_at_a_time(
+    tmp_path: Path,
+) -> None:
+    count, size = 2000, 1 << 20
+    path = tmp_path / "large.parquet"
+
+    def run(what: str) -> str:
+        command = [sys.executable, "-c", LARGE, what, str(path), str(count), str(size)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("write")
+    metadata = pq.read_metadata(path)
+    assert metadata.num_row_groups == 1
+    assert not metadata.row_group(0).column(1).has_dictionary_page
+    ids, wrong, planning, reading = json.loads(run("read"))
+    path.unlink()
+    assert ids == [str(number) for number in range(count)]
+    assert wrong == []
+    assert planning < 64 << 20
+    # Blocks of 32 rows: one that is decoded, one that is passed on, and the pages of both.
+    assert reading < 256 << 20
+
+
+@pytest.mark.parametrize("form", ["arrow", "stream"])
+@pytest.mark.parametrize("within", ["column", "struct"])
+def test_a_value_that_rows_of_an_arrow_shard_share_counts_for_each_of_them(
+    form: str, within: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary holds it once, however many rows are made of it."""
+    monkeypatch.setattr("pipeline.io.input.read.PART_BYTES", 3_000)
+    picture = b"p" * 1000
+    shared = pa.DictionaryArray.from_arrays(
+        pa.array([0] * 20, pa.int8()), pa.array([picture], pa.binary())
+    )
+    image = shared if within == "column" else pa.StructArray.from_arrays([shared], ["bytes"])
+    table = pa.table({"id": range(20), "image": image})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink:
+        make = pa.ipc.new_file if form == "arrow" else pa.ipc.new_stream
+        with make(sink, table.schema) as writer:
+            writer.write_table(table)
+    plan = plan_of(tmp_path, ask="?")
+    (piece,) = everything(plan).pieces
+    tables = list(read_piece(piece, plan, 32))
+    assert all(len(table) <= 3 for table in tables)
+    together = pa.concat_tables(tables)
+    assert together[ID].to_pylist() == [str(number) for number in range(20)]
+    assert together[IMAGES].to_pylist() == [[picture]] * 20

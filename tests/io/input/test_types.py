@@ -8,6 +8,7 @@ import json
 import re
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -642,3 +643,60 @@ def test_a_batch_is_cut_by_what_its_values_take_written_out(
         assert all(size <= 2500 for size in sizes)
         # Not row by row: what slices share counts once for each row, not once for each slice.
         assert len(parts) <= 1 + 2 * sum(len(row or "") + 40 for row in rows) // 1250
+
+
+def shared_text(rows: list[str | None]) -> pa.Array:
+    return pa.array(rows).dictionary_encode()
+
+
+#: One column in which rows share what they hold in various ways, and what each row takes.
+SHARING: dict[str, Callable[[list[str | None]], pa.Array]] = {
+    "struct": lambda rows: pa.StructArray.from_arrays([shared_text(rows)], ["bytes"]),
+    "list": lambda rows: pa.ListArray.from_arrays(
+        pa.array(range(len(rows) + 1), pa.int32()), shared_text(rows)
+    ),
+    "fixed list": lambda rows: pa.FixedSizeListArray.from_arrays(shared_text(rows), 1),
+    "runs": lambda rows: pa.RunEndEncodedArray.from_arrays(
+        pa.array(range(1, len(rows) + 1), pa.int32()), pa.array(rows)
+    ),
+    "long runs": lambda rows: pc.run_end_encode(pa.array(sorted(rows, key=lambda row: row or ""))),
+    "dictionary of structs": lambda rows: pa.DictionaryArray.from_arrays(
+        shared_text(rows).indices,
+        pa.StructArray.from_arrays([shared_text(rows).dictionary], ["text"]),
+    ),
+    "map": lambda rows: pa.MapArray.from_arrays(
+        pa.array(range(len(rows) + 1), pa.int32()),
+        pa.array(["k"] * len(rows)),
+        shared_text(rows),
+    ),
+    "list view": lambda rows: pa.ListViewArray.from_arrays(
+        pa.array([0 if row else 1 for row in rows], pa.int32()),
+        pa.array([1 if row else 0 for row in rows], pa.int32()),
+        pa.array([max((row or "" for row in rows), key=len), ""]),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", SHARING)
+@given(
+    rows=st.lists(st.sampled_from([None, "", "a" * 10, "b" * 1000]), min_size=1, max_size=40),
+    skip=st.integers(0, 3),
+)
+def test_what_rows_share_counts_for_each_of_them_at_any_depth(
+    form: str, rows: list[str | None], skip: int
+) -> None:
+    column = SHARING[form](rows).slice(skip)
+    parts = list(cut_batch(pa.record_batch({"column": column}), 2500))
+    assert [value for part in parts for value in part.column(0).to_pylist()] == column.to_pylist()
+    assert all(characters(part.column(0).to_pylist()) <= 2500 for part in parts)
+    taken = characters(column.to_pylist()) + 40 * len(column)
+    assert len(parts) <= 1 + 2 * taken // 1250
+
+
+def characters(value: object) -> int:
+    """How many of them stand in a value, at whatever depth."""
+    if isinstance(value, dict):
+        return characters(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(characters, value))
+    return len(str(value or ""))
