@@ -39,6 +39,9 @@ HOSTILE = "<script>document.title='pwned'</script><img src=x onerror=\"document.
 EXTRAS = pa.schema([pa.field("answer", pa.string()), pa.field("source", pa.string())])
 ROWS = 90
 
+#: Seconds that the browser may take for anything, on a machine busy with another test.
+PATIENCE_SECONDS = 180
+
 
 def rows() -> list[dict[str, Any]]:
     """Ninety rows about three questions; some fail, some are doubtful, all say what no page should
@@ -162,6 +165,7 @@ def page(output: OutputFolder, browser: Any, tmp_path: Path) -> Any:  # noqa: F8
             problems.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None
         ),
     )
+    opened.set_default_timeout(1000 * PATIENCE_SECONDS)
     opened.goto(f"file://{output.url.removeprefix('file://')}/{OutputLayout.REPORT}")
     yield opened
     context.close()
@@ -305,6 +309,7 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(output: OutputFolder, browser
         viewport={"width": 390, "height": 800}, color_scheme="dark", offline=True
     )
     opened = context.new_page()
+    opened.set_default_timeout(1000 * PATIENCE_SECONDS)
     opened.goto(f"file://{output.url.removeprefix('file://')}/{OutputLayout.REPORT}")
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
     back = opened.evaluate("getComputedStyle(document.body).backgroundColor")

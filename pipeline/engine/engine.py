@@ -21,13 +21,19 @@ from pipeline.engine.folding import folded_experts
 from pipeline.engine.inbox import Inbox
 from pipeline.engine.intake import Intake
 from pipeline.engine.memory import find_room
-from pipeline.engine.narrow import blamed, narrow
+from pipeline.engine.narrow import narrow
 from pipeline.engine.options import EngineOptions, Sizes
 from pipeline.engine.request import LiveRequest, Stage
 from pipeline.engine.reuse import Reuse
 from pipeline.engine.runner import Launched, Runner
 from pipeline.engine.scheduler import Schedule, Scheduler
-from pipeline.engine.types import Answer, GenerationError, LostDeviceError, Request
+from pipeline.engine.types import (
+    Answer,
+    GenerationError,
+    LostDeviceError,
+    OutOfMemoryError,
+    Request,
+)
 from pipeline.model.awaker import Model
 from pipeline.model.ops import is_lost
 from pipeline.redact import traceback_of
@@ -209,7 +215,7 @@ class Engine:
         busy = bool(self._scheduler.running)
         encoded = (*self._scheduler.waiting, *self._scheduler.running)
         for live, error in self._intake.launch(self._recover, busy=busy, encoded=encoded):
-            self._end(live, blamed(error))
+            self._end(live, _blamed(error))
         for live in self._intake.encoded(busy=busy):
             self._scheduler.add(live)
 
@@ -225,7 +231,7 @@ class Engine:
             launched, failures = narrow(schedule, self._launch, self._recover, Schedule.smaller)
             self._launched += launched
             for piece, error in failures:
-                self._end(piece.requests[0], blamed(error))
+                self._end(piece.requests[0], _blamed(error))
         while len(self._launched) > (self._ahead if schedule.requests else 0):
             self._collect(self._launched.popleft())
 
@@ -265,3 +271,11 @@ class Engine:
         self._live.discard(live)
         self._reuse.end(live, outcome)
         live.resolve(outcome)
+
+
+def _blamed(error: Exception) -> GenerationError:
+    """What a request's callers get for an exception that it raised alone."""
+    if isinstance(error, GenerationError):
+        return error
+    kind = OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else GenerationError
+    return kind(f"{type(error).__name__}: {error}")

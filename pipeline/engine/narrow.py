@@ -6,10 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
-
-from pipeline.engine.types import GenerationError, OutOfMemoryError
-
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -61,11 +57,3 @@ def halves(items: list[Item]) -> list[list[Item]]:
     """Two halves of several items; nothing of a single one."""
     half = len(items) // 2
     return [items[:half], items[half:]] if half else []
-
-
-def blamed(error: Exception) -> GenerationError:
-    """What a request's callers get for an exception that it raised alone."""
-    if isinstance(error, GenerationError):
-        return error
-    kind = OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else GenerationError
-    return kind(f"{type(error).__name__}: {error}")
