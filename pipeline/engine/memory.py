@@ -39,8 +39,9 @@ MOST_VISUAL_BYTES = 2 << 30
 VISUAL_SHARE = 0.125
 #: Smaller steps leave a GPU idle.
 LEAST_STEP_TOKENS = 512
-#: How long a GPU's memory is waited for, where less than half of the cache that it has room for is
-#: free: a process that died there, and whose place this one takes, may hold it for a while.
+#: How long a GPU's memory is waited for, where the weights do not fit, or less than half of the
+#: cache that it has room for is free: a process that died there, and whose place this one takes,
+#: may hold it for a while.
 ROOM_SECONDS = 60.0
 
 

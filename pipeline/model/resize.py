@@ -51,11 +51,12 @@ class Resizer:
         """The image parts of a conversation, in their order.
 
         Raises:
-            RowError: `messages_invalid`, one is a video.
+            RowError: `messages_invalid`, one is a video; `image_decode`.
         """
         from qwen_vl_utils import extract_vision_info
 
-        parts: list[dict[str, Any]] = extract_vision_info(list(messages))
+        with _explained():
+            parts: list[dict[str, Any]] = extract_vision_info(list(messages))
         if any("video" in part for part in parts):
             raise RowError("messages_invalid", "videos are not supported; send images")
         return parts

@@ -223,3 +223,15 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(
     assert len(caught.value.cause) < 200
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
     assert tokenized == ([] if says[0] != "8" else [1])
+
+
+@pytest.mark.parametrize("odd", [{"type": "image"}, {"type": "image", "image": 3}])
+def test_a_part_that_is_no_image_costs_its_row_alone(odd: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match="^image_decode"):
+        processor().prepare([{"role": "user", "content": [odd, part("What is it?")]}])
+
+
+@pytest.mark.parametrize("content", [[3], [None]])
+def test_a_conversation_without_parts_costs_its_row_alone(content: list[Any]) -> None:
+    with pytest.raises(RowError, match="^image_decode"):
+        processor().resizer.parts([{"role": "user", "content": content}])
