@@ -10,7 +10,12 @@ from PIL import Image
 
 from pipeline.engine.encode import Encoder
 from pipeline.engine.engine import Engine
-from pipeline.engine.memory import no_room_for_weights, wait_for_weights, weight_bytes
+from pipeline.engine.memory import (
+    no_room_for_requests,
+    no_room_for_weights,
+    wait_for_weights,
+    weight_bytes,
+)
 from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.types import Request
@@ -39,10 +44,18 @@ class LoadedModel:
     processor: PromptProcessor
 
     def engine(self, options: EngineOptions | None = None) -> Engine:
-        """Start an engine over the model."""
-        return Engine(
-            self.model, self.processor.tokenizer, self.processor.special.image_pad, options
-        )
+        """Start an engine over the model.
+
+        Raises:
+            ConfigError: the model's GPU has no room for requests.
+        """
+        image_pad = self.processor.special.image_pad
+        try:
+            return Engine(self.model, self.processor.tokenizer, image_pad, options)
+        except torch.OutOfMemoryError as error:
+            # Something else took what the plan found free.
+            free, _ = torch.cuda.mem_get_info(self.model.device)
+            raise no_room_for_requests(free) from error
 
     def encoder(self, decode_route: DecodeRoute = "released") -> Encoder:
         """What shows the experts of requests without answering them."""
@@ -113,6 +126,6 @@ def load(
             checkpoint, processor.image_processor, DTYPES[dtype], place, prepack=prepack
         )
     except torch.OutOfMemoryError as error:
-        # Somebody else took it meanwhile.
+        # Something else took it meanwhile.
         raise no_room_for_weights(needed, torch.cuda.mem_get_info(place)[0]) from error
     return LoadedModel(checkpoint.folder, model, processor)

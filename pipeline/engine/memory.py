@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -124,20 +124,15 @@ class MemoryPlan:
 
 
 def wait_for_weights(needed: int, gpu: torch.device) -> None:
-    """Wait until a GPU has so many bytes free for a model's weights: a process that died there may
-    hold them for a while.
+    """Wait until a GPU has so many bytes free for a model's weights.
 
     Raises:
         ConfigError: they are not free after `ROOM_SECONDS`, or the GPU has not as many.
     """
-    until = time.monotonic() + ROOM_SECONDS
-    while True:
-        free, total = torch.cuda.mem_get_info(gpu)
-        if free >= needed:
-            return
-        if total < needed or time.monotonic() >= until:
-            raise no_room_for_weights(needed, free)
-        time.sleep(1.0)
+    _, total = torch.cuda.mem_get_info(gpu)
+    free = _free_once(lambda free: free >= needed or total < needed, gpu)
+    if free < needed:
+        raise no_room_for_weights(needed, free)
 
 
 def no_room_for_weights(needed: int, free: int) -> ConfigError:
@@ -146,6 +141,15 @@ def no_room_for_weights(needed: int, free: int) -> ConfigError:
         f"model.device: a GPU with {free / 2**30:.1f} GiB free has no room for the model's "
         f"weights, which take {needed / 2**30:.1f} GiB; take a larger GPU, or one that nobody else "
         "uses (--dry-run shows what fits)"
+    )
+
+
+def no_room_for_requests(free: int) -> ConfigError:
+    """Why a loaded model's engine cannot start in memory that was planned for it, in one line."""
+    return ConfigError(
+        f"model.device: a GPU with {free / 2**30:.1f} GiB free has no room for what was free a "
+        "moment ago: something else takes memory of it; take one that nobody else uses, or lower "
+        "engine.batch_tokens and engine.batch_size (--dry-run shows what fits)"
     )
 
 
@@ -161,21 +165,31 @@ def find_room(model: Model, options: EngineOptions) -> tuple[int, int]:
     """
     if model.device.type == "cpu":
         return Sizes.of(options, "cpu").batch_tokens or 0, MOST_VISUAL_BYTES
-    free, total = torch.cuda.mem_get_info(model.device)
+    _, total = torch.cuda.mem_get_info(model.device)
     # What never fits is said at once.
     whole = MemoryPlan.of(model.shape, model.dtype, options, total)
+
+    def plan(free: int) -> MemoryPlan:
+        return MemoryPlan.of(model.shape, model.dtype, options, free, loaded=True)
+
+    def is_enough(free: int) -> bool:
+        try:
+            return 2 * plan(free).cache_tokens >= whole.cache_tokens
+        except ConfigError:
+            return False
+
+    found = plan(_free_once(is_enough, model.device))
+    return found.cache_tokens, found.visual
+
+
+def _free_once(is_enough: Callable[[int], bool], gpu: torch.device) -> int:
+    """What a GPU has free once that is enough, or after `ROOM_SECONDS` whatever it is."""
     until = time.monotonic() + ROOM_SECONDS
     while True:
-        late = time.monotonic() >= until
-        try:
-            plan = MemoryPlan.of(model.shape, model.dtype, options, free, loaded=True)
-            if late or 2 * plan.cache_tokens >= whole.cache_tokens:
-                return plan.cache_tokens, plan.visual
-        except ConfigError:
-            if late:
-                raise
+        free, _ = torch.cuda.mem_get_info(gpu)
+        if is_enough(free) or time.monotonic() >= until:
+            return free
         time.sleep(1.0)
-        free, _ = torch.cuda.mem_get_info(model.device)
 
 
 def weight_bytes(shape: ModelShape, dtype: torch.dtype) -> int:

@@ -92,8 +92,19 @@ def test_a_replica_whose_gpu_has_no_room_tells_the_monitor_and_ends_the_job(
     ]
 
 
-def test_weights_that_a_gpu_has_no_room_for_end_the_job_as_well(
-    checkpoint: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("allocates", "room_for"),
+    [
+        ("pipeline.engine.load.load_model", "no room for the model's weights"),
+        # What the plan found free, something else took before the engine did.
+        ("pipeline.engine.engine.Runner", "no room for what was free a moment ago"),
+    ],
+)
+def test_what_a_gpu_has_no_room_for_ends_the_job_as_well(
+    checkpoint: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    allocates: str,
+    room_for: str,
 ) -> None:
     """The allocator's own error would have the actor made again ten times."""
 
@@ -106,10 +117,12 @@ def test_weights_that_a_gpu_has_no_room_for_end_the_job_as_well(
             async def remote(reason: JobError) -> None:
                 pass
 
-    monkeypatch.setattr("pipeline.engine.load.load_model", full)
+    monkeypatch.setattr(allocates, full)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 << 30, 8 << 30))
     replica = Replica(job(checkpoint), pa.schema([]), 1, "cpu", 1, Monitor, None)
-    with pytest.raises(ConfigError, match=r"^model\.device: a GPU with 3\.0 GiB free has no room"):
+    with pytest.raises(
+        ConfigError, match=rf"^model\.device: a GPU with 3\.0 GiB free has {room_for}"
+    ):
         asyncio.run(replica(pa.table({})))
 
 

@@ -82,7 +82,7 @@ def test_weights_wait_for_memory_that_a_dead_process_still_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu, waits = torch.device("cuda", 0), []
-    free = iter([1 << 30, 2 << 30, 6 << 30])
+    free = iter([1 << 30, 1 << 30, 2 << 30, 6 << 30])  # the first is for the whole
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free), 8 << 30))
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=waits.append)
     monkeypatch.setattr("pipeline.engine.memory.time", clock)

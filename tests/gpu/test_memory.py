@@ -136,7 +136,8 @@ def test_memory_that_a_dead_process_still_holds_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = SimpleNamespace(shape=SHAPE, dtype=torch.float32, device=CUDA)
-    free = iter([100 << 20, 2 << 30, 7 << 30])  # no room, some, nearly all
+    # Asked for the whole; then there is no room, some, nearly all.
+    free = iter([100 << 20, 100 << 20, 2 << 30, 7 << 30])
     waits: list[float] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (next(free), 8 << 30))
     # The plan's own name for the module: other threads of this process sleep, too.
