@@ -123,7 +123,7 @@ def _read(job: Job, missing: dict[str, RowSet]) -> Dataset:
 
     source = PlannedShards(job.plan, missing, job.settings.preparation.rows_per_block)
     return ray.data.read_datasource(
-        source, num_cpus=TASK_CPUS, override_num_blocks=len(source.pieces)
+        source, num_cpus=TASK_CPUS, override_num_blocks=len(source.tasks)
     )
 
 

@@ -4,7 +4,7 @@ form they have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +50,10 @@ from pipeline.template import Template
 
 #: A read task takes row groups of one shard until it has this many rows: enough to be worth a task.
 ROWS_PER_TASK = 256
+
+#: Read tasks of a job, at most: where its pieces are more, a task reads several of them. Ray Data
+#: makes all tasks before the first row is read, and the driver keeps 5 KB of each.
+MOST_TASKS = 20_000
 
 #: Rows are put together up to this many bytes: offsets of text end at eight times as many.
 PART_BYTES = 256 << 20
@@ -403,7 +407,8 @@ class PlannedShards(Datasource):  # type: ignore[misc]
         rows_per_block: rows of a block.
 
     Attributes:
-        pieces: what each read task reads.
+        pieces: what is to be read.
+        tasks: the pieces that each read task reads.
     """
 
     def __init__(self, plan: InputPlan, missing: dict[str, RowSet], rows_per_block: int) -> None:
@@ -414,6 +419,10 @@ class PlannedShards(Datasource):  # type: ignore[misc]
             (shard, missing[shard.file.url]) for shard in plan.shards if shard.file.url in missing
         ]
         self.pieces = [piece for shard, rows in unread for piece in pieces(shard, rows)]
+        of_task = max(1, -(-len(self.pieces) // MOST_TASKS))
+        self.tasks = [
+            self.pieces[first : first + of_task] for first in range(0, len(self.pieces), of_task)
+        ]
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes on disk: images do not grow when read."""
@@ -422,24 +431,30 @@ class PlannedShards(Datasource):  # type: ignore[misc]
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """One task for each piece; `parallelism` is Ray's wish, which pieces of shards need not
-        follow.
-        """
-        tasks = []
-        for piece in self.pieces:
-            file = piece.shard.file
-            size = round(file.size * len(piece.rows) / sum(piece.shard.row_groups))
-            metadata = BlockMetadata(
-                num_rows=len(piece.rows), size_bytes=size, input_files=[file.url], exec_stats=None
-            )
-            tasks.append(
-                ReadTask(self._reader(piece), metadata, per_task_row_limit=per_task_row_limit)
-            )
-        return tasks
+        """`parallelism` is Ray's wish, which pieces of shards need not follow."""
+        return [
+            ReadTask(self._reader(task), _metadata(task), per_task_row_limit=per_task_row_limit)
+            for task in self.tasks
+        ]
 
-    def _reader(self, piece: Piece) -> Callable[[], Iterable[pa.Table]]:
+    def _reader(self, task: Sequence[Piece]) -> Callable[[], Iterable[pa.Table]]:
         plan, rows_per_block = self._plan, self._rows_per_block
-        piece = _own_images(piece)
         # The task needs the plan's columns, not its thousands of other shards.
-        one_shard = replace(plan, shards=(piece.shard,))
-        return lambda: read_piece(piece, one_shard, rows_per_block)
+        read = [(piece, replace(plan, shards=(piece.shard,))) for piece in map(_own_images, task)]
+        return lambda: (
+            table
+            for piece, one_shard in read
+            for table in read_piece(piece, one_shard, rows_per_block)
+        )
+
+
+def _metadata(task: Sequence[Piece]) -> BlockMetadata:
+    size = sum(
+        piece.shard.file.size * len(piece.rows) / sum(piece.shard.row_groups) for piece in task
+    )
+    return BlockMetadata(
+        num_rows=sum(len(piece.rows) for piece in task),
+        size_bytes=round(size),
+        input_files=[piece.shard.file.url for piece in task],
+        exec_stats=None,
+    )

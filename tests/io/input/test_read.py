@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -95,6 +96,30 @@ def test_small_row_groups_share_a_task_and_large_ones_have_their_own(tmp_path: P
         1600,
         500,
     ]
+
+
+def test_of_more_pieces_than_a_job_has_tasks_each_task_reads_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Data makes all tasks before the first row is read: a million shards made a third of a
+    million of them.
+    """
+    monkeypatch.setattr("pipeline.io.input.read.MOST_TASKS", 4)
+    for number in range(11):
+        rows = [f"{number:02}.{row}" for row in range(number + 1)]
+        write_shard(tmp_path / f"{number:02}.parquet", {"prompt": rows}, [number + 1])
+    plan = plan_of(tmp_path)
+    tasks = everything(plan).get_read_tasks(1)
+    assert len(tasks) == 4
+    tables = [list(task()) for task in tasks]
+    assert [sum(map(len, blocks)) for blocks in tables] == [t.metadata.num_rows for t in tasks]
+    table = pa.concat_tables(itertools.chain.from_iterable(tables))
+    assert table.equals(read_all(plan))
+    assert [url.rpartition("/")[2] for task in tasks for url in task.metadata.input_files] == [
+        f"{number:02}.parquet" for number in range(11)
+    ]
+    # Ray may run a task again.
+    assert pa.concat_tables(tasks[1]()).equals(pa.concat_tables(tables[1]))
 
 
 PICTURES = [b"one", b"two", None, b"", b"five"]
