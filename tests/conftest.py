@@ -157,6 +157,19 @@ def ray_cluster(s3_folder: Path) -> Iterator[RayCluster]:
                     process.kill()
 
 
+@pytest.fixture(params=["here", pytest.param("on the cluster", marks=pytest.mark.slow)])
+def stages(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where jobs of a test answer rows: in this process, and in `make test-all` on the cluster."""
+    if request.param == "here":
+        from tests.jobs.here import stages_in_this_process
+
+        with stages_in_this_process():
+            yield
+    else:
+        request.getfixturevalue("ray_cluster")
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A real S3 server with the bucket `bucket`, found through AWS_* variables; yields the folder

@@ -1,6 +1,4 @@
-"""Runs jobs for tests: the scripts as processes of their own, or the same job on the session's
-cluster.
-"""
+"""Runs jobs for tests: the scripts as processes of their own, or the same job from this process."""
 
 from __future__ import annotations
 
@@ -89,8 +87,10 @@ def sets(assignments: dict[str, Any]) -> list[str]:
     ]
 
 
-def run_on_cluster(task: Task, assignments: dict[str, Any]) -> Summary:
-    """Check and run a job on the Ray connection of this process."""
+def check_and_run(task: Task, assignments: dict[str, Any]) -> Summary:
+    """Check and run a job: on the Ray connection of this process, or where the fixture `stages`
+    says.
+    """
     return run_job(
         check_job(
             task, load_settings(JobSettings, None, [f"{k}={v}" for k, v in assignments.items()])

@@ -22,10 +22,10 @@ from tests.conftest import RayCluster
 from tests.io.shards import IMAGE_STRUCT, picture, write_shard
 from tests.jobs.support import (
     assert_as_released,
+    check_and_run,
     expected_rows,
     released_model,
     results,
-    run_on_cluster,
 )
 
 
@@ -101,7 +101,7 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
             dict(zip(table.column_names, table.columns, strict=True)),
         )
 
-    summary = run_on_cluster(
+    summary = check_and_run(
         "vqa",
         {
             **released_model(golden),
