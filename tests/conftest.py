@@ -102,10 +102,13 @@ def golden() -> Path:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """Where a running cluster answers: drivers at `address`, `ray job submit` at `dashboard`."""
+    """Where a running cluster answers: drivers at `address`, `ray job submit` at `dashboard`, the
+    agent that runs submitted jobs at a port of its own.
+    """
 
     address: str
     dashboard: str
+    agent_port: int
 
 
 @pytest.fixture(scope="session")
@@ -143,18 +146,32 @@ def ray_cluster(s3_folder: Path) -> Iterator[RayCluster]:
         ) as head,
     ):
         try:
-            _wait_for_port(port)
-            _wait_for_port(dashboard)
+            wait_for_port(port)
+            wait_for_port(dashboard)
             context = ray.init(
                 address=f"127.0.0.1:{port}", log_to_driver=False, logging_level="ERROR"
             )
-            yield RayCluster(context.address_info["address"], f"http://127.0.0.1:{dashboard}")
+            gcs = context.address_info["address"]
+            yield RayCluster(gcs, f"http://127.0.0.1:{dashboard}", agent)
             ray.shutdown()
         finally:
             # Asked to end, it would wait half a minute for its own parts.
             for process in [*psutil.Process(head.pid).children(recursive=True), head]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
+
+
+@pytest.fixture(params=["here", pytest.param("on the cluster", marks=pytest.mark.slow)])
+def stages(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where jobs of a test answer rows: in this process, and in `make test-all` on the cluster."""
+    if request.param == "here":
+        from tests.jobs.here import stages_in_this_process
+
+        with stages_in_this_process():
+            yield
+    else:
+        request.getfixturevalue("ray_cluster")
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -192,7 +209,7 @@ def s3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name, value in variables.items():
             patch.setenv(name, value)
         try:
-            _wait_for_port(port)
+            wait_for_port(port)
             yield folder / "bucket"
         finally:
             server.terminate()
@@ -205,7 +222,7 @@ def _fencing_store() -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            _wait_for_port(port)
+            wait_for_port(port)
             yield f"http://127.0.0.1:{port}"
         finally:
             server.kill()
@@ -239,7 +256,8 @@ def _free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def _wait_for_port(port: int) -> None:
+def wait_for_port(port: int) -> None:
+    """Until something listens there."""
     end = time.monotonic() + 60
     while True:
         try:

@@ -23,7 +23,7 @@ from pipeline.settings.base import load_settings
 from pipeline.settings.job import JobSettings
 from pipeline.synthetic.scenes.questions import TASKS
 from tests.conftest import RayCluster
-from tests.jobs.support import ROOT, results, run_on_cluster
+from tests.jobs.support import ROOT, check_and_run, results
 
 DEMO = ROOT / "pipeline" / "demo"
 SMALL = DEMO / "awaker-small"
@@ -125,7 +125,7 @@ def test_two_replicas_say_the_same(
     exact: list[str], scenes: list[dict[str, Any]], tmp_path: Path, ray_cluster: RayCluster
 ) -> None:
     given = load_settings(JobSettings, ROOT / "configs" / "demo.yaml", [])
-    summary = run_on_cluster(
+    summary = check_and_run(
         "vqa",
         {
             "model.base": SMALL / "base",

@@ -25,7 +25,7 @@ from benchmarks.harness import own_memory
 from pipeline.counters import Snapshot
 from pipeline.run.progress import LogDisplay, Pace
 from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
-from tests.jobs.support import ROOT, run_on_cluster
+from tests.jobs.support import ROOT, check_and_run
 
 ROWS = int(os.environ.get("SOAK_ROWS", "0"))
 SMALL = ROOT / "pipeline/demo/awaker-small"
@@ -116,7 +116,7 @@ def test_a_long_job_over_dirty_data_accounts_for_every_row_and_does_not_grow(
     assert total >= ROWS
     watch = MemoryWatch()
     watch.start()
-    run_on_cluster(
+    check_and_run(
         "vqa",
         {
             "model.base": SMALL / "base",

@@ -1,6 +1,4 @@
-"""Runs jobs for tests: the scripts as processes of their own, or the same job on the session's
-cluster.
-"""
+"""Runs jobs for tests: the scripts as processes of their own, or the same job from this process."""
 
 from __future__ import annotations
 
@@ -71,15 +69,24 @@ def run_script_here(
     """The same script in this process, which has imported everything already; it must not come as
     far as Ray.
     """
-    patch.setattr(sys, "argv", [f"jobs/{name}.py", *arguments])
     patch.setattr(
         "pipeline.run.cluster.connect", lambda address: pytest.fail("the job went on to Ray")
     )
+    return run_script_here_to_its_end(name, arguments, capsys, patch)
+
+
+def run_script_here_to_its_end(
+    name: str, arguments: list[str], capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
+) -> Finished:
+    """The same, however far it comes."""
+    patch.setattr(sys, "argv", [f"jobs/{name}.py", *arguments])
     capsys.readouterr()
+    started = time.monotonic()
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
     out, err = capsys.readouterr()
-    return Finished(ended.value.code, out, err)  # type: ignore[arg-type]
+    code: int = ended.value.code  # type: ignore[assignment]
+    return Finished(code, out, err, time.monotonic() - started)
 
 
 def sets(assignments: dict[str, Any]) -> list[str]:
@@ -89,8 +96,10 @@ def sets(assignments: dict[str, Any]) -> list[str]:
     ]
 
 
-def run_on_cluster(task: Task, assignments: dict[str, Any]) -> Summary:
-    """Check and run a job on the Ray connection of this process."""
+def check_and_run(task: Task, assignments: dict[str, Any]) -> Summary:
+    """Check and run a job: on the Ray connection of this process, or where the fixture `stages`
+    says.
+    """
     return run_job(
         check_job(
             task, load_settings(JobSettings, None, [f"{k}={v}" for k, v in assignments.items()])

@@ -17,9 +17,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import RayCluster
+from tests.conftest import RayCluster, wait_for_port
 from tests.io.shards import picture, write_shard
-from tests.jobs.support import ROOT, TIMEOUT, released_model, results, run_script, sets
+from tests.jobs.support import (
+    ROOT,
+    TIMEOUT,
+    released_model,
+    results,
+    run_script_here_to_its_end,
+    sets,
+)
 
 #: What a job needs of the repository, and .gitignore, which says what not to upload.
 UPLOADED = ("pipeline", "jobs", "configs", "pyproject.toml", ".gitignore")
@@ -44,27 +51,13 @@ def copy_of_the_repository(folder: Path) -> Path:
     return folder
 
 
-def wait_until_jobs_are_taken(dashboard: str) -> None:
-    """A head node answers before the agent that runs its jobs is up."""
-    from ray.job_submission import JobSubmissionClient
-
-    end = time.monotonic() + 60
-    while True:
-        try:
-            JobSubmissionClient(dashboard).submit_job(entrypoint="true")
-            return
-        except RuntimeError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(1)
-
-
 def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(
     tmp_path: Path, ray_cluster: RayCluster
 ) -> None:
     import ray
 
-    wait_until_jobs_are_taken(ray_cluster.dashboard)
+    # A head node answers before the agent that runs its jobs is up.
+    wait_for_port(ray_cluster.agent_port)
     (tmp_path / "repository").mkdir()
     repository = copy_of_the_repository(tmp_path / "repository")
     settings = {
@@ -160,9 +153,18 @@ def test_ctrl_c_ends_a_job_soon_and_in_one_line(
 
 
 def test_a_cluster_that_is_not_there_is_one_line_within_seconds(
-    golden: Path, tmp_path: Path
+    golden: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    import ray
+
     write_shard(tmp_path / "in" / "a.parquet", {"prompt": ["What?"]})
+    # Earlier tests of this process may have connected it to the cluster that is there.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    # It takes a minute and a half to give such an address up, and then ends the process.
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was asked to connect"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))  # bound, and nothing listens
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -170,8 +172,9 @@ def test_a_cluster_that_is_not_there_is_one_line_within_seconds(
             **released_model(golden),
             "input.path": tmp_path / "in",
             "output.path": tmp_path / "out",
+            "ray.address": address,
         }
-        done = run_script("vqa", *sets({**settings, "ray.address": address}))
+        done = run_script_here_to_its_end("vqa", sets(settings), capsys, monkeypatch)
     assert done.code == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: ray.address: nothing answers at '{address}'")

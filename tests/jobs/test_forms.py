@@ -10,10 +10,10 @@ import pytest
 from tests.conftest import RayCluster
 from tests.jobs.support import (
     assert_as_released,
+    check_and_run,
     expected_rows,
     released_model,
     results,
-    run_on_cluster,
 )
 
 
@@ -51,7 +51,7 @@ def test_a_folder_of_image_files_with_a_broken_table_is_answered_as_far_as_it_go
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
     job = {**released_model(golden), "input.path": tmp_path / "in", "output.path": tmp_path / "out"}
-    summary = run_on_cluster("vqa", job)
+    summary = check_and_run("vqa", job)
 
     assert f"input: 1 shards (1 of JSON Lines), {len(good) + 5} rows" in capfd.readouterr().err
     assert dict(summary.written.errors) == {"row_malformed": 4, "image_missing": 1}

@@ -22,10 +22,10 @@ from tests.conftest import RayCluster
 from tests.io.shards import IMAGE_STRUCT, picture, write_shard
 from tests.jobs.support import (
     assert_as_released,
+    check_and_run,
     expected_rows,
     released_model,
     results,
-    run_on_cluster,
 )
 
 
@@ -71,8 +71,9 @@ def bad_rows(good: bytes) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
-    golden: Path, tmp_path: Path, ray_cluster: RayCluster
+    golden: Path, s3_folder: Path, ray_cluster: RayCluster
 ) -> None:
+    folder = s3_folder / "golden"
     good = {row["id"]: row for row in expected_rows(golden)}
     bad = bad_rows(next(iter(good.values()))["images"][0])
     rows = [
@@ -97,17 +98,17 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
     for number, part in enumerate((rows[:5], rows[5:6], rows[6:])):
         table = pa.Table.from_pylist(part, schema)
         write_shard(
-            tmp_path / f"in/{number}.parquet",
+            folder / f"in/{number}.parquet",
             dict(zip(table.column_names, table.columns, strict=True)),
         )
 
-    summary = run_on_cluster(
+    summary = check_and_run(
         "vqa",
         {
             **released_model(golden),
-            "input.path": tmp_path / "in",
+            "input.path": "s3://bucket/golden/in",
             "input.control_tokens": "error",
-            "output.path": tmp_path / "out",
+            "output.path": "s3://bucket/golden/out",
             "output.rows_per_file": 8,
             "preparation.rows_per_block": 2,
             "engine.batch_size": 3,
@@ -115,7 +116,7 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
         },
     )
 
-    answers = results(tmp_path / "out")
+    answers = results(folder / "out")
     assert set(answers) == set(good) | set(bad)
     for id_, expected in good.items():
         assert_as_released(answers[id_], expected)
@@ -138,7 +139,7 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
     codes = {"image_decode": 2, "prompt_missing": 2, "image_missing": 2, "image_forbidden": 1}
     codes |= {"prompt_too_long": 1, "prompt_invalid": 1}
     assert dict(summary.written.errors) == codes
-    record = json.loads((tmp_path / "out/_run/summary.json").read_text())
+    record = json.loads((folder / "out/_run/summary.json").read_text())
     assert (record["rows"], record["ok"], record["errors"]) == (19, 10, codes)
     assert record["new_tokens"] == sum(len(row["token_ids"]) for row in good.values())
     assert record["images"] == sum(len(row["images"]) for row in good.values())
@@ -146,10 +147,10 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
     assert set(record["agreement"]) >= {"prefill", "prefill_in_order", "decode", "decode_in_order"}
 
     # Many blocks, few files, and any Parquet reader takes the folder as it is.
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    files = sorted(path.name for path in (folder / "out").iterdir())
     assert len(files) <= 4
     assert files[0] == "_run"
-    assert ds.dataset(tmp_path / "out", format="parquet").count_rows() == 19
+    assert ds.dataset(folder / "out", format="parquet").count_rows() == 19
 
 
 @pytest.mark.slow

@@ -13,9 +13,8 @@ import pytest
 import s3fs
 
 from pipeline.errors import InputError, OutputError
-from tests.conftest import RayCluster
 from tests.io.shards import write_shard
-from tests.jobs.support import assert_as_released, expected_rows, released_model, run_on_cluster
+from tests.jobs.support import assert_as_released, check_and_run, expected_rows, released_model
 
 
 def chat(row: dict[str, Any], form: int) -> tuple[str, list[bytes]]:
@@ -39,7 +38,7 @@ def chat(row: dict[str, Any], form: int) -> tuple[str, list[bytes]]:
 
 
 def test_chats_on_s3_are_answered_as_released_into_s3(
-    golden: Path, s3_folder: Path, ray_cluster: RayCluster
+    golden: Path, s3_folder: Path, stages: None
 ) -> None:
     rows = expected_rows(golden)
     chats = [chat(row, number % 3) for number, row in enumerate(rows)]
@@ -66,7 +65,7 @@ def test_chats_on_s3_are_answered_as_released_into_s3(
         "output.path": "s3://bucket/answers/",
     }
 
-    summary = run_on_cluster("vqa", settings)
+    summary = check_and_run("vqa", settings)
 
     assert summary.output == "s3://bucket/answers"
     storage = s3fs.S3FileSystem()
@@ -91,14 +90,14 @@ def test_chats_on_s3_are_answered_as_released_into_s3(
 
     files = storage.glob("bucket/answers/*.parquet")
     assert (
-        run_on_cluster("vqa", settings).written.rows == 11
+        check_and_run("vqa", settings).written.rows == 11
     )  # it is done: nothing is answered or written again
     storage.invalidate_cache()
     assert storage.glob("bucket/answers/*.parquet") == files
     with pytest.raises(
         OutputError, match=r"cannot write to s3://no-such-bucket/out \(FileNotFoundError"
     ):
-        run_on_cluster("vqa", {**settings, "output.path": "s3://no-such-bucket/out"})
+        check_and_run("vqa", {**settings, "output.path": "s3://no-such-bucket/out"})
     with pytest.raises(InputError, match="'s3://bucket/nowhere/' does not exist"):
-        run_on_cluster("vqa", {**settings, "input.path": "s3://bucket/nowhere/"})
+        check_and_run("vqa", {**settings, "input.path": "s3://bucket/nowhere/"})
     assert not (s3_folder.parent / "no-such-bucket").exists()

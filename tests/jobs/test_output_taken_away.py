@@ -20,7 +20,7 @@ import pytest
 from pipeline.errors import OutputError
 from tests.conftest import RayCluster
 from tests.io.shards import write_shard
-from tests.jobs.support import expected_rows, released_model, run_on_cluster
+from tests.jobs.support import check_and_run, expected_rows, released_model
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_an_output_that_is_taken_away_ends_the_job_in_one_line(
     thread = threading.Thread(target=take_away)
     thread.start()
     with pytest.raises(OutputError) as caught:
-        run_on_cluster("vqa", job)
+        check_and_run("vqa", job)
     thread.join()
     assert str(caught.value).startswith("output.path: ")
     assert message in str(caught.value)

@@ -8,9 +8,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import RayCluster
 from tests.io.shards import picture, write_shard
-from tests.jobs.support import answered_here, released_model, results, run_on_cluster
+from tests.jobs.support import answered_here, check_and_run, released_model, results
 
 PROMPTS = {"long": "Describe the {what}.", "count": "How many?"}
 
@@ -50,9 +49,9 @@ def test_several_prompts_get_the_answers_that_each_would_get_alone(
     several: dict[str, Any],
     alone: dict[str, dict[str, dict[str, Any]]],
     tmp_path: Path,
-    ray_cluster: RayCluster,
+    stages: None,
 ) -> None:
-    summary = run_on_cluster("vqa", several)
+    summary = check_and_run("vqa", several)
     assert (summary.written.rows, summary.written.errors.total()) == (8, 3)
     rows = results(tmp_path / "out")
     for name in PROMPTS:
@@ -61,18 +60,17 @@ def test_several_prompts_get_the_answers_that_each_would_get_alone(
                 rows[f"{id_}/{name}"].items()
                 >= {**expected, "id": f"{id_}/{name}", "prompt_name": name}.items()
             )
-    assert run_on_cluster("vqa", several).answered.rows == 0
+    assert check_and_run("vqa", several).answered.rows == 0
 
 
-@pytest.mark.slow
 def test_several_prompts_in_columns_get_the_answers_that_each_would_get_alone(
     several: dict[str, Any],
     alone: dict[str, dict[str, dict[str, Any]]],
     tmp_path: Path,
-    ray_cluster: RayCluster,
+    stages: None,
 ) -> None:
     in_columns = {**several, "output.prompt_layout": "columns"}
-    summary = run_on_cluster("vqa", in_columns)
+    summary = check_and_run("vqa", in_columns)
     assert (summary.written.rows, dict(summary.written.errors)) == (
         4,
         {"image_decode": 1, "prompt_missing": 1},
@@ -88,4 +86,4 @@ def test_several_prompts_in_columns_get_the_answers_that_each_would_get_alone(
         "status",
         "error",
     ]
-    assert run_on_cluster("vqa", in_columns).answered.rows == 0
+    assert check_and_run("vqa", in_columns).answered.rows == 0

@@ -20,10 +20,10 @@ from tests.io.shards import write_shard
 from tests.jobs.support import (
     ROOT,
     assert_as_released,
+    check_and_run,
     expected_rows,
     released_model,
     results,
-    run_on_cluster,
     sets,
 )
 
@@ -106,7 +106,7 @@ def test_a_killed_job_goes_on_where_it_stopped(
         assert json.loads(beat.read_text())["released"] == (sent == signal.SIGTERM)
 
     before = rows_in(tmp_path / "out")
-    summary = run_on_cluster("vqa", job)
+    summary = check_and_run("vqa", job)
     after = written(tmp_path / "out")
     assert after.items() >= kept.items()
     answers = results(tmp_path / "out")
@@ -118,13 +118,13 @@ def test_a_killed_job_goes_on_where_it_stopped(
 
     # It is done now: nothing is answered or written again.
     started = time.monotonic()
-    assert run_on_cluster("vqa", job).written.rows == len(expected)
+    assert check_and_run("vqa", job).written.rows == len(expected)
     assert time.monotonic() - started < 10
     assert written(tmp_path / "out") == after
 
     changed = {**job, "generation.max_new_tokens": 25, "model.dtype": "bfloat16"}
     with pytest.raises(OutputError) as caught:
-        run_on_cluster("vqa", changed)
+        check_and_run("vqa", changed)
     changes = (
         "generation.max_new_tokens was 24, is 25",
         "model.dtype was 'float32', is 'bfloat16'",

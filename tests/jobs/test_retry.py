@@ -11,7 +11,7 @@ from pipeline.synthetic.random_checkpoint import RandomShape, write_random_check
 from tests.conftest import RayCluster
 from tests.io.input.web import Web
 from tests.io.shards import picture, write_shard
-from tests.jobs.support import results, run_on_cluster
+from tests.jobs.support import check_and_run, results
 
 
 @pytest.mark.slow
@@ -55,14 +55,14 @@ def test_what_the_network_denied_is_answered_by_a_second_run_in_the_same_place(
             return [(rows[f"0.parquet#{n}"]["error"] or "ok").split(":")[0] for n in range(6)]
 
         web.down = True
-        run_on_cluster("caption", job)
+        check_and_run("caption", job)
         lasting = ["ok", "image_forbidden", "image_missing"]
         assert codes() == ["image_fetch"] * 3 + lasting
         web.down = False
         asked = web.asked.total()
-        run_on_cluster("caption", job)  # without being asked to, a finished job does nothing
+        check_and_run("caption", job)  # without being asked to, a finished job does nothing
         assert (codes()[0], web.asked.total()) == ("image_fetch", asked)
-        summary = run_on_cluster("caption", {**job, "output.retry_errors": "true"})
+        summary = check_and_run("caption", {**job, "output.retry_errors": "true"})
         assert codes() == ["ok", "ok", "image_decode", *lasting]
         assert web.asked.total() == asked + 3
         assert summary.written.rows == 6

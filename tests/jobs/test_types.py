@@ -14,7 +14,7 @@ from pipeline.io.output.storage import OutputFolder
 from pipeline.run.export import export
 from tests.conftest import RayCluster
 from tests.io.input.test_types import AS_TEXT, broken_text, nested_views, write_arrow
-from tests.jobs.support import expected_rows, released_model, results, run_on_cluster
+from tests.jobs.support import check_and_run, expected_rows, released_model, results
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_columns_of_every_form_reach_output_and_export_and_bad_values_cost_their
         "output.path": tmp_path / "out",
         "input.prompts": asks,
     }
-    summary = run_on_cluster(
+    summary = check_and_run(
         "vqa",
         {**job, "generation.max_new_tokens": 2, "output.token_ids": False, "output.routes": False},
     )

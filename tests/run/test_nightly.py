@@ -23,7 +23,6 @@ from pipeline.run.summary import Summary
 from pipeline.settings.base import load_settings
 from pipeline.settings.nightly import NightlySettings
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
-from tests.conftest import RayCluster
 from tests.io.output.epochs import hold
 from tests.io.shards import write_shard
 
@@ -119,7 +118,7 @@ def run(night: dict[str, Any], *, dry_run: bool = False, **more: Any) -> int:
 
 
 def test_a_night_answers_everything_once(
-    night: dict[str, Any], tmp_path: Path, ray_cluster: RayCluster
+    night: dict[str, Any], tmp_path: Path, stages: None
 ) -> None:
     write_shard(tmp_path / "in/a.parquet", {"id": ["a", "b"], "prompt": ["one", "two"]})
     assert run(night) == 1
@@ -136,10 +135,7 @@ def test_a_night_answers_everything_once(
     ]
 
 
-@pytest.mark.slow
-def test_nights_over_a_growing_input(
-    night: dict[str, Any], tmp_path: Path, ray_cluster: RayCluster
-) -> None:
+def test_nights_over_a_growing_input(night: dict[str, Any], tmp_path: Path, stages: None) -> None:
     def shard(name: str, *prompts: str) -> None:
         write_shard(
             tmp_path / "in" / name,

@@ -1,0 +1,108 @@
+"""A job's stages without Ray: the classes of its actors, one after the other in this process.
+
+Starting the actors takes most of the time of a job of a few rows. What is tested of jobs on a
+cluster is tested there; what becomes of rows, files and folders is the same here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.actors.assemble import Prompts
+from pipeline.actors.committer import CommitSettings, Committer
+from pipeline.actors.monitor import Monitor
+from pipeline.actors.prepare import Preparer
+from pipeline.actors.replica import Replica
+from pipeline.counters import Snapshot
+from pipeline.io.input.read import PlannedShards, read_piece
+from pipeline.io.output.columns import layout_schema
+from pipeline.io.rowset import RowSet
+from pipeline.run import run
+from pipeline.run.check import Job
+from pipeline.run.open_run import OpenRun
+from pipeline.run.reservation import Place
+
+
+@contextlib.contextmanager
+def stages_in_this_process() -> Iterator[None]:
+    """While this lasts, `run_job` connects to no cluster and answers rows in this process."""
+    threads = torch.get_num_threads()
+    nothing = contextlib.nullcontext
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "connected", lambda address: nothing())
+        patch.setattr(run, "reserved", lambda settings: nothing())
+        patch.setattr(run, "run_stages", run_stages)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)  # an actor has a process of its own to set them in
+
+
+def run_stages(
+    job: Job, run: OpenRun, place: Place | None, missing: dict[str, RowSet], at: str
+) -> Snapshot:
+    """In the place of `pipeline.run.stages.run_stages`."""
+    settings, plan, planned = job.settings, job.plan, job.manifest.model
+    rows_per_block = settings.preparation.rows_per_block
+    monitor, committer = Monitor(), _committer(job, run, at)
+    preparer = Preparer(
+        settings, plan.columns, job.task == "caption", None, plan.image_root, planned
+    )
+    source = PlannedShards(plan, missing, rows_per_block)
+    read = (table for piece in source.pieces for table in read_piece(piece, plan, rows_per_block))
+    blocks = [block for table in read for block in preparer(table)]
+    rows = plan.rows * plan.prompts_per_row
+    handles = _Handle(monitor), _Handle(committer)
+    replica = Replica(settings, plan.extras_schema, rows, "cpu", 1, *handles, planned)
+    try:
+        asyncio.run(_answer(replica, blocks))
+    finally:
+        replica._engine.close()
+    committer.finish()
+    return monitor.snapshot()
+
+
+def _committer(job: Job, run: OpenRun, at: str) -> Committer:
+    plan, output = job.plan, job.settings.output
+    return Committer(
+        run.claim,
+        layout_schema(output, plan.extras_schema, plan.names),
+        job.truth,
+        CommitSettings(output.rows_per_file, output.commit_seconds, at, output.patience_seconds),
+        job.settings.errors,
+        None,
+        Prompts(plan.names, output.prompt_layout),
+    )
+
+
+async def _answer(replica: Replica, blocks: list[Any]) -> None:
+    """All blocks at once, as Ray calls a replica, so that their rows share batches."""
+    await asyncio.gather(*map(replica, blocks))
+
+
+class _Handle:
+    """What an actor's handle is to a replica; what is asked is done before it is awaited."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._actor, name)
+        return SimpleNamespace(remote=lambda *arguments: _Done(method(*arguments)))
+
+
+@dataclass(frozen=True)
+class _Done:
+    answer: Any
+
+    def __await__(self) -> Generator[None, None, Any]:
+        yield
+        return self.answer
