@@ -4,7 +4,8 @@ Answers are made up beforehand and come in blocks of 32 rows in random order, fr
 without Ray between; a file holds 10,000. The storage is a local disk, and the same where each
 result takes half a second longer to write, as on object storage. `BENCH_SCALE_ROWS` says how many
 rows there are; 200,000 unless it is set. Seconds are of one core; what a part calls that is a part
-itself is not in its own.
+itself is not in its own. What the set of rows taken costs is measured alone over 100 million rows
+of one shard, `BENCH_SCALE_TAKEN` of them where it is set.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ import pyarrow as pa
 
 from benchmarks.harness import save
 from pipeline.actors.committer import CommitSettings, Committer
+from pipeline.actors.gathered import Gathered
+from pipeline.actors.taken import TakenRows
 from pipeline.io.output.columns import Written, output_schema
 from pipeline.io.output.lease import Claim, Fence, Lease
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.output.writer import OutputWriter
-from pipeline.io.rowset import RowSet
 from pipeline.rows import PROMPT_NAME, ROW, SHARD
 from pipeline.settings.job import ErrorSettings, OutputSettings
 
 ROWS = int(os.environ.get("BENCH_SCALE_ROWS", "200000"))
+TAKEN = int(os.environ.get("BENCH_SCALE_TAKEN", "100000000"))
 ROWS_PER_BLOCK, ROWS_PER_FILE, ROWS_PER_SHARD = 32, 10_000, 100_000
 #: Rows at the beginning and at the end of a run whose rates are told.
 EDGE = 50_000
@@ -44,12 +47,10 @@ ANSWERS = 20_480
 
 #: What is timed: the part's name, and the function's owner and name.
 PARTS: tuple[tuple[str, type, str], ...] = (
-    ("which rows are new", RowSet, "of_rows"),
-    ("which rows are new", RowSet, "contains"),
-    ("which rows are new", RowSet, "__or__"),
-    ("tables", Committer, "_take"),
-    ("tables", Committer, "_judge"),
-    ("sorting", Committer, "_commit"),
+    ("which rows are new", TakenRows, "take"),
+    ("gathering", Gathered, "add"),
+    ("errors counted", Committer, "_judge"),
+    ("sorting", Gathered, "sorted"),
     ("counting", Written, "count"),
     ("encoding", OutputWriter, "_encoded"),
     ("looking at the lock", Fence, "check"),
@@ -196,17 +197,37 @@ def parts(made: list[pa.Table]) -> dict[str, float]:
     return each | {"all else": whole - sum(each.values()), "together": whole}
 
 
+def taken(rows: int) -> tuple[float, float, int]:
+    """CPU seconds of the set of rows taken for a million rows: of the first million, and of the
+    last; and the most bytes that its pages took.
+    """
+    starts = np.arange(0, rows, ROWS_PER_BLOCK)
+    np.random.default_rng(2).shuffle(starts)
+    rows_taken, block = TakenRows({}), np.arange(ROWS_PER_BLOCK)
+    edge = min(len(starts) // 2, 10**6 // ROWS_PER_BLOCK)
+    at, most = [time.process_time()], 0
+    for part in (starts[:edge], starts[edge:-edge], starts[-edge:]):
+        for start in part:
+            rows_taken.add("s3://bucket/captions/shard-000000.parquet", block + start)
+            most = max(most, rows_taken._size)
+        at.append(time.process_time())
+    million = 10**6 / (edge * ROWS_PER_BLOCK)
+    return million * (at[1] - at[0]), million * (at[3] - at[2]), most
+
+
 def main() -> list[str]:
     """Measure, and print."""
     made = blocks(ROWS)
     measure(made[: 2 * ROWS_PER_FILE // ROWS_PER_BLOCK], OutputFolder)  # warms up
     disk, slow = measure(made, OutputFolder), measure(made, SlowFolder)
     split = parts(made)
+    early, late, most = taken(TAKEN)
     figures = {
         name: {"rows_per_second": one.rate, "first": one.first, "last": one.last}
         for name, one in (("disk", disk), ("slow", slow))
     }
-    save("scale", {"rows": ROWS, "seconds_per_million_rows": split, **figures})
+    sets = {"rows": TAKEN, "first": early, "last": late, "most_bytes": most}
+    save("scale", {"rows": ROWS, "seconds_per_million_rows": split, **figures, "taken": sets})
     lines = [
         f"{ROWS:,} rows.",
         "",
@@ -218,7 +239,13 @@ def main() -> list[str]:
         "| part | seconds for a million rows |",
         "|---|---|",
     ]
-    return lines + [f"| {name} | {value:.1f} |" for name, value in split.items()]
+    lines += [f"| {name} | {value:.1f} |" for name, value in split.items()]
+    return [
+        *lines,
+        "",
+        f"Of {TAKEN:,} rows of one shard, the set of rows taken takes {early:.2f} s for the first "
+        f"million and {late:.2f} s for the last; its pages take {most / 2**20:.1f} MiB at most.",
+    ]
 
 
 if __name__ == "__main__":
