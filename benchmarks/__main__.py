@@ -22,6 +22,7 @@ NAMES = (
     "languages",
     "planning",
     "many_shards",
+    "scale",
     "report",
     "memory",
     "conversion",

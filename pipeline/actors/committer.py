@@ -8,26 +8,24 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import tenacity
 
 from pipeline.actors.assemble import Assembler, Prompts
+from pipeline.actors.gathered import Gathered
+from pipeline.actors.taken import TakenRows
 from pipeline.counters import COMMITTED, RowCounts
-from pipeline.errors import JobError, OutputError, TooManyErrorsError, code_of, worth_another_try
+from pipeline.errors import JobError, OutputError, TooManyErrorsError, code_of
 from pipeline.io.output.commits import OutputLog, done_rows
 from pipeline.io.output.lease import Claim, Fence
 from pipeline.io.output.writer import OutputWriter
-from pipeline.io.rowset import RowSet
 from pipeline.quality.accuracy import Truth
 from pipeline.redact import cause_of
-from pipeline.rows import PROMPT_NAME, ROW, SHARD, own_columns_dropped
 from pipeline.settings.job import ErrorSettings
 
 logger = logging.getLogger(__name__)
@@ -58,17 +56,6 @@ class CommitSettings:
     seconds: float
     at: str = ""
     patience: float = 600.0
-
-
-@dataclass
-class _Gathered:
-    tables: list[pa.Table] = field(default_factory=list)
-    kept: list[pa.Table] = field(default_factory=list)
-    rows: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
-    retry: dict[str, RowSet] = field(default_factory=lambda: defaultdict(RowSet.empty))
-    count: int = 0
-    size: int = 0
-    since: float = 0.0
 
 
 class Committer:
@@ -102,8 +89,8 @@ class Committer:
         self._settings, self._monitor = settings, monitor
         self._assembler = Assembler(prompts or Prompts(), schema)
         self._folder, self._schema, self._truth = claim.folder, schema, truth
-        self._taken: dict[str, RowSet] = defaultdict(RowSet.empty)
-        self._gathered = _Gathered()
+        self._taken = TakenRows({})
+        self._gathered = Gathered()
         self._lock = threading.Lock()
         self._failure: Exception | None = None
         try:
@@ -115,7 +102,7 @@ class Committer:
             # Read here, not handed over: started again, it must know what it committed before it
             # died.
             committed = OutputLog(claim.folder, settings.at).commits(mend=True)
-            self._taken.update(done_rows(committed))
+            self._taken = TakenRows(done_rows(committed))
         except Exception as error:  # an actor that cannot be made could not say why
             self._failure = self._explained(error)
         self._error_settings = errors
@@ -158,44 +145,18 @@ class Committer:
             ray.wait([self._monitor.count.remote(RowCounts())], timeout=LAST_WORD_SECONDS)
 
     def _take(self, table: pa.Table) -> int:
-        shards = np.array(table[SHARD].to_pylist(), object)
-        numbers = table[ROW].to_numpy()
-        fresh = np.ones(len(table), bool)
-        questions = np.unique(np.array(table[PROMPT_NAME].to_pylist(), str), return_inverse=True)[1]
-        passing = np.array([worth_another_try(error) for error in table["error"].to_pylist()], bool)
-        for shard in dict.fromkeys(shards):
-            of_shard = np.flatnonzero(shards == shard)
-            shard_numbers = numbers[of_shard]
-            first = np.zeros(len(shard_numbers), bool)
-            # An input row may stand in several of the output, one for each prompt.
-            pairs = np.stack([shard_numbers, questions[of_shard]])
-            first[np.unique(pairs, axis=1, return_index=True)[1]] = True
-            fresh[of_shard] = first & ~self._taken[shard].contains(shard_numbers)
-            rows = RowSet.of_rows(shard_numbers[fresh[of_shard]])
-            self._taken[shard] |= rows
-            self._gathered.rows[shard] |= rows
-            if passing[of_shard].any():
-                self._gathered.retry[shard] |= RowSet.of_rows(
-                    shard_numbers[fresh[of_shard] & passing[of_shard]]
-                )
-        new = int(fresh.sum())
-        if new:
-            if not self._gathered.count:
-                self._gathered.since = time.monotonic()
-            kept = table.filter(pa.array(fresh))
-            output = own_columns_dropped(kept).cast(self._schema)
-            self._gathered.tables.append(
-                output.append_column(SHARD, kept[SHARD]).append_column(ROW, kept[ROW])
-            )
-            self._gathered.count += new
-            self._gathered.size += output.nbytes
-        return new
+        new = self._taken.take(table)
+        fresh = table if new.all() else table.filter(pa.array(new))
+        if len(fresh):
+            self._gathered.add(fresh, time.monotonic())
+        return len(fresh)
 
     def _judge(self, table: pa.Table) -> None:
         """Give up where most rows fail: the configuration is wrong, and a night should not be spent
         on it.
         """
-        failed = pc.drop_null(table["error"]).to_pylist()
+        errors = table["error"]
+        failed = errors.drop_null().to_pylist() if errors.null_count < len(errors) else []
         self._rows += len(table)
         for error in failed:
             self._examples.setdefault(code_of(error), error)
@@ -222,36 +183,29 @@ class Committer:
         if not gathered.count:
             return
         started = time.monotonic()
-        rows, retry = (
-            {s: row_set for s, row_set in sets.items() if row_set}
-            for sets in (gathered.rows, gathered.retry)
-        )
-        # In the order of the input, so that the footer's rows tell which is which; the sort is
-        # stable.
-        table = pa.concat_tables(gathered.tables).sort_by(
-            [(SHARD, "ascending"), (ROW, "ascending")]
-        )
-        table = own_columns_dropped(table).combine_chunks()
+        file = gathered.sorted(self._schema)
         try:
             # A run that took the output over has planned these rows anew: the log asks before and
             # after each try.
-            self._patiently(lambda: self._writer.commit(table, rows, self._truth, retry))
+            self._patiently(
+                lambda: self._writer.commit(file.table, file.rows, self._truth, file.retry)
+            )
         except Exception as error:
             # Of whatever kind: these rows cannot be written, and none may be taken after them.
             self._failure = self._explained(error)
             raise self._failure from error
-        self._gathered = _Gathered()
+        self._gathered = Gathered()
         if gathered.kept:
             try:
                 self._writer.keep_rows(pa.concat_tables(gathered.kept))
             except Exception as error:  # they are for looking at; the results are what counts
                 logger.warning("cannot write the rows to look at (%s)", cause_of(error))
         if self._monitor is not None:
-            answers = len(table) * self._assembler.answers_per_row
+            answers = len(file.table) * self._assembler.answers_per_row
             spent = round(1000 * (time.monotonic() - started))
             self._monitor.count.remote(RowCounts(committed=answers, commit_ms=spent))
             self._monitor.event.remote(
-                COMMITTED, {shard: len(row_set) for shard, row_set in rows.items()}
+                COMMITTED, {shard: len(row_set) for shard, row_set in file.rows.items()}
             )
 
     def _explained(self, error: Exception) -> Exception:

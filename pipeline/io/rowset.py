@@ -47,9 +47,10 @@ class RowSet:
         return cls(np.stack([first, last + 1], axis=1).ravel())
 
     @classmethod
-    def of_intervals(cls, intervals: Sequence[Sequence[int]]) -> RowSet:
+    def of_intervals(cls, intervals: Sequence[Sequence[int]] | np.ndarray) -> RowSet:
         """Intervals [first, behind] in any order; they may touch and overlap."""
-        pairs = np.array([pair for pair in intervals if pair[1] > pair[0]], np.int64).reshape(-1, 2)
+        pairs = np.asarray(intervals, np.int64).reshape(-1, 2)
+        pairs = pairs[pairs[:, 1] > pairs[:, 0]]
         if not len(pairs):
             return cls.empty()
         pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
@@ -80,7 +81,7 @@ class RowSet:
     __hash__ = None  # type: ignore[assignment]
 
     def __or__(self, other: RowSet) -> RowSet:
-        return RowSet.of_intervals([*self.intervals, *other.intervals])
+        return RowSet.of_intervals(np.concatenate([self.edges, other.edges]).reshape(-1, 2))
 
     def __and__(self, other: RowSet) -> RowSet:
         return self - (self - other)
@@ -115,6 +116,27 @@ class RowSet:
         """Which of `rows` [N] are in the set: bool [N]."""
         inside: np.ndarray = np.searchsorted(self.edges, rows, side="right") % 2 == 1
         return inside
+
+
+def by_shard(urls: Sequence[str], shards: np.ndarray, numbers: np.ndarray) -> dict[str, RowSet]:
+    """Sets of rows by the shard's URL; shards without any are left out.
+
+    Args:
+        urls: of the shards.
+        shards: [N] rising places in `urls`.
+        numbers: [N] rows of these shards, rising within each; any of them more than once.
+    """
+    begins = np.ones(len(numbers), bool)
+    begins[1:] = (np.diff(shards) != 0) | (np.diff(numbers) > 1)
+    first = np.flatnonzero(begins)
+    last = np.append(first[1:], len(numbers))[: len(first)] - 1
+    edges = np.stack([numbers[first], numbers[last] + 1], axis=1).ravel()
+    present, at = np.unique(shards[first], return_index=True)
+    ends = np.append(at[1:], len(first))[: len(at)]
+    return {
+        urls[shard]: RowSet(edges[2 * begin : 2 * end])
+        for shard, begin, end in zip(present.tolist(), at.tolist(), ends.tolist(), strict=True)
+    }
 
 
 def intersection(first: Mapping[str, RowSet], second: Mapping[str, RowSet]) -> dict[str, RowSet]:

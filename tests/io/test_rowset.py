@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.io.rowset import RowSet
+from pipeline.io.rowset import RowSet, by_shard
 
 ROWS = st.sets(st.integers(0, 30))
 
@@ -42,3 +42,15 @@ def test_clipping_is_intersecting_with_a_range(rows: set[int], first: int, behin
     assert RowSet.of_rows(sorted(rows)).clip(first, behind) == RowSet.of_rows(
         sorted(row for row in rows if first <= row < behind)
     )
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30))))
+def test_sets_by_shard_are_those_of_each_shards_rows(places: list[tuple[str, int]]) -> None:
+    urls = ["a", "b", "c"]
+    ordered = sorted(places)
+    shards = np.array([urls.index(shard) for shard, _ in ordered], np.int64)
+    numbers = np.array([number for _, number in ordered], np.int64)
+    expected = {
+        url: RowSet.of_rows([number for shard, number in places if shard == url]) for url in urls
+    }
+    assert by_shard(urls, shards, numbers) == {url: rows for url, rows in expected.items() if rows}
