@@ -77,10 +77,6 @@ class Preparer:
         image_root: str | None = None,
         planned: Mapping[str, str] | None = None,
     ) -> None:
-        import torch
-
-        # Several of these share a machine; torch's own threads would only get in each other's way.
-        torch.set_num_threads(1)
         self._refusal = Refusal(monitor)
         with self._refusal.kept():
             self.processor = _processor(settings, planned)
@@ -252,6 +248,10 @@ class Preparer:
 
 
 def _processor(settings: JobSettings, planned: Mapping[str, str] | None) -> PromptProcessor:
+    import torch
+
+    # Several of these share a machine; torch's own threads would only get in each other's way.
+    torch.set_num_threads(1)
     model = settings.model
     base = model.base
     if planned is not None:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-import pipeline.compat  # noqa: F401 - before transformers' processor imports torchvision
 from pipeline.errors import CheckpointError, RowError
 from pipeline.model.resize import Resizer
 from pipeline.model.shape import ModelShape
@@ -150,6 +149,7 @@ class PromptProcessor:
         max_pixels: int | None = None,
         control_tokens: ControlTokens = "text",
     ) -> None:
+        import pipeline.compat  # noqa: F401, I001 - before transformers' processor imports torchvision
         from tokenizers import Tokenizer
         from transformers import AutoProcessor
 

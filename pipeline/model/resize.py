@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-import pipeline.compat  # noqa: F401 - before qwen-vl-utils imports torchvision
 from pipeline.errors import RowError
 
 
@@ -42,6 +41,8 @@ class Resizer:
     def __init__(
         self, image_processor: Any, min_pixels: int | None, max_pixels: int | None
     ) -> None:
+        import pipeline.compat  # noqa: F401 - before qwen-vl-utils imports torchvision
+
         self._min_pixels = min_pixels or image_processor.size["shortest_edge"]
         self._max_pixels = max_pixels or image_processor.size["longest_edge"]
         self._factor = image_processor.patch_size * image_processor.merge_size

@@ -17,17 +17,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import fsspec
-import torch
 from filelock import FileLock, Timeout
 from fsspec.implementations.http import HTTPFileSystem
-from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.redact import cause_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 #: Everything a model or adapter folder may contribute; other frameworks' weights on a Hub page are
 #: not fetched.
@@ -247,17 +249,18 @@ class TensorInfo:
     stored_name: str
 
 
+#: Names that torch gives the dtypes of safetensors.
 _SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 
 #: Names of transformers 5 and of the wrapped released model, brought to those of transformers 4.45.
@@ -395,17 +398,21 @@ def _files_named(index: Path, key: str) -> set[Path]:
 
 
 def _list_safetensors(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    import torch
     from safetensors import safe_open
 
     with safe_open(str(file), framework="pt") as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-        return [
-            (n, tuple(s.get_shape()), _SAFETENSORS_DTYPES.get(s.get_dtype(), torch.uint8))
-            for n, s in slices.items()
-        ]
+        dtypes = {
+            name: getattr(torch, _SAFETENSORS_DTYPES.get(one.get_dtype(), "uint8"))
+            for name, one in slices.items()
+        }
+        return [(name, tuple(one.get_shape()), dtypes[name]) for name, one in slices.items()]
 
 
 def _load_pytorch(file: Path) -> dict[str, Tensor]:
+    import torch
+
     # mmap: a tensor's bytes are read when it is used, and only then. weights_only: a pickle may run
     # code otherwise.
     tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)

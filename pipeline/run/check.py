@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, OutputError
 from pipeline.io.input.plan import InputPlan, plan_input
@@ -12,12 +13,13 @@ from pipeline.io.output.commits import OutputLog
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
-from pipeline.model.checkpoint import Checkpoint, open_checkpoint
-from pipeline.model.prompt import PromptProcessor
 from pipeline.model.version import deciding_files, digests_of
 from pipeline.quality.accuracy import Truth
 from pipeline.redact import tell
 from pipeline.settings.job import JobSettings, Task
+
+if TYPE_CHECKING:
+    from pipeline.model.checkpoint import Checkpoint
 
 #: From this many ids on, reading them takes long enough to say so.
 MANY_IDS = 1_000_000
@@ -57,6 +59,10 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     _check_columns(task, settings, plan, truth)
     output = OutputFolder(settings.output.path)
     output.check(shard.file.url for shard in plan.shards)
+    # Imported here, since it imports torch: what is wrong with the input is answered without.
+    from pipeline.model.checkpoint import open_checkpoint
+    from pipeline.model.prompt import PromptProcessor
+
     checkpoint = open_checkpoint(
         model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha
     )

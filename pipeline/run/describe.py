@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 
 from pipeline.actors.row_settings import rules_for_rows
-from pipeline.engine.memory import CARDS, MemoryPlan, fitting
 from pipeline.io.output.columns import layout_schema
-from pipeline.model.checkpoint import DTYPES
 from pipeline.redact import printable
 from pipeline.rows import SETTINGS
 from pipeline.run.check import Job
@@ -88,6 +86,10 @@ def _would_run(job: Job) -> list[str]:
 
 def _memory(job: Job) -> list[str]:
     """What the engine takes of usual GPUs, what fits, and what to set for it."""
+    # Imported here, since they import torch, for which a job that is pointless does not wait.
+    from pipeline.engine.memory import CARDS, MemoryPlan, fitting
+    from pipeline.model.checkpoint import DTYPES
+
     settings, shape = job.settings, job.checkpoint.shape
     answer = settings.generation.to_sampling(job.checkpoint.folder).max_new_tokens
     request_tokens = USUAL_PROMPT_TOKENS + answer

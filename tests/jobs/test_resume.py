@@ -64,12 +64,17 @@ def rows_in(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "signals",
+    ("signals", "stages"),
     [
-        [signal.SIGKILL],
-        pytest.param([signal.SIGTERM, signal.SIGKILL], marks=pytest.mark.slow),
+        pytest.param([signal.SIGKILL], "here", id="SIGKILL"),
+        pytest.param(
+            [signal.SIGTERM, signal.SIGKILL],
+            "on the cluster",
+            id="SIGTERM-SIGKILL",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=lambda signals: "-".join(one.name for one in signals),
+    indirect=["stages"],
 )
 def test_a_killed_job_goes_on_where_it_stopped(
     signals: list[signal.Signals],
@@ -77,6 +82,7 @@ def test_a_killed_job_goes_on_where_it_stopped(
     golden: Path,
     tmp_path: Path,
     ray_cluster: RayCluster,
+    stages: None,
 ) -> None:
     expected = {
         f"{turn}/{row['id']}": row for turn in range(TIMES) for row in expected_rows(golden)

@@ -172,6 +172,18 @@ def test_nothing_slow_is_imported_before_ctrl_c_is_answered() -> None:
     assert done.stdout == "\n"
 
 
+def test_what_is_wrong_with_an_input_is_told_without_torch_or_ray(tmp_path: Path) -> None:
+    paths = {"model.base": "base", "input.path": tmp_path / "nowhere", "output.path": "out"}
+    code = (
+        "import sys; from pipeline.run.commands import run; "
+        f"code = run('vqa', {sets(paths)!r}); "
+        "print(code, *sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n"
+    assert done.stderr.startswith(f"error: input.path: '{tmp_path}/nowhere' does not exist")
+
+
 @pytest.mark.parametrize("stage", ["loading", "working"])
 def test_ctrl_c_ends_a_command_in_one_line_at_whatever_stage(
     stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -61,7 +61,7 @@ def read_all(plan: InputPlan, rows_per_block: int = 3) -> pa.Table:
     limit=st.none() | st.integers(1, 3000),
     rows_per_block=st.integers(1, 300),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_pieces_cover_each_row_once_and_in_order(
     layouts: list[list[int]], limit: int | None, rows_per_block: int
 ) -> None:
