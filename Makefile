@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup demo test test-all lint bench chaos soak train clean
+.PHONY: setup demo test test-all lint bench peers chaos soak train clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,16 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(PYTHON) -m benchmarks
 
+# What `benchmarks/throughput.py` compares with, each in an environment of its own; what is not there is left out.
+peers: .peers/vllm/.setup-done .peers/openvino/.setup-done
+
+# Beside a CPU build of torch neither torchaudio nor torchcodec can load, and vLLM imports them where they are.
+.peers/%/.setup-done: benchmarks/peers/%.txt
+	$(PYTHON3) -m venv .peers/$*
+	.peers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.peers/$*/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchaudio torchcodec
+	@touch $@
+
 chaos: $(STAMP)
 	CHAOS_ROUNDS=50 SUSPENDED_ROUNDS=20 $(PYTHON) -m pytest -s --timeout 7200 tests/chaos/test_chaos.py tests/chaos/test_suspended.py tests/jobs/test_two_jobs.py
 
@@ -44,4 +54,4 @@ train: $(STAMP)
 	$(PYTHON) jobs/train.py --config configs/train-small.yaml
 
 clean:
-	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .peers demo .mypy_cache .ruff_cache .pytest_cache

@@ -1,8 +1,10 @@
-"""How fast is the engine with experts on two cores, against transformers' `generate` on the base
-model without?
+"""How fast is the engine on two cores, against vLLM, OpenVINO GenAI and transformers' `generate`?
+
+All in turns, round by round, so that what else the machine does meets all of them. The peers answer
+plain Qwen2-VL; the engine answers it with experts and without.
 
 The floor is what the matrix products take that nobody can leave out, without padding, at the rate
-of one large product.
+of one large product in PyTorch. OpenVINO's own products are faster: it is no floor for them.
 
 Tried for more, in float32 on AVX2, without gain: MKL's own layout for steps of more than 300
 tokens, packing the experts' B and weights of under a million elements, malloc's thresholds for
@@ -11,8 +13,12 @@ large blocks, computing every expert at small batches.
 
 from __future__ import annotations
 
+import os
 import tempfile
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +26,21 @@ import torch
 
 from benchmarks.floors import Floors
 from benchmarks.harness import median_seconds, save
-from benchmarks.workloads import DTYPE, Asked, Loaded, Transformers, load_random, noise
+from benchmarks.peers.driver import start
+from benchmarks.peers.protocol import Question, write_workload
+from benchmarks.peers.settings import peers
+from benchmarks.race import WARM_UP, Contestant, InProcess, Outcome, Race, Workloads, alike
+from benchmarks.workloads import CPU_SHAPE, DTYPE, Asked, Loaded, Transformers, load_random, noise
+from pipeline.engine import Engine
 
 QUESTION = "Describe this image in detail."
-STATIC_BATCHES = (8, 16, 32, 64)
+#: Batches of 8 were slower than these.
+STATIC_BATCHES = (16, 32, 64)
+#: Requests of each workload; a few show that the whole of it runs.
+REQUESTS = int(os.environ.get("BENCH_REQUESTS", "64"))
+
+GROUPED = "engine, experts, grouped"
+PLAIN = "engine, no experts"
 
 
 def equal_lengths(count: int = 64) -> list[Asked]:
@@ -50,9 +67,7 @@ def flops_a_second() -> float:
     return 10 * 2 * a.numel() * len(b) / seconds
 
 
-def floors(
-    loaded: Loaded, workloads: dict[str, list[Asked]], rate: float
-) -> dict[str, dict[str, float]]:
+def floors(loaded: Loaded, workloads: Workloads, rate: float) -> dict[str, dict[str, float]]:
     """New tokens a second if the products that nobody can leave out, without padding, ran at
     `rate`.
     """
@@ -72,83 +87,157 @@ def floors(
     return floors
 
 
+@dataclass(frozen=True)
+class Models:
+    """What all contestants run on.
+
+    Attributes:
+        folder: plain Qwen2-VL's checkpoint is in its `base`, and workers find all theirs in it.
+        awaker: the model with experts.
+        plain: plain Qwen2-VL, with the same sizes.
+    """
+
+    folder: Path
+    awaker: Loaded
+    plain: Loaded
+
+    @classmethod
+    def write(cls, folder: Path) -> Models:
+        """Write random checkpoints into a folder."""
+        plain = load_random(folder, replace(CPU_SHAPE, experts=0))
+        return cls(folder, load_random(folder / "awaker"), plain)
+
+
+def engines(models: Models, workloads: Workloads, stack: ExitStack) -> dict[str, Contestant]:
+    """Ours; `stack` closes the engines."""
+    kinds = {
+        GROUPED: (models.awaker, True),
+        "engine, experts, in order of arrival": (models.awaker, False),
+        PLAIN: (models.plain, True),
+    }
+    ours: dict[str, Contestant] = {}
+    for name, (loaded, grouped) in kinds.items():
+        engine = stack.enter_context(loaded.engine(batch_size=64, group_by_expert=grouped))
+        ours[name] = InProcess(partial(_through_engine, loaded, engine), workloads)
+    return ours
+
+
+def _through_engine(loaded: Loaded, engine: Engine, asked: Sequence[Asked]) -> list[Outcome]:
+    answers = engine.generate(loaded.requests(asked))
+    return [(answer.prompt_tokens, list(answer.token_ids)) for answer in answers]
+
+
+def static_batches(models: Models, workloads: Workloads) -> dict[str, Contestant]:
+    """Transformers' `generate`."""
+    model = Transformers(models.folder / "base")
+    return {
+        f"transformers `generate`, no experts, batches of {size}": InProcess(
+            partial(model.answer, batch_size=size), workloads
+        )
+        for size in STATIC_BATCHES
+    }
+
+
+def write_questions(models: Models, workloads: Workloads) -> None:
+    """Write the workloads for workers, as texts of the checkpoint's own chat template."""
+    tokenizer = models.plain.awaker.processor.tokenizer
+    for workload, asked in workloads.items():
+        texts = [
+            tokenizer.apply_chat_template(one.messages, tokenize=False, add_generation_prompt=True)
+            for one in asked
+        ]
+        pairs = zip(texts, asked, strict=True)
+        questions = [Question(text, one.picture, one.new_tokens) for text, one in pairs]
+        write_workload(models.folder, workload, questions)
+
+
+def table(
+    rates: dict[str, dict[str, float]], best: dict[str, float], agreed: dict[str, int]
+) -> list[str]:
+    """Rates beside the best peer's, and whose tokens are ours."""
+    columns = (f"{name}: new tokens a second | times the best peer" for name in best)
+    lines = [
+        f"| what | {' | '.join(columns)} | answers that equal ours |",
+        "|---|" + "---|---|" * len(best) + "---|",
+    ]
+    for who, by_workload in rates.items():
+        cells = [f"{by_workload[name]:.1f} | {by_workload[name] / best[name]:.2f}" for name in best]
+        shared = f"{agreed[who]} of {WARM_UP * len(best)}" if who in agreed else ""
+        lines.append(f"| {who} | {' | '.join(cells)} | {shared} |")
+    return lines
+
+
+def summary(
+    rates: dict[str, dict[str, float]], best: dict[str, float], floor: dict[str, dict[str, float]]
+) -> list[str]:
+    """Our rates beside the best peer's and the floors."""
+    lines = []
+    for name, peer in best.items():
+        parts = [
+            f"{what} {rates[who][name] / peer:.2f} times the best peer, "
+            f"{rates[who][name] / floor[least][name]:.0%} of the floor"
+            for what, who, least in (
+                ("without experts", PLAIN, "floor without"),
+                ("with experts", GROUPED, "floor with experts"),
+            )
+        ]
+        lines.append(f"- {name}, the engine {'; '.join(parts)}.")
+    return lines
+
+
 def main() -> list[str]:
     """Measure, save, and return lines for RESULTS.md."""
-    workloads = {"equal lengths": equal_lengths(), "mixed lengths": mixed_lengths()}
-    rates: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = load_random(Path(folder) / "awaker")
-        for grouped in (True, False):
-            by_workload = rates.setdefault(
-                f"engine, experts, {'grouped' if grouped else 'in order of arrival'}", {}
-            )
-            with loaded.engine(batch_size=64, group_by_expert=grouped) as engine:
-                for name, asked in workloads.items():
-                    seconds = median_seconds(
-                        lambda asked=asked: engine.generate(loaded.requests(asked)),  # type: ignore[misc]
-                        warm_up=lambda asked=asked: engine.generate(loaded.requests(asked[:8])),  # type: ignore[misc]
-                    )
-                    by_workload[name] = sum(a.new_tokens for a in asked) / seconds
+    workloads = {"equal lengths": equal_lengths(REQUESTS), "mixed lengths": mixed_lengths(REQUESTS)}
+    dtype = str(DTYPE).removeprefix("torch.")
+    line_up = peers(dtype, sorted(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        models = Models.write(Path(folder))
+        write_questions(models, workloads)
+        workers, words = start(line_up, models.folder, stack)
+        static = static_batches(models, workloads)
+        race = Race({**engines(models, workloads, stack), **static, **workers}, workloads)
+        others = [*static, *workers]
+        agreed = race.compare(PLAIN, others, alike(models.folder / "base"))
+        seconds = race.run()
         rate = flops_a_second()
-        rates |= floors(loaded, workloads, rate)
-        peer = Transformers(Path(folder) / "plain")
-        for size in STATIC_BATCHES:
-            by_workload = rates.setdefault(
-                f"transformers `generate`, no experts, batches of {size}", {}
-            )
-            for name, asked in workloads.items():
-                seconds = median_seconds(
-                    lambda asked=asked, size=size: peer.answer(asked, size),  # type: ignore[misc]
-                    warm_up=lambda asked=asked: peer.answer(asked[:8], 8),  # type: ignore[misc]
-                )
-                by_workload[name] = sum(a.new_tokens for a in asked) / seconds
+        floor = floors(models.awaker, workloads, rate)
+    rates = {
+        who: {name: sum(a.new_tokens for a in workloads[name]) / s for name, s in taken.items()}
+        for who, taken in seconds.items()
+    }
+    unequal = {peer.label for peer in line_up if not peer.equal_precision}
     best = {
-        name: max(
-            by_workload[name]
-            for who, by_workload in rates.items()
-            if who.startswith("transformers")
-        )
+        name: max(rates[who][name] for who in others if who in rates and who not in unequal)
         for name in workloads
     }
     save(
         "throughput",
         {
             "dtype": str(DTYPE),
+            "requests": REQUESTS,
             "flops_a_second": rate,
-            "tokens_per_second": rates,
-            "transformers_best": best,
+            "tokens_per_second": rates | floor,
+            "best_peer": best,
+            "answers_that_equal_ours": agreed,
+            "peers": {
+                peer.label: {**asdict(peer), "version": workers[peer.label].version}
+                for peer in line_up
+                if peer.label in workers
+            },
+            "words": words + race.words,
         },
     )
-    reached = rates["engine, experts, grouped"]
-    floor = rates["floor with experts"]
-    header = " | ".join(
-        f"{name}: new tokens a second | times transformers' best" for name in workloads
-    )
     return [
-        "64 requests; equal: 64 visual and 32 new tokens each; mixed: 1 to 256 visual, 4 to 96 "
-        f"new. {DTYPE}, all work on "
-        f"images and text included. A large product runs at {rate / 1e9:.0f} GFLOP/s here.",
+        f"{REQUESTS} requests; equal: 64 visual and 32 new tokens each; mixed: 1 to 256 visual, 4 "
+        f"to 96 new. {DTYPE}, all work on images and text included. A large product runs at "
+        f"{rate / 1e9:.0f} GFLOP/s here. Peers at their best settings, the best of equal precision "
+        "is the measure.",
         "",
-        f"| what | {header} |",
-        "|---|" + "---|---|" * len(workloads),
-        *(
-            f"| {who} | "
-            + " | ".join(
-                f"{by_workload[name]:.1f} | {by_workload[name] / best[name]:.2f}"
-                for name in workloads
-            )
-            + " |"
-            for who, by_workload in rates.items()
-        ),
+        *table(rates | floor, best, agreed),
         "",
-        "; ".join(
-            f"{name}: the engine reaches {reached[name] / floor[name]:.0%} of the floor with "
-            "experts, which is "
-            f"{floor[name] / best[name]:.2f} times transformers' best"
-            for name in workloads
-        )
-        + ". Where products take nearly all the time, as in float32, whoever has no experts to "
-        "compute has less to do.",
+        *summary(rates, best, floor),
+        *(f"- {label}: {worker.version}." for label, worker in workers.items()),
+        *(f"- {word}." for word in words + race.words),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def noise(rng: np.random.Generator, height: int, width: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A random checkpoint with experts, loaded on the CPU."""
+    """A random checkpoint, loaded on the CPU."""
 
     awaker: LoadedModel
 
@@ -94,36 +94,38 @@ class Loaded:
 
 
 def load_random(folder: Path, shape: RandomShape = CPU_SHAPE, dtype: torch.dtype = DTYPE) -> Loaded:
-    """Write a random checkpoint and load it on the CPU."""
+    """Write a random checkpoint, of plain Qwen2-VL where `shape` has no experts, and load it on the
+    CPU.
+    """
     base, adapter = write_random_checkpoint(folder, shape, seed=0)
     name: DtypeName = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    return Loaded(load(str(base), str(adapter), dtype=name, device="cpu"))
+    released = None if adapter is None else str(adapter)
+    return Loaded(load(str(base), released, dtype=name, device="cpu"))
 
 
 class Transformers:
     """The peer: transformers' `generate` on the base model without experts, in static batches.
 
     Args:
-        folder: where its random checkpoint goes.
-        shape: as ours; its experts are left out.
+        base: a base checkpoint's folder.
         dtype: dtype to run in.
     """
 
-    def __init__(
-        self, folder: Path, shape: RandomShape = CPU_SHAPE, dtype: torch.dtype = DTYPE
-    ) -> None:
+    def __init__(self, base: Path, dtype: torch.dtype = DTYPE) -> None:
         from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
-        base, _ = write_random_checkpoint(folder, replace(shape, experts=0), seed=0)
         self._model = Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=dtype).eval()
         self._processor = AutoProcessor.from_pretrained(base)
         self._processor.tokenizer.padding_side = "left"
 
-    def answer(self, asked: Sequence[Asked], batch_size: int) -> None:
+    def answer(self, asked: Sequence[Asked], batch_size: int) -> list[tuple[int, list[int]]]:
         """Answer all, images and tokenizing included; a batch runs until its longest answer is
         done.
+
+        Returns:
+            Of each question, tokens of its prompt, and its new tokens.
         """
-        processor = self._processor
+        processor, outcomes = self._processor, []
         for first in range(0, len(asked), batch_size):
             part = asked[first : first + batch_size]
             texts = [
@@ -136,10 +138,17 @@ class Transformers:
                 text=texts, images=[a.picture for a in part], padding=True, return_tensors="pt"
             )
             with torch.inference_mode():
-                self._model.generate(
+                whole = self._model.generate(
                     **inputs,
                     do_sample=False,
                     repetition_penalty=1.0,
                     max_new_tokens=max(a.new_tokens for a in part),
                     eos_token_id=None,
                 )
+            new = whole[:, inputs["input_ids"].shape[1] :].tolist()
+            prompts = inputs["attention_mask"].sum(1).tolist()
+            outcomes += [
+                (count, ids[: a.new_tokens])
+                for count, ids, a in zip(prompts, new, part, strict=True)
+            ]
+        return outcomes
