@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.floors import Floors
 from benchmarks.harness import median_seconds, save
-from benchmarks.peers.driver import start
+from benchmarks.peers.driver import ENVIRONMENTS, start
 from benchmarks.peers.protocol import Question, write_workload
 from benchmarks.peers.settings import peers
 from benchmarks.race import WARM_UP, Contestant, InProcess, Outcome, Race, Workloads, alike
@@ -105,7 +105,7 @@ class Models:
     def write(cls, folder: Path) -> Models:
         """Write random checkpoints into a folder."""
         plain = load_random(folder, replace(CPU_SHAPE, experts=0))
-        return cls(folder, load_random(folder / "awaker"), plain)
+        return cls(folder, load_random(folder / "awaker", CPU_SHAPE), plain)
 
 
 def engines(models: Models, workloads: Workloads, stack: ExitStack) -> dict[str, Contestant]:
@@ -162,7 +162,7 @@ def table(
     ]
     for who, by_workload in rates.items():
         cells = [f"{by_workload[name]:.1f} | {by_workload[name] / best[name]:.2f}" for name in best]
-        shared = f"{agreed[who]} of {WARM_UP * len(best)}" if who in agreed else ""
+        shared = f"{agreed[who]} of {min(WARM_UP, REQUESTS) * len(best)}" if who in agreed else ""
         lines.append(f"| {who} | {' | '.join(cells)} | {shared} |")
     return lines
 
@@ -193,7 +193,7 @@ def main() -> list[str]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         models = Models.write(Path(folder))
         write_questions(models, workloads)
-        workers, words = start(line_up, models.folder, stack)
+        workers, words = start(line_up, models.folder, stack, ENVIRONMENTS)
         static = static_batches(models, workloads)
         race = Race({**engines(models, workloads, stack), **static, **workers}, workloads)
         others = [*static, *workers]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import throughput
 from benchmarks.peers.driver import Peer, PeerError, Worker, start
 from benchmarks.peers.protocol import (
     Answered,
@@ -23,6 +24,10 @@ from benchmarks.peers.protocol import (
 from benchmarks.peers.settings import peers
 from benchmarks.race import Race
 from benchmarks.workloads import Asked
+from pipeline.synthetic.random_checkpoint import RandomShape
+
+#: Every tensor of it is drawn as a whole: no token equals another.
+TINY = RandomShape()
 
 QUESTIONS = [
     Question("first", Image.new("RGB", (28, 56), "red"), 3),
@@ -133,3 +138,30 @@ def test_who_fails_in_a_round_leaves_with_a_word_and_the_others_go_on() -> None:
     race = Race({"ours": Played([[1], [2]], 2.0), "peer": Played([[1], [2]], 1.0, turns=1)}, ASKED)
     assert race.run() == {"ours": {"work": 2.0}}
     assert race.words == ["peer left: its process ended"]
+
+
+@pytest.mark.slow
+def test_the_throughput_benchmark_runs_at_a_tiny_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: dict[str, object] = {}
+    line_up = [fake(), Peer("absent", "none", "tests.no_such_peer", equal_precision=False)]
+    environment(tmp_path, "fake")
+    monkeypatch.setattr(throughput, "CPU_SHAPE", TINY)
+    monkeypatch.setattr(throughput, "REQUESTS", 2)
+    monkeypatch.setattr(throughput, "peers", lambda dtype, cores: line_up)
+    monkeypatch.setattr(throughput, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(throughput, "save", lambda name, figures: saved.update(figures))
+    page = "\n".join(throughput.main())
+    for row in (
+        throughput.GROUPED,
+        throughput.PLAIN,
+        "floor with experts",
+        "transformers `generate`, no experts, batches of 64",
+    ):
+        assert f"| {row} | " in page
+    assert page.count("| 4 of 4 |") == len(throughput.STATIC_BATCHES)
+    assert "- fake left: its prompts have [" in page
+    assert "- absent took no part: it is not installed (make peers)." in page
+    assert "times the best peer" in page
+    assert saved["requests"] == 2

@@ -58,7 +58,7 @@ class Worker:
         PeerError: the peer is not installed, or does not start.
     """
 
-    def __init__(self, peer: Peer, folder: Path, environments: Path = ENVIRONMENTS) -> None:
+    def __init__(self, peer: Peer, folder: Path, environments: Path) -> None:
         python = environments / peer.environment / "bin" / "python"
         if not python.exists():
             raise PeerError("it is not installed (make peers)")
@@ -113,7 +113,7 @@ class Worker:
 
 
 def start(
-    peers: Sequence[Peer], folder: Path, stack: ExitStack, environments: Path = ENVIRONMENTS
+    peers: Sequence[Peer], folder: Path, stack: ExitStack, environments: Path
 ) -> tuple[dict[str, Worker], list[str]]:
     """Start the peers that are to be had.
 
