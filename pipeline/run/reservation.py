@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import Stopped
 from pipeline.redact import tell
+from pipeline.run.holders import other_holders, told
 from pipeline.run.resources import Node, Resources, device_of, portion, share
 from pipeline.settings.job import JobSettings
 
@@ -130,6 +131,17 @@ def _waiting(settings: JobSettings, nodes: Sequence[Node], free: Sequence[Node])
         for name, field in kinds.items()
     )
     return (
-        f"waiting for the cluster: {' and '.join(of_each)} are free, too little for this job; what "
-        "holds the rest is what `ray status` and `ray list placement-groups` show"
+        f"waiting for the cluster: {' and '.join(of_each)} are free, too little for this job; "
+        f"{_who_holds_it()}"
     )
+
+
+def _who_holds_it() -> str:
+    # A job that waits must not end because it cannot say for whom; and what it asks is Ray's own
+    # and may change.
+    holders = []
+    with contextlib.suppress(Exception):
+        holders = other_holders()
+    if holders:
+        return told(holders)
+    return "what holds the rest is what `ray status` and `ray list placement-groups` show"
