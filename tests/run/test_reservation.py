@@ -19,7 +19,7 @@ from pipeline.run import reservation
 from pipeline.run.holders import Holder, other_holders, told
 from pipeline.run.reservation import reserved
 from pipeline.settings.job import JobSettings
-from tests.conftest import RayCluster
+from tests.conftest import RayCluster, wait_for_port
 from tests.jobs.support import ROOT
 
 SETTINGS = JobSettings.model_validate(
@@ -170,10 +170,9 @@ def test_a_submitted_job_that_holds_the_cluster_is_named_by_its_submission(
 ) -> None:
     from ray.job_submission import JobSubmissionClient
 
-    from tests.jobs.test_cluster import wait_until_jobs_are_taken
-
     wait_for_cpus(4.0)
-    wait_until_jobs_are_taken(ray_cluster.dashboard)
+    # A head node answers before the agent that runs its jobs is up.
+    wait_for_port(ray_cluster.agent_port)
     script, ready = tmp_path / "other.py", tmp_path / "ready"
     script.write_text(OTHER)
     client = JobSubmissionClient(ray_cluster.dashboard)
