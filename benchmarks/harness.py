@@ -9,8 +9,11 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,49 @@ def median_seconds(
         work()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
+
+
+@contextmanager
+def timed(
+    parts: Sequence[tuple[str, Any, str]], clock: Callable[[], float]
+) -> Iterator[dict[str, float]]:
+    """Seconds of each part, of whatever thread, while it holds. A part's time is its own: what it
+    calls that is a part itself is not in it.
+
+    Args:
+        parts: of each its name, and its function's owner and name.
+        clock: `time.perf_counter`, or `time.thread_time` for CPU seconds.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    lock, local = threading.Lock(), threading.local()
+
+    def wrap(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            inside: list[float] = local.__dict__.setdefault("inside", [])
+            inside.append(0.0)
+            started = clock()
+            try:
+                return function(*arguments, **named)
+            finally:
+                taken = clock() - started
+                within = inside.pop()
+                with lock:
+                    seconds[part] += taken - within
+                if inside:
+                    inside[-1] += taken
+
+        return call
+
+    originals = [(owner, name, vars(owner)[name]) for _, owner, name in parts]
+    for (part, owner, name), (*_, original) in zip(parts, originals, strict=True):
+        of_class = isinstance(original, classmethod)
+        wrapped = wrap(part, original.__func__ if of_class else original)
+        setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
+    try:
+        yield seconds
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
 
 
 def peak_memory(command: Sequence[str]) -> int:

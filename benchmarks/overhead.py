@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import benchmarks.throughput
 import pipeline.engine.scheduler as scheduler_module
-from benchmarks.harness import save
+from benchmarks.harness import save, timed
 from benchmarks.workloads import DTYPE, load_random
 from pipeline.engine.engine import Engine
 from pipeline.engine.runner import Runner
@@ -36,43 +33,13 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-@contextmanager
-def timed() -> Iterator[dict[str, float]]:
-    """Seconds of each part, while it holds."""
-    self_seconds: dict[str, float] = defaultdict(float)
-    inside: list[float] = []
-
-    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            inside.append(0.0)
-            started = time.perf_counter()
-            try:
-                return function(*arguments, **named)
-            finally:
-                taken = time.perf_counter() - started
-                self_seconds[name] += taken - inside.pop()
-                if inside:
-                    inside[-1] += taken
-
-        return call
-
-    originals = [(owner, attribute, getattr(owner, attribute)) for _, owner, attribute in PARTS]
-    for name, owner, attribute in PARTS:
-        setattr(owner, attribute, wrap(name, getattr(owner, attribute)))
-    try:
-        yield self_seconds
-    finally:
-        for owner, attribute, original in originals:
-            setattr(owner, attribute, original)
-
-
 def main() -> list[str]:
     """Measure, save, and return lines for RESULTS.md."""
     asked = benchmarks.throughput.equal_lengths(256)
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_random(Path(folder))
         requests = loaded.requests(asked)
-        with timed() as seconds:
+        with timed(PARTS, time.perf_counter) as seconds:
             engine = loaded.engine(batch_size=64)
             with engine:
                 engine.generate(requests[:64])  # a warm-up

@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.harness import save
+from benchmarks.harness import save, timed
 from pipeline.actors.committer import CommitSettings, Committer
 from pipeline.actors.gathered import Gathered
 from pipeline.actors.taken import TakenRows
@@ -56,42 +51,6 @@ PARTS: tuple[tuple[str, type, str], ...] = (
     ("looking at the lock", Fence, "check"),
     ("writing", OutputFolder, "write"),
 )
-
-
-@contextmanager
-def timed() -> Iterator[dict[str, float]]:
-    """CPU seconds of each part, of whatever thread, while it holds."""
-    seconds: dict[str, float] = defaultdict(float)
-    lock, local = threading.Lock(), threading.local()
-
-    def wrap(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            inside: list[float] = local.__dict__.setdefault("inside", [])
-            inside.append(0.0)
-            started = time.thread_time()
-            try:
-                return function(*arguments, **named)
-            finally:
-                taken = time.thread_time() - started
-                own = taken - inside.pop()
-                with lock:
-                    seconds[part] += own
-                if inside:
-                    inside[-1] += taken
-
-        return call
-
-    originals = [(owner, name, vars(owner)[name]) for _, owner, name in PARTS]
-    for part, owner, name in PARTS:
-        original = vars(owner)[name]
-        of_class = isinstance(original, classmethod)
-        wrapped = wrap(part, original.__func__ if of_class else original)
-        setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
-    try:
-        yield seconds
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
 
 
 class SlowFolder(OutputFolder):
@@ -191,7 +150,7 @@ def parts(made: list[pa.Table]) -> dict[str, float]:
     so that the rates are of runs without.
     """
     rows = sum(map(len, made))
-    with timed() as seconds:
+    with timed(PARTS, time.thread_time) as seconds:
         whole = measure(made, OutputFolder).parts["all"]
     each = {name: 1e6 * seconds[name] / rows for name in dict.fromkeys(name for name, *_ in PARTS)}
     return each | {"all else": whole - sum(each.values()), "together": whole}
