@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.counters import Snapshot
 from pipeline.engine.options import Sizes
@@ -93,25 +93,55 @@ def _start_monitor(job: Job, run: OpenRun) -> NamedActor:
 def _start_committer(job: Job, run: OpenRun, at: str, monitor: NamedActor) -> NamedActor:
     import ray
 
-    from pipeline.actors.assemble import Prompts
-    from pipeline.actors.committer import CommitSettings, Committer
+    from pipeline.actors.committer import Committer
 
-    plan, output = job.plan, job.settings.output
     name = f"committer-{run.claim.run}-{secrets.token_hex(2)}"
     kind = ray.remote(**BESIDE, max_concurrency=8)(Committer).options(name=name)
-    return NamedActor(
-        name,
-        kind.remote(
-            run.claim,
-            layout_schema(output, plan.extras_schema, plan.names),
-            job.truth,
-            CommitSettings(
-                output.rows_per_file, output.commit_seconds, at, output.patience_seconds
-            ),
-            job.settings.errors,
-            monitor,
-            Prompts(plan.names, output.prompt_layout),
-        ),
+    return NamedActor(name, kind.remote(*committer_arguments(job, run, at, monitor)))
+
+
+def committer_arguments(job: Job, run: OpenRun, at: str, monitor: Any) -> tuple[Any, ...]:
+    """What a job's `Committer` is made with."""
+    from pipeline.actors.assemble import Prompts
+    from pipeline.actors.committer import CommitSettings
+
+    plan, output = job.plan, job.settings.output
+    return (
+        run.claim,
+        layout_schema(output, plan.extras_schema, plan.names),
+        job.truth,
+        CommitSettings(output.rows_per_file, output.commit_seconds, at, output.patience_seconds),
+        job.settings.errors,
+        monitor,
+        Prompts(plan.names, output.prompt_layout),
+    )
+
+
+def preparer_arguments(job: Job, monitor: Any) -> tuple[Any, ...]:
+    """What each of a job's `Preparer`s is made with."""
+    return (
+        job.settings,
+        job.plan.columns,
+        job.task == "caption",
+        monitor,
+        job.plan.image_root,
+        job.manifest.model,
+    )
+
+
+def replica_arguments(
+    job: Job, device: str, threads: int, monitor: Any, committer: Any
+) -> tuple[Any, ...]:
+    """What each of a job's `Replica`s is made with."""
+    return (
+        job.settings,
+        job.plan.extras_schema,
+        job.plan.rows * job.plan.prompts_per_row,
+        device,
+        threads,
+        monitor,
+        committer,
+        job.manifest.model,
     )
 
 
@@ -135,14 +165,7 @@ def _prepare(rows: Dataset, job: Job, resources: Resources, monitor: NamedActor)
 
     return rows.map_batches(
         Preparer,
-        fn_constructor_args=(
-            job.settings,
-            job.plan.columns,
-            job.task == "caption",
-            monitor,
-            job.plan.image_root,
-            job.manifest.model,
-        ),
+        fn_constructor_args=preparer_arguments(job, monitor),
         batch_size=job.settings.preparation.rows_per_block,
         batch_format="pyarrow",
         num_cpus=resources.prepare_cpus,
@@ -163,15 +186,8 @@ def _answer(
     in_flight = _blocks_in_flight(job, resources)
     return rows.map_batches(
         Replica,
-        fn_constructor_args=(
-            job.settings,
-            job.plan.extras_schema,
-            job.plan.rows * job.plan.prompts_per_row,
-            resources.device,
-            resources.replica_threads,
-            monitor,
-            committer,
-            job.manifest.model,
+        fn_constructor_args=replica_arguments(
+            job, resources.device, resources.replica_threads, monitor, committer
         ),
         batch_size=job.settings.preparation.rows_per_block,
         batch_format="pyarrow",

@@ -16,19 +16,18 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.actors.assemble import Prompts
-from pipeline.actors.committer import CommitSettings, Committer
+from pipeline.actors.committer import Committer
 from pipeline.actors.monitor import Monitor
 from pipeline.actors.prepare import Preparer
 from pipeline.actors.replica import Replica
 from pipeline.counters import Snapshot
-from pipeline.io.input.read import PlannedShards, read_piece
-from pipeline.io.output.columns import layout_schema
+from pipeline.io.input.read import PlannedShards
 from pipeline.io.rowset import RowSet
 from pipeline.run import run
 from pipeline.run.check import Job
 from pipeline.run.open_run import OpenRun
 from pipeline.run.reservation import Place
+from pipeline.run.stages import committer_arguments, preparer_arguments, replica_arguments
 
 
 @contextlib.contextmanager
@@ -50,37 +49,20 @@ def run_stages(
     job: Job, run: OpenRun, place: Place | None, missing: dict[str, RowSet], at: str
 ) -> Snapshot:
     """In the place of `pipeline.run.stages.run_stages`."""
-    settings, plan, planned = job.settings, job.plan, job.manifest.model
-    rows_per_block = settings.preparation.rows_per_block
-    monitor, committer = Monitor(), _committer(job, run, at)
-    preparer = Preparer(
-        settings, plan.columns, job.task == "caption", None, plan.image_root, planned
-    )
-    source = PlannedShards(plan, missing, rows_per_block)
-    read = (table for piece in source.pieces for table in read_piece(piece, plan, rows_per_block))
+    monitor = Monitor()
+    committer = Committer(*committer_arguments(job, run, at, None))
+    preparer = Preparer(*preparer_arguments(job, None))
+    source = PlannedShards(job.plan, missing, job.settings.preparation.rows_per_block)
+    read = (table for task in source.get_read_tasks(1) for table in task())
     blocks = [block for table in read for block in preparer(table)]
-    rows = plan.rows * plan.prompts_per_row
     handles = _Handle(monitor), _Handle(committer)
-    replica = Replica(settings, plan.extras_schema, rows, "cpu", 1, *handles, planned)
+    replica = Replica(*replica_arguments(job, "cpu", 1, *handles))
     try:
         asyncio.run(_answer(replica, blocks))
     finally:
         replica._engine.close()
     committer.finish()
     return monitor.snapshot()
-
-
-def _committer(job: Job, run: OpenRun, at: str) -> Committer:
-    plan, output = job.plan, job.settings.output
-    return Committer(
-        run.claim,
-        layout_schema(output, plan.extras_schema, plan.names),
-        job.truth,
-        CommitSettings(output.rows_per_file, output.commit_seconds, at, output.patience_seconds),
-        job.settings.errors,
-        None,
-        Prompts(plan.names, output.prompt_layout),
-    )
 
 
 async def _answer(replica: Replica, blocks: list[Any]) -> None:
