@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.redact import one_line
 
-#: Most characters that are shown of what started a job, and most jobs that are named.
-SHOWN_ENTRYPOINT = 120
+#: Most characters that are shown of what started a job, enough for the script behind a long path to
+#: its Python; and most jobs that are named.
+SHOWN_ENTRYPOINT = 300
 SHOWN_HOLDERS = 3
 
 

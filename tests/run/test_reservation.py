@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +39,14 @@ def wait_for_cpus(cpus: float) -> None:
     while free_cpus() != cpus:
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def sleeps_with(sleep: Callable[[float], None], patch: pytest.MonkeyPatch) -> None:
+    """Let a job that waits do something else: its own name for the module alone is changed, since
+    other threads of this process sleep, too.
+    """
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    patch.setattr(reservation, "time", clock)
 
 
 def test_a_job_holds_its_part_while_its_stages_run(ray_cluster: RayCluster) -> None:
@@ -78,7 +87,7 @@ def test_a_job_that_is_stopped_while_it_waits_leaves_nothing_behind(
 
     wait_for_cpus(4.0)
     with reserved(SETTINGS):
-        monkeypatch.setattr(reservation.time, "sleep", interrupt)
+        sleeps_with(interrupt, monkeypatch)
         with pytest.raises(KeyboardInterrupt), reserved(SETTINGS):
             pass
         monkeypatch.undo()
@@ -104,17 +113,17 @@ with reserved(JobSettings.model_validate(paths)):
 def other(tmp_path: Path, ray_cluster: RayCluster) -> Iterator[subprocess.Popen[bytes]]:
     """Another job's driver, which holds the cluster."""
     wait_for_cpus(4.0)
-    script, ready = tmp_path / "other.py", tmp_path / "ready"
-    script.write_text(OTHER)
+    ready = tmp_path / "ready"
+    (tmp_path / "other.py").write_text(OTHER)
     command = [
         sys.executable,
-        str(script),
+        "other.py",
         ray_cluster.address,
         str(ready),
         "--set",
         "token=hidden",
     ]
-    driver = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    driver = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         while not ready.exists():
             assert driver.poll() is None
@@ -141,7 +150,7 @@ def test_a_job_that_waits_names_who_holds_the_cluster_and_how_to_end_that(
 
     def wait() -> str:
         with monkeypatch.context() as patch:
-            patch.setattr(reservation.time, "sleep", interrupt)
+            sleeps_with(interrupt, patch)
             with pytest.raises(KeyboardInterrupt), reserved(SETTINGS):
                 pass
         return shown[-1]
