@@ -19,8 +19,6 @@ import hypothesis
 import psutil
 import pytest
 
-import pipeline.compat  # noqa: F401 - before transformers imports torchvision
-
 # Before torch and ray are imported anywhere: two cores are shared by two test processes and by the
 # actors they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -63,7 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Without a GPU, Triton's kernels are interpreted: said before triton is imported anywhere."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return  # it runs no tests, and need not wait for torch
+    # Here and not above, where it would read the number of its threads before that is set.
     import torch
+
+    import pipeline.compat  # noqa: F401 - before transformers imports torchvision
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"

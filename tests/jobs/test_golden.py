@@ -71,7 +71,7 @@ def bad_rows(good: bytes) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
-    golden: Path, s3_folder: Path, ray_cluster: RayCluster
+    golden: Path, s3_folder: Path, stages: None
 ) -> None:
     folder = s3_folder / "golden"
     good = {row["id"]: row for row in expected_rows(golden)}
