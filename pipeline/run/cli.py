@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 #: Exit code of a job that was pointless from the start: configuration, input, output or checkpoint.
 EXIT_POINTLESS = 2
 
-#: A command's last line after a signal; the exit code is 130 or 143, as shells have it.
+#: A command's last line after a signal; the exit code is 130, 143 or 129, as shells have
+#: it.
 LAST_WORDS = {
     signal.SIGINT: "interrupted",
     signal.SIGTERM: "stopped by SIGTERM; run the same command again to go on",
+    signal.SIGHUP: "stopped by SIGHUP; run the same command again to go on",
 }
 
 T = TypeVar("T", bound="Settings")
@@ -43,8 +45,8 @@ def in_one_line(work: Callable[[], None]) -> int:
     """Do a command's work; its exit code.
 
     Returns:
-        0; 2 after one line on standard error that a person can act on; 130 after Ctrl-C and 143
-        after SIGTERM, whatever they broke off and whatever that made of them.
+        0; 2 after one line on standard error that a person can act on; 130 after Ctrl-C, 143
+        after SIGTERM and 129 after SIGHUP, whatever they broke off and whatever that made of them.
     """
     code = 1
     signals = Signals()

@@ -1,5 +1,5 @@
-"""SIGTERM and Ctrl-C, for the whole of a command: spot machines and schedulers send the one, people
-the other, and both come at any moment.
+"""SIGTERM, SIGHUP and Ctrl-C, for the whole of a command: spot machines and schedulers send the
+first, a terminal that goes away the second, people the third, and all come at any moment.
 
 Python runs a signal's handler between any two steps of the main thread, so what it raises may come
 out anywhere: in a `finally` at its first step, in a destructor, within Ray while it connects. So
@@ -22,6 +22,9 @@ from typing import Any
 
 from pipeline.errors import Stopped
 
+#: The signals that end a command.
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 #: Seconds within which a signal that comes again is the same wish: a terminal sends Ctrl-C to the
 #: whole group, and what started the job (make, uv, a shell) passes it on once more.
 SAME_WISH_SECONDS = 1.0
@@ -31,7 +34,7 @@ AGAIN_SECONDS = 0.05
 
 
 class Signals:
-    """What SIGTERM and Ctrl-C do to this process from now until `restore`: the first of them raises
+    """What these signals do to this process from now until `restore`: the first of them raises
     `Stopped` or `KeyboardInterrupt` in the main thread, and says how the command ends. Another one,
     later, raises once more: whoever waits for the last commit waits no longer.
 
@@ -47,6 +50,7 @@ class Signals:
         self._raised_at: float | None = None
         self._unbroken = 0
         self._listening = False  # what comes before `end_of` can catch it is heard there
+        self._again: threading.Timer | None = None
         self._undo: list[Callable[[], None]] = []
         self._before: dict[signal.Signals, Any] = {}
         self._unraisable, self._set = sys.unraisablehook, signal.signal
@@ -54,9 +58,10 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             return
         sys.unraisablehook = self._swallowed
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in HEARD:
             self._before[number] = signal.getsignal(number)
-            # A shell has what it starts in the background ignore the terminal's Ctrl-C.
+            # A shell has what it starts in the background ignore the terminal's Ctrl-C, and nohup
+            # has it ignore SIGHUP.
             if number == signal.SIGTERM or self._before[number] != signal.SIG_IGN:
                 signal.signal(number, self._heard)
 
@@ -79,7 +84,7 @@ class Signals:
             self._listening = False
         if self.came is None and isinstance(error, (KeyboardInterrupt, Stopped)):
             # Libraries that catch Ctrl-C themselves pass it on without a signal.
-            self.came = signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT
+            self.came = signal.Signals[str(error)] if isinstance(error, Stopped) else signal.SIGINT
         while self._undo:
             self._undo.pop()()
         return error
@@ -92,6 +97,7 @@ class Signals:
         _current = self._outer
         if not self._before:
             return
+        self._send_no_more()  # it would meet the handlers that are put back
         signal.signal, sys.unraisablehook = self._set, self._unraisable
         atexit.unregister(_leave_at_once)
         atexit.register(_leave_at_once, code)
@@ -135,15 +141,22 @@ class Signals:
             yield
         finally:
             signal.signal = self._set
+            for number in self._before:
+                if signal.getsignal(number) == self._heard:
+                    # Ray's C++ takes SIGTERM below Python, where `getsignal` sees nothing of it.
+                    signal.signal(number, self._heard)
 
     def _heard(self, number: int, frame: object) -> None:
+        if number == signal.SIGTERM:
+            # While Ray connects its C++ hears SIGTERM first, and sets an alarm that aborts in 3 s.
+            signal.alarm(0)
         self.came = self.came or signal.Signals(number)
         if self._unbroken or not self._listening:
             return
         now = time.monotonic()
         if self._raised_at is None or now - self._raised_at >= SAME_WISH_SECONDS:
             self._raised_at = now
-            raise Stopped if self.came == signal.SIGTERM else KeyboardInterrupt
+            raise KeyboardInterrupt if self.came == signal.SIGINT else Stopped(self.came.name)
 
     def _hear_what_came(self) -> None:
         """Hear a signal that came while none could be heard."""
@@ -157,11 +170,17 @@ class Signals:
         ):
             self._unraisable(unraisable)
             return
+        self._send_no_more()
         self._raised_at = None
         main = threading.main_thread().ident
-        again = threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, self.came))
-        again.daemon = True
-        again.start()
+        self._again = threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, self.came))
+        self._again.daemon = True
+        self._again.start()
+
+    def _send_no_more(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+            self._again.join()
 
 
 #: Signals come to a process and not to a caller, so what is known of them is the process's, too.
@@ -194,5 +213,5 @@ def _leave_at_once(code: int) -> None:
             sys.stdout.flush()
         os._exit(code)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in HEARD:
         signal.signal(number, leave)

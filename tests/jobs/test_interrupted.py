@@ -30,14 +30,16 @@ from pipeline.settings.nightly import NightlySettings
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.conftest import RayCluster
 from tests.io.shards import write_shard
-from tests.jobs.support import ROOT, TIMEOUT, run_on_cluster, sets
+from tests.jobs.support import ROOT, TIMEOUT, check_and_run, sets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5 * TIMEOUT)]
 
 ROWS = 48
 
 #: What a job says of itself before it is stopped; nothing of anybody else's stands between.
-OURS = re.compile(r"input: |sampling: |progress |stopping: |\d+ shards for |[\d,]+ of [\d,]+ rows ")
+OURS = re.compile(
+    r"--set nightly\.date: |input: |sampling: |progress |stopping: |\d+ shards for |[\d,]+ of [\d,]+ rows "
+)
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def interrupted(
         settings: its settings.
         when: looks at its process.
         number: the signal.
-        group: whether its whole process group is sent it, as a terminal does.
+        group: whether its whole process group is sent it, as a terminal and systemd do.
     """
     log = Path(settings["output.path"]).with_name("stderr")
     with (
@@ -123,7 +125,7 @@ def assert_goes_on(job: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> N
     kept = {file: file.stat().st_mtime_ns for file in out.glob("*.parquet")}
     before = sum(pq.read_metadata(file).num_rows for file in kept)
     capsys.readouterr()
-    summary = run_on_cluster("vqa", {**job, "output.rows_per_file": 1000})
+    summary = check_and_run("vqa", {**job, "output.rows_per_file": 1000})
     assert "locked" not in capsys.readouterr().err
     assert summary.answered.rows == ROWS - before
     assert {file: file.stat().st_mtime_ns for file in out.glob("*.parquet")}.items() >= kept.items()
@@ -159,6 +161,7 @@ def answering(out: Path) -> Callable[[psutil.Process], object]:
         (starting_its_cluster, signal.SIGINT, True),
         (answering, signal.SIGTERM, False),
         (answering, signal.SIGINT, True),
+        (answering, signal.SIGTERM, True),  # as systemd does: Ray's own processes end by it, too
     ],
     ids=lambda value: getattr(value, "__name__", getattr(value, "name", "")),
 )

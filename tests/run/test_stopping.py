@@ -1,8 +1,9 @@
-"""SIGTERM and Ctrl-C at any step: one line, the exit code of the signal, the output given back."""
+"""SIGTERM, SIGHUP and Ctrl-C at any step: one line, the exit code of the signal, the output given back."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -28,8 +29,8 @@ from pipeline.run.open_run import give_back
 from pipeline.run.stopping import signals_kept, undone_by
 from tests.jobs.support import ROOT
 
-BOTH = pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name
+EVERY = pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
 )
 
 
@@ -39,10 +40,14 @@ def handlers() -> Iterator[None]:
     the handlers that it found.
     """
     known = signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = (signal.getsignal(signal.SIGTERM), sys.unraisablehook, signal.signal)
+
+    def here() -> tuple[Any, ...]:
+        kept = map(signal.getsignal, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        return (*kept, sys.unraisablehook, signal.signal)
+
+    before = here()
     yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook, signal.signal) == before
+    assert here() == before
     signal.signal(signal.SIGINT, known)
 
 
@@ -73,7 +78,7 @@ class AtStep:
 
 
 @pytest.mark.slow
-@BOTH
+@EVERY
 def test_a_signal_at_any_step_of_taking_and_giving_back_leaves_no_lock(
     number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,7 +122,7 @@ def test_a_signal_at_any_step_of_taking_and_giving_back_leaves_no_lock(
     assert outcomes[-1] == 0
 
 
-@BOTH
+@EVERY
 def test_whatever_a_signal_is_made_of_the_command_ends_by_it(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,7 +147,7 @@ def test_whatever_a_signal_is_made_of_the_command_ends_by_it(
         assert capsys.readouterr().err == f"{LAST_WORDS[number]}\n"
 
 
-@BOTH
+@EVERY
 def test_a_signal_that_comes_in_a_destructor_ends_the_command_all_the_same(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,11 +210,13 @@ def test_what_is_undone_is_not_broken_off_however_often_a_signal_comes(
     assert undone == [True]
 
 
-@BOTH
-def test_nobody_takes_sigterm_over_while_it_is_kept(number: signal.Signals) -> None:
+@EVERY
+def test_nobody_takes_a_signal_over_while_it_is_kept(number: signal.Signals) -> None:
     def others() -> None:
         with signals_kept():
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+            signal.signal(number, lambda *_: sys.exit(15))
+            # As C++ does it, below Python.
+            ctypes.CDLL(None).signal(int(number), ctypes.c_void_p(int(signal.SIG_DFL)))
             usual = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             assert signal.signal(signal.SIGUSR1, usual) == signal.SIG_IGN
         send(number)
@@ -251,7 +258,7 @@ sys.exit(in_one_line(work))
 """
 
 
-@BOTH
+@EVERY
 def test_a_signal_once_the_command_has_ended_changes_nothing(number: signal.Signals) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CLOSING.format(number=int(number))],
@@ -264,10 +271,29 @@ def test_a_signal_once_the_command_has_ended_changes_nothing(number: signal.Sign
     assert (done.returncode, done.stdout, done.stderr) == (0, "summary\n", "")
 
 
-def test_a_shell_that_has_us_ignore_ctrl_c_is_obeyed() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda one: one.name)
+def test_a_shell_or_nohup_that_has_us_ignore_a_signal_is_obeyed(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        assert in_one_line(lambda: send(signal.SIGINT)) == 0
+        assert in_one_line(lambda: send(number)) == 0
     finally:
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, before)
+
+
+def test_an_abort_that_a_library_sets_off_at_sigterm_does_not_come() -> None:
+    """Ray's C++ answers SIGTERM with an alarm that aborts, and passes it on to Python."""
+    aborted: list[int] = []
+
+    def work() -> None:
+        with contextlib.suppress(Stopped):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            send(signal.SIGTERM)
+        time.sleep(0.4)
+
+    before = signal.signal(signal.SIGALRM, lambda number, frame: aborted.append(number))
+    try:
+        assert in_one_line(work) == 143
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert aborted == []
