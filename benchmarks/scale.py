@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from benchmarks.harness import save, timed
 from pipeline.actors.committer import CommitSettings, Committer
+from pipeline.actors.error_share import ErrorShare
 from pipeline.actors.gathered import Gathered
 from pipeline.actors.taken import TakenRows
 from pipeline.io.output.columns import Written, output_schema
@@ -44,7 +45,7 @@ ANSWERS = 20_480
 PARTS: tuple[tuple[str, type, str], ...] = (
     ("which rows are new", TakenRows, "take"),
     ("gathering", Gathered, "add"),
-    ("errors counted", Committer, "_judge"),
+    ("errors counted", ErrorShare, "add"),
     ("sorting", Gathered, "sorted"),
     ("counting", Written, "count"),
     ("encoding", OutputWriter, "_encoded"),

@@ -35,8 +35,11 @@ class CheckpointError(JobError):
 
 
 class Stopped(BaseException):
-    """SIGTERM came: spot machines and schedulers send it before they take a machine away. Exit code
-    143.
+    """SIGTERM came, which spot machines and schedulers send before they take a machine away, or
+    SIGHUP, when the terminal is gone. Exit code 143 or 129.
+
+    Args:
+        args: the signal's name.
     """
 
 

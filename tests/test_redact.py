@@ -30,7 +30,7 @@ from pipeline.redact import (
     traceback_of,
     without_secrets,
 )
-from pipeline.run.cli import _OneLine, main
+from pipeline.run.cli import _OneLine, in_one_line, main
 from pipeline.run.show import show_answers
 from pipeline.run.summary import Summary
 from pipeline.settings.base import as_yaml
@@ -261,7 +261,8 @@ def test_errors_and_log_lines_hold_nothing_that_a_terminal_obeys(
         )
         raise JobError(f"id {HOSTILE}")
 
-    assert main("", ReportSettings, work, arguments=["--set", "output.path=o"]) == 2
+    given = ["--set", "output.path=o"]
+    assert in_one_line(lambda: main("", ReportSettings, work, arguments=given)) == 2
     lines = capsys.readouterr().err.split("\n")
     assert [line.split(" ")[0] for line in lines[1:]] == ["error:", ""]
     assert all(line.isprintable() for line in lines)

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,13 +16,14 @@ import pyarrow as pa
 import tenacity
 
 from pipeline.actors.assemble import Assembler, Prompts
+from pipeline.actors.error_share import ErrorShare
 from pipeline.actors.gathered import Gathered
 from pipeline.actors.taken import TakenRows
 from pipeline.counters import COMMITTED, RowCounts
-from pipeline.errors import JobError, OutputError, TooManyErrorsError, code_of
+from pipeline.errors import JobError, OutputError
 from pipeline.io.output.commits import OutputLog, done_rows
 from pipeline.io.output.lease import Claim, Fence
-from pipeline.io.output.writer import OutputWriter
+from pipeline.io.output.writer import Encoded, OutputWriter
 from pipeline.quality.accuracy import Truth
 from pipeline.redact import cause_of
 from pipeline.settings.job import ErrorSettings
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 #: A file is written once its rows take this much memory, however few they are: columns of more than
 #: 2 GiB of text cannot be put together.
 FILE_BYTES = 1 << 30
+
+#: Files that are written at a time, while more rows are gathered: storage answers late, not slowly.
+FILES_AT_ONCE = 4
 
 #: How long the monitor may take, at the end, to hear of the last file.
 LAST_WORD_SECONDS = 5.0
@@ -66,6 +69,11 @@ class Committer:
     Rows that were not yet committed when this actor dies are lost with it and are missing
     afterwards: the run looks for them and answers them again.
 
+    Whoever brings rows does not wait for the storage: a full file is sorted, encoded and written by
+    a thread of its own. They wait once as many files as may be are under way (`FILES_AT_ONCE`, or
+    `FILE_BYTES` of rows) and the next one is full, so what is in memory is bounded by twice
+    `FILE_BYTES` of rows and what the threads make of half of it.
+
     Args:
         claim: the output, and the name of the run that holds it.
         schema: columns of the result.
@@ -91,8 +99,12 @@ class Committer:
         self._folder, self._schema, self._truth = claim.folder, schema, truth
         self._taken = TakenRows({})
         self._gathered = Gathered()
-        self._lock = threading.Lock()
+        #: Bytes of rows of the files under way, by the file's number.
+        self._writing: dict[int, int] = {}
+        #: Guards all that callers and threads share, and tells of files that are through.
+        self._changed = threading.Condition()
         self._failure: Exception | None = None
+        self._errors = ErrorShare(errors)
         try:
             # An epoch of its own: one that Ray gave up, but that still reaches the storage, writes
             # nothing from here on.
@@ -105,39 +117,37 @@ class Committer:
             self._taken = TakenRows(done_rows(committed))
         except Exception as error:  # an actor that cannot be made could not say why
             self._failure = self._explained(error)
-        self._error_settings = errors
-        self._rows, self._errors = 0, Counter[str]()
-        self._examples: dict[str, str] = {}
         threading.Thread(target=self._commit_in_time, name="commit", daemon=True).start()
 
     def take(self, table: pa.Table, kept: pa.Table | None = None) -> int:
         """Take a block of answered rows, and those of them that are kept with their pictures; how
         many were new.
         """
-        with self._lock:
-            if self._failure is not None:
-                raise self._failure
+        with self._changed:
+            self._wait_until(lambda: not self._is_full)
             new = self._take(self._assembler.add(table))
             if kept is not None:
                 self._gathered.kept.append(kept)
-            self._judge(table)
-            if self._gathered.count >= self._settings.rows or self._gathered.size >= FILE_BYTES:
-                self._commit()
+            too_many = self._errors.add(table["error"])
+            if too_many is not None:
+                self._commit()  # what was answered until now is not lost
+                self._fail(too_many)
+                raise too_many
+            if self._is_full:
+                self._begin_file()
         return new
 
     def failure(self) -> JobError | None:
         """Why this run must not go on, for a person; None where nothing is known."""
-        with self._lock:
+        with self._changed:
             return self._failure if isinstance(self._failure, JobError) else None
 
     def finish(self) -> None:
         """Commit what is left."""
-        with self._lock:
-            if self._failure is not None:
-                raise self._failure
+        with self._changed:
             self._commit()
-            with contextlib.suppress(Exception):  # it only repeats what the files say
-                self._patiently(self._writer.index)
+        with contextlib.suppress(Exception):  # it only repeats what the files say
+            self._patiently(self._writer.index)
         if self._monitor is not None:
             import ray
 
@@ -151,62 +161,95 @@ class Committer:
             self._gathered.add(fresh, time.monotonic())
         return len(fresh)
 
-    def _judge(self, table: pa.Table) -> None:
-        """Give up where most rows fail: the configuration is wrong, and a night should not be spent
-        on it.
+    @property
+    def _is_full(self) -> bool:
+        gathered = self._gathered
+        return gathered.count >= self._settings.rows or gathered.size >= FILE_BYTES
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether another file may be written."""
+        size = self._gathered.size + sum(self._writing.values())
+        return not self._writing or (len(self._writing) < FILES_AT_ONCE and size <= FILE_BYTES)
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait, while others may go on.
+
+        Raises:
+            Exception: the run must not go on.
         """
-        errors = table["error"]
-        failed = errors.drop_null().to_pylist() if errors.null_count < len(errors) else []
-        self._rows += len(table)
-        for error in failed:
-            self._examples.setdefault(code_of(error), error)
-        self._errors.update(map(code_of, failed))
-        share = self._errors.total() / self._rows
-        if (
-            self._rows < self._error_settings.after_rows
-            or share <= self._error_settings.max_fraction
-        ):
-            return
-        self._commit()
-        (code, count), *_ = self._errors.most_common(1)
-        self._failure = TooManyErrorsError(
-            f"errors.max_fraction: {self._errors.total():,} of {self._rows:,} rows failed, "
-            f"{share:.0%}, {count:,} of them "
-            f"with {code} (such as: {self._examples[code]}). Mend the configuration or the input "
-            "and run with --fresh, or "
-            "raise the limit"
-        )
-        raise self._failure
+        self._changed.wait_for(lambda: self._failure is not None or condition())
+        if self._failure is not None:
+            raise self._failure
 
     def _commit(self) -> None:
-        gathered = self._gathered
-        if not gathered.count:
+        """Write all rows there are, and wait until that is done."""
+        self._wait_until(lambda: not self._gathered.count or self._has_room)
+        self._begin_file()
+        begun = set(self._writing)  # not those that begin meanwhile: rows may come without end
+        self._wait_until(lambda: not begun & self._writing.keys())
+
+    def _begin_file(self) -> None:
+        """Let a thread write what is gathered, if there is room for another file."""
+        if not self._gathered.count or not self._has_room:
             return
-        started = time.monotonic()
-        file = gathered.sorted(self._schema)
+        number = self._writer.reserve()
+        thread = threading.Thread(
+            target=self._write, args=(number, self._gathered), name=f"write {number}", daemon=True
+        )
         try:
-            # A run that took the output over has planned these rows anew: the log asks before and
-            # after each try.
-            self._patiently(
-                lambda: self._writer.commit(file.table, file.rows, self._truth, file.retry)
-            )
+            thread.start()
+        except RuntimeError as error:  # the machine has no more threads
+            self._fail(self._explained(error))
+            return
+        self._writing[number], self._gathered = self._gathered.size, Gathered()
+
+    def _write(self, number: int, gathered: Gathered) -> None:
+        failure: Exception | None = None
+        try:
+            self._write_file(number, gathered)
         except Exception as error:
             # Of whatever kind: these rows cannot be written, and none may be taken after them.
-            self._failure = self._explained(error)
-            raise self._failure from error
-        self._gathered = Gathered()
+            # Whoever comes next hears of it; there is nobody here to tell.
+            failure = self._explained(error)
+        with self._changed:
+            if failure is not None:
+                self._fail(failure)
+            del self._writing[number]
+            if self._failure is None and self._is_full:
+                self._begin_file()
+            self._changed.notify_all()
+
+    def _write_file(self, number: int, gathered: Gathered) -> None:
+        started = time.monotonic()
+        file = self._encoded(number, gathered)
+        # A run that took the output over has planned these rows anew: the log asks before and after
+        # each try.
+        self._patiently(lambda: self._writer.put(file))
         if gathered.kept:
             try:
                 self._writer.keep_rows(pa.concat_tables(gathered.kept))
             except Exception as error:  # they are for looking at; the results are what counts
                 logger.warning("cannot write the rows to look at (%s)", cause_of(error))
         if self._monitor is not None:
-            answers = len(file.table) * self._assembler.answers_per_row
+            answers = file.commit.written.rows * self._assembler.answers_per_row
             spent = round(1000 * (time.monotonic() - started))
             self._monitor.count.remote(RowCounts(committed=answers, commit_ms=spent))
             self._monitor.event.remote(
-                COMMITTED, {shard: len(row_set) for shard, row_set in file.rows.items()}
+                COMMITTED, {shard: len(row_set) for shard, row_set in file.commit.rows.items()}
             )
+
+    def _encoded(self, number: int, gathered: Gathered) -> Encoded:
+        answered = gathered.sorted(self._schema)
+        gathered.tables.clear()  # from here on the file's bytes are what takes memory
+        return self._writer.encode(
+            number, answered.table, answered.rows, self._truth, answered.retry
+        )
+
+    def _fail(self, error: Exception) -> None:
+        """Take no more rows; the first failure is the one that is told."""
+        self._failure = self._failure or error
+        self._changed.notify_all()
 
     def _explained(self, error: Exception) -> Exception:
         """An error of the storage as one line for a person; every other as it is."""
@@ -221,17 +264,11 @@ class Committer:
     def _commit_in_time(self) -> None:
         while True:
             time.sleep(min(1.0, self._settings.seconds / 4))
-            with self._lock:
-                if (
-                    self._gathered.count
-                    and time.monotonic() - self._gathered.since >= self._settings.seconds
-                ):
-                    try:
-                        self._commit()
-                    except Exception as error:
-                        # Whoever comes next hears of it; there is nobody here to tell.
-                        self._failure = self._failure or error
-                        return
+            with self._changed:
+                if self._failure is not None:
+                    return
+                if time.monotonic() - self._gathered.since >= self._settings.seconds:
+                    self._begin_file()
 
     def _patiently(self, operation: Callable[[], _T]) -> _T:
         """Do something on the output's storage, again and again while it fails for reasons that may

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.errors import JobError, Stopped
+from pipeline.errors import JobError
 from pipeline.redact import printable, tell, traceback_of, without_secrets
+from pipeline.run.stopping import Signals
 
 if TYPE_CHECKING:
     from pipeline.settings.base import Settings
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
 #: Exit code of a job that was pointless from the start: configuration, input, output or checkpoint.
 EXIT_POINTLESS = 2
 
-#: Exit code after Ctrl-C, as shells have it.
-EXIT_INTERRUPTED = 130
-
-#: Exit code after SIGTERM, once all that was answered is committed.
-EXIT_STOPPED = 143
+#: A command's last line after a signal; the exit code is 130, 143 or 129, as shells have
+#: it.
+LAST_WORDS = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "stopped by SIGTERM; run the same command again to go on",
+    signal.SIGHUP: "stopped by SIGHUP; run the same command again to go on",
+}
 
 T = TypeVar("T", bound="Settings")
 
@@ -37,6 +41,32 @@ class _OneLine(logging.Formatter):
         return traceback_of(ei[1])
 
 
+def in_one_line(work: Callable[[], None]) -> int:
+    """Do a command's work; its exit code.
+
+    Returns:
+        0; 2 after one line on standard error that a person can act on; 130 after Ctrl-C, 143
+        after SIGTERM and 129 after SIGHUP, whatever they broke off and whatever that made of them.
+    """
+    code = 1
+    signals = Signals()
+    try:
+        error = signals.end_of(work)
+        if signals.came is not None:
+            tell(LAST_WORDS[signals.came])
+            code = 128 + signals.came
+        elif isinstance(error, JobError):
+            tell(f"error: {without_secrets(' '.join(str(error).split()))}")
+            code = EXIT_POINTLESS
+        elif error is not None:
+            raise error
+        else:
+            code = 0
+    finally:
+        signals.restore(code)
+    return code
+
+
 def main(
     description: str,
     kind: type[T],
@@ -46,7 +76,7 @@ def main(
     program: str | None = None,
     example: str = "",
     arguments: Sequence[str] | None = None,
-) -> int:
+) -> None:
     """Parse arguments, load settings, do the work.
 
     Args:
@@ -59,8 +89,8 @@ def main(
         example: arguments for `--help` to show.
         arguments: None: the process's own.
 
-    Returns:
-        0; 2 with one line on standard error that a person can act on; 143 after SIGTERM.
+    Raises:
+        JobError: what was asked for is pointless.
     """
     # Which `kind` needed, too: it costs nothing here.
     from pipeline.settings.base import load_settings
@@ -73,16 +103,8 @@ def main(
         handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # Tokenizers fork-safety warning: preparing actors tokenize in one thread anyway.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        file = configuration(parsed.config) if parsed.config else None
-        work(load_settings(kind, file, parsed.assignments), parsed.dry_run)
-    except JobError as error:
-        tell(f"error: {without_secrets(' '.join(str(error).split()))}")
-        return EXIT_POINTLESS
-    except Stopped:
-        tell("stopped by SIGTERM; run the same command again to go on")
-        return EXIT_STOPPED
-    return 0
+    file = configuration(parsed.config) if parsed.config else None
+    work(load_settings(kind, file, parsed.assignments), parsed.dry_run)
 
 
 def _parser(

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 
 from pipeline.errors import ConfigError
+from pipeline.run.stopping import signals_kept
 
 #: Seconds that a Ray cluster may take to accept a connection.
 REACH_SECONDS = 5.0
@@ -48,7 +49,8 @@ def connect(address: str | None) -> bool:
     _check_reachable(address)
     _quieten_ray()
     try:
-        ray.init(address=address, logging_level=logging.WARNING)
+        with signals_kept():
+            ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"ray.address: cannot connect to {address!r} ({error})") from error
     return address == "local"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.redact import printable, tell
+from pipeline.redact import printable
 
 # Whatever takes longer to import is imported where Ctrl-C is answered.
-from pipeline.run.cli import EXIT_INTERRUPTED, EXIT_POINTLESS, main
+from pipeline.run.cli import EXIT_POINTLESS, in_one_line, main
 
 if TYPE_CHECKING:
     from pipeline.settings.base import Settings
@@ -315,23 +315,23 @@ def run(name: str, arguments: Sequence[str], program: str | None = None) -> int:
         program: how it was called, for messages.
 
     Returns:
-        As `pipeline.run.cli.main` does; 130 after Ctrl-C.
+        As `pipeline.run.cli.in_one_line` does.
     """
-    command, program = COMMANDS[name], program or f"awaker-batch {name}"
-    try:
-        kind, work = command.load()
-        return main(
+    command = COMMANDS[name]
+
+    def work() -> None:
+        kind, do = command.load()  # imports, which takes seconds
+        main(
             command.description,
             kind,
-            work,
+            do,
             command.config,
-            program=program,
+            program=program or f"awaker-batch {name}",
             example=command.example,
             arguments=arguments,
         )
-    except KeyboardInterrupt:  # also while all this is imported, which takes seconds
-        tell("interrupted")
-        return EXIT_INTERRUPTED
+
+    return in_one_line(work)
 
 
 def awaker_batch() -> int:

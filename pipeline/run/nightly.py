@@ -27,6 +27,7 @@ from pipeline.redact import printable, tell
 from pipeline.run.check import check_job
 from pipeline.run.open_run import give_back, run_name
 from pipeline.run.run import run_job
+from pipeline.run.stopping import undone_by
 from pipeline.run.summary import Summary
 from pipeline.settings.job import JobSettings, Task
 from pipeline.settings.nightly import NightlySettings
@@ -151,10 +152,10 @@ def run_night(settings: NightlySettings, *, dry_run: bool = False) -> list[Summa
             # once, on either side of midnight, would each find the same shards new.
             times = LeaseTimes(settings.output.lock_seconds)
             lease = Lease(Claim(root, run_name()), times, tell=tell)
+            stack.enter_context(undone_by(lambda: give_back(lease)))
             with root.explained("write to"):
                 root.make()
                 forget_earlier(lease.take())
-            stack.callback(give_back, lease)
         return _run_parts(settings, root, listing, None if dry_run else lease)
 
 

@@ -16,7 +16,7 @@ from pipeline.io.output.storage import OutputFolder
 from pipeline.io.output.writer import OutputWriter
 from pipeline.redact import cause_of, tell
 from pipeline.run.check import Job, check_may_go_on
-from pipeline.run.stopping import stoppable
+from pipeline.run.stopping import undone_by
 from pipeline.settings.base import as_yaml
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class OpenRun:
 
 @contextlib.contextmanager
 def open_run(job: Job) -> Iterator[OpenRun]:
-    """Take the output and write down what this run is; while this lasts, SIGTERM ends the run with
-    `Stopped`.
+    """Take the output, write down what this run is, and give the output back when this ends, also
+    where it was never more than half taken.
 
     Raises:
         OutputError: the output cannot be written, or belongs to another run.
@@ -53,12 +53,11 @@ def open_run(job: Job) -> Iterator[OpenRun]:
     output = job.settings.output
     claim = Claim(OutputFolder(output.path), run_name())
     lease = Lease(claim, LeaseTimes(output.lock_seconds), tell=tell)
-    with claim.folder.explained("write to"):
-        claim.folder.make()
-        fence = lease.take()
-    with stoppable(), contextlib.ExitStack() as stack:
-        stack.callback(give_back, lease)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(undone_by(lambda: give_back(lease)))
         with claim.folder.explained("write to"):
+            claim.folder.make()
+            fence = lease.take()
             _begin(job, OutputWriter(claim.folder, fence), claim.folder)
         yield OpenRun(claim, lease, stack.enter_context(Journal(claim)))
 

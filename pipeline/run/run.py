@@ -25,7 +25,6 @@ from pipeline.run.describe import sampling_of_rows
 from pipeline.run.open_run import OpenRun, open_run
 from pipeline.run.reservation import reserved
 from pipeline.run.stages import run_stages
-from pipeline.run.stopping import stop_on_sigterm
 from pipeline.run.summary import Summary
 
 logger = logging.getLogger(__name__)
@@ -143,7 +142,6 @@ class _Rounds:
     def _answer(self, missing: dict[str, RowSet], at: str = "") -> None:
         """Answer and commit the missing rows, as far as nothing dies."""
         with connected(self._job.settings.ray.address):
-            stop_on_sigterm()  # again: connecting to Ray installs a handler of Ray's
             if not self.seconds:
                 for line in (f"input: {self._job.plan.summary}", *sampling_of_rows(self._job)):
                     tell(line)

@@ -22,7 +22,7 @@ from pipeline.run.resources import TASK_CPUS, Resources
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-#: Seconds that committing may take once SIGTERM has come.
+#: Seconds that committing may take once SIGTERM or Ctrl-C has come.
 FINISH_SECONDS = 30.0
 
 #: Neither counting nor what was in hand is worth a job: should the node of one of the two actors

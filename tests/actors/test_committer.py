@@ -29,6 +29,7 @@ from pipeline.io.output.writer import FILES_PER_INDEX
 from pipeline.io.rowset import RowSet
 from pipeline.rows import PROMPT_NAME, ROW, SHARD
 from pipeline.settings.job import ErrorSettings, OutputSettings
+from tests.actors.settled import Settled
 from tests.io.output.epochs import hold
 
 SCHEMA = output_schema(OutputSettings(path="out"), pa.schema([]))
@@ -45,7 +46,7 @@ def folder(tmp_path: Path) -> OutputFolder:
 def committer(
     folder: OutputFolder, rows: int = 4, seconds: float = 60.0, errors: ErrorSettings | None = None
 ) -> Committer:
-    return Committer(
+    return Settled(
         Claim(folder, "mine"),
         SCHEMA,
         None,

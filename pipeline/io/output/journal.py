@@ -78,7 +78,7 @@ class Journal:
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, (KeyboardInterrupt, Stopped)):
-            self.event("run_stopped", cause="SIGTERM" if isinstance(error, Stopped) else "Ctrl-C")
+            self.event("run_stopped", cause=str(error) if isinstance(error, Stopped) else "Ctrl-C")
         elif error is not None:
             self.event("run_failed", cause=cause_of(error))
         self.save()

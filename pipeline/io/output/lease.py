@@ -221,7 +221,7 @@ class Lease:
         self._folder = claim.folder
         self._stop = threading.Event()
         self._beats = 0
-        self._held = False
+        self._begun = False
         self._beating = threading.Lock()
 
     def take(self) -> Fence:
@@ -246,6 +246,7 @@ class Lease:
         )
         # Before the epoch: whoever sees that sees this, too.
         self._beat()
+        self._begun = True
         created = _create(self._folder, fence.holder)
         if created and not exclusively:
             time.sleep(self._times.settle)
@@ -256,8 +257,8 @@ class Lease:
             or (latest.epoch, latest.token) != (fence.epoch, fence.holder.token)
         ):
             self._folder.remove(OutputLayout.beat(self._claim.run))
+            self._begun = False
             raise self._refused(latest or Holder(fence.epoch, UNKNOWN))
-        self._held = True
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
         return fence
 
@@ -270,9 +271,11 @@ class Lease:
         self._claim.check()
 
     def release(self) -> None:
-        """Give the output back."""
+        """Give the output back: also what `take` was about to take when it was broken off, whose
+        epoch may have begun, or may yet begin where a request to the storage is under way.
+        """
         self._stop.set()
-        if self._held:
+        if self._begun:
             # A renewal that is under way must not be the last word.
             with self._beating:
                 self._beat(released=True)

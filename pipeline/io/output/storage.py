@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from pipeline.redact import cause_of
 
 #: Part of the path of every copy that Ray makes of a submitted job's working directory.
 _SUBMITTED = "/working_dir_files/_ray_pkg_"
+
+#: fsspec keeps one client for a process, and that one memory of listings. Another thread's older
+#: answer must not come between forgetting these and asking anew: a lock is looked at in listings.
+_LISTING = threading.Lock()
 
 
 class ReplacedError(Exception):
@@ -154,14 +159,11 @@ class OutputFolder:
 
     def _listing(self, folder: str = "") -> dict[str, dict[str, Any]]:
         """What lies directly in a folder of this one, by name; nothing where there is no folder."""
-        self._filesystem.invalidate_cache()
         where = f"{self._root}/{folder}".rstrip("/")
-        if not self._filesystem.isdir(where):
-            return {}
-        return {
-            one["name"].rstrip("/").rsplit("/", 1)[-1]: one
-            for one in self._filesystem.ls(where, detail=True)
-        }
+        with _LISTING:
+            self._filesystem.invalidate_cache()
+            there = self._filesystem.ls(where, detail=True) if self._filesystem.isdir(where) else []
+        return {one["name"].rstrip("/").rsplit("/", 1)[-1]: one for one in there}
 
     def results(self, at: str = "") -> list[str]:
         """Paths of the Parquet files that lie directly in the folder, or `at` a folder in it; none

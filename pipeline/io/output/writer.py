@@ -1,12 +1,15 @@
 """Writes what is done: files whose footers say which input rows they hold (see `commits`), in an
-epoch of their writer's own.
+epoch of their writer's own. Threads may write several at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +29,19 @@ FILES_PER_INDEX = 64
 VERDICT_SECONDS, ASK_SECONDS = 10.0, 0.2
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A file that is to be written: the same bytes under the same name, however often it is tried.
+
+    Attributes:
+        commit: what it holds.
+        data: its bytes.
+    """
+
+    commit: Commit
+    data: bytes
+
+
 class OutputWriter:
     """Makes the commits of an output folder.
 
@@ -37,8 +53,11 @@ class OutputWriter:
 
     def __init__(self, folder: OutputFolder, fence: Fence, at: str = "") -> None:
         self._folder, self._fence, self._at = folder, fence, at
-        self._made = self._indexed = self._kept = 0
+        # One `next` gives each number once, whatever threads ask.
+        self._numbers, self._kept = itertools.count(), itertools.count()
+        self._indexed = 0
         self._unindexed: dict[str, tuple[Commit, int]] = {}
+        self._noting, self._indexing = threading.Lock(), threading.Lock()
 
     def accept(self, *, fresh: bool = False) -> list[str]:
         """Write down which files count from now on, before anything is written in this epoch; what
@@ -83,22 +102,44 @@ class OutputWriter:
         Raises:
             LeaseLostError: a later epoch has begun; the file is not there.
         """
-        fence = self._fence
-        name = OutputLayout.result(fence.name, self._made)
+        file = self.encode(self.reserve(), table, rows, truth, retry)
+        self.put(file)
+        return file.commit
+
+    def reserve(self) -> int:
+        """The number of the next file, which no other one gets, whether it is written or not."""
+        return next(self._numbers)
+
+    def encode(
+        self,
+        number: int,
+        table: pa.Table,
+        rows: Mapping[str, RowSet],
+        truth: Truth | None,
+        retry: Mapping[str, RowSet] | None = None,
+    ) -> Encoded:
+        """The file of a reserved number."""
+        name = OutputLayout.result(self._fence.name, number)
         commit = Commit(name, rows, Written.count(table, truth), retry or {})
-        data = self._encoded(commit, table)
+        return Encoded(commit, self._encoded(commit, table))
+
+    def put(self, file: Encoded) -> None:
+        """Write a file: from then on its rows are done. It may be tried again.
+
+        Raises:
+            LeaseLostError: a later epoch has begun; the file is not there.
+        """
+        fence, name = self._fence, f"{self._at}{file.commit.file}"
         fence.check()
         try:
-            self._folder.write(f"{self._at}{name}", data)
+            self._folder.write(name, file.data)
             # This process may have been paused in between, for long enough that another took the
             # output.
             fence.check()
         except LeaseLostError:
-            self._take_back(f"{self._at}{name}")
+            self._take_back(name)
             raise
-        self._made += 1
-        self._note(commit, len(data))
-        return commit
+        self._note(file.commit, len(file.data))
 
     def replace(
         self, commit: Commit, table: pa.Table, truth: Truth | None, retry: Mapping[str, RowSet]
@@ -152,26 +193,36 @@ class OutputWriter:
 
     def _note(self, commit: Commit, size: int) -> None:
         if not self._at:
-            # By name: a write that is tried again must not stand twice.
-            self._unindexed[commit.file] = commit, size
-        if len(self._unindexed) >= FILES_PER_INDEX:
-            self.index()
+            with self._noting:
+                # By name: a write that is tried again must not stand twice.
+                self._unindexed[commit.file] = commit, size
+        self._index(FILES_PER_INDEX)
 
     def keep_rows(self, table: pa.Table) -> None:
         """Write rows that are kept with their pictures; later files sort behind earlier ones."""
         buffer = pa.BufferOutputStream()
         with pa.ipc.new_file(buffer, table.schema) as file:
             file.write_table(table)
-        name = OutputLayout.kept(self._fence.name, self._kept)
+        name = OutputLayout.kept(self._fence.name, next(self._kept))
         self._folder.write(name, buffer.getvalue().to_pybytes())
-        self._kept += 1
 
     def index(self) -> None:
         """Tell the commits since the last time in one object of the index."""
-        if self._unindexed:
+        self._index(1)
+
+    def _index(self, least: int) -> None:
+        if len(self._unindexed) < least:
+            return
+        with self._indexing:  # a try that failed is repeated under its number before the next one
+            with self._noting:
+                told = dict(self._unindexed)
+            if len(told) < least:  # another thread has just told them
+                return
             data = json.dumps(
-                [{**commit.as_dict(), "size": size} for commit, size in self._unindexed.values()]
+                [{**commit.as_dict(), "size": size} for commit, size in told.values()]
             ).encode()
             self._folder.write(OutputLayout.index(self._fence.name, self._indexed), data)
             self._indexed += 1
-            self._unindexed = {}
+            with self._noting:
+                for file in told:
+                    del self._unindexed[file]

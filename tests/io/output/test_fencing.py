@@ -28,6 +28,7 @@ from pipeline.io.output.storage import OutputFolder, ReplacedError
 from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet, difference
 from pipeline.settings.job import ErrorSettings
+from tests.actors.settled import Settled
 from tests.actors.test_committer import SCHEMA, block, committer, ids
 from tests.io.output.epochs import hold
 
@@ -38,7 +39,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def writer(folder: OutputFolder, run: str, rows: int = 1000) -> Committer:
-    return Committer(Claim(folder, run), SCHEMA, None, CommitSettings(rows, 60.0), ErrorSettings())
+    return Settled(Claim(folder, run), SCHEMA, None, CommitSettings(rows, 60.0), ErrorSettings())
 
 
 def read_ids(folder: OutputFolder) -> list[str]:

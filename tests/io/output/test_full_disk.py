@@ -19,6 +19,7 @@ from pipeline.io.output.lease import Claim, Lease
 from pipeline.io.output.storage import OutputFolder
 from pipeline.io.rowset import RowSet
 from pipeline.settings.job import ErrorSettings
+from tests.actors.settled import Settled
 from tests.actors.test_committer import SCHEMA, block
 from tests.io.output.epochs import hold
 from tests.io.shards import write_shard
@@ -53,7 +54,7 @@ def fill(disk: Path) -> Path:
 
 
 def writer(folder: OutputFolder) -> Committer:
-    return Committer(
+    return Settled(
         Claim(folder, "mine"), SCHEMA, None, CommitSettings(1, 60.0, patience=0.5), ErrorSettings()
     )
 

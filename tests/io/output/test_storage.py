@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -223,3 +225,44 @@ def test_a_relative_output_of_a_submitted_job_is_refused(
     assert OutputFolder("memory://bucket/out").url == "memory://bucket/out"
     monkeypatch.chdir(tmp_path)
     assert OutputFolder("out").url == str(tmp_path / "out")
+
+
+class Remembered:
+    """A filesystem that remembers listings, as fsspec's of object stores do. The first answer is
+    under way until somebody else forgets what is remembered, or for a moment.
+    """
+
+    def __init__(self) -> None:
+        self.there: list[str] = []
+        self.asked, self.forgotten, self.answered = (threading.Event() for _ in range(3))
+        self._memory: list[dict[str, Any]] | None = None
+
+    def invalidate_cache(self) -> None:
+        self._memory = None
+        if self.asked.is_set():
+            self.forgotten.set()
+            assert self.answered.wait(10)
+
+    def isdir(self, where: str) -> bool:
+        return True
+
+    def ls(self, where: str, detail: bool) -> list[dict[str, Any]]:
+        if self._memory is None:
+            answer = [{"name": f"{where}/{name}", "type": "file"} for name in self.there]
+            if not self.asked.is_set():
+                self.asked.set()
+                self.forgotten.wait(0.3)
+            self._memory = answer
+            self.answered.set()
+        return self._memory
+
+
+def test_an_older_listing_of_another_thread_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+    folder, filesystem = OutputFolder(str(tmp_path)), Remembered()
+    folder._filesystem = filesystem
+    other = threading.Thread(target=folder.names, args=("_run/lease",))
+    other.start()
+    assert filesystem.asked.wait(10)
+    filesystem.there.append("00000002.json")
+    assert folder.names("_run/lease") == ["_run/lease/00000002.json"]
+    other.join()
