@@ -53,7 +53,11 @@ JOBS = (
     "tests/actors/test_witness.py",
 )
 #: Of `tests/jobs/`, what never comes as far as Ray; beside these, what has its stages "here".
-HERE = ("tests/jobs/test_killed_at_the_end.py", "tests/jobs/test_pointless.py")
+HERE = (
+    "tests/jobs/test_interrupted_at_the_end.py",
+    "tests/jobs/test_killed_at_the_end.py",
+    "tests/jobs/test_pointless.py",
+)
 
 #: Files that take longest come first of those that go by file, so that both processes end together.
 LONG = (
