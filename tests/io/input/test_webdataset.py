@@ -269,6 +269,26 @@ def test_long_names_and_other_facts_in_extended_headers_are_read(tmp_path: Path)
     assert read(planned(tmp_path))[ID] == ["d" * 90 + "/" + "é" * 100, "0" * 250]
 
 
+@pytest.mark.parametrize("letter", ["x", "g", "X", "L", "K"])
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_no_data_are_taken_for_a_header_whatever_they_hold(
+    tmp_path: Path, letter: str, form: int
+) -> None:
+    """Where a header has the letter of its kind, names and whole blocks of data have any letter."""
+    text = letter.encode() * 1024
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        for key in ("a", letter * 200, letter * 600, "b"):
+            for extension in ("txt", "jpg"):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text))
+    table = read(planned(tmp_path))
+    assert table[ID] == ["a", letter * 200, letter * 600, "b"]
+    assert table[ERROR] == [None] * 4
+    assert table["txt"] == [text.decode()] * 4
+    assert table[IMAGES] == [[text]] * 4
+
+
 @pytest.mark.parametrize(
     "name",
     ["a/" * 200_000, "/" * 400_000, "." * 400_000, "x." + "/" * 400_000, "__" * 200_000 + ".jpg"],
