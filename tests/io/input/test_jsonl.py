@@ -4,9 +4,12 @@ itself.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +226,46 @@ def test_every_frame_of_a_zstandard_file_is_read(tmp_path: Path) -> None:
     assert read(planned(tmp_path))[ID] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.csv.zst"])
+#: By how files are called; zeros may stand behind frames of those that say so.
+PACKED: dict[str, tuple[Callable[[bytes], bytes], bytes]] = {
+    "gz": (gzip.compress, bytes(100)),
+    "bz2": (bz2.compress, b""),
+    "xz": (lzma.compress, bytes(8)),
+    "zst": (zstandard.compress, b""),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_frames_behind_each_other_are_read_to_the_end(tmp_path: Path, name: str) -> None:
+    """Of any size, and with the padding that the form allows."""
+    pack, padding = PACKED[name]
+    sizes = [1, 100_000, 0, 3]
+    lines = [f'{{"id": "{n}", "note": "{"x" * size}"}}\n' for n, size in enumerate(sizes)]
+    frames = [pack(line.encode()) for line in lines]
+    (tmp_path / f"a.jsonl.{name}").write_bytes(padding.join([*frames, pack(b""), b""]))
+    table = read(planned(tmp_path))
+    assert table[ID] == ["0", "1", "2", "3"]
+    assert [len(note) for note in table["note"]] == sizes
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_is_no_frame_behind_a_frame_is_named(tmp_path: Path, name: str) -> None:
+    """It may have been one, with rows in it."""
+    pack, _ = PACKED[name]
+    damaged = b"#" + pack(b'{"id": "1"}\n')[1:]
+    (tmp_path / f"a.jsonl.{name}").write_bytes(pack(b'{"id": "0"}\n') + damaged)
+    with pytest.raises(
+        InputError, match=rf"cannot read file://.*{name} as .*; repair or remove it"
+    ):
+        planned(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.zst", "a.jsonl.gz", "a.csv.zst", "a.csv.xz", "a.csv.bz2"]
+)
 def test_a_compressed_file_that_breaks_off_is_named(tmp_path: Path, name: str) -> None:
     data = b"".join(b'{"id": "%d"}\n' % n for n in range(500))
-    pack = gzip.compress if name.endswith("gz") else zstandard.compress
-    whole = pack(data)
+    whole = PACKED[name.rpartition(".")[2]][0](data)
     (tmp_path / name).write_bytes(whole + whole[:-10])
     with pytest.raises(
         InputError, match=rf"cannot read file://.*{name} as .*; repair or remove it"
