@@ -80,8 +80,8 @@ def load_settings(kind: type[T], file: Path | None, assignments: Sequence[str]) 
 
 
 def _check_texts(value: Any, key: str) -> None:
-    """Make sure that all texts can be written: bytes of an argument, or what YAML escapes, may be no
-    text.
+    """Make sure that all texts can be written: an argument's bytes, or what YAML escapes, may be
+    none.
 
     Raises:
         ConfigError: one cannot.

@@ -225,7 +225,7 @@ def _key_and_extension(name: str) -> tuple[str, str] | None:
 
 def _text(data: bytes, where: str) -> str:
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RowError("row_malformed", f"{where} is no valid UTF-8 ({error})") from error
 

@@ -141,6 +141,38 @@ def test_a_table_names_image_files_as_the_hugging_face_library_has_it(
     ]
 
 
+def test_data_of_other_forms_that_are_passed_over_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "train" / "a.parquet", {"prompt": ["?"]})
+    write_lines(tmp_path / "test" / "b.jsonl", [{"prompt": "?"}])
+    (tmp_path / "c.csv").write_text("prompt\n?\n")
+    assert plan_of(tmp_path).rows == 1
+    said = capsys.readouterr().err
+    assert "holds Parquet; passed over: files of other forms (1 of JSON Lines, 1 of CSV)" in said
+    assert "of which input.format=jsonl would read one" in said
+    find_shards(str(tmp_path), "parquet", print)
+    assert not capsys.readouterr().out  # that form was asked for
+
+
+def test_what_else_lies_where_no_data_are_is_said(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json", "c.feather"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        InputError, match=r"no data at '.*' \(3 files\); passed over: 2 .json, 1 .feather$"
+    ):
+        find_shards(str(tmp_path))
+
+
+def test_a_table_that_lies_among_images_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path, ["a.png"])
+    (tmp_path / "labels.csv").write_text("file,label\na.png,cat\n")
+    plan_of(tmp_path, ask="What?")
+    assert "holds 1 image files; passed over: 1 .csv" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 @pytest.mark.parametrize(
     ("files", "expected"),

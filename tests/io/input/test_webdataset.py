@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
 import time
 import tracemalloc
@@ -267,6 +269,16 @@ def test_long_names_and_other_facts_in_extended_headers_are_read(tmp_path: Path)
             }
             tar.addfile(info)
     assert read(planned(tmp_path))[ID] == ["d" * 90 + "/" + "é" * 100, "0" * 250]
+
+
+def test_short_names_of_packed_tars_and_texts_of_windows_are_read(tmp_path: Path) -> None:
+    packs = {"tbz2": bz2.compress, "txz": lzma.compress, "tzst": zstandard.compress}
+    for ending, pack in packs.items():
+        tar = tar_of(f"{ending}.txt", data="\ufeffyes".encode())
+        (tmp_path / f"a.{ending}").write_bytes(pack(tar))
+    table = read(planned(tmp_path))
+    assert table[ID] == list(packs)
+    assert table["txt"] == ["yes"] * 3
 
 
 @pytest.mark.parametrize("letter", ["x", "g", "X", "L", "K"])
