@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -25,6 +26,13 @@ _FORMS: tuple[tuple[re.Pattern[bytes], Callable[[BinaryIO], BinaryIO]], ...] = (
     ),
 )
 _START = 6
+#: UTF-32's before UTF-16's: the one begins with the other.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def unpacked(source: BinaryIO) -> BinaryIO:
@@ -37,6 +45,44 @@ def unpacked(source: BinaryIO) -> BinaryIO:
     return next(
         (opened(source) for pattern, opened in _FORMS if pattern.match(start)), None
     ) or _buffered(source)
+
+
+def as_text(source: BinaryIO) -> BinaryIO:
+    """What a file of lines holds, as UTF-8: unpacked, and brought from the UTF-16 or UTF-32 that a
+    byte order mark at its beginning tells, as Windows writes them.
+    """
+    start = source.read(_START)
+    source.seek(0)
+    for mark, encoding in _MARKS:
+        if start.startswith(mark):
+            return _forwards(cast(BinaryIO, _Recoded(source, encoding)))
+    return unpacked(source)
+
+
+class _Recoded:
+    """A file of another encoding as UTF-8. Halves of surrogate pairs stay what they are, which is
+    no UTF-8: their lines are told.
+    """
+
+    def __init__(self, source: BinaryIO, encoding: str) -> None:
+        self._source = source
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+        self._ahead = b""
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes; none at the end.
+
+        Raises:
+            UnicodeDecodeError: the file breaks off within a character, or is damaged.
+        """
+        while not self._ahead:
+            data = self._source.read(io.DEFAULT_BUFFER_SIZE)
+            text = self._decoder.decode(data, final=not data)
+            if not data and not text:
+                return b""
+            self._ahead = text.encode("utf-8", "surrogatepass")
+        part, self._ahead = self._ahead[:size], self._ahead[size:]
+        return part
 
 
 def _buffered(source: BinaryIO) -> BinaryIO:

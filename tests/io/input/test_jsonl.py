@@ -273,6 +273,34 @@ def test_a_compressed_file_that_breaks_off_is_named(tmp_path: Path, name: str) -
         planned(tmp_path / name)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv"])
+def test_files_of_windows_are_read_in_the_encoding_that_their_mark_tells(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    ids = ["é", "\u0a0a両", "😀" * 5000, "last"]
+    lines = [json.dumps({"id": one}, ensure_ascii=False) for one in ids]
+    if name != "a.jsonl":
+        lines = ["id\tn" if "tsv" in name else "id,n", *ids]
+    text = "".join(f"{line}\r\n" for line in ["\ufeff" + lines[0], *lines[1:]])
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    table = read(planned(tmp_path / name))
+    # An id of 5,000 characters is none.
+    assert table[ID] == ["é", "\u0a0a両", f"{name}#2", "last"]
+    assert "holds an id of 5,000 characters" in table[ERROR][2]
+    (tmp_path / name).write_bytes(text.encode(encoding)[:-1])
+    with pytest.raises(InputError, match="truncated data"):
+        planned(tmp_path / name)
+
+
+def test_half_a_pair_in_utf_16_costs_its_line(tmp_path: Path) -> None:
+    text = '\ufeff{"id": "a"}\n{"id": "\ud83d"}\n{"id": "b"}\n'
+    (tmp_path / "a.jsonl").write_bytes(text.encode("utf-16-le", "surrogatepass"))
+    table = read(planned(tmp_path))
+    assert table[ID] == ["a", "a.jsonl#1", "b"]
+    assert table[ERROR][1].startswith("row_malformed: line 2 is no JSON ('utf-8' codec")
+
+
 def test_a_file_is_what_its_first_bytes_say_whatever_its_name(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"id": "a"}'))
     (tmp_path / "b.jsonl.gz").write_bytes(b'{"id": "b"}')
