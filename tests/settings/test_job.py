@@ -155,6 +155,24 @@ def test_text_that_is_no_yaml_names_its_key() -> None:
         load("generation.stop=[a")
 
 
+@pytest.mark.parametrize(
+    ("assignment", "key"),
+    [
+        ("input.prompt=caf\udce9?", "input.prompt"),  # an argument in Latin-1
+        ('input.prompt="\\ud83d"', "input.prompt"),
+        ("input.path=[a, caf\udce9]", "input.path"),
+        ("input.prompts.a=caf\udce9", "input.prompts.a"),
+    ],
+)
+def test_text_that_cannot_be_written_is_an_error_that_names_its_key(
+    assignment: str, key: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(assignment)
+    assert str(caught.value).startswith(f"{key}: is no valid Unicode (half a surrogate pair")
+    assert str(caught.value).isprintable()
+
+
 LITERAL = [
     *(
         "Count the # of cats",
