@@ -11,7 +11,7 @@ import regex
 from PIL import ImageColor
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions
+from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions, NumbersName
 from pipeline.quality.flags import Flag, FlagRules
 from pipeline.quality.languages import Language
 from pipeline.rows import Form, PromptLayout
@@ -53,6 +53,11 @@ class ModelSettings(Settings):
         None, description="Awaker adapter: the same, or a pytorch_model.bin; null: plain Qwen2-VL"
     )
     dtype: DtypeName = Field("bfloat16", description="dtype of weights and arithmetic")
+    quantize: NumbersName = Field(
+        "none",
+        description="8-bit numbers for the weights of the decoder's linear layers, experts among "
+        "them, and for what they multiply: int8 on a CPU, fp8 on a GPU (docs/running.md)",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         json_schema_extra=KEEPS_ANSWERS,

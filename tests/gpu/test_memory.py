@@ -40,7 +40,7 @@ SLOTS = 8
 
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[PretendedGPU, Model]]:
-    monkeypatch.setattr("pipeline.model.ops.PACK_FROM", 1 << 60)  # nothing is packed on a GPU
+    monkeypatch.setattr("pipeline.model.weights.PACK_FROM", 1 << 60)  # nothing is packed on a GPU
     model = random_model(SHAPE, torch.float32, torch.device("cpu"))
     with pretended_gpu() as gpu, torch.no_grad():
         with gpu.may_wait():
@@ -61,7 +61,7 @@ def memory_of(thing: Any) -> dict[int, int]:
 
 @pytest.mark.parametrize("adapter", [True, False])
 def test_weights_take_what_is_planned(adapter: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.model.ops.PACK_FROM", 1 << 60)
+    monkeypatch.setattr("pipeline.model.weights.PACK_FROM", 1 << 60)
     shape = SHAPE if adapter else replace(SHAPE, adapter=None)
     model = random_model(shape, torch.bfloat16, torch.device("cpu"))
     table = model.vision.table
