@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.encode import Encoded
+from pipeline.errors import ConfigError
 from pipeline.model.awaker import Model
 from pipeline.model.decoder import Decoder, DecoderLayer
 from pipeline.model.expansion import DenseExpansion
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 #: Folding costs about as much as a step or two; it starts once so many steps in a row could have
 #: used it.
 FOLD_AFTER = 4
+
+FOLDED_AND_ROUNDED = (
+    "engine.fold_experts: weights that model.quantize rounded take no experts in; set one of them"
+)
 
 
 class FoldedExperts:
@@ -101,9 +106,15 @@ class FoldedExperts:
 
 
 def folded_experts(model: Model) -> FoldedExperts | None:
-    """Room for folded experts; None, and a word about it, where there is no memory for it."""
+    """Room for folded experts; None, and a word about it, where there is no memory for it.
+
+    Raises:
+        ConfigError: the model's weights are rounded.
+    """
     if model.routers is None:
         return None
+    if model.decoder.numbers is not None:
+        raise ConfigError(FOLDED_AND_ROUNDED)
     try:
         return FoldedExperts(model)
     except torch.OutOfMemoryError:

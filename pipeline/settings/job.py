@@ -611,6 +611,15 @@ class JobSettings(Settings):
     )
     ray: RaySettings = Field(default_factory=RaySettings, json_schema_extra=KEEPS_ANSWERS)
 
+    @model_validator(mode="after")
+    def _folds_what_is_not_rounded(self) -> JobSettings:
+        if self.engine.fold_experts and self.model.quantize != "none":
+            raise ValueError(
+                "engine.fold_experts: weights that model.quantize rounds take no experts in; set "
+                "one of them"
+            )
+        return self
+
     def to_options(self) -> EngineOptions:
         """How the engines of the job's replicas batch."""
         return self.engine.to_options(self.model.decode_route)
