@@ -176,9 +176,7 @@ def find_room(model: Model, options: EngineOptions) -> tuple[int, int]:
     whole = MemoryPlan.of(model.shape, model.dtype, options, total, numbers=numbers)
 
     def plan(free: int) -> MemoryPlan:
-        return MemoryPlan.of(
-            model.shape, model.dtype, options, free, numbers=numbers, loaded=True
-        )
+        return MemoryPlan.of(model.shape, model.dtype, options, free, numbers=numbers, loaded=True)
 
     def is_enough(free: int) -> bool:
         try:

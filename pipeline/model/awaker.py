@@ -98,9 +98,7 @@ def load_model(
     table = pixel_table(
         image_processor.image_mean, image_processor.image_std, image_processor.rescale_factor
     )
-    return assemble(
-        checkpoint.shape, tensors, table.to(device), prepack=prepack, numbers=numbers
-    )
+    return assemble(checkpoint.shape, tensors, table.to(device), prepack=prepack, numbers=numbers)
 
 
 def assemble(

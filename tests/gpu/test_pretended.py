@@ -21,6 +21,7 @@ from pipeline.engine.sampling import Sampler
 from pipeline.model.awaker import Model
 from pipeline.model.decoder import Decoder
 from pipeline.model.ops import HostCopy
+from pipeline.model.weights import Fp8Weight
 from tests.gpu.pretended import PretendedGPU, pretended_gpu
 
 CUDA = torch.device("cuda", 0)
@@ -115,6 +116,21 @@ def test_bfloat16_runs_through_flash_attention_and_answers() -> None:
         assert gpu.launches["flash"] > 0
         assert there[0][0] == on_cpu(model, [one])[0][0]
         assert len(there[0]) == one.sampling.max_new_tokens
+
+
+def test_fp8_runs_through_scaled_products_and_answers() -> None:
+    """Its first tokens are those of the emulation on a CPU; later ones may be those of another
+    rounding.
+    """
+    model = random_model(SMALL, torch.bfloat16, torch.device("cpu"), numbers=Fp8Weight)
+    asked = requests()[3:5]
+    there, gpu, _ = on_gpu(model, asked)
+    # q/k/v, three mixtures and their experts' low-rank products, in each layer of each step.
+    assert gpu.launches["scaled_mm"] > 20 * SMALL.layers
+    assert gpu.replays > 5
+    for one, answer in zip(asked, there, strict=True):
+        assert answer[0] == on_cpu(model, [one])[0][0]
+        assert len(answer) == one.sampling.max_new_tokens
 
 
 @pytest.mark.slow

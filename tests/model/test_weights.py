@@ -112,9 +112,7 @@ def test_an_fp8_product_is_that_of_what_the_numbers_stand_for(
     x, w = random(tokens, into, seed=seed, outliers=True), random(out, into, seed=seed + 1)
     weight = Fp8Weight.of(w)
     rows, scales = fp8_rows(x)
-    exact = (rows.double() * scales.double()) @ (
-        weight.values.double() * weight.scales.double()
-    ).T
+    exact = (rows.double() * scales.double()) @ (weight.values.double() * weight.scales.double()).T
     torch.testing.assert_close(linear(x, weight).double(), exact, rtol=1e-4, atol=1e-4)
     # Three bits behind the first: a sixteenth of each number, or of the smallest normal one.
     for given_rows, numbers, scale in ((x, rows, scales), (w, weight.values, weight.scales)):
