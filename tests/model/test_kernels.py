@@ -76,11 +76,14 @@ def test_fp8_rows(kernels: ModuleType, dtype: torch.dtype) -> None:
     finite = torch.tensor([0, 1, 2, 4])
     assert torch.equal(scales.cpu()[finite], right_scales[finite])
     made, expected = values.cpu().float()[finite], right.float()[finite]
-    if DEVICE == "cpu":
-        # What rounds up to a power of two, Triton's interpreter takes for half of it.
-        expected = torch.where(made == expected / 2, made, expected)
-        assert (made == right.float()[finite]).float().mean() > 0.95
-    assert torch.equal(made, expected)
+    if DEVICE == "cuda":
+        assert torch.equal(made, expected)
+        return
+    # Triton's interpreter rounds halves up, and takes what rounds up to a power of two for half
+    # of it.
+    assert (made == expected).float().mean() > 0.95
+    halved = made == expected / 2
+    assert ((made - expected).abs() <= expected.abs() / 8).logical_or(halved).all()
     assert not scales[3].isfinite().any()
     assert not right_scales[3].isfinite().any()
 
