@@ -56,7 +56,7 @@ class ModelSettings(Settings):
     quantize: NumbersName = Field(
         "none",
         description="8-bit numbers for the weights of the decoder's linear layers, experts among "
-        "them, and for what they multiply: int8 on a CPU, fp8 on a GPU (docs/running.md)",
+        "them, and for what they multiply: int8 on a CPU, fp8 on a GPU (docs/model.md)",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
