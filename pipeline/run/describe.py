@@ -23,7 +23,8 @@ def describe(job: Job) -> str:
     """The configuration, the shards, the columns and what would run, in lines."""
     lines = ["# configuration", *as_yaml(job.settings).rstrip().split("\n"), ""]
     lines += [*_input(job), "", *_columns(job), "", *_would_run(job)]
-    if job.settings.model.device != "cpu":
+    # int8 is of CPUs.
+    if job.settings.model.device != "cpu" and job.settings.model.quantize != "int8":
         lines += ["", *_memory(job)]
     return "\n".join(map(printable, lines))
 
