@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.model.weights import Fp8Weight, Int8Weight, linear
+from pipeline.model.weights import Activations, Fp8Weight, Int8Weight, linear
 
 
 class Expansion(Protocol):
@@ -123,11 +123,17 @@ class Int8Expansion:
 
     def add_(self, out: Tensor, low: Tensor) -> None:
         """As `Expansion.add_`."""
-        parts = out.unflatten(1, (len(self.b[0]), -1))
-        blocks = low.unflatten(2, (len(self.b), -1))
-        for expert in reversed(range(len(self.b))):
+        count, experts = len(self.b[0]), len(self.b)
+        parts = out.unflatten(1, (count, -1))
+        # Each expert's part of each token is a row; all are rounded at once.
+        rows = self.b[0][0].activations(low.reshape(len(low) * count * experts, -1))
+        values = rows.values.view(len(low), count, experts, -1)
+        scales = rows.scales.view(len(low), count, experts, 1)
+        for expert in reversed(range(experts)):
             for number, weight in enumerate(self.b[expert]):
-                parts[:, number].add_(linear(blocks[:, number, expert], weight))
+                at = (slice(None), number, expert)
+                read = Activations(values[at].contiguous(), scales[at], rows.dtype)
+                parts[:, number].add_(linear(read, weight))
 
     def add_to_(self, out: Tensor, tokens: Tensor, low: Tensor) -> None:
         """As `Expansion.add_to_`."""

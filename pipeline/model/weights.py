@@ -122,9 +122,10 @@ class Int8Weight:
             for part in self.parts
         ]
         product = products[0] if len(products) == 1 else torch.cat(products, 1)
-        if bias is None:
-            return product.mul_(x.scales).to(x.dtype)
-        return torch.addcmul(bias.float(), product, x.scales).to(x.dtype)
+        # One operation after another: a fused one rounds once or twice, depending on where in a
+        # batch it stands.
+        product.mul_(x.scales)
+        return (product if bias is None else product.add_(bias)).to(x.dtype)
 
     def dense(self) -> Tensor:
         """What the integers stand for, [out, in] float32."""
