@@ -15,9 +15,9 @@ class Floors:
         shape: the model's sizes.
         flops: floating-point operations a second of a large product.
         bandwidth: bytes a second read from memory.
-        itemsize: bytes of a number of the decoder's linear layers and of what they multiply: 2 of
-            bfloat16, 1 where `model.quantize` rounds them. Tensor cores multiply those of one byte
-            at twice the rate. What else there is has 2.
+        itemsize: in a decode step, bytes of a number of the decoder's linear layers and of what
+            they multiply: 2 of bfloat16, 1 where `model.quantize` rounds them. Tensor cores
+            multiply those of one byte at twice the rate. What else there is has 2.
     """
 
     shape: ModelShape

@@ -148,7 +148,8 @@ def test_fp8_leaves_the_cache_more() -> None:
 def test_memory_that_a_dead_process_still_holds_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = SimpleNamespace(shape=SHAPE, dtype=torch.float32, device=CUDA)
+    decoder = SimpleNamespace(numbers=None)
+    model = SimpleNamespace(shape=SHAPE, dtype=torch.float32, device=CUDA, decoder=decoder)
     # Asked for the whole; then there is no room, some, nearly all.
     free = iter([100 << 20, 100 << 20, 2 << 30, 7 << 30])
     waits: list[float] = []
