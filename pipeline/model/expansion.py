@@ -123,11 +123,11 @@ class Int8Expansion:
 
     def add_(self, out: Tensor, low: Tensor) -> None:
         """As `Expansion.add_`."""
-        count, experts = len(self.b[0]), len(self.b)
+        count, experts, rank = len(self.b[0]), len(self.b), self.b[0][0].shape[1]
         parts = out.unflatten(1, (count, -1))
         # Each expert's part of each token is a row; all are rounded at once.
-        rows = self.b[0][0].activations(low.reshape(len(low) * count * experts, -1))
-        values = rows.values.view(len(low), count, experts, -1)
+        rows = self.b[0][0].activations(low.reshape(len(low) * count * experts, rank))
+        values = rows.values.view(len(low), count, experts, rank)
         scales = rows.scales.view(len(low), count, experts, 1)
         for expert in reversed(range(experts)):
             for number, weight in enumerate(self.b[expert]):

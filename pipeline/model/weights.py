@@ -56,6 +56,11 @@ class Activations:
     scales: Tensor
     dtype: torch.dtype
 
+    @property
+    def shape(self) -> torch.Size:
+        """[tokens, in]."""
+        return self.values.shape
+
     def __getitem__(self, rows: slice) -> Activations:
         return Activations(self.values[rows], self.scales[rows], self.dtype)
 
@@ -323,6 +328,10 @@ def linear(x: Tensor | Activations, weight: Weight, bias: Tensor | None = None) 
         bias: [out].
     """
     if not isinstance(weight, Tensor):
+        if not x.shape[0]:  # a step that answers nobody, behind its last attention
+            dtype = x.dtype
+            device = x.device if isinstance(x, Tensor) else x.scales.device
+            return torch.empty(0, weight.shape[0], dtype=dtype, device=device)
         return weight.product(weight.activations(x) if isinstance(x, Tensor) else x, bias)
     assert isinstance(x, Tensor)
     if weight.is_mkldnn:

@@ -12,7 +12,7 @@ from pipeline.engine.runner import routed_factors
 from pipeline.engine.segments import ExpertRules, plan_segments
 from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
 from pipeline.model.routing import expert_factors
-from pipeline.model.weights import Fp8Weight, Int8Weight, linear
+from pipeline.model.weights import Fp8Weight, Int8Weight, Numbers, linear
 
 OUT, IN, RANK = 7, 5, 3
 
@@ -179,6 +179,18 @@ def test_every_strategy_in_8_bits_is_the_formula(
     ]
     if numbers is Int8Weight:
         assert torch.equal(torch.cat(alone), result)
+
+
+@pytest.mark.parametrize("numbers", [None, Int8Weight, Fp8Weight])
+def test_a_step_may_have_no_token_left(numbers: Numbers) -> None:
+    experts = 2
+    stacked = torch.randn(2 * ((experts + 1) * RANK + OUT), IN)
+    b = torch.randn(2, OUT, (experts + 1) * RANK)
+    mixture = Mixture.of(stacked, b, RANK, prepack=True, numbers=numbers)
+    nobody = ExpertFactors.masked(torch.empty(0, experts + 1))
+    assert mixture_linear(torch.empty(0, IN), mixture, nobody).shape == (0, 2 * OUT)
+    alone = Mixture.of(stacked, None, 0, prepack=True, numbers=numbers)
+    assert mixture_linear(torch.empty(0, IN), alone, None).shape == (0, len(stacked))
 
 
 def test_a_quantized_projection_has_no_weight_to_fold_into() -> None:
