@@ -72,8 +72,8 @@ class NoDevice:
         return torch.device("cpu")
 
 
-def cases() -> dict[str, Callable[[], Any]]:
-    """Calls of the launchers, in the shapes of the 7B model."""
+def cases(architecture: int) -> dict[str, Callable[[], Any]]:
+    """Calls of the launchers, in the shapes of the 7B model; those that an architecture has."""
     hidden, mlp, experts = 3584, 18_944, 1280
     x = torch.empty(256, hidden, dtype=BF16)
     # A step's products carry the experts' columns in front of their own.
@@ -97,6 +97,14 @@ def cases() -> dict[str, Callable[[], Any]]:
             seen[:, :32], torch.empty(1024, 40), torch.empty(1024, 40)
         ),
     }
+    if architecture >= 89:
+        calls["rounding to fp8"] = lambda: kernels.fp8_rows(x)
+        calls["rounding to fp8, of low-rank products"] = lambda: kernels.fp8_rows(
+            torch.empty(256, 2, experts, dtype=BF16)[:, 1]
+        )
+        calls["rounding to fp8, of the MLP"] = lambda: kernels.fp8_rows(
+            torch.empty(256, mlp, dtype=BF16)
+        )
     logits = torch.empty(256, 152_064, dtype=BF16)
     known = torch.empty(256, 152_064, dtype=torch.bool)
     slots, penalty = torch.zeros(256, dtype=torch.int64), torch.ones(256)
@@ -129,7 +137,7 @@ def compile_all(architecture: int, chosen: Sequence[str]) -> list[dict[str, Any]
         return kernel
 
     JITFunction.run = compile_only
-    facts, known = [], cases()
+    facts, known = [], cases(architecture)
     for case in chosen or known:
         compiled.clear()
         known[case]()
