@@ -94,6 +94,9 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> N
             # Beside the heads: where in the cache they go, and four numbers of the values at a
             # time, of which a token has no more for 128 threads.
             assert kernel["moves"] - kernel["wide"] <= 3, kernel
+        elif kernel["kernel"] == "_fp8_rows":
+            # Beside the row: its scale.
+            assert kernel["moves"] - kernel["wide"] <= 1, kernel
         elif kernel["kernel"] == "_most_probable":
             # Beside the logits: the result, and with a penalty its slot, its size, and eight tokens'
             # bytes at a time of those that it covers.
