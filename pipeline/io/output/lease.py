@@ -33,8 +33,8 @@ from pipeline.io.output.storage import OutputFolder
 
 #: A lock that nobody can read names no run; it counts as a living one's until it has stood still.
 UNKNOWN = "?"
-#: What a run may be called: part of a file's name.
-_RUN = re.compile(r"\w[\w.\-]{0,199}", re.ASCII)
+#: What a run may be called: part of a file's name, in ASCII that is seen, without a slash.
+_RUN = re.compile(r"(?!\.)[!-.0-~]{1,200}")
 
 
 class LeaseLostError(OutputError):
