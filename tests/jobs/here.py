@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +63,9 @@ def run_stages(
         for _ in range(job.settings.replicas):
             replicas.append(Replica(*replica_arguments(job, "cpu", 1, *handles)))
             stack.callback(replicas[-1]._engine.close)
-        asyncio.run(_answer(replicas, blocks))
+        # In a thread of its own: in this one the loop of a page's browser may be running.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: asyncio.run(_answer(replicas, blocks))).result()
     committer.finish()
     return monitor.snapshot()
 
