@@ -51,6 +51,7 @@ def copy_of_the_repository(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_photographs_are_captioned_by_a_job_submitted_to_a_head_node(
     tmp_path: Path, ray_cluster: RayCluster
 ) -> None:
