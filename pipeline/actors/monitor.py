@@ -22,6 +22,9 @@ from pipeline.rows import Place
 #: A block has the same name in both.
 WatchedStage = Literal["prepare", "generate"]
 
+#: A replica that says nothing for so long is gone: its node was lost, or it was given back.
+GONE_SECONDS = 600.0
+
 #: Reports come several times a second; Ray exports every few seconds.
 TELL_SECONDS = 1.0
 
@@ -33,7 +36,8 @@ class Monitor:
     display's.
 
     Args:
-        replicas: how many live at a time; one that starts beyond them takes a lost one's place.
+        replicas: how many live at a time, at most; one that starts beyond them takes a lost one's
+            place.
         metrics: tell Ray, too, which exports it to Prometheus.
     """
 
@@ -45,6 +49,7 @@ class Monitor:
         self._counts = RowCounts()
         self._engines: dict[str, EngineCounts] = {}
         self._gauges: dict[str, ReplicaGauges] = {}
+        self._heard: dict[str, float] = {}
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._dropped = 0
         self._refusal: JobError | None = None
@@ -80,8 +85,12 @@ class Monitor:
         # shown.
         self._gauges.pop(replica, None)
         self._gauges[replica] = gauges
-        while len(self._gauges) > self._replicas:
-            del self._gauges[next(iter(self._gauges))]
+        self._heard[replica] = now = time.monotonic()
+        for first in list(self._gauges):
+            is_gone = now - self._heard[first] > GONE_SECONDS
+            if not is_gone and len(self._gauges) <= self._replicas:
+                break
+            del self._gauges[first], self._heard[first]
         self._tell()
 
     def count(self, counts: RowCounts) -> None:

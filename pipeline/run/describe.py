@@ -10,6 +10,7 @@ from pipeline.redact import printable
 from pipeline.rows import SETTINGS
 from pipeline.run.check import Job
 from pipeline.settings.base import as_yaml
+from pipeline.settings.job import JobSettings
 
 #: Of a picture of a megapixel, and a question about it.
 USUAL_PROMPT_TOKENS = 1400
@@ -78,10 +79,15 @@ def _would_run(job: Job) -> list[str]:
     )
     return [
         "# would run",
-        f"{job.task}: {job.plan.rows:,} rows on {settings.replicas} replica(s), model of "
+        f"{job.task}: {job.plan.rows:,} rows on {_replicas(settings)}, model of "
         f"{shape.layers} layers, {adapter}, {settings.model.dtype}, results to "
         f"{settings.output.path}",
     ]
+
+
+def _replicas(settings: JobSettings) -> str:
+    fewest, most = settings.fewest_replicas, settings.most_replicas
+    return f"{fewest} replica(s)" if fewest == most else f"{fewest} to {most} replicas"
 
 
 def _memory(job: Job) -> list[str]:

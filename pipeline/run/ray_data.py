@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,23 @@ HOLD_BACK = "OBJECT_STORE_BUDGET_UTIL_THRESHOLD"
 HOLD_BACK_VARIABLE = f"RAY_DATA_DOWNSTREAM_CAPACITY_{HOLD_BACK}"
 
 
-def configure(place: Place) -> None:
-    """Set Ray Data up for a job of this process, whose stages run in `place`."""
+#: How full a stage's actors are when Ray Data starts more of them, and ends some, in a job that
+#: grows. An actor that still loads its model counts as empty: from a half on, a stage doubles while
+#: it grows, where one that waits for all to be full would start one at a time.
+GROW_FROM, SHRINK_BELOW = 0.55, 0.1
+
+#: Where a job's context says how many actors of which stage have room in its place.
+SEATS = "actors that have room in the job's place"
+
+
+def configure(place: Place, growing: dict[str, int] | None = None) -> None:
+    """Set Ray Data up for a job of this process, whose stages run in `place`.
+
+    Args:
+        place: what the job holds.
+        growing: None, or how many actors have room in it, by the name of their class: further ones
+            take what else the cluster has, now or later.
+    """
     from ray.data import DataContext, ExecutionResources
     from ray.util.annotations import RayDeprecationWarning
 
@@ -38,9 +54,15 @@ def configure(place: Place) -> None:
     # Ray cuts blocks by bytes. `repartition` by rows would be a stage of its own that asks for a
     # whole CPU.
     context.target_max_block_size = BLOCK_BYTES
-    context.execution_options.resource_limits = ExecutionResources.for_limits(
-        cpu=sum(node.cpus for node in place.nodes), gpu=sum(node.gpus for node in place.nodes)
-    )
+    context.set_config(SEATS, growing)
+    if growing is None:
+        context.execution_options.resource_limits = ExecutionResources.for_limits(
+            cpu=sum(node.cpus for node in place.nodes), gpu=sum(node.gpus for node in place.nodes)
+        )
+    else:
+        context.execution_options.resource_limits = ExecutionResources.for_limits()
+        context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_FROM
+        context.autoscaling_config.actor_pool_util_downscaling_threshold = SHRINK_BELOW
     # Not for tasks of large arguments as well (here are none): Ray Data would then take a placement
     # group's bundles for all that there is, find no object store in them, and let the stages wait
     # for each other block by block. Replicas had half of their work.
@@ -112,21 +134,35 @@ def _make_actors_of_values() -> None:
     def start_of_values(operator: Any, *arguments: Any, **named: Any) -> Any:
         if not isinstance(operator._actor_cls, _ActorOfValues):
             values = {"ctx": operator.data_context, "map_transformer": operator._map_transformer}
-            operator._actor_cls = _ActorOfValues(operator._actor_cls, values)
+            operator._actor_cls = _ActorOfValues(operator._actor_cls, values, _seats(operator))
         return start(operator, *arguments, **named)
 
     start_of_values.__wrapped__ = start  # type: ignore[attr-defined]
     ActorPoolMapOperator._start_actor = start_of_values
 
 
+def _seats(operator: Any) -> Iterator[object] | None:
+    """One for each of a stage's actors that has room in the job's place; None: all have."""
+    growing = operator.data_context.get_config(SEATS) or {}
+    for kind, count in growing.items():
+        if operator.name.endswith(f"({kind})"):
+            return iter(range(count))
+    return None
+
+
 @dataclass(frozen=True)
 class _ActorOfValues:
-    """A remote class that is made of `values` in the place of the references of the same names."""
+    """A remote class that is made of `values` in the place of the references of the same names, and
+    once all `seats` are taken wherever the cluster has room.
+    """
 
     kind: Any
     values: dict[str, Any]
+    seats: Iterator[object] | None = None
 
     def options(self, **options: Any) -> _ActorOfValues:
+        if self.seats is not None and next(self.seats, None) is None:
+            options["scheduling_strategy"] = "DEFAULT"
         return _ActorOfValues(self.kind.options(**options), self.values)
 
     def remote(self, **arguments: Any) -> Any:

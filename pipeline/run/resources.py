@@ -34,6 +34,7 @@ class Resources:
 
     Attributes:
         device: `cpu` or `cuda`.
+        replicas: how many replicas there is room for.
         replica_gpus: GPUs of a replica.
         replica_cpus: CPUs of a replica.
         replica_threads: torch threads of a replica on the CPU.
@@ -42,6 +43,7 @@ class Resources:
     """
 
     device: str
+    replicas: int
     replica_gpus: int
     replica_cpus: float
     replica_threads: int
@@ -55,15 +57,23 @@ def device_of(settings: JobSettings, gpus: float) -> str:
     Raises:
         ConfigError: more replicas than GPUs, or CUDA asked of a cluster without.
     """
-    device = settings.model.device
+    device, fewest = settings.model.device, settings.fewest_replicas
     if device == "auto":
         device = "cuda" if gpus >= 1 else "cpu"
-    if device == "cuda" and gpus < settings.replicas:
+    if device == "cuda" and gpus < fewest:
         raise ConfigError(
-            f"replicas: {settings.replicas} on CUDA need {settings.replicas} GPUs, the cluster has "
+            f"replicas: {fewest} on CUDA need {fewest} GPUs, the cluster has "
             f"{gpus:g}; lower replicas, add GPUs, or set model.device=cpu"
         )
     return device
+
+
+def _beginning(settings: JobSettings, nodes: Sequence[Node], device: str) -> int:
+    """With how many replicas a job begins that takes no more than `nodes`: on CUDA one a GPU, on
+    CPUs one a node, as far as the settings allow.
+    """
+    room = sum(int(node.gpus) if device == "cuda" else node.cpus > 0 for node in nodes)
+    return max(settings.fewest_replicas, min(settings.most_replicas, room))
 
 
 def portion(
@@ -86,10 +96,11 @@ def portion(
     if device_of(settings, gpus) == "cpu":
         wanted = [Node(node.cpus) for node in nodes]
     else:
-        taken = _gpus_of_each(settings.replicas, free)
+        replicas = _beginning(settings, free, "cuda")
+        taken = _gpus_of_each(replicas, free)
         if taken is None:
             return None
-        of_all = settings.replicas / gpus
+        of_all = replicas / gpus
         wanted = [
             Node(node.cpus * (count / node.gpus if node.gpus else of_all), count)
             for node, count in zip(nodes, taken, strict=True)
@@ -132,7 +143,7 @@ def share(settings: JobSettings, nodes: Sequence[Node]) -> Resources:
     """
     cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
     device = device_of(settings, sum(node.gpus for node in nodes))
-    replicas = settings.replicas
+    replicas = _beginning(settings, nodes, device)
     if device == "cuda":
         # A GPU may stand on a node of few CPUs.
         beside = min(node.cpus / node.gpus for node in nodes if node.gpus)
@@ -147,6 +158,7 @@ def share(settings: JobSettings, nodes: Sequence[Node]) -> Resources:
     actors = min(settings.preparation.actors or max(1, int(spare)), int(spare / TASK_CPUS))
     return Resources(
         device=device,
+        replicas=replicas,
         replica_gpus=1 if device == "cuda" else 0,
         replica_cpus=replica_cpus,
         replica_threads=max(1, int(min(cpus / replicas, largest))),

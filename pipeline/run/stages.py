@@ -45,7 +45,7 @@ def run_stages(
     Raises:
         JobError: the committer cannot go on.
     """
-    configure(place)
+    configure(place, _seats(job, place.resources))
     import ray
 
     monitor = _start_monitor(job, run)
@@ -87,7 +87,7 @@ def _start_monitor(job: Job, run: OpenRun) -> NamedActor:
 
     name = f"monitor-{run.claim.run}-{secrets.token_hex(2)}"
     kind = ray.remote(**BESIDE)(Monitor).options(name=name)
-    return NamedActor(name, kind.remote(job.settings.replicas, metrics=True))
+    return NamedActor(name, kind.remote(job.settings.most_replicas, metrics=True))
 
 
 def _start_committer(job: Job, run: OpenRun, at: str, monitor: NamedActor) -> NamedActor:
@@ -169,7 +169,9 @@ def _prepare(rows: Dataset, job: Job, resources: Resources, monitor: NamedActor)
         batch_size=job.settings.preparation.rows_per_block,
         batch_format="pyarrow",
         num_cpus=resources.prepare_cpus,
-        compute=ActorPoolStrategy(min_size=1, max_size=resources.prepare_actors),
+        compute=ActorPoolStrategy(
+            min_size=1, max_size=resources.prepare_actors * _growth(job, resources)
+        ),
     )
 
 
@@ -194,11 +196,24 @@ def _answer(
         num_cpus=resources.replica_cpus,
         num_gpus=resources.replica_gpus,
         compute=ActorPoolStrategy(
-            size=job.settings.replicas,
+            min_size=resources.replicas,
+            max_size=max(resources.replicas, job.settings.most_replicas),
             max_tasks_in_flight_per_actor=in_flight,
             max_concurrent_calls_per_actor=in_flight,
         ),
     )
+
+
+def _growth(job: Job, resources: Resources) -> int:
+    """How many times as large as it begins the job may grow."""
+    return -(-job.settings.most_replicas // resources.replicas)
+
+
+def _seats(job: Job, resources: Resources) -> dict[str, int] | None:
+    """How many actors of which stage have room in the job's place; None: none come beside them."""
+    if _growth(job, resources) == 1:
+        return None
+    return {"Preparer": resources.prepare_actors, "Replica": resources.replicas}
 
 
 def _blocks_in_flight(job: Job, resources: Resources) -> int:
