@@ -24,14 +24,16 @@ from tests.jobs.support import ROOT, TIMEOUT, answered_here, results, sets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5 * TIMEOUT)]
 
-ROWS = 400
+#: Ray Data lets a stage grow by the blocks before it; small shards are blocks of their own.
+SHARDS, ROWS_OF_EACH = 100, 5
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, Any]:
     base, adapter = write_random_checkpoint(tmp_path / "model", RandomShape(), seed=1)
-    rows = [f"row {number}" for number in range(ROWS)]
-    write_shard(tmp_path / "in/0.parquet", {"id": rows, "prompt": rows})
+    for shard in range(SHARDS):
+        rows = [f"row {shard}.{number}" for number in range(ROWS_OF_EACH)]
+        write_shard(tmp_path / f"in/{shard}.parquet", {"id": rows, "prompt": rows})
     return {
         "model.base": base,
         "model.adapter": adapter,
@@ -42,6 +44,7 @@ def job(tmp_path: Path) -> dict[str, Any]:
         "output.rows_per_file": 10,
         "preparation.rows_per_block": 2,
         "engine.batch_size": 2,
+        "engine.waiting": 4,
         "generation.max_new_tokens": 48,
     }
 

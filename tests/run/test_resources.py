@@ -13,7 +13,9 @@ from pipeline.run.resources import ENOUGH, RESERVED_CPUS, TASK_CPUS, Node, porti
 from pipeline.settings.job import JobSettings
 
 
-def settings(replicas: int = 1, device: str = "auto", actors: int | None = None) -> JobSettings:
+def settings(
+    replicas: int | dict[str, int] = 1, device: str = "auto", actors: int | None = None
+) -> JobSettings:
     return JobSettings.model_validate(
         {
             "model": {"base": "base", "device": device},
@@ -97,6 +99,25 @@ def test_a_job_without_gpus_takes_what_is_free_once_that_is_enough() -> None:
     assert portion(settings(), nodes, [Node(16), Node(4)]) == [Node(16), Node(4)]
     assert portion(settings(), nodes, [Node(7), Node(0)]) is None
     assert portion(settings(), [Node(0)], [Node(0)]) is None
+
+
+@pytest.mark.parametrize(
+    ("fewest", "most", "begun"), [(1, 512, 8), (1, 3, 3), (8, 512, 8), (9, 512, None)]
+)
+def test_a_job_that_may_grow_begins_with_as_many_replicas_as_have_room(
+    fewest: int, most: int, begun: int | None
+) -> None:
+    asked = settings({"min": fewest, "max": most})
+    nodes, free = [Node(64, 8), Node(64, 8)], [Node(0, 0), Node(64, 8)]
+    taken = portion(asked, nodes, free)
+    assert (taken and sum(node.gpus for node in taken)) == begun
+    if taken:
+        assert share(asked, taken).replicas == begun
+
+
+def test_a_job_that_may_grow_begins_with_a_replica_on_each_node_without_gpus() -> None:
+    shared = share(settings({"min": 1, "max": 512}), [Node(16), Node(0), Node(16)])
+    assert (shared.replicas, shared.replica_cpus) == (2, 8.0)
 
 
 @st.composite
