@@ -16,6 +16,7 @@ NAMES = (
     "overhead",
     "shared_images",
     "folding",
+    "quantization",
     "strategies",
     "grouping",
     "repetition",

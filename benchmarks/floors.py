@@ -15,11 +15,15 @@ class Floors:
         shape: the model's sizes.
         flops: floating-point operations a second of a large product.
         bandwidth: bytes a second read from memory.
+        itemsize: in a decode step, bytes of a number of the decoder's linear layers and of what
+            they multiply: 2 of bfloat16, 1 where `model.quantize` rounds them. Tensor cores
+            multiply those of one byte at twice the rate. What else there is has 2.
     """
 
     shape: ModelShape
     flops: float
     bandwidth: float
+    itemsize: int = 2
 
     @property
     def projections(self) -> int:
@@ -80,11 +84,14 @@ class Floors:
         and values.
         """
         s = self.shape
-        read: float = self.projections + s.hidden * s.vocabulary
+        head = s.hidden * s.vocabulary
+        read: float = self.projections
         if s.adapter is not None:
             routed = s.adapter.experts * (1 - (1 - 1 / s.adapter.experts) ** batch)
             read += (routed + 1) * self.expert
-        weights = max(2 * read / self.bandwidth, 2.0 * batch * self.used / self.flops)
+        rate = self.flops * 2 / self.itemsize
+        multiplied = (self.used - head) / rate + head / self.flops
+        weights = max((self.itemsize * read + 2 * head) / self.bandwidth, 2.0 * batch * multiplied)
         return weights + batch * context * self.cache_bytes / self.bandwidth
 
     def request_seconds(self, visual: int, text: int, new: int, batch: int) -> float:

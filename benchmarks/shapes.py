@@ -14,6 +14,7 @@ from pipeline.model.awaker import Model, assemble
 from pipeline.model.checkpoint import serving_shapes
 from pipeline.model.shape import AdapterShape, ModelShape, VisionShape
 from pipeline.model.vision import pixel_table
+from pipeline.model.weights import Numbers
 from pipeline.synthetic.hub_folder import IMAGE_MEAN, IMAGE_STD
 
 VISION = VisionShape(
@@ -79,7 +80,11 @@ class NoText:
 
 
 def random_model(
-    shape: ModelShape, dtype: torch.dtype, device: torch.device, seed: int = 0
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    numbers: Numbers = None,
 ) -> Model:
     """A model with random weights, made where it runs."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -94,9 +99,8 @@ def random_model(
             wide = 2.0 if name == "gates.weight" else 1.0
             tensor.normal_(0, wide / size[-1] ** 0.5, generator=generator)
         tensors[name] = tensor
-    return assemble(
-        shape, tensors, pixel_table(IMAGE_MEAN, IMAGE_STD, 1 / 255).to(device), prepack=True
-    )
+    table = pixel_table(IMAGE_MEAN, IMAGE_STD, 1 / 255).to(device)
+    return assemble(shape, tensors, table, prepack=True, numbers=numbers)
 
 
 def random_requests(

@@ -33,9 +33,9 @@ _QUOTE = re.compile(r"'(?![\w%=&+/.\-])")
 _CONTAINER = re.compile(r"\b(?:abfss?|az)://$", re.IGNORECASE)
 _PORT = re.compile(r"\d{1,5}(?=/|$)")
 #: A name, `=` or `:` (percent-encoded, too), then a value: in quotes, which may be escaped or never
-#: close, or plain.
+#: close, or plain. Or an element of XML, as storages answer.
 _NAMED = re.compile(
-    r"(?<![\w.\-])(?P<name>[\w.\-]++)(?P<between>(?:\\*[\"'])?\s{0,4}(?:=>|[=:]|%3D|%3A)\s{0,4})"
+    r"(?<![\w.\-])(?P<name>[\w.\-]++)(?P<between>>|(?:\\*[\"'])?\s{0,4}(?:=>|[=:]|%3D|%3A)\s{0,4})"
     r"(?:[bur]{0,2}(?P<quote>\\*[\"'])|(?P<kind>(?:Bearer|Basic|Digest|Token|Negotiate|AWS4-HMAC-SHA256|AWS4-HMAC)\s{1,4})?)",
     re.IGNORECASE,
 )
@@ -174,6 +174,13 @@ def _without_values(text: str) -> str:
     for match in _NAMED.finditer(text):
         if match.start() < done or not is_secret_name(match["name"]):
             continue
+        begin = match.end()
+        if match["between"] == ">":
+            if text[max(0, match.start() - 1)] == "<":
+                close = text.find("<", begin)
+                parts += [text[done:begin], "***"]
+                done = close if close >= 0 else len(text)
+            continue
         # `key` alone is a word of many texts: only as `key=` or in quotes is it a name.
         if (
             match["name"].lower() == "key"
@@ -181,7 +188,6 @@ def _without_values(text: str) -> str:
             and match["between"][0] not in "\\\"'"
         ):
             continue
-        begin = match.end()
         quote = match["quote"]
         if quote and len(quote) > 1:
             close = text.find(quote, begin)

@@ -19,8 +19,6 @@ import hypothesis
 import psutil
 import pytest
 
-import pipeline.compat  # noqa: F401 - before transformers imports torchvision
-
 # Before torch and ray are imported anywhere: two cores are shared by two test processes and by the
 # actors they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -31,6 +29,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Nothing is told to Ray's makers; the actor that gathers it would cost each cluster a process.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Metrics are told every second instead of every ten, for which a test would wait.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 # Ray's token authentication, for the head node and all who talk to it; read once, when ray is
 # imported.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -43,19 +43,33 @@ hypothesis.settings.load_profile("without deadline")
 GOLDEN = Path(__file__).parent / "golden"
 
 
-#: Files whose tests use the one Ray cluster stay in the process that starts it; the others go by
-#: file.
+#: Tests that use the one Ray cluster stay in the process that starts it; the others go by file.
 JOBS = (
     "tests/jobs/",
     "tests/test_demo.py",
-    "tests/run/test_nightly.py",
     "tests/run/test_reservation.py",
-    "tests/actors/test_witness.py",
-)
-JOBS += (
-    "tests/io/input/test_fetch.py",
     "tests/run/test_progress.py",
     "tests/actors/test_metrics.py",
+    "tests/actors/test_witness.py",
+)
+#: Of `tests/jobs/`, what never comes as far as Ray; beside these, what has its stages "here".
+HERE = (
+    "tests/jobs/test_interrupted_at_the_end.py",
+    "tests/jobs/test_killed_at_the_end.py",
+    "tests/jobs/test_pointless.py",
+)
+
+#: Files that take longest come first of those that go by file, so that both processes end together.
+LONG = (
+    "tests/engine/test_exactness.py",
+    "tests/gpu/",
+    "tests/test_report.py",
+    "tests/io/output/test_fencing.py",
+    "tests/io/input/",
+    "tests/jobs/",
+    "tests/training/",
+    "tests/model/",
+    "tests/actors/",
 )
 
 
@@ -63,19 +77,23 @@ def pytest_configure(config: pytest.Config) -> None:
     """Without a GPU, Triton's kernels are interpreted: said before triton is imported anywhere."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return  # it runs no tests, and need not wait for torch
+    # Here and not above, where it would read the number of its threads before that is set.
     import torch
+
+    import pipeline.compat  # noqa: F401 - before transformers imports torchvision
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _lot(nodeid: str) -> str:
-    if nodeid.startswith(JOBS):
+    file, _, name = nodeid.partition("::")
+    if "[on the cluster" in name or (
+        file.startswith(JOBS) and not file.startswith(HERE) and "[here" not in name
+    ):
         return "jobs"
-    # One lot, too: the process with the jobs is given a second lot at once, and that must not be a
-    # long one. None of these uses the shared cluster.
-    alone = nodeid.startswith(("tests/scripts/", "tests/chaos/"))
-    return "scripts" if alone else nodeid.partition("::")[0]
+    # One lot, too. None of these uses the shared cluster.
+    return "scripts" if file.startswith(("tests/scripts/", "tests/chaos/")) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -90,8 +108,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The jobs first: they take longest."""
-    items.sort(key=lambda item: _lot(item.nodeid) not in ("jobs", "scripts"))
+    """The longest lots first: the jobs, the scripts, then files.
+
+    Raises:
+        pytest.UsageError: a test would start the cluster a second time.
+    """
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()) and _lot(item.nodeid) != "jobs":
+            raise pytest.UsageError(f"{item.nodeid} uses `ray_cluster` and is none of JOBS")
+    first = ("jobs", "scripts", *LONG)
+    items.sort(
+        key=lambda item: next(
+            (at for at, lot in enumerate(first) if _lot(item.nodeid).startswith(lot)), len(first)
+        )
+    )
 
 
 @pytest.fixture(scope="session")

@@ -99,5 +99,6 @@ def engine_for(base: Path, adapter: Path | None, **options: Any) -> tuple[Any, P
         device="cpu",
         top_k_experts=options.pop("top_k", 1),
         prepack=options.pop("prepack", True),
+        quantize=options.pop("quantize", "none"),
     )
     return loaded.engine(EngineOptions(**options)), loaded.processor

@@ -80,5 +80,9 @@ def test_floors_are_those_of_the_arithmetic() -> None:
     assert floors.cache_bytes == 57_344
     for batch, milliseconds in ((1, 3.81), (32, 5.17), (128, 7.10), (256, 10.40)):
         assert 1000 * floors.decode_seconds(batch, 1500) == pytest.approx(milliseconds, rel=0.02)
+    # With fp8: half the bytes, and half the time of the arithmetic, but for lm_head and the cache.
+    rounded = Floors(AWAKER_7B, 790e12, 4.3e12, itemsize=1)
+    for batch, milliseconds in ((1, 2.04), (256, 7.94)):
+        assert 1000 * rounded.decode_seconds(batch, 1500) == pytest.approx(milliseconds, rel=0.02)
     assert 1000 * floors.vision_flops(4000) / 790e12 == pytest.approx(9.8, rel=0.03)
     assert 1 / floors.request_seconds(1000, 50, 100, 256) == pytest.approx(29.6, rel=0.03)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline import load
-from pipeline.engine.options import DtypeName
+from pipeline.engine.options import DtypeName, NumbersName
 from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.convert import convert
 from pipeline.quality.accuracy import is_right
@@ -42,10 +42,16 @@ def report() -> dict[str, Any]:
 
 
 def answers(
-    base: Path, adapter: Path | None, dtype: DtypeName, rows: list[dict[str, Any]]
+    base: Path,
+    adapter: Path | None,
+    dtype: DtypeName,
+    rows: list[dict[str, Any]],
+    quantize: NumbersName = "none",
 ) -> list[str]:
     """The engine's answers to all rows."""
-    awaker = load(str(base), str(adapter) if adapter else None, dtype=dtype, device="cpu")
+    awaker = load(
+        str(base), str(adapter) if adapter else None, dtype=dtype, device="cpu", quantize=quantize
+    )
     requests = []
     for row in rows:
         pictures = () if row["image"] is None else (Image.open(io.BytesIO(row["image"])),)
@@ -105,6 +111,15 @@ def test_the_engine_answers_the_scenes_as_well_as_the_report_says(
 def test_bfloat16_scores_within_a_point(exact: list[str], scenes: list[dict[str, Any]]) -> None:
     half = answers(SMALL / "base", SMALL / "adapter", "bfloat16", scenes)
     assert abs(right(half, scenes) - right(exact, scenes)) <= len(scenes) / 100
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_weights_of_8_bits_score_within_a_point(
+    quantize: NumbersName, exact: list[str], scenes: list[dict[str, Any]]
+) -> None:
+    """`python -m benchmarks quantization` has the accuracy of each task, of more scenes."""
+    rounded = answers(SMALL / "base", SMALL / "adapter", "float32", scenes, quantize)
+    assert abs(right(rounded, scenes) - right(exact, scenes)) <= len(scenes) / 100
 
 
 @pytest.mark.slow

@@ -96,6 +96,11 @@ SECRET = "hunter2hunter2"
         (f"s3%3A%2F%2FAK%3A{SECRET}%40b%2Fk", "s3%3A%2F%2F***%40b%2Fk"),
         (f"http://u:{SECRET}\uff20h/x", "http://***@h/x"),
         (f"https:////u:{SECRET}@h/x", "https:////***@h/x"),
+        (
+            f"invalid XML received: b'<Id>a</Id><SecretAccessKey>{SECRET}/x</SecretAccessKey>'",
+            "<Id>a</Id><SecretAccessKey>***</SecretAccessKey>'",
+        ),
+        (f"<SessionToken>{SECRET}", "<SessionToken>***"),
         (f"https://h/p;jsessionid={SECRET}", "https://h/p;jsessionid=***"),
     ],
 )
@@ -122,6 +127,7 @@ def test_secrets_are_taken_out_and_the_rest_stays(text: str, kept: str) -> None:
         "model.base: unknown key: did you mean x?",
         "__key__: 0001, Kansas: a state, monkey=1, keys: 3",
         "2026-11-25T10:00:00 [::1]:80",
+        "<Code>NoSuchKey</Code>, token> 3, a token->b",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
@@ -156,6 +162,8 @@ PIECES = [
     "s3://a:b@",
     "a.",
     "\\",
+    "<token>",
+    "token>",
 ]
 
 

@@ -33,7 +33,7 @@ from pipeline.rows import PLACE_SCHEMA, ROW, SHARD, STAGE
 from pipeline.settings.job import OutputSettings
 from tests.browser import browser  # noqa: F401  (a fixture)
 from tests.io.output.epochs import hold
-from tests.jobs.support import run_script
+from tests.jobs.support import run_script, run_script_here, sets
 
 HOSTILE = "<script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\"></script><!--"
 EXTRAS = pa.schema([pa.field("answer", pa.string()), pa.field("source", pa.string())])
@@ -336,11 +336,14 @@ def test_a_report_of_an_output_that_has_just_begun_says_so(tmp_path: Path) -> No
 
 
 def test_the_script_makes_the_report_anew_and_refuses_what_is_no_output(
-    output: OutputFolder, tmp_path: Path
+    output: OutputFolder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done = run_script("report", "--set", f"output.path={output.url}")
     assert (done.code, done.stdout.strip()) == (0, f"{output.url}/{OutputLayout.REPORT}")
-    done = run_script("report", "--set", f"output.path={tmp_path}")
+    done = run_script_here("report", sets({"output.path": tmp_path}), capsys, monkeypatch)
     assert done.code == 2
     assert "holds no _run/manifest.json" in done.stderr
     with pytest.raises(OutputError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 import tomllib
 from argparse import ArgumentParser
 from pathlib import Path
@@ -58,3 +60,12 @@ def test_ci_runs_the_checks_and_every_test() -> None:
         "make test",
         "make test-all",
     ]
+
+
+def test_a_test_process_sets_how_many_threads_it_takes_before_torch_reads_that() -> None:
+    """Two test processes on two cores, each with two threads, took twice the time of both cores."""
+    asked = "import sys, tests.conftest; print({'torch', 'numpy', 'ray'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"

@@ -90,6 +90,8 @@ def from_messages(
         raise RowError("prompt_missing", f"{field} is {'null' if text is None else 'empty'}")
     # As a whole, before any image is touched.
     messages = _read(text, field)
+    if not _text_of(messages[-1]).strip() and not any(_image_parts(messages[-1:])):
+        raise RowError("prompt_missing", f"the last turn of {field} is empty")
     parts = list(_image_parts(messages))
     wanted = sum(part["image"] is None for part in parts)
     if wanted > len(images):

@@ -42,4 +42,5 @@ def load_for_job(
         lora_alpha=model.lora_alpha,
         prepack=model.prepack,
         threads=threads,
+        quantize=model.quantize,
     )

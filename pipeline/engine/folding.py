@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.encode import Encoded
+from pipeline.errors import ConfigError
 from pipeline.model.awaker import Model
 from pipeline.model.decoder import Decoder, DecoderLayer
+from pipeline.model.expansion import DenseExpansion
 from pipeline.model.experts import Mixture
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,10 @@ logger = logging.getLogger(__name__)
 #: Folding costs about as much as a step or two; it starts once so many steps in a row could have
 #: used it.
 FOLD_AFTER = 4
+
+FOLDED_AND_ROUNDED = (
+    "engine.fold_experts: weights that model.quantize rounded take no experts in; set one of them"
+)
 
 
 class FoldedExperts:
@@ -100,9 +106,15 @@ class FoldedExperts:
 
 
 def folded_experts(model: Model) -> FoldedExperts | None:
-    """Room for folded experts; None, and a word about it, where there is no memory for it."""
+    """Room for folded experts; None, and a word about it, where there is no memory for it.
+
+    Raises:
+        ConfigError: the model's weights are rounded.
+    """
     if model.routers is None:
         return None
+    if model.decoder.numbers is not None:
+        raise ConfigError(FOLDED_AND_ROUNDED)
     try:
         return FoldedExperts(model)
     except torch.OutOfMemoryError:
@@ -114,7 +126,7 @@ def _with(layer: DecoderLayer, weights: dict[str, Tensor]) -> DecoderLayer:
     # Where the experts are packed, so is what they are folded into; elsewhere it stays the tensor
     # it is.
     mixtures = {
-        n: Mixture.of(weight, None, 0, prepack=getattr(layer, n).dense.is_mkldnn)
+        n: Mixture.of(weight, None, 0, prepack=getattr(layer, n).whole is None)
         for n, weight in weights.items()
     }
     return replace(layer, **mixtures)  # type: ignore[arg-type]
@@ -122,13 +134,15 @@ def _with(layer: DecoderLayer, weights: dict[str, Tensor]) -> DecoderLayer:
 
 def _fold_mixture(mixture: Mixture, factors: Tensor, experts: Sequence[int], into: Tensor) -> None:
     """Write W + sum over `experts` of factor * B A into `into`: in float32, rounded once."""
-    assert mixture.b is not None
+    assert isinstance(mixture.b, DenseExpansion)
     rank, count = mixture.rank, mixture.projections
-    parts = zip(mixture.weight.chunk(count), into.chunk(count), mixture.b, strict=True)
+    parts = zip(mixture.weight.chunk(count), into.chunk(count), mixture.b.b, strict=True)
     # One projection after another: a float32 copy of several is large.
     for number, (weight, folded, b) in enumerate(parts):
         total = weight.float()
         for expert in experts:
             b_of = b[:, expert * rank : (expert + 1) * rank].float() * factors[expert].float()
-            total = torch.addmm(total, b_of, mixture.a(expert).chunk(count)[number].float())
+            a = mixture.a(expert)
+            assert isinstance(a, Tensor)
+            total = torch.addmm(total, b_of, a.chunk(count)[number].float())
         folded.copy_(total)

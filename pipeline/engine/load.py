@@ -16,13 +16,14 @@ from pipeline.engine.memory import (
     wait_for_weights,
     weight_bytes,
 )
-from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions
+from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions, NumbersName
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.types import Request
 from pipeline.model.awaker import Model, load_model
 from pipeline.model.checkpoint import DTYPES, open_checkpoint
 from pipeline.model.ops import check_compiler
 from pipeline.model.prompt import PromptProcessor
+from pipeline.model.weights import NUMBERS, check_numbers
 
 #: Models up to this width run on one thread of a CPU: handing their small products to others takes
 #: longer than computing them. The demo's, of 192: 93 rows a second on one thread, 48 on two.
@@ -91,6 +92,7 @@ def load(
     lora_alpha: float | None = None,
     prepack: bool = True,
     threads: int | None = None,
+    quantize: NumbersName = "none",
 ) -> LoadedModel:
     """Load a model.
 
@@ -105,25 +107,35 @@ def load(
         prepack: on a CPU, lay large weights out for its products: faster, but in memory of their
             own.
         threads: on a CPU, most threads of its products, for the whole process; None: as it stands.
+        quantize: what the weights of the decoder's linear layers are rounded to, experts among
+            them: int8 on a CPU, fp8 on a GPU.
 
     Raises:
         CheckpointError: something is missing, extra, misshapen or of another model.
         ConfigError: `top_k_experts` or `lora_alpha` does not fit the checkpoint, this machine
-            cannot build what runs on its GPU, or the GPU has no room for the weights.
+            cannot build what runs on its GPU, the device has no products of what `quantize` rounds
+            to, or the GPU has no room for the weights.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda":
         check_compiler()
+    numbers = NUMBERS[quantize]
     checkpoint = open_checkpoint(base, adapter, top_k=top_k_experts, lora_alpha=lora_alpha)
+    check_numbers(numbers, place, DTYPES[dtype], checkpoint.shape)
     if place.type == "cpu" and threads is not None:
         torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else threads)
     processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
-    needed = weight_bytes(checkpoint.shape, DTYPES[dtype])
+    needed = weight_bytes(checkpoint.shape, DTYPES[dtype], numbers)
     if place.type == "cuda":
         wait_for_weights(needed, place)
     try:
         model = load_model(
-            checkpoint, processor.image_processor, DTYPES[dtype], place, prepack=prepack
+            checkpoint,
+            processor.image_processor,
+            DTYPES[dtype],
+            place,
+            prepack=prepack,
+            numbers=numbers,
         )
     except torch.OutOfMemoryError as error:
         # Something else took it meanwhile.

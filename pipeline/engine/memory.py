@@ -20,8 +20,9 @@ from pipeline.engine.options import EngineOptions, Sizes
 from pipeline.engine.static_decode import static_sizes
 from pipeline.errors import ConfigError
 from pipeline.model.attention import token_bytes
-from pipeline.model.checkpoint import serving_shapes
+from pipeline.model.checkpoint import is_rounded, serving_shapes
 from pipeline.model.shape import ModelShape
+from pipeline.model.weights import Numbers
 
 if TYPE_CHECKING:
     from pipeline.model.awaker import Model
@@ -77,6 +78,7 @@ class MemoryPlan:
         options: EngineOptions,
         free: int,
         *,
+        numbers: Numbers = None,
         loaded: bool = False,
     ) -> MemoryPlan:
         """Plan for a GPU.
@@ -86,6 +88,7 @@ class MemoryPlan:
             dtype: dtype of weights and arithmetic.
             options: how the engine batches.
             free: bytes that are free.
+            numbers: what weights of the decoder are rounded to.
             loaded: weights and their folded copy lie there already, and CUDA's context.
 
         Raises:
@@ -93,9 +96,11 @@ class MemoryPlan:
         """
         sizes = Sizes.of(options, "cuda")
         parts = {
-            "weights": weight_bytes(shape, dtype),
+            "weights": weight_bytes(shape, dtype, numbers),
             "folded": folded_bytes(shape, dtype) if options.fold_experts else 0,
-            "steps": step_bytes(shape, dtype, sizes, graphs=2 if options.fold_experts else 1),
+            "steps": step_bytes(
+                shape, dtype, sizes, graphs=2 if options.fold_experts else 1, numbers=numbers
+            ),
             "sampling": sampling_bytes(shape, dtype, sizes),
             "vision": options.vision_cache_bytes + tower_bytes(shape, dtype),
         }
@@ -167,10 +172,11 @@ def find_room(model: Model, options: EngineOptions) -> tuple[int, int]:
         return Sizes.of(options, "cpu").batch_tokens or 0, MOST_VISUAL_BYTES
     _, total = torch.cuda.mem_get_info(model.device)
     # What never fits is said at once.
-    whole = MemoryPlan.of(model.shape, model.dtype, options, total)
+    numbers = model.decoder.numbers
+    whole = MemoryPlan.of(model.shape, model.dtype, options, total, numbers=numbers)
 
     def plan(free: int) -> MemoryPlan:
-        return MemoryPlan.of(model.shape, model.dtype, options, free, loaded=True)
+        return MemoryPlan.of(model.shape, model.dtype, options, free, numbers=numbers, loaded=True)
 
     def is_enough(free: int) -> bool:
         try:
@@ -192,9 +198,22 @@ def _free_once(is_enough: Callable[[int], bool], gpu: torch.device) -> int:
         time.sleep(1.0)
 
 
-def weight_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
-    """Bytes of all serving tensors."""
-    return sum(math.prod(size) for size in serving_shapes(shape).values()) * dtype.itemsize
+def weight_bytes(shape: ModelShape, dtype: torch.dtype, numbers: Numbers = None) -> int:
+    """Bytes of all serving tensors.
+
+    Args:
+        shape: the model's sizes.
+        dtype: dtype of those that are not rounded.
+        numbers: what weights of the decoder's linear layers are rounded to: a byte each, with a
+            float32 scale for each of their rows.
+    """
+    total = 0
+    for name, size in serving_shapes(shape).items():
+        if numbers is not None and is_rounded(name):
+            total += math.prod(size) + 4 * math.prod(size[:-1])
+        else:
+            total += math.prod(size) * dtype.itemsize
+    return total
 
 
 def folded_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
@@ -205,7 +224,14 @@ def folded_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
     return shape.layers * one * dtype.itemsize
 
 
-def step_bytes(shape: ModelShape, dtype: torch.dtype, sizes: Sizes, *, graphs: int) -> int:
+def step_bytes(
+    shape: ModelShape,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    *,
+    graphs: int,
+    numbers: Numbers = None,
+) -> int:
     """Bytes that a step of the most tokens has alive at once, at its widest place (the MLP), with
     tables and captured steps.
 
@@ -227,7 +253,9 @@ def step_bytes(shape: ModelShape, dtype: torch.dtype, sizes: Sizes, *, graphs: i
     # The graphs' pool: the largest step's tensors once more; parts of attention are float32.
     pool = sizes.batch_size * (a_token + a_masked) * dtype.itemsize
     pool += 2 * 64 * 264 * shape.head_dim * 4
-    return elements * dtype.itemsize + graphs * (pool + len(captured) * GRAPH_BYTES)
+    # The widest rows that products read, rounded.
+    rounded = 0 if numbers is None else tokens * (shape.mlp_width + 4)
+    return elements * dtype.itemsize + rounded + graphs * (pool + len(captured) * GRAPH_BYTES)
 
 
 def sampling_bytes(shape: ModelShape, dtype: torch.dtype, sizes: Sizes) -> int:
@@ -255,6 +283,7 @@ def fitting(
     options: EngineOptions,
     free: int,
     request_tokens: int,
+    numbers: Numbers = None,
 ) -> tuple[MemoryPlan | None, dict[str, int]]:
     """A plan for a GPU, and what to set for it.
 
@@ -264,6 +293,7 @@ def fitting(
         options: see there.
         free: see there.
         request_tokens: tokens of a usual request, its longest answer included.
+        numbers: see `MemoryPlan.of`.
 
     Returns:
         The plan, and settings of `engine` that it needs: none where the options fit as they are and
@@ -274,7 +304,7 @@ def fitting(
         tried = replace(options, **changes)  # type: ignore[arg-type]
         sizes = Sizes.of(tried, "cuda")
         try:
-            plan = MemoryPlan.of(shape, dtype, tried, free)
+            plan = MemoryPlan.of(shape, dtype, tried, free, numbers=numbers)
         except ConfigError:
             plan = None
         at_once = plan.cache_tokens // request_tokens if plan else 0

@@ -10,6 +10,8 @@ from typing import Literal
 DecodeRoute = Literal["released", "prefill"]
 #: Names of the dtypes that a model may run in.
 DtypeName = Literal["float32", "bfloat16", "float16"]
+#: Names of the numbers that the weights of a decoder may be rounded to.
+NumbersName = Literal["none", "int8", "fp8"]
 
 
 @dataclass(frozen=True)

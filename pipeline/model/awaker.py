@@ -15,10 +15,10 @@ from torch import Tensor
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.decoder import Decoder, DecoderLayer, LayerFactors
 from pipeline.model.experts import ExpertFactors, Mixture
-from pipeline.model.ops import pack
 from pipeline.model.routing import Routers, Routes, route
 from pipeline.model.shape import ROUTED, ModelShape, VisionShape
 from pipeline.model.vision import Affine, VisionBlock, VisionTower, pixel_table
+from pipeline.model.weights import Numbers, Weight, pack
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def load_model(
     device: torch.device,
     *,
     prepack: bool = True,
+    numbers: Numbers = None,
 ) -> Model:
     """Load a checked checkpoint.
 
@@ -87,6 +88,8 @@ def load_model(
         dtype: dtype to run in.
         device: where to load.
         prepack: on a CPU, lay the weights out for its products: faster, but in memory of their own.
+        numbers: what weights of the decoder's linear layers are rounded to, experts among them.
+            What else there is (embeddings, norms, routers, vision tower, lm_head) stays in `dtype`.
     """
     with checkpoint.files.reader() as reader:
         tensors = {
@@ -95,11 +98,16 @@ def load_model(
     table = pixel_table(
         image_processor.image_mean, image_processor.image_std, image_processor.rescale_factor
     )
-    return assemble(checkpoint.shape, tensors, table.to(device), prepack=prepack)
+    return assemble(checkpoint.shape, tensors, table.to(device), prepack=prepack, numbers=numbers)
 
 
 def assemble(
-    shape: ModelShape, tensors: MutableMapping[str, Tensor], table: Tensor, *, prepack: bool
+    shape: ModelShape,
+    tensors: MutableMapping[str, Tensor],
+    table: Tensor,
+    *,
+    prepack: bool,
+    numbers: Numbers = None,
 ) -> Model:
     """Put a model together.
 
@@ -109,8 +117,9 @@ def assemble(
             device; they are taken out of it, so that none is held twice.
         table: `pixel_table`'s result, on that device.
         prepack: as in `load_model`.
+        numbers: see there.
     """
-    parts = _Parts(tensors, shape.adapter.rank if shape.adapter else 0, prepack)
+    parts = _Parts(tensors, shape.adapter.rank if shape.adapter else 0, prepack, numbers)
     vision = _tower(parts, shape.vision, table)
     layers = tuple(_layer(parts, f"layers.{i}") for i in range(shape.layers))
     embeddings = tensors.pop("embeddings.weight")
@@ -129,6 +138,7 @@ class _Parts:
     tensors: MutableMapping[str, Tensor]
     rank: int
     prepack: bool
+    numbers: Numbers
 
     def laid_out(self, weight: Tensor) -> Tensor:
         return pack(weight) if self.prepack else weight
@@ -144,7 +154,13 @@ class _Parts:
 
     def mixture(self, name: str) -> Mixture:
         stacked, b = self.tensors.pop(f"{name}.stacked"), self.tensors.pop(f"{name}.b", None)
-        return Mixture.of(stacked, b, self.rank, prepack=self.prepack)
+        return Mixture.of(stacked, b, self.rank, prepack=self.prepack, numbers=self.numbers)
+
+    def quantized(self, name: str) -> Weight:
+        """A weight of the decoder."""
+        if self.numbers is None:
+            return self.weight(name)
+        return self.numbers.of(self.tensors.pop(f"{name}.weight"))
 
 
 def _tower(parts: _Parts, shape: VisionShape, table: Tensor) -> VisionTower:
@@ -171,11 +187,10 @@ def _block(parts: _Parts, name: str) -> VisionBlock:
 
 
 def _layer(parts: _Parts, name: str) -> DecoderLayer:
-    qkv = parts.affine(f"{name}.qkv")
     return DecoderLayer(
         input_norm=parts.tensors.pop(f"{name}.input_norm.weight"),
-        qkv_weight=qkv.weight,
-        qkv_bias=qkv.bias,
+        qkv_weight=parts.quantized(f"{name}.qkv"),
+        qkv_bias=parts.tensors.pop(f"{name}.qkv.bias"),
         o=parts.mixture(f"{name}.o"),
         post_norm=parts.tensors.pop(f"{name}.post_norm.weight"),
         gate_up=parts.mixture(f"{name}.gate_up"),

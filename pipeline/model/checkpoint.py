@@ -405,6 +405,13 @@ def _router_recipes(layers: int) -> Iterator[Recipe]:
         yield Recipe(f"gates.{name}", tuple(f"{g}.{part}" for g in routed), _stack)
 
 
+def is_rounded(name: str) -> bool:
+    """Whether a serving tensor is a weight that `model.quantize` rounds: one of the decoder's
+    linear layers, or their experts.
+    """
+    return name.startswith("layers.") and name.endswith((".qkv.weight", ".stacked", ".b"))
+
+
 def serving_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every serving tensor with its shape: the recipes run on tensors without memory."""
     sources = released_shapes(shape)

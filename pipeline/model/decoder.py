@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline.model.attention import StepLayout, attend
 from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
-from pipeline.model.ops import add_rms_norm, linear, rotate_and_store, silu_multiply
+from pipeline.model.ops import add_rms_norm, rotate_and_store, silu_multiply
 from pipeline.model.shape import ModelShape
+from pipeline.model.weights import Numbers, Weight, linear
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class DecoderLayer:
     """
 
     input_norm: Tensor
-    qkv_weight: Tensor
+    qkv_weight: Weight
     qkv_bias: Tensor
     o: Mixture
     post_norm: Tensor
@@ -81,6 +82,12 @@ class Decoder:
     layers: tuple[DecoderLayer, ...]
     final_norm: Tensor
     lm_head: Tensor
+
+    @property
+    def numbers(self) -> Numbers:
+        """What the weights of the linear layers are rounded to."""
+        weight = self.layers[0].qkv_weight
+        return None if isinstance(weight, Tensor) else type(weight)
 
     def step(
         self,

@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.model.ops import linear, pack, unpack
+from pipeline.model.expansion import DenseExpansion, Expansion, Fp8Expansion, Int8Expansion
+from pipeline.model.weights import (
+    Fp8Weight,
+    Int8Weight,
+    Numbers,
+    Weight,
+    activations,
+    linear,
+    pack,
+    unpack,
+)
 
 
 @dataclass(frozen=True)
@@ -30,68 +40,87 @@ class Mixture:
             without an adapter.
         dense: [P * rank + P * out, in], the global expert's A, then W, each for all projections:
             one product for all of it. Without an adapter it is W.
-        whole: [(E + 1) * P * rank + P * out, in], both; None where `dense` is packed (see
-            `pipeline.model.ops.pack`).
-        b: [P, out, (E + 1) * rank], the experts' B side by side, the global one last; None without
-            an adapter.
-        pairs: for each expert [P, out, 2 * rank], its B and the global expert's; empty where
-            `dense` is not packed.
+        whole: [(E + 1) * P * rank + P * out, in], both; None where `dense` cannot be sliced (see
+            `pipeline.model.weights`).
+        b: the experts' B; None without an adapter.
+        projections: P; 1 without an adapter, where nothing asks.
         rank: r; 0 without an adapter.
     """
 
-    low: Tensor
-    dense: Tensor
-    whole: Tensor | None
-    b: Tensor | None
-    pairs: tuple[Tensor, ...]
+    low: Weight
+    dense: Weight
+    whole: Weight | None
+    b: Expansion | None
+    projections: int
     rank: int
 
     @classmethod
-    def of(cls, stacked: Tensor, b: Tensor | None, rank: int, *, prepack: bool) -> Mixture:
+    def of(
+        cls,
+        stacked: Tensor,
+        b: Tensor | None,
+        rank: int,
+        *,
+        prepack: bool,
+        numbers: Numbers = None,
+    ) -> Mixture:
         """Projections of their serving tensors.
 
         Args:
             stacked: [(E + 1) * P * rank + P * out, in], the experts' A, the global expert's A, then
                 W, each for all projections; W without an adapter.
-            b: as the attribute.
+            b: [P, out, (E + 1) * rank], the experts' B side by side, the global one last; None
+                without an adapter.
             rank: as the attribute.
             prepack: lay the weights out for this processor, in memory of their own.
+            numbers: what to round them to.
         """
-        below = 0 if b is None else b.shape[0] * (b.shape[2] - rank)
+        projections = 1 if b is None else len(b)
+        experts = 0 if b is None else b.shape[2] // rank - 1
+        below = experts * projections * rank
+        if numbers is Fp8Weight:
+            whole = Fp8Weight.of(stacked)
+            up = None if b is None else Fp8Expansion(tuple(map(Fp8Weight.of, b)), rank)
+            return cls(whole[:below], whole[below:], whole, up, projections, rank)
         low, dense = stacked[:below], stacked[below:]
+        if numbers is Int8Weight:
+            blocks = () if b is None else b.split(rank, 2)
+            integers = None
+            if blocks:
+                integers = Int8Expansion(tuple(tuple(map(Int8Weight.of, one)) for one in blocks))
+            low_integers = Int8Weight.of(low, experts) if experts else low
+            return cls(low_integers, Int8Weight.of(dense), None, integers, projections, rank)
         packed = pack(dense) if prepack else dense
         if not packed.is_mkldnn:
-            return cls(low, dense, stacked, b, (), rank)
-        pairs = () if b is None else tuple(_pair(b, e, rank) for e in range(b.shape[2] // rank - 1))
-        return cls(low.clone(), packed, None, b, pairs, rank)
-
-    @property
-    def projections(self) -> int:
-        """P; 1 without an adapter, where nothing asks."""
-        return 1 if self.b is None else self.b.shape[0]
+            plain = None if b is None else DenseExpansion(b, (), rank)
+            return cls(low, dense, stacked, plain, projections, rank)
+        held = None
+        if b is not None:
+            held = DenseExpansion(b, (), rank)
+            pairs = tuple(held.of((expert, experts)).b for expert in range(experts))
+            held = DenseExpansion(b, pairs, rank)
+        return cls(low.clone(), packed, None, held, projections, rank)
 
     @property
     def weight(self) -> Tensor:
-        """W of all projections, [P * out, in]: a view, or where it is packed a copy."""
-        return unpack(self.dense)[self.projections * self.rank :]
+        """W of all projections, [P * out, in]: a view, or where it is packed a copy.
 
-    def a(self, expert: int) -> Tensor:
+        Raises:
+            TypeError: it is quantized.
+        """
+        return self._unpacked()[self.projections * self.rank :]
+
+    def _unpacked(self) -> Tensor:
+        if not isinstance(self.dense, Tensor):
+            raise TypeError("a quantized weight is not what it was made of")
+        return unpack(self.dense)
+
+    def a(self, expert: int) -> Weight:
         """A of an expert for all projections, [P * rank, in]; the global one is number E."""
         rows = self.projections * self.rank
-        if expert * rows == len(self.low):
-            return unpack(self.dense)[:rows]
+        if expert * rows == self.low.shape[0]:
+            return self._unpacked()[:rows]
         return self.low[expert * rows : (expert + 1) * rows]
-
-    def up(self, expert: int) -> Tensor:
-        """B of an expert and of the global one, [P, out, 2 * rank]."""
-        if self.pairs:
-            return self.pairs[expert]
-        assert self.b is not None
-        return _pair(self.b, expert, self.rank)
-
-
-def _pair(b: Tensor, expert: int, rank: int) -> Tensor:
-    return torch.cat([b[:, :, expert * rank : (expert + 1) * rank], b[:, :, -rank:]], 2)
 
 
 @dataclass(frozen=True)
@@ -156,12 +185,13 @@ def mixture_linear(x: Tensor, mixture: Mixture, routed: ExpertFactors | None) ->
         [tokens, P * out], in the dtype of `x`: columns of a wider product.
     """
     b, rank = mixture.b, mixture.rank
+    read = activations(x, mixture.dense)
     if routed is None or b is None:
-        return linear(x, mixture.dense)
-    count, experts = len(b), routed.factors.shape[1] - 1
+        return linear(read, mixture.dense)
+    count, experts = mixture.projections, routed.factors.shape[1] - 1
     if routed.is_masked and mixture.whole is not None:
-        product = linear(x, mixture.whole)
-        below = len(mixture.low) + count * rank
+        product = linear(read, mixture.whole)
+        below = (experts + 1) * count * rank
         # Scaled on the way from expert by expert, as A lies, to projection by projection.
         scaled = x.new_empty(len(x), count, experts + 1, rank)
         torch.mul(
@@ -169,10 +199,11 @@ def mixture_linear(x: Tensor, mixture: Mixture, routed: ExpertFactors | None) ->
             routed.factors[:, None, :, None],
             out=scaled,
         )
-        return _expand_(product[:, below:], scaled.flatten(2), b)
+        b.add_(product[:, below:], scaled.flatten(2))
+        return product[:, below:]
     # The experts' and the global expert's low-rank products side by side: one pass over the output
     # for all of them, which at prefill is what the experts cost.
-    product = linear(x, mixture.dense)
+    product = linear(read, mixture.dense)
     out = product[:, count * rank :]
     low = x.new_empty(len(x), count, 2, rank)
 
@@ -180,22 +211,22 @@ def mixture_linear(x: Tensor, mixture: Mixture, routed: ExpertFactors | None) ->
         torch.mul(part.unflatten(1, (count, rank)), factor[:, None, None], out=into)
 
     scale(product[:, : count * rank], routed.factors[:, experts], low[:, :, 1])
-    ups: dict[int, Tensor] = {}
+    ups: dict[int, Expansion] = {}
     for segment in routed.segments:
         rows = slice(segment.first, segment.behind)
-        tokens, factors, into = x[rows], routed.factors[rows], out[rows]
+        tokens, factors, into = read[rows], routed.factors[rows], out[rows]
         if len(segment.dense) == 1:
             (expert,) = segment.dense
             scale(linear(tokens, mixture.a(expert)), factors[:, expert], low[rows, :, 0])
             if expert not in ups:
-                ups[expert] = mixture.up(expert)
-            _expand_(into, low[rows].flatten(2), ups[expert])
+                ups[expert] = b.of((expert, experts))
+            ups[expert].add_(into, low[rows].flatten(2))
         elif segment.dense:
             each = linear(tokens, mixture.low).unflatten(1, (experts, count, rank))
             scaled = each.transpose(1, 2) * factors[:, None, :experts, None]
-            _expand_(into, torch.cat([scaled, low[rows, :, 1:]], 2).flatten(2), b)
+            b.add_(into, torch.cat([scaled, low[rows, :, 1:]], 2).flatten(2))
         else:
-            _expand_(into, low[rows, :, 1], b[:, :, experts * rank :])
+            b.of((experts,)).add_(into, low[rows, :, 1])
         for expert, chosen in segment.sparse:
             scaled = x.new_empty(len(chosen), count, rank)
             scale(
@@ -203,28 +234,5 @@ def mixture_linear(x: Tensor, mixture: Mixture, routed: ExpertFactors | None) ->
                 factors[:, expert].index_select(0, chosen),
                 scaled,
             )
-            b_of = b[:, :, expert * rank : (expert + 1) * rank]
-            added = torch.bmm(scaled.transpose(0, 1), b_of.transpose(1, 2))
-            into.unflatten(1, (count, -1)).transpose(0, 1).index_add_(1, chosen, added)
-    return out
-
-
-def _expand_(out: Tensor, low: Tensor, b: Tensor) -> Tensor:
-    """Add what experts bring: out + low B^T, for each projection.
-
-    Args:
-        out: [tokens, P * out], columns of a wider product.
-        low: [tokens, P, K], scaled low-rank products.
-        b: [P, out, K].
-
-    Returns:
-        `out`, written over.
-    """
-    parts = out.unflatten(1, (len(b), -1))
-    if out.is_cuda and len(b) > 1:
-        parts.transpose(0, 1).baddbmm_(low.transpose(0, 1), b.transpose(1, 2))
-        return out
-    # Of a batch, a CPU computes each product on one thread.
-    for number, b_of in enumerate(b):
-        parts[:, number].addmm_(low[:, number], b_of.t())
+            b.of((expert,)).add_to_(into, chosen, scaled)
     return out

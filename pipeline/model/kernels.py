@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from pipeline.model.ops import FP8_MOST, LEAST_SCALE
+
 #: Two waves of attention's programs on an H100 or H200: 132 multiprocessors have room for three of
 #: them each. Of one wave and a bit, half of the second would be idle.
 _ENOUGH_PROGRAMS = 792
@@ -117,6 +119,43 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.add_layer_norm`; rows may be strided, columns not."""
     return _launch_norm(_add_layer_norm, x, delta, (weight, bias), eps)
+
+
+@triton.jit
+def _fp8_rows(
+    x, out, scales, x_stride, width, MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    # Not `tl.max`, which passes over what is not a number: the row's scale has to tell.
+    most = tl.max(tl.where(value == value, tl.abs(value), float("inf")), 0)
+    scale = tl.maximum(tl.div_rn(most, MOST), LEAST)
+    tl.store(scales + row, scale)
+    rounded = tl.div_rn(value, scale).to(tl.float8e4nv)
+    tl.store(out + row * width + column, rounded, mask=inside)
+
+
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ops.fp8_rows`; rows may be strided, columns not."""
+    rows, width = x.shape
+    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    if rows:
+        block = triton.next_power_of_2(width)
+        _fp8_rows[(rows,)](
+            x,
+            out,
+            scales,
+            x.stride(0),
+            width,
+            MOST=FP8_MOST,
+            LEAST=LEAST_SCALE,
+            BLOCK=block,
+            num_warps=min(16, max(4, block // 1024)),
+        )
+    return out, scales
 
 
 @triton.jit

@@ -7,7 +7,6 @@ CUDA does, write over its first argument.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import sys
 import sysconfig
@@ -20,59 +19,14 @@ from torch.nn import functional as F
 
 from pipeline.errors import ConfigError
 
-#: Weights of fewer elements lie in the processor's cache, where oneDNN's layout brings nothing and
-#: its calls cost more.
-PACK_FROM = 1 << 20
-
-#: Tokens of a step that oneDNN chooses its layout for; products of more and of fewer run in it,
-#: too.
-PACK_TOKENS = 64
-
 #: Stands for "this row's logits are not finite" where a token id is expected.
 NOT_FINITE = -1
 
+#: The largest number of float8_e4m3fn.
+FP8_MOST = 448.0
 
-def pack(weight: Tensor) -> Tensor:
-    """A weight [out, in] for `linear`, on a CPU in oneDNN's own layout where that is faster.
-
-    Products of up to a hundred tokens take half the time, because nothing is laid out anew for each
-    of them. A packed weight is a copy: it cannot be sliced, and not be shared between processes by
-    mapping a file.
-    """
-    if weight.device.type != "cpu" or weight.numel() < PACK_FROM or not _can_pack(weight.dtype):
-        return weight
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_TOKENS)
-    return packed
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available() or platform.machine().lower() not in (
-        "x86_64",
-        "amd64",
-    ):
-        return False
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
-
-
-def unpack(weight: Tensor) -> Tensor:
-    """What `pack` was given."""
-    return weight.to_dense() if weight.is_mkldnn else weight
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """X W^T + b.
-
-    Args:
-        x: [tokens, in].
-        weight: [out, in], packed or not.
-        bias: [out].
-    """
-    if weight.is_mkldnn:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
-    return F.linear(x, weight, bias)
+#: The least scale of a row of small numbers: a row of zeros has one, too.
+LEAST_SCALE = 1e-30
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -237,6 +191,27 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
         return fused(gate, up)
     # In the memory that SiLU took: large tensors are slow to come by on a CPU.
     return F.silu(gate).mul_(up)
+
+
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in 8-bit floating point, each with a scale of its own.
+
+    scale = max |x| / 448, the largest number of float8_e4m3fn; value = x / scale, rounded to the
+    nearest. A row that is not finite stays so: its scale is not.
+
+    Args:
+        x: [rows, width], any stride between rows.
+
+    Returns:
+        [rows, width] float8_e4m3fn, and [rows, 1] float32 scales.
+    """
+    if x.is_cuda:
+        from pipeline.model.kernels import fp8_rows as fused
+
+        return fused(x)
+    wide = x.float()
+    scales = wide.abs().amax(1, keepdim=True).div_(FP8_MOST).clamp_min_(LEAST_SCALE)
+    return (wide / scales).to(torch.float8_e4m3fn), scales
 
 
 def quick_gelu_(x: Tensor) -> Tensor:

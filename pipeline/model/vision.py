@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.model.attention import Sequences, attend_sequences
-from pipeline.model.ops import add_layer_norm, linear, quick_gelu_, rotate_, to_device
+from pipeline.model.ops import add_layer_norm, quick_gelu_, rotate_, to_device
 from pipeline.model.shape import VisionShape
+from pipeline.model.weights import linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu_,

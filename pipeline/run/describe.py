@@ -23,7 +23,8 @@ def describe(job: Job) -> str:
     """The configuration, the shards, the columns and what would run, in lines."""
     lines = ["# configuration", *as_yaml(job.settings).rstrip().split("\n"), ""]
     lines += [*_input(job), "", *_columns(job), "", *_would_run(job)]
-    if job.settings.model.device != "cpu":
+    # int8 is of CPUs.
+    if job.settings.model.device != "cpu" and job.settings.model.quantize != "int8":
         lines += ["", *_memory(job)]
     return "\n".join(map(printable, lines))
 
@@ -80,7 +81,7 @@ def _would_run(job: Job) -> list[str]:
     return [
         "# would run",
         f"{job.task}: {job.plan.rows:,} rows on {_replicas(settings)}, model of "
-        f"{shape.layers} layers, {adapter}, {settings.model.dtype}, results to "
+        f"{shape.layers} layers, {adapter}, {_numbers(settings)}, results to "
         f"{settings.output.path}",
     ]
 
@@ -90,11 +91,18 @@ def _replicas(settings: JobSettings) -> str:
     return f"{fewest} replica(s)" if fewest == most else f"{fewest} to {most} replicas"
 
 
+def _numbers(settings: JobSettings) -> str:
+    """The dtype, and what weights are rounded to."""
+    model = settings.model
+    return model.dtype if model.quantize == "none" else f"{model.dtype}, weights {model.quantize}"
+
+
 def _memory(job: Job) -> list[str]:
     """What the engine takes of usual GPUs, what fits, and what to set for it."""
     # Imported here, since they import torch, for which a job that is pointless does not wait.
     from pipeline.engine.memory import CARDS, MemoryPlan, fitting
     from pipeline.model.checkpoint import DTYPES
+    from pipeline.model.weights import NUMBERS
 
     settings, shape = job.settings, job.checkpoint.shape
     answer = settings.generation.to_sampling(job.checkpoint.folder).max_new_tokens
@@ -103,7 +111,12 @@ def _memory(job: Job) -> list[str]:
     advice = []
     for card, free in CARDS.items():
         plan, changes = fitting(
-            shape, DTYPES[settings.model.dtype], settings.to_options(), free, request_tokens
+            shape,
+            DTYPES[settings.model.dtype],
+            settings.to_options(),
+            free,
+            request_tokens,
+            NUMBERS[settings.model.quantize],
         )
         if plan is None:
             advice.append(f"{card}: does not fit")
@@ -122,7 +135,7 @@ def _memory(job: Job) -> list[str]:
             advice.append(f"{card}: set {needed}")
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
-        f"# memory of a GPU in GiB ({settings.model.dtype}); requests of {request_tokens:,} tokens "
+        f"# memory of a GPU in GiB ({_numbers(settings)}); requests of {request_tokens:,} tokens "
         "that the cache holds at once",
         *(
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -143,7 +143,8 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+    # Of a map pairs come.
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def member_name(id_: str) -> str:

@@ -73,10 +73,34 @@ def load_settings(kind: type[T], file: Path | None, assignments: Sequence[str]) 
     }
     for assignment in assignments:
         _assign(kind, values, assignment)
+    _check_texts(values, "")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(kind, error)) from error
+
+
+def _check_texts(value: Any, key: str) -> None:
+    """Make sure that all texts can be written: an argument's bytes, or what YAML escapes, may be
+    none.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_texts(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            _check_texts(item, key)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{ascii(key)[1:-1]}: is no valid Unicode (half a surrogate pair, or an argument "
+                f"that is no UTF-8), got {cut(ascii(value), 200)}"
+            ) from error
 
 
 def _read_yaml(kind: type[Settings], file: Path) -> dict[str, Any]:

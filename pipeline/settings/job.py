@@ -11,7 +11,7 @@ import regex
 from PIL import ImageColor
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions
+from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions, NumbersName
 from pipeline.quality.flags import Flag, FlagRules
 from pipeline.quality.languages import Language
 from pipeline.rows import Form, PromptLayout
@@ -53,6 +53,11 @@ class ModelSettings(Settings):
         None, description="Awaker adapter: the same, or a pytorch_model.bin; null: plain Qwen2-VL"
     )
     dtype: DtypeName = Field("bfloat16", description="dtype of weights and arithmetic")
+    quantize: NumbersName = Field(
+        "none",
+        description="8-bit numbers for the weights of the decoder's linear layers, experts among "
+        "them, and for what they multiply: int8 on a CPU, fp8 on a GPU (docs/model.md)",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         json_schema_extra=KEEPS_ANSWERS,
@@ -629,6 +634,15 @@ class JobSettings(Settings):
     def most_replicas(self) -> int:
         """How many replicas the job may grow to."""
         return self.replicas if isinstance(self.replicas, int) else self.replicas.max
+
+    @model_validator(mode="after")
+    def _folds_what_is_not_rounded(self) -> JobSettings:
+        if self.engine.fold_experts and self.model.quantize != "none":
+            raise ValueError(
+                "engine.fold_experts: weights that model.quantize rounds take no experts in; set "
+                "one of them"
+            )
+        return self
 
     def to_options(self) -> EngineOptions:
         """How the engines of the job's replicas batch."""

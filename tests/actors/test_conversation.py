@@ -515,6 +515,17 @@ def test_what_a_chat_says_beside_what_is_followed_is_refused_by_name_and_shortly
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("content", ["", " \n", [], [{"type": "text", "text": ""}]])
+def test_a_last_turn_that_asks_nothing_is_an_error(content: Any) -> None:
+    first = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
+    for turns in ([], first):
+        chat = json.dumps([*turns, {"role": "user", "content": content}])
+        with pytest.raises(
+            RowError, match="^prompt_missing: the last turn of column 'chat' is empty$"
+        ):
+            from_messages(chat, [], FIELD, DECODE, no_fetch)
+
+
 def test_whole_surrogate_pairs_are_text() -> None:
     assert from_messages(json.dumps([user(text("🙂"))]), [], FIELD, DECODE, no_fetch)[1] == "🙂"
 

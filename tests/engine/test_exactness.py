@@ -55,7 +55,7 @@ def test_golden_rows_in_any_batch(
     prepack: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pipeline.model.ops.PACK_FROM", 1)
+    monkeypatch.setattr("pipeline.model.weights.PACK_FROM", 1)
     released = golden / "released"
     asked, rows = golden_questions(released)
     config = GenerationConfig.from_pretrained(released / "base")
@@ -121,7 +121,7 @@ def test_any_checkpoint_batch_and_order_equals_the_reference(
     shape, top_k = checkpoint
     asked = random_questions(5, seed)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.model.ops.PACK_FROM", pack_from)
+        patch.setattr("pipeline.model.weights.PACK_FROM", pack_from)
         base, adapter = write_random_checkpoint(Path(folder), shape, seed)
         tensors = torch.load(adapter / "pytorch_model.bin", weights_only=True)
         reference = Reference(base, tensors, top_k, decode_route)

@@ -86,7 +86,7 @@ def test_folded_experts_answer_the_same_and_leave_other_routes_alone(
     and after.
     """
     if packed:
-        monkeypatch.setattr("pipeline.model.ops.PACK_FROM", 1)
+        monkeypatch.setattr("pipeline.model.weights.PACK_FROM", 1)
     if static:
         monkeypatch.setattr(runner_module, "static_sizes", lambda device, most: (4, most))
     (one,) = random_questions(1, seed=2, images=(0,))

@@ -1,5 +1,6 @@
 """Compiles every Triton kernel for a GPU that is not there, through the product's own launchers, in
-the shapes of the 7B model: `python -m tests.gpu.compiled 90` prints what came out, as JSON.
+the shapes of the 7B model: `python -m tests.gpu.compiled 90` prints what came out, as JSON; names of
+cases behind the architecture choose among them.
 
 A stand-in answers what Triton asks of a driver (architecture, stream); launches are dropped. Grids,
 constants, dtypes and what Triton specialises on are thus those of the product, and registers, spills
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class NoDevice:
         return torch.device("cpu")
 
 
-def cases() -> dict[str, Callable[[], Any]]:
-    """Calls of the launchers, in the shapes of the 7B model."""
+def cases(architecture: int) -> dict[str, Callable[[], Any]]:
+    """Calls of the launchers, in the shapes of the 7B model; those that an architecture has."""
     hidden, mlp, experts = 3584, 18_944, 1280
     x = torch.empty(256, hidden, dtype=BF16)
     # A step's products carry the experts' columns in front of their own.
@@ -96,6 +97,14 @@ def cases() -> dict[str, Callable[[], Any]]:
             seen[:, :32], torch.empty(1024, 40), torch.empty(1024, 40)
         ),
     }
+    if architecture >= 89:
+        calls["rounding to fp8"] = lambda: kernels.fp8_rows(x)
+        calls["rounding to fp8, of low-rank products"] = lambda: kernels.fp8_rows(
+            torch.empty(256, 2, experts, dtype=BF16)[:, 1]
+        )
+        calls["rounding to fp8, of the MLP"] = lambda: kernels.fp8_rows(
+            torch.empty(256, mlp, dtype=BF16)
+        )
     logits = torch.empty(256, 152_064, dtype=BF16)
     known = torch.empty(256, 152_064, dtype=torch.bool)
     slots, penalty = torch.zeros(256, dtype=torch.int64), torch.ones(256)
@@ -114,8 +123,8 @@ def _decode(requests: int, dtype: torch.dtype) -> Callable[[], Any]:
     return lambda: kernels.decode_attention(query, cache, cache, places, places)
 
 
-def compile_all(architecture: int) -> list[dict[str, Any]]:
-    """What each kernel of each case takes on an architecture (80, 90, ...)."""
+def compile_all(architecture: int, chosen: Sequence[str]) -> list[dict[str, Any]]:
+    """What each kernel of the chosen cases (none: of all) takes on an architecture (80, 90, ...)."""
     driver.set_active(NoDevice(architecture))
     # A compiled kernel would be loaded onto the device when it is looked at.
     CompiledKernel._init_handles = lambda self: None
@@ -128,10 +137,10 @@ def compile_all(architecture: int) -> list[dict[str, Any]]:
         return kernel
 
     JITFunction.run = compile_only
-    facts = []
-    for case, call in cases().items():
+    facts, known = [], cases(architecture)
+    for case in chosen or known:
         compiled.clear()
-        call()
+        known[case]()
         facts += [{"case": case, "kernel": name, **_facts(kernel)} for name, kernel in compiled]
     return facts
 
@@ -163,4 +172,4 @@ def _facts(kernel: Any) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]))))
+    print(json.dumps(compile_all(int(sys.argv[1]), sys.argv[2:])))

@@ -193,6 +193,9 @@ def spoil(tensor: Tensor) -> Tensor:
     """Fill memory that nobody has written to with what would be noticed."""
     if tensor.dtype == torch.bool:
         return tensor.fill_(True)
+    if tensor.dtype == torch.float8_e4m3fn:  # torch fills none of these
+        tensor.view(torch.uint8).fill_(0x7F)  # not a number
+        return tensor
     if tensor.dtype.is_floating_point:
         return tensor.fill_(torch.nan)
     return tensor.fill_(min(torch.iinfo(tensor.dtype).max, 1 << 40))
@@ -329,6 +332,8 @@ class PretendedGPU:
             return 0  # the plain one
         if name == "_flash_attention_forward":
             return self._flash(args, kwargs)
+        if name == "_scaled_mm":
+            return self._scaled_product(func, args, kwargs)
         self._check(name, args, tensors)
         if to_here:
             kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -452,6 +457,29 @@ class PretendedGPU:
         made = self.launch("flash", work, torch.empty_like(q))
         return (*made, *(DeviceTensor(torch.empty(0), self) for _ in range(4)))
 
+    def _scaled_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The product of 8-bit floating point, which a build without CUDA lacks: what cuBLAS and
+        CUTLASS ask for is checked, then computed plainly.
+        """
+        names = (one.name for one in func._schema.arguments)
+        told = {**dict(zip(names, args, strict=False)), **kwargs}
+        rows, weight = _numbers(told["self"]), _numbers(told["mat2"])
+        scales, row_scales = _numbers(told["scale_a"]), _numbers(told["scale_b"])
+        (count, into), out = rows.shape, weight.shape[1]
+        assert rows.dtype == weight.dtype == torch.float8_e4m3fn
+        assert rows.is_contiguous()
+        assert weight.stride(0) == 1  # by columns
+        assert into % 16 == out % 16 == weight.stride(1) % 16 == weight.storage_offset() % 16 == 0
+        assert (scales.shape, row_scales.shape) == ((count, 1), (1, out))
+        assert scales.dtype == row_scales.dtype == torch.float32
+        assert told["out_dtype"] == torch.bfloat16
+
+        def work() -> Sequence[Tensor]:
+            product = (rows.float() * scales) @ (weight.float() * row_scales)
+            return (product.bfloat16(),)
+
+        return self.launch("scaled_mm", work, torch.empty(count, out, dtype=torch.bfloat16))[0]
+
     def _here(self, value: Any) -> Any:
         return DeviceTensor(value, self) if isinstance(value, Tensor) else value
 
@@ -500,6 +528,11 @@ def _kernels(gpu: PretendedGPU) -> dict[str, Callable[..., Any]]:
         made = torch.empty(a.shape, dtype=a.dtype)
         return gpu.launch("silu_multiply", lambda: (ops.silu_multiply(a, b),), made)[0]
 
+    def fp8_rows(x: Any) -> Any:
+        a = _numbers(x)
+        made = torch.empty(a.shape, dtype=torch.float8_e4m3fn), torch.empty(len(a), 1)
+        return gpu.launch("fp8_rows", lambda: ops.fp8_rows(a), *made)
+
     def quick_gelu_(x: Any) -> Any:
         a = _numbers(x)
         gpu.launch("quick_gelu", lambda: _nothing(a.copy_(ops.quick_gelu_(a.clone()))))
@@ -537,7 +570,15 @@ def _kernels(gpu: PretendedGPU) -> dict[str, Callable[..., Any]]:
         work = lambda: (ops.most_probable(a, known, factor, index),)  # noqa: E731
         return gpu.launch("most_probable", work, made)[0]
 
-    made = (add_rms_norm, add_layer_norm, silu_multiply, quick_gelu_, rotate_, rotate_and_store)
+    made = (
+        add_rms_norm,
+        add_layer_norm,
+        silu_multiply,
+        fp8_rows,
+        quick_gelu_,
+        rotate_,
+        rotate_and_store,
+    )
     made += (decode_attention, most_probable)
     return {one.__name__: one for one in made}
 

@@ -22,19 +22,32 @@ ROOT = Path(__file__).parents[2]
 SHARED = 99 << 10
 
 
+#: Each kernel, in the case that takes most of it: a kernel takes a second to compile and to read.
+EACH_ONCE = (
+    "norm of a sum",
+    "norm of the tower",
+    "silu",
+    "gelu",
+    "rope of the decoder",
+    "rope of the tower",
+    "most probable, penalised",
+    "decode of 8 in torch.bfloat16",
+    "decode of 8 in torch.float32",
+)
+
+
 @pytest.fixture(
     scope="module",
     params=[
-        "80",
-        pytest.param("90", marks=pytest.mark.slow),
-        pytest.param("100", marks=pytest.mark.slow),
+        pytest.param(("80", *EACH_ONCE), id="80, each kernel once"),
+        *(pytest.param((name,), id=name, marks=pytest.mark.slow) for name in ("80", "90", "100")),
     ],
 )
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.compiled", request.param],
+        [sys.executable, "-m", "tests.gpu.compiled", *request.param],
         cwd=ROOT,
         env={
             **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
@@ -51,7 +64,7 @@ def compiled(
 
 
 def test_every_kernel_fits_and_spills_nothing(compiled: list[dict[str, Any]]) -> None:
-    names = {kernel["kernel"] for kernel in compiled}
+    names = {kernel["kernel"] for kernel in compiled} - {"_fp8_rows"}
     assert names == {
         "_add_rms_norm",
         "_add_layer_norm",

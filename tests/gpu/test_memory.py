@@ -30,6 +30,7 @@ from pipeline.engine.runner import Runner
 from pipeline.engine.scheduler import Chunk, Schedule
 from pipeline.errors import ConfigError
 from pipeline.model.awaker import Model
+from pipeline.model.weights import Fp8Weight
 from tests.gpu.pretended import PretendedGPU, pretended_gpu
 
 CUDA = torch.device("cuda", 0)
@@ -40,7 +41,7 @@ SLOTS = 8
 
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[PretendedGPU, Model]]:
-    monkeypatch.setattr("pipeline.model.ops.PACK_FROM", 1 << 60)  # nothing is packed on a GPU
+    monkeypatch.setattr("pipeline.model.weights.PACK_FROM", 1 << 60)  # nothing is packed on a GPU
     model = random_model(SHAPE, torch.float32, torch.device("cpu"))
     with pretended_gpu() as gpu, torch.no_grad():
         with gpu.may_wait():
@@ -61,11 +62,14 @@ def memory_of(thing: Any) -> dict[int, int]:
 
 @pytest.mark.parametrize("adapter", [True, False])
 def test_weights_take_what_is_planned(adapter: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.model.ops.PACK_FROM", 1 << 60)
+    monkeypatch.setattr("pipeline.model.weights.PACK_FROM", 1 << 60)
     shape = SHAPE if adapter else replace(SHAPE, adapter=None)
     model = random_model(shape, torch.bfloat16, torch.device("cpu"))
     table = model.vision.table
     assert sum(memory_of(model).values()) - table.nbytes == weight_bytes(shape, torch.bfloat16)
+    rounded = random_model(shape, torch.bfloat16, torch.device("cpu"), numbers=Fp8Weight)
+    planned = weight_bytes(shape, torch.bfloat16, Fp8Weight)
+    assert sum(memory_of(rounded).values()) - table.nbytes == planned
 
 
 def test_the_tower_takes_what_is_planned(
@@ -132,10 +136,20 @@ def test_the_plan_leaves_the_cache_what_is_left() -> None:
     assert less.cache_tokens < plan.cache_tokens
 
 
+def test_fp8_leaves_the_cache_more() -> None:
+    options = EngineOptions()
+    half = MemoryPlan.of(AWAKER_7B, torch.bfloat16, options, CARDS["40 GB"])
+    fp8 = MemoryPlan.of(AWAKER_7B, torch.bfloat16, options, CARDS["40 GB"], numbers=Fp8Weight)
+    # Of 22 GB those of the decoder's layers halve: 17.7 GB with their experts.
+    assert half.weights - fp8.weights == pytest.approx(9.2e9, rel=0.05)
+    assert fp8.cache_tokens > half.cache_tokens
+
+
 def test_memory_that_a_dead_process_still_holds_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = SimpleNamespace(shape=SHAPE, dtype=torch.float32, device=CUDA)
+    decoder = SimpleNamespace(numbers=None)
+    model = SimpleNamespace(shape=SHAPE, dtype=torch.float32, device=CUDA, decoder=decoder)
     # Asked for the whole; then there is no room, some, nearly all.
     free = iter([100 << 20, 100 << 20, 2 << 30, 7 << 30])
     waits: list[float] = []

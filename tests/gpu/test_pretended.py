@@ -20,7 +20,9 @@ from pipeline.engine.runner import Runner
 from pipeline.engine.sampling import Sampler
 from pipeline.model.awaker import Model
 from pipeline.model.decoder import Decoder
+from pipeline.model.experts import ExpertFactors, mixture_linear
 from pipeline.model.ops import HostCopy
+from pipeline.model.weights import Fp8Weight, linear
 from tests.gpu.pretended import PretendedGPU, pretended_gpu
 
 CUDA = torch.device("cuda", 0)
@@ -115,6 +117,38 @@ def test_bfloat16_runs_through_flash_attention_and_answers() -> None:
         assert gpu.launches["flash"] > 0
         assert there[0][0] == on_cpu(model, [one])[0][0]
         assert len(there[0]) == one.sampling.max_new_tokens
+
+
+def test_fp8_runs_through_scaled_products() -> None:
+    """Each as the emulation on a CPU has it, but for the rounding to bfloat16; what the products ask
+    of their operands is checked by the pretended GPU.
+    """
+    model = random_model(SMALL, torch.bfloat16, torch.device("cpu"), numbers=Fp8Weight)
+    asked = requests()[3:5]
+    there, gpu, _ = on_gpu(model, asked)
+    # q/k/v, three mixtures and their experts' low-rank products, in each layer of each step.
+    assert gpu.launches["scaled_mm"] > 20 * SMALL.layers
+    assert gpu.replays > 5
+    assert [len(tokens) for tokens in there] == [one.sampling.max_new_tokens for one in asked]
+    layer = model.decoder.layers[0]
+    x = torch.randn(11, SMALL.hidden).bfloat16()
+    factors = torch.rand(11, 5).bfloat16()
+    with pretended_gpu() as gpu, torch.inference_mode():
+        with gpu.may_wait():
+            on_device = [moved(one, CUDA) for one in (layer, x, factors)]  # type: ignore[arg-type]
+        with gpu.dispatching():
+            weights, rows, weighted = on_device
+            products = (
+                linear(rows, weights.qkv_weight, weights.qkv_bias),
+                mixture_linear(rows, weights.gate_up, ExpertFactors.masked(weighted)),
+            )
+        made = [product.numbers for product in products]  # type: ignore[attr-defined]
+    expected = (
+        linear(x, layer.qkv_weight, layer.qkv_bias),
+        mixture_linear(x, layer.gate_up, ExpertFactors.masked(factors)),
+    )
+    for one, right in zip(made, expected, strict=True):
+        assert (one.float() - right.float()).norm() <= 0.02 * right.float().norm()
 
 
 @pytest.mark.slow

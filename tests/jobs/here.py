@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -56,18 +57,22 @@ def run_stages(
     read = (table for task in source.get_read_tasks(1) for table in task())
     blocks = [block for table in read for block in preparer(table)]
     handles = _Handle(monitor), _Handle(committer)
-    replica = Replica(*replica_arguments(job, "cpu", 1, *handles))
-    try:
-        asyncio.run(_answer(replica, blocks))
-    finally:
-        replica._engine.close()
+    with contextlib.ExitStack() as stack:
+        replicas = []
+        for _ in range(job.settings.replicas):
+            replicas.append(Replica(*replica_arguments(job, "cpu", 1, *handles)))
+            stack.callback(replicas[-1]._engine.close)
+        asyncio.run(_answer(replicas, blocks))
     committer.finish()
     return monitor.snapshot()
 
 
-async def _answer(replica: Replica, blocks: list[Any]) -> None:
-    """All blocks at once, as Ray calls a replica, so that their rows share batches."""
-    await asyncio.gather(*map(replica, blocks))
+async def _answer(replicas: list[Replica], blocks: list[Any]) -> None:
+    """All blocks at once, as Ray calls a replica, so that their rows share batches; each replica in
+    turn gets one.
+    """
+    turns = itertools.cycle(replicas)
+    await asyncio.gather(*(replica(block) for replica, block in zip(turns, blocks, strict=False)))
 
 
 class _Handle:

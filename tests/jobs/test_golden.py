@@ -71,9 +71,10 @@ def bad_rows(good: bytes) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
-    golden: Path, s3_folder: Path, ray_cluster: RayCluster
+    golden: Path, s3_folder: Path, tmp_path: Path, stages: None
 ) -> None:
-    folder = s3_folder / "golden"
+    # A name of its own: on the cluster and here, the same job would find itself done.
+    folder = s3_folder / tmp_path.name
     good = {row["id"]: row for row in expected_rows(golden)}
     bad = bad_rows(next(iter(good.values()))["images"][0])
     rows = [
@@ -106,9 +107,9 @@ def test_bad_rows_become_error_rows_and_good_ones_are_answered_as_without_them(
         "vqa",
         {
             **released_model(golden),
-            "input.path": "s3://bucket/golden/in",
+            "input.path": f"s3://bucket/{folder.name}/in",
             "input.control_tokens": "error",
-            "output.path": "s3://bucket/golden/out",
+            "output.path": f"s3://bucket/{folder.name}/out",
             "output.rows_per_file": 8,
             "preparation.rows_per_block": 2,
             "engine.batch_size": 3,

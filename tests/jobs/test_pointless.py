@@ -184,9 +184,19 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     )
     assert (
         f"{name}: 3 rows on 1 replica(s), model of 4 layers, 4 experts of rank 8 and a global one, "
-        "bfloat16" in rest
+        "bfloat16, results" in rest
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_weights_are_rounded_to(job: Job) -> None:
+    memory = {}
+    for quantize in ("none", "fp8", "int8"):
+        said = job("vqa", "--dry-run", model__quantize=quantize, model__device="auto").stdout
+        assert ("bfloat16, weights" in said) == (quantize != "none")
+        assert said.count(f", weights {quantize}") == {"none": 0, "fp8": 2, "int8": 1}[quantize]
+        memory[quantize] = "# memory of a GPU" in said
+    assert memory == {"none": True, "fp8": True, "int8": False}  # that is of CPUs
 
 
 def test_a_dry_run_of_convert(

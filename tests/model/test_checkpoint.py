@@ -324,7 +324,7 @@ before = anonymous()
 model = load_model(checkpoint, processor.image_processor, torch.bfloat16, torch.device("cpu"), prepack=False)
 for layer in model.decoder.layers:
     for mixture in (layer.o, layer.gate_up, layer.down):
-        mixture.whole.sum(), mixture.b.sum()
+        mixture.whole.sum(), mixture.b.b.sum()
 print("anonymous", anonymous() - before)
 """
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from pipeline.engine.runner import routed_factors
 from pipeline.engine.segments import ExpertRules, plan_segments
-from pipeline.model.experts import Mixture, mixture_linear
+from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
 from pipeline.model.routing import expert_factors
+from pipeline.model.weights import Fp8Weight, Int8Weight, Numbers, linear
 
 OUT, IN, RANK = 7, 5, 3
 
@@ -78,7 +79,7 @@ def test_every_strategy_is_exact(
     stacked = torch.cat([a.view(-1, IN), w.view(-1, IN)])
     side_by_side = b.transpose(1, 2).flatten(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.model.ops.PACK_FROM", 1)
+        patch.setattr("pipeline.model.weights.PACK_FROM", 1)
         mixture = Mixture.of(stacked, side_by_side, RANK, prepack=packed)
     assert mixture.dense.is_mkldnn == packed
     assert torch.equal(mixture.weight, w.flatten(0, 1))
@@ -110,6 +111,92 @@ def test_every_strategy_is_exact(
     torch.testing.assert_close(
         mixture_linear(x, mixture, routed).double(), exact, atol=1e-4 if packed else 1e-7, rtol=1e-5
     )
+
+
+def quantized_formula(
+    x: torch.Tensor, mixture: Mixture, factors: torch.Tensor, experts: int
+) -> torch.Tensor:
+    """The formula, one token and one expert at a time, of products in 8 bits: the global expert's
+    part is added first.
+    """
+    count, rank = mixture.projections, mixture.rank
+    assert mixture.b is not None
+    out = []
+    for token, token_factors in zip(x.split(1), factors, strict=True):
+        product = linear(token, mixture.dense)
+        y, low = product[:, count * rank :].clone(), product[:, : count * rank]
+        mixture.b.of((experts,)).add_(y, (low * token_factors[experts]).unflatten(1, (count, -1)))
+        for expert in range(experts):
+            low = linear(token, mixture.a(expert)) * token_factors[expert]
+            mixture.b.of((expert,)).add_(y, low.unflatten(1, (count, -1)))
+        out.append(y)
+    return torch.cat(out)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 4),
+    st.lists(st.integers(1, 6), min_size=0, max_size=5),
+    st.integers(0, 4),
+    st.integers(0, 100),
+)
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("numbers", [Int8Weight, Fp8Weight])
+@pytest.mark.parametrize("projections", [1, 2])
+def test_every_strategy_in_8_bits_is_the_formula(
+    projections: int,
+    numbers: type[Int8Weight] | type[Fp8Weight],
+    rules: ExpertRules,
+    experts: int,
+    prompts: list[int],
+    decoding: int,
+    seed: int,
+) -> None:
+    tokens = [*prompts, *[1] * decoding]
+    assume(tokens)
+    draw = torch.Generator().manual_seed(seed)
+    rows = projections * ((experts + 1) * RANK + OUT)
+    stacked = torch.randn(rows, IN, generator=draw)
+    b = torch.randn(projections, OUT, (experts + 1) * RANK, generator=draw)
+    mixture = Mixture.of(stacked, b, RANK, prepack=True, numbers=numbers)
+    tops = torch.randint(experts, (len(tokens), 1), generator=draw)
+    weights = torch.zeros(len(tokens), experts).scatter_(1, tops, 0.7).half()
+    factors = expert_factors(weights, scale=2.0).float()
+    factors = factors.repeat_interleave(torch.tensor(tokens), 0)
+    x = torch.randn(sum(tokens), IN, generator=draw)
+    plan = plan_segments(tops.numpy().astype(np.int8), tokens, len(prompts), experts, rules)
+    (routed,) = routed_factors([factors], plan, torch.from_numpy)
+    result = mixture_linear(x, mixture, routed)
+    if numbers is Int8Weight:  # whichever way its neighbours make the step take, bit for bit
+        assert torch.equal(result, quantized_formula(x, mixture, factors, experts))
+    # Rounding to 8 bits costs a few percent of what such numbers sum up to.
+    exact = mixture_linear(x, Mixture.of(stacked, b, RANK, prepack=False), routed)
+    assert (result - exact).norm() <= 0.1 * exact.norm()
+    # What the formula has for the tokens of one batch it has for each of them.
+    alone = [
+        mixture_linear(x[i : i + 1], mixture, ExpertFactors.masked(factors[i : i + 1]))
+        for i in range(len(x))
+    ]
+    if numbers is Int8Weight:
+        assert torch.equal(torch.cat(alone), result)
+
+
+@pytest.mark.parametrize("numbers", [None, Int8Weight, Fp8Weight])
+def test_a_step_may_have_no_token_left(numbers: Numbers) -> None:
+    experts = 2
+    stacked = torch.randn(2 * ((experts + 1) * RANK + OUT), IN)
+    b = torch.randn(2, OUT, (experts + 1) * RANK)
+    mixture = Mixture.of(stacked, b, RANK, prepack=True, numbers=numbers)
+    nobody = ExpertFactors.masked(torch.empty(0, experts + 1))
+    assert mixture_linear(torch.empty(0, IN), mixture, nobody).shape == (0, 2 * OUT)
+    alone = Mixture.of(stacked, None, 0, prepack=True, numbers=numbers)
+    assert mixture_linear(torch.empty(0, IN), alone, None).shape == (0, len(stacked))
+
+
+def test_a_quantized_projection_has_no_weight_to_fold_into() -> None:
+    mixture = Mixture.of(torch.randn(OUT, IN), None, 0, prepack=True, numbers=Int8Weight)
+    with pytest.raises(TypeError, match="is not what it was made of"):
+        _ = mixture.weight
 
 
 def test_without_an_adapter_it_is_the_linear_layer() -> None:

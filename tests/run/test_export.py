@@ -204,12 +204,19 @@ def test_a_line_is_one_line_of_json_to_every_reader() -> None:
         "n": float("nan"),
         "l": [1.5, float("-inf")],
         "s": {"x": float("inf")},
+        "map": [("k", float("nan"))],
     }
     line = as_json(row)
     assert len(line.splitlines()) == 1
     assert "两" in line
     fields = json.loads(line, parse_constant=lambda name: pytest.fail(name))
-    assert fields == {**row, "n": None, "l": [1.5, None], "s": {"x": None}}
+    assert fields == {
+        **row,
+        "n": None,
+        "l": [1.5, None],
+        "s": {"x": None},
+        "map": [["k", None]],
+    }
 
 
 def test_a_damaged_result_and_a_full_disk_are_one_line(

@@ -39,7 +39,7 @@ from tests.conftest import RayCluster
 from tests.io.output.epochs import hold
 
 
-def show(rows: int, journal: Journal | None = None) -> None:
+def show(rows: int, journal: Journal | None = None, block_seconds: float = 0.6) -> None:
     """Show a job whose rows are answered in four blocks."""
     import ray
 
@@ -47,7 +47,7 @@ def show(rows: int, journal: Journal | None = None) -> None:
     ray.get(monitor.snapshot.remote())
     with Watch(monitor, {"a": rows // 2, "b": rows // 2}, journal=journal):
         for block in range(4):
-            time.sleep(0.6)
+            time.sleep(block_seconds)
             monitor.count.remote(RowCounts(prepared=rows // 4 if block else rows // 2))
             counts = RowCounts(rows=rows // 4, errors=block // 3, new_tokens=rows)
             monitor.report.remote(
@@ -114,7 +114,7 @@ def test_the_journal_keeps_events_and_samples_behind_those_of_earlier_runs(
     for run in ("first", "second"):
         hold(folder, run)
         with Journal(Claim(folder, run)) as journal:
-            show(400, journal)
+            show(400, journal, block_seconds=0.3)
     events = [
         (one["run"], one["event"], one.get("shard"))
         for one in read_entries(folder, OutputLayout.EVENTS)

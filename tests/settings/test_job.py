@@ -160,9 +160,33 @@ def test_a_wrong_setting_is_one_line_that_names_the_key(assignment: str, message
     assert str(caught.value) == message
 
 
+def test_experts_are_not_folded_into_rounded_weights() -> None:
+    assert load("model.quantize=int8").model.quantize == "int8"
+    with pytest.raises(ConfigError, match="engine.fold_experts: weights that model.quantize"):
+        load("model.quantize=fp8", "engine.fold_experts=true")
+
+
 def test_text_that_is_no_yaml_names_its_key() -> None:
     with pytest.raises(ConfigError, match=r"^--set generation.stop: '\[a' is no valid YAML .*$"):
         load("generation.stop=[a")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "key"),
+    [
+        ("input.prompt=caf\udce9?", "input.prompt"),  # an argument in Latin-1
+        ('input.prompt="\\ud83d"', "input.prompt"),
+        ("input.path=[a, caf\udce9]", "input.path"),
+        ("input.prompts.a=caf\udce9", "input.prompts.a"),
+    ],
+)
+def test_text_that_cannot_be_written_is_an_error_that_names_its_key(
+    assignment: str, key: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(assignment)
+    assert str(caught.value).startswith(f"{key}: is no valid Unicode (half a surrogate pair")
+    assert str(caught.value).isprintable()
 
 
 LITERAL = [
@@ -531,6 +555,7 @@ def test_a_prompt_whose_braces_are_no_columns_is_an_error_that_says_how_to_write
         ("output.samples=0", False),
         ("model.device=cpu", False),
         ("model.dtype=float32", True),
+        ("model.quantize=int8", True),
         ("model.prepack=false", True),
         ("input.path=elsewhere", False),
         ("input.limit=3", True),

@@ -21,12 +21,12 @@ def scenes(*more: str) -> ScenesSettings:
 
 
 def test_shards_hold_images_prompts_and_truth(tmp_path: Path) -> None:
-    files = write_scenes(scenes(f"output={tmp_path}/out", "rows=130", "rows_per_shard=60"))
+    files = write_scenes(scenes(f"output={tmp_path}/out", "rows=65", "rows_per_shard=30"))
     assert [file.name for file in files] == [f"scenes-0000{i}-of-00003.parquet" for i in range(3)]
     table = pq.read_table(tmp_path / "out")
     assert table.schema.equals(SCHEMA)
-    assert table.num_rows == 130
-    assert len(set(table["id"].to_pylist())) == 130
+    assert table.num_rows == 65
+    assert len(set(table["id"].to_pylist())) == 65
     formats, sizes = set(), set()
     for row in table.to_pylist():
         if row["task"] == "text":
@@ -43,10 +43,10 @@ def test_shards_hold_images_prompts_and_truth(tmp_path: Path) -> None:
 
 
 def test_tasks_and_languages_take_turns() -> None:
-    table = scene_table(scenes(), 0, 200)
+    table = scene_table(scenes(), 0, 100)
     pairs = list(zip(table["task"].to_pylist(), table["language"].to_pylist(), strict=True))
     assert {pair: pairs.count(pair) for pair in pairs} == {
-        (t, lang): 10 for t in TASKS for lang in ("en", "zh")
+        (t, lang): 5 for t in TASKS for lang in ("en", "zh")
     }
 
 

@@ -7,9 +7,17 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from pipeline.errors import RowError
+from pipeline.io.input.types import without
+from pipeline.rows import ERROR
+
 
 class Arrow:
-    """Arrow's own files and streams, as `datasets.save_to_disk` writes them."""
+    """Arrow's own files and streams, as `datasets.save_to_disk` writes them.
+
+    What is read lies in memory as it lies in the file: a row whose offsets or indices lead
+    elsewhere is an error row.
+    """
 
     def __init__(self, source: BinaryIO) -> None:
         is_file = source.read(6) == b"ARROW1"
@@ -35,7 +43,7 @@ class Arrow:
             held = set(batch.schema.names)
             present = batch.select([name for name in columns.names if name in held])
             for start in range(0, batch.num_rows, rows):
-                yield present.slice(start, rows)
+                yield _sound(present.slice(start, rows))
 
     def _record_batches(self, row_groups: Sequence[int] | None) -> Iterator[pa.RecordBatch]:
         if self._file is None:
@@ -44,3 +52,32 @@ class Arrow:
         else:
             chosen = range(self._file.num_record_batches) if row_groups is None else row_groups
             yield from (self._file.get_batch(index) for index in chosen)
+
+
+def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch whose values all lie where they are said to lie, nulls in the place of others; what
+    is no UTF-8 is told by whoever reads it.
+    """
+    arrays: list[pa.Array] = []
+    errors: list[str | None] = [None] * len(batch)
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        damaged = {}
+        if _damage(array) is not None:
+            rows = ((row, _damage(array.slice(row, 1))) for row in range(len(array)))
+            damaged = {row: cause for row, cause in rows if cause is not None}
+        for row, cause in damaged.items():
+            error = RowError("row_malformed", f"column {name!r} is damaged ({cause})")
+            errors[row] = errors[row] or str(error)
+        arrays.append(without(array, damaged))
+    if not any(errors):
+        return batch
+    arrays.append(pa.array(errors, pa.string()))
+    return pa.RecordBatch.from_arrays(arrays, names=[*batch.schema.names, ERROR])
+
+
+def _damage(array: pa.Array) -> str | None:
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid as error:
+        return None if "UTF8" in str(error) else str(error)
+    return None

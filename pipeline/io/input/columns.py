@@ -223,7 +223,7 @@ def extra_columns(
         if (
             (field.name in columns.named() and not names_image)
             or field.name in unwritten
-            or _holds_images(field)
+            or holds_images(field)
         ):
             continue
         if field.name.startswith(OWN_PREFIX):
@@ -245,7 +245,7 @@ def _holds_text(field: pa.Field) -> bool:
     return is_text(field.type.value_type if is_list(field.type) else field.type)
 
 
-def _holds_images(field: pa.Field) -> bool:
+def holds_images(field: pa.Field) -> bool:
     """Whether a column that is not in use holds images all the same: by its form, or by its name
     and bytes.
     """

@@ -17,6 +17,8 @@ from pipeline.rows import ERROR
 UNNAMED = "Unnamed: {}"
 #: How lines end: CSV of old programs has a carriage return alone.
 _ENDS = ("\n", "\r")
+#: Lines that are read again for quotes that never close, besides ten for each line there is.
+AGAIN = 1_000_000
 #: Of a line that is not kept, read at once.
 _SKIPPED = 1 << 20
 
@@ -123,6 +125,7 @@ class _Lines:
         self._size = 0
         self._taken: list[str | None] = []
         self._ahead: list[str | None] = []
+        self._again = 0
         #: Number of the first line of the record, from 1.
         self.begun = 1
 
@@ -135,6 +138,7 @@ class _Lines:
         """Take all but the first line back: a quote that is never closed would swallow all that
         follow.
         """
+        self._again += len(self._taken) - 1
         self._ahead += self._taken[:0:-1]
         del self._taken[1:]
 
@@ -142,6 +146,10 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
+        if self._taken and self._again > AGAIN + 10 * self.begun:
+            # Each line of a file may open a quote that only its end shows to be open.
+            cause = f"line {self.begun} opens a quote, as many before it did that never closed"
+            raise RowError("row_malformed", cause)
         line = self._ahead.pop() if self._ahead else self._read()
         if line == "":
             raise StopIteration

@@ -223,14 +223,14 @@ class Fetcher:
         if not has_buckets(url.partition("://")[0]):
             return
         bucket = bucket_of(url)
-        if bucket is None or not any(
-            f"{bucket}/".startswith(f"{allowed}/") for allowed in self._buckets
-        ):
+        if bucket is None:
+            raise RowError("image_forbidden", f"{shown(url)} names no bucket")
+        if not any(f"{bucket}/".startswith(f"{allowed}/") for allowed in self._buckets):
             raise RowError(
                 "image_forbidden",
                 f"{shown(url)}: rows may name objects of the buckets that input.path and "
                 "input.image_root name; put "
-                f"{one_line(str(bucket), 100)} into fetch.buckets if they may name this one's",
+                f"{one_line(bucket, 100)} into fetch.buckets if they may name this one's",
             )
         if climbs(url):
             raise RowError("image_forbidden", f"{shown(url)} leads out of its folder ('..')")

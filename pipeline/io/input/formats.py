@@ -16,7 +16,7 @@ from pipeline.io.input.listing import FileInfo
 from pipeline.io.input.metadata import BesideImages
 from pipeline.io.input.parquet import Parquet, open_parquet
 from pipeline.io.input.shard_file import ShardFile
-from pipeline.io.input.unpack import unpacked
+from pipeline.io.input.unpack import as_text, unpacked
 from pipeline.io.input.untyped import Untyped
 from pipeline.io.input.webdataset import WebDataset
 from pipeline.rows import Form
@@ -59,7 +59,7 @@ OPENERS: Mapping[Form, Opener] = {
     "parquet": _parquet,
     "webdataset": _of_bytes(lambda source, _, untyped: WebDataset(unpacked(source), untyped)),
     "arrow": _of_bytes(lambda source, *_: Arrow(source)),
-    "jsonl": _of_bytes(lambda source, _, untyped: JsonLines(unpacked(source), untyped)),
-    "csv": _of_bytes(lambda source, file, untyped: Csv(unpacked(source), untyped, file.separator)),
+    "jsonl": _of_bytes(lambda source, _, untyped: JsonLines(as_text(source), untyped)),
+    "csv": _of_bytes(lambda source, file, untyped: Csv(as_text(source), untyped, file.separator)),
     "images": _images,
 }

@@ -23,6 +23,7 @@ from pipeline.rows import ERROR, SETTINGS
 
 #: What a line of an OpenAI batch is known by.
 OPENAI_ID = "custom_id"
+_OPENAI_KEYS = {OPENAI_ID, "method", "url", "body"}
 
 #: Of a line that is not kept, read at once.
 _SKIPPED = 1 << 20
@@ -80,9 +81,10 @@ def _lines(source: BinaryIO, most: int) -> Iterator[bytes | None]:
 
 
 def _plain(row: Row) -> Row:
-    if OPENAI_ID not in row or "body" not in row:
+    # A line of a batch that has lost its body must not give the others' ids another column.
+    if OPENAI_ID not in row or ("body" not in row and row.keys() - _OPENAI_KEYS):
         return flattened(row)
-    own_id, body = row[OPENAI_ID], row["body"]
+    own_id, body = row[OPENAI_ID], row.get("body")
     if not isinstance(own_id, (str, int)) or isinstance(own_id, bool):
         raise RowError("row_malformed", f"{OPENAI_ID} is {type(own_id).__name__}, expected text")
     if not isinstance(body, dict) or body.get("messages") is None:

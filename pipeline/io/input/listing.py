@@ -55,7 +55,10 @@ _TABS = ".tsv"
 #: Which names each form's files have.
 SUFFIXES: dict[Form, tuple[str, ...]] = {
     "parquet": PARQUET_SUFFIXES,
-    "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"),
+    "webdataset": (
+        *(".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz"),
+        ".txz",
+    ),
     "arrow": (".arrow",),
     "jsonl": tuple(name + zipped for name in (".jsonl", ".ndjson") for zipped in _COMPRESSED),
     "csv": tuple(name + zipped for name in (".csv", _TABS) for zipped in _COMPRESSED),
@@ -200,8 +203,12 @@ def _find(
             FORM_NAMES[one] for one, members in by_form.items() if one is not None and members
         )
         there = f"; it holds {forms}" if forms else ""
-        if packed := _others(_packed(by_form)):
-            there += f"; {packed} cannot be read: unpack them, or compress with {_READ_PACKED}"
+        if packed := _packed(by_form):
+            there += (
+                f"; {_others(packed)} cannot be read: unpack them, or compress with {_READ_PACKED}"
+            )
+        elif by_form[None]:
+            there += f"; passed over: {_others(file.name for file in by_form[None])}"
         raise InputError(f"input.path: no {expected} at {path!r} ({found} files){there}")
     files = by_form[chosen]
     if chosen == "images":
@@ -213,6 +220,8 @@ def _find(
             f"input.path: {path!r} holds files that cannot be read and are passed over: {others}; "
             f"unpack them, or compress with {_READ_PACKED}"
         )
+    if chosen != "images" and form == "auto" and tell is not None:
+        _tell_of_other_forms(path, by_form, chosen, tell)
     for file in files:
         # It is part of every row's place; of images it is the folder's.
         try:
@@ -222,6 +231,30 @@ def _find(
                 f"input.path: the name {file.url!a} is no valid UTF-8; rename it"
             ) from error
     return files
+
+
+def _tell_of_other_forms(
+    path: str,
+    by_form: Mapping[Form | None, Sequence[FileInfo]],
+    chosen: Form,
+    tell: Callable[[str], None],
+) -> None:
+    """Say which data of other forms nobody reads; tables of the same names as tars are about
+    them.
+    """
+    tars = {_stem(file) for file in by_form.get("webdataset", ())}
+    counts = {
+        form: sum(form != "parquet" or _stem(file) not in tars for file in by_form.get(form, ()))
+        for form in FORM_NAMES
+        if form not in (chosen, "images")
+    }
+    unread = {form: count for form, count in counts.items() if count}
+    if unread:
+        forms = ", ".join(f"{count:,} of {FORM_NAMES[form]}" for form, count in unread.items())
+        tell(
+            f"input.path: {path!r} holds {FORM_NAMES[chosen]}; passed over: files of other forms "
+            f"({forms}), of which input.format={next(iter(unread))} would read one"
+        )
 
 
 def _beside(by_form: Mapping[Form | None, Sequence[FileInfo]], form: Form) -> list[str]:
@@ -295,6 +328,7 @@ def _chosen(by_form: dict[Form | None, list[FileInfo]], *, single: bool) -> Form
                 file for file in files if not posixpath.basename(file.name).startswith("cache-")
             ]
         if form == "csv" and not single:
+            by_form[None] += [file for file in files if not file.is_metadata]
             by_form[form] = files = [file for file in files if file.is_metadata]
         if files:
             return form

@@ -8,13 +8,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.errors import RowError
 from pipeline.io.input.shard_file import ShardFile
-from pipeline.io.input.types import is_list, is_text
+from pipeline.io.input.types import fitted, is_list, is_text
 from pipeline.rows import ERROR
 
 #: The Hugging Face hub's names, in a table about image files, for the file of a row and for its
 #: files; a column `mask_file_name` makes a column `mask`.
 FILE_NAMES = {"file_name": "image", "file_names": "images"}
+_LIST = pa.list_(pa.string())
 
 
 class BesideImages:
@@ -55,26 +57,38 @@ class BesideImages:
         wanted = pa.schema([*columns, *{field.name: field for field in extra}.values()])
         for batch in self._table.batches(rows, wanted, row_groups):
             arrays = {name: batch.column(name) for name in batch.schema.names}
+            errors = arrays[ERROR].to_pylist() if ERROR in arrays else [None] * len(batch)
             for field in columns:
                 for source in (
                     one.name for one in sources[field.name] if one.name in batch.schema.names
                 ):
-                    arrays[field.name] = self._paths(
+                    arrays[field.name], wrong = self._paths(
                         arrays.get(field.name), arrays[source], field.type
                     )
+                    for row, cause in wrong.items():
+                        error = RowError("row_malformed", f"column {source!r} {cause}")
+                        errors[row] = errors[row] or str(error)
+            if any(errors):
+                arrays[ERROR] = pa.array(errors, pa.string())
             kept = [name for name in arrays if name in columns.names or name == ERROR]
             yield pa.RecordBatch.from_arrays([arrays[name] for name in kept], names=kept)
 
-    def _paths(self, named: pa.Array | None, files: pa.Array, kind: pa.DataType) -> pa.Array:
-        """Paths of files, where nothing is named already."""
-        if not _holds_paths(files.type):
-            files = files.cast(kind)
-        before = [None] * len(files) if named is None else named.to_pylist()
+    def _paths(
+        self, named: pa.Array | None, files: pa.Array, kind: pa.DataType
+    ) -> tuple[pa.Array, dict[int, str]]:
+        """Paths of files, where nothing is named already: lists where a row may have several; and
+        by row what is no path.
+        """
+        several = is_list(kind) or is_list(files.type)
+        names, wrong = _texts(files)
+        before, unread = ([None] * len(files), {}) if named is None else _texts(named)
         paths = [
             self._path(file) if path is None else path
-            for path, file in zip(before, files.to_pylist(), strict=True)
+            for path, file in zip(before, names, strict=True)
         ]
-        return pa.array(paths, kind)
+        if several:
+            paths = [[path] if isinstance(path, str) else path for path in paths]
+        return pa.array(paths, _LIST if several else pa.string()), unread | wrong
 
     def _path(self, file: str | list[str | None] | None) -> Any:
         if isinstance(file, list):
@@ -82,11 +96,22 @@ class BesideImages:
         return posixpath.join(self._folder, file) if file else None
 
 
+def _texts(array: pa.Array) -> tuple[list[Any], dict[int, str]]:
+    """Values as texts or lists of texts, None where one is no valid text; and by row what is wrong
+    with those.
+    """
+    fit, wrong = fitted(array, _LIST if is_list(array.type) else pa.string())
+    return fit.to_pylist(), wrong
+
+
 def _made_of(field: pa.Field) -> pa.Field | None:
     """The column of paths that one of files' names makes; None of any other column."""
+    value = field.type.value_type if is_list(field.type) else field.type
+    if pa.types.is_nested(value):
+        return None
     for ending, alone in FILE_NAMES.items():
         if field.name == ending or field.name.endswith(f"_{ending}"):
-            kind = pa.list_(pa.string()) if ending == "file_names" else pa.string()
+            kind = _LIST if ending == "file_names" or is_list(field.type) else pa.string()
             return pa.field(field.name.removesuffix(ending).removesuffix("_") or alone, kind)
     return None
 

@@ -21,6 +21,7 @@ from pipeline.io.input.columns import (
     check_template,
     check_types,
     extra_columns,
+    holds_images,
     settle_columns,
 )
 from pipeline.io.input.formats import open_shard
@@ -36,10 +37,11 @@ from pipeline.io.input.schemas import (
     retyped,
 )
 from pipeline.io.input.shard import Shard
+from pipeline.io.input.types import is_list
 from pipeline.io.input.untyped import Untyped, common_types
 from pipeline.redact import tell
 from pipeline.rows import ANSWER_COLUMNS
-from pipeline.settings.job import InputSettings
+from pipeline.settings.job import ColumnSettings, InputSettings
 from pipeline.template import Template
 
 #: Footers that a thread reads one after another, at most.
@@ -124,19 +126,25 @@ def plan_input(
     files = [file for file in listing if only is None or file.url in only]
     untyped = Untyped.of(options)
     groups, schemas = _read_footers(files, untyped)
+    if not any(map(sum, groups)):
+        raise InputError(f"input.path: the {len(files)} files at {options.path!r} hold no rows")
     kinds = column_kinds(files, schemas)
     planned = planned_types(kinds, files, schemas)
     columns = settle_columns(options, planned.schema)
     if columns.messages is None and not (columns.image or columns.images):
-        _tell_of_pictures(files, planned.schema)
+        _tell_of_pictures(files, planned.schema, options.columns)
     check_types(columns, planned.schema, kinds)
     check_contradictions(columns, planned.contradictions, kinds)
-    check_present(columns, files, schemas)
+    # Where there are no rows, no column is missed.
+    filled = [
+        pair
+        for pair, rows in zip(zip(files, schemas, strict=True), groups, strict=True)
+        if any(rows)
+    ]
+    check_present(columns, *zip(*filled, strict=True))
     if columns.id is None:
         _check_names(files)
     shards = _limited(files, groups, options.limit)
-    if not shards:
-        raise InputError(f"input.path: the {len(files)} files at {options.path!r} hold no rows")
     several = frozenset(f"{name}_{prompt}" for prompt in options.prompts for name in ANSWER_COLUMNS)
     extras, extras_schema = extra_columns(
         planned.schema,
@@ -168,8 +176,15 @@ def _templates(options: InputSettings, schema: pa.Schema) -> dict[str, Template]
     return prompts
 
 
-def _tell_of_pictures(files: list[FileInfo], schema: pa.Schema) -> None:
-    """Say that nobody looks at the pictures that a table beside them names."""
+def _tell_of_pictures(files: list[FileInfo], schema: pa.Schema, wanted: ColumnSettings) -> None:
+    """Say that nobody looks at the pictures that rows hold, or that a table beside them names."""
+    held = [field for field in schema if holds_images(field)]
+    if held and "auto" in (wanted.image, wanted.images):
+        key = "images" if is_list(held[0].type) else "image"
+        tell(
+            f"input.path: rows hold images in {listed([field.name for field in held])}, and none "
+            f"of these is asked about; input.columns.{key}={held[0].name} shows them to the model"
+        )
     names = frozenset(schema.names)
     made = [
         name for name in schema.names if any(f"{name}_{ending}" in names for ending in FILE_NAMES)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
 from pipeline.io.input.listing import UNTYPED, FileInfo
@@ -223,13 +224,8 @@ def _largest_integers(file: FileInfo) -> dict[str, tuple[float, float]]:
                 continue
             statistics, largest_here = chunk.statistics, (math.inf, math.inf)
             if statistics is not None and statistics.has_min_max:
-                ends = (
-                    [statistics.min, statistics.max]
-                    if isinstance(statistics.min, int)
-                    else [math.inf]
-                )
                 largest_here = (
-                    max(map(abs, ends)),
+                    max(map(abs, _integer_ends(statistics))),
                     max(abs(statistics.min_raw), abs(statistics.max_raw)),
                 )
             elif statistics is not None and statistics.null_count == chunk.num_values:
@@ -240,6 +236,17 @@ def _largest_integers(file: FileInfo) -> dict[str, tuple[float, float]]:
                 max(before[1], largest_here[1]),
             )
     return largest
+
+
+def _integer_ends(statistics: pq.Statistics) -> tuple[float, ...]:
+    """The least and the largest integer of a column chunk; infinite of times, whose years Python
+    may not even have.
+    """
+    try:
+        ends = statistics.min, statistics.max
+    except (ValueError, OverflowError):
+        return (math.inf,)
+    return ends if isinstance(ends[0], int) else (math.inf,)
 
 
 def listed(names: list[str]) -> str:

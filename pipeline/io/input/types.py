@@ -336,6 +336,8 @@ def _widened_number(one: pa.DataType, other: pa.DataType, within: Within) -> pa.
     if len(integers) == 1 and numbers and pa.types.is_floating(numbers[0]):
         (kind,) = integers
         return pa.float64() if kind.bit_width <= 32 or within(kind, DOUBLE_HOLDS) else pa.string()
+    if len(integers) == 1 and numbers:
+        return _widened_decimal(numbers[0], integers[0])
     if len(numbers) == 2 and pa.types.is_decimal(one) != pa.types.is_decimal(other):
         return pa.string()
     if pa.types.is_fixed_size_binary(one) and pa.types.is_fixed_size_binary(other):
@@ -345,6 +347,17 @@ def _widened_number(one: pa.DataType, other: pa.DataType, within: Within) -> pa.
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except pa.ArrowException:
         return None
+
+
+def _widened_decimal(decimal: pa.DataType, integer: pa.DataType) -> pa.DataType:
+    """Decimals with all digits of both; pyarrow's own have one too few for the largest integers."""
+    signed = pa.types.is_signed_integer(integer)
+    digits = len(str(1 << integer.bit_width - signed))
+    scale = max(decimal.scale, 0)
+    precision = max(decimal.precision - decimal.scale, digits) + scale
+    if precision > 76:
+        return pa.string()
+    return pa.decimal128(precision, scale) if precision <= 38 else pa.decimal256(precision, scale)
 
 
 def is_new_form(planned: pa.DataType, kinds: Iterable[pa.DataType]) -> bool:
@@ -425,6 +438,8 @@ def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if is_json(array.type) and is_json(kind):
         return pa.ExtensionArray.from_storage(kind, array.storage.cast(kind.storage_type))
     if array.type != kind:
+        if _holds_times(array.type) and not _holds_times(kind):
+            array.to_pylist()  # pyarrow would write that a value is out of range in its place
         array = array.cast(kind)
     if _holds_times(kind):
         array.to_pylist()  # years that Python does not have could be written, but not told

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
 import re
 from collections.abc import Callable
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 import pyarrow as pa
 
@@ -16,8 +17,8 @@ import pyarrow as pa
 #: writers begin, too.
 _FORMS: tuple[tuple[re.Pattern[bytes], Callable[[BinaryIO], BinaryIO]], ...] = (
     (re.compile(rb"\x1f\x8b"), lambda source: cast(BinaryIO, gzip.GzipFile(fileobj=source))),
-    (re.compile(rb"BZh[1-9]"), lambda source: cast(BinaryIO, bz2.BZ2File(source))),
-    (re.compile(rb"\xfd7zXZ\x00"), lambda source: cast(BinaryIO, lzma.LZMAFile(source))),  # noqa: SIM115 - its user closes the source
+    (re.compile(rb"BZh[1-9]"), lambda source: _frames(source, bz2.BZ2Decompressor)),
+    (re.compile(rb"\xfd7zXZ\x00"), lambda source: _frames(source, lzma.LZMADecompressor)),
     # pyarrow's reader, since zstandard's own takes a file that breaks off for one that ends.
     (
         re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
@@ -25,6 +26,13 @@ _FORMS: tuple[tuple[re.Pattern[bytes], Callable[[BinaryIO], BinaryIO]], ...] = (
     ),
 )
 _START = 6
+#: UTF-32's before UTF-16's: the one begins with the other.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def unpacked(source: BinaryIO) -> BinaryIO:
@@ -39,6 +47,44 @@ def unpacked(source: BinaryIO) -> BinaryIO:
     ) or _buffered(source)
 
 
+def as_text(source: BinaryIO) -> BinaryIO:
+    """What a file of lines holds, as UTF-8: unpacked, and brought from the UTF-16 or UTF-32 that a
+    byte order mark at its beginning tells, as Windows writes them.
+    """
+    start = source.read(_START)
+    source.seek(0)
+    for mark, encoding in _MARKS:
+        if start.startswith(mark):
+            return _forwards(cast(BinaryIO, _Recoded(source, encoding)))
+    return unpacked(source)
+
+
+class _Recoded:
+    """A file of another encoding as UTF-8. Halves of surrogate pairs stay what they are, which is
+    no UTF-8: their lines are told.
+    """
+
+    def __init__(self, source: BinaryIO, encoding: str) -> None:
+        self._source = source
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+        self._ahead = b""
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes; none at the end.
+
+        Raises:
+            UnicodeDecodeError: the file breaks off within a character, or is damaged.
+        """
+        while not self._ahead:
+            data = self._source.read(io.DEFAULT_BUFFER_SIZE)
+            text = self._decoder.decode(data, final=not data)
+            if not data and not text:
+                return b""
+            self._ahead = text.encode("utf-8", "surrogatepass")
+        part, self._ahead = self._ahead[:size], self._ahead[size:]
+        return part
+
+
 def _buffered(source: BinaryIO) -> BinaryIO:
     """The file of some fsspec backend, whose own `readline` may know no bound."""
     return cast(BinaryIO, io.BufferedReader(_Raw(source)))
@@ -46,6 +92,65 @@ def _buffered(source: BinaryIO) -> BinaryIO:
 
 def _forwards(source: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(_Forwards(source)))
+
+
+def _frames(source: BinaryIO, begin: Callable[[], _Decompressor]) -> BinaryIO:
+    return _forwards(cast(BinaryIO, _Frames(source, begin)))
+
+
+class _Decompressor(Protocol):
+    """What Python's own decompressors of one frame have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def needs_input(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class _Frames:
+    """The frames of a compressed file one behind the other, with zeros (xz's padding) between and
+    behind them.
+
+    Python's own files take anything behind a frame that they cannot read for the end, and say
+    nothing of it.
+    """
+
+    def __init__(self, source: BinaryIO, begin: Callable[[], _Decompressor]) -> None:
+        self._source, self._begin = source, begin
+        self._frame: _Decompressor | None = begin()
+        self._ahead = b""
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes; none at the end.
+
+        Raises:
+            EOFError: the file breaks off.
+            OSError, lzma.LZMAError: it is damaged.
+        """
+        while True:
+            if self._frame is None:
+                self._ahead = self._ahead.lstrip(b"\0") or self._source.read(io.DEFAULT_BUFFER_SIZE)
+                if not self._ahead:
+                    return b""
+                if self._ahead.strip(b"\0"):
+                    self._frame = self._begin()
+                continue
+            if self._frame.needs_input and not self._ahead:
+                self._ahead = self._source.read(io.DEFAULT_BUFFER_SIZE)
+                if not self._ahead:
+                    raise EOFError("it breaks off within a frame")
+            data = self._frame.decompress(self._ahead, size)
+            self._ahead = b""
+            if self._frame.eof:
+                self._ahead, self._frame = self._frame.unused_data, None
+            if data:
+                return data
 
 
 class _Raw(io.RawIOBase):

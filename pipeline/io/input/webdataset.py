@@ -39,9 +39,11 @@ _LITTER_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
 #: Most bytes of all headers of a member: its name, and what else is told of it.
 HEADER_BYTES = 1 << 20
 _END = tarfile.NUL * tarfile.BLOCKSIZE
-#: Where a header says of what kind it is, and the kinds of extended ones.
+#: Where a header says of what kind it is, the kinds of extended ones, and all kinds whose data tell
+#: of the next member.
 _KIND = slice(156, 157)
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_TELLING = (*_EXTENDED, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 #: More digits than the name of a file has characters.
 _MANY_DIGITS = re.compile(rb"\d{256}")
 
@@ -223,7 +225,7 @@ def _key_and_extension(name: str) -> tuple[str, str] | None:
 
 def _text(data: bytes, where: str) -> str:
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RowError("row_malformed", f"{where} is no valid UTF-8 ({error})") from error
 
@@ -276,6 +278,8 @@ class _Blocks:
         self._source = source
         self._ahead = b""
         self._left: int | None = HEADER_BYTES
+        # The kind of the header that was read last, if what comes next may be its data.
+        self._telling = b""
         self.latest = b""
 
     def read(self, size: int) -> bytes:
@@ -285,11 +289,17 @@ class _Blocks:
                 raise tarfile.ReadError(
                     f"headers at byte {self.tell():,} claim more than {HEADER_BYTES:,} bytes"
                 )
-        header, self.latest, self._ahead = self.latest, self._ahead[:size], self._ahead[size:]
+        self.latest, self._ahead = self._ahead[:size], self._ahead[size:]
         while len(self.latest) < size and (more := self._source.read(size - len(self.latest))):
             self.latest += more
-        if self._left is not None and header[_KIND] in _EXTENDED and not _is_extended(self.latest):
+        if self._left is None:
+            return self.latest
+        # Data of a header, or of a member, are no header, whatever stands in that place of theirs.
+        telling, self._telling = self._telling, b""
+        if telling in _EXTENDED and not _is_extended(self.latest):
             raise tarfile.ReadError(f"an extended header before byte {self.tell():,} is damaged")
+        if not telling and size == tarfile.BLOCKSIZE and self.latest[_KIND] in _TELLING:
+            self._telling = self.latest[_KIND]
         return self.latest
 
     def put_back(self, block: bytes) -> None:

@@ -10,9 +10,10 @@ import re
 
 #: A result's name; those of versions before names held epochs count as of epoch 0.
 _RESULT = re.compile(
-    r"(?:^|/)part-(?:(\d{8})-[^/]+|\d{8}T\d{6}-[0-9a-f]{6}-[0-9a-f]{4})-\d{5}\.parquet$"
+    r"(?:^|/)part-(?:(\d{8})-[^/]+|\d{8}T\d{6}-[0-9a-f]{6}-[0-9a-f]{4})-\d{5}\.parquet$", re.ASCII
 )
-_NUMBERED = re.compile(r"(\d{8})\.json$")
+#: Whole names: of a file that something else puts there (`._00000007.json`) there is no epoch.
+_NUMBERED = re.compile(r"(?:^|/)(\d{8})\.json$", re.ASCII)
 
 
 class OutputLayout:

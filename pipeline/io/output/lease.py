@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import socket
 import threading
@@ -32,6 +33,8 @@ from pipeline.io.output.storage import OutputFolder
 
 #: A lock that nobody can read names no run; it counts as a living one's until it has stood still.
 UNKNOWN = "?"
+#: What a run may be called: part of a file's name.
+_RUN = re.compile(r"\w[\w.\-]{0,199}", re.ASCII)
 
 
 class LeaseLostError(OutputError):
@@ -117,10 +120,19 @@ def read_lock(folder: OutputFolder) -> Holder | None:
         expire = float(record["expire"])
         if not 0 < expire < math.inf:
             raise ValueError(f"expires after {expire} s")
-        return Holder(**known | {"epoch": epoch, "run": str(record["run"]), "expire": expire})
+        if not _RUN.fullmatch(run := record["run"]):
+            raise ValueError(f"no run is called {run!r}")
+        return Holder(**known | {"epoch": epoch, "run": run, "expire": expire})
     except FileNotFoundError:  # a later one has begun meanwhile
         return read_lock(folder)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        IsADirectoryError,
+    ):
         # Cut short by a power cut, or of somebody else's making.
         return Holder(epoch, UNKNOWN)
 
@@ -353,7 +365,7 @@ def _heard_of(folder: OutputFolder, run: str) -> bytes | None:
 def _gave_back(heard: bytes | None) -> bool:
     try:
         return bool(json.loads(heard or b"{}").get("released"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return False
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.io.input.formats import open_shard
+from pipeline.io.input.listing import find_shards
 from pipeline.io.input.unique import check_ids_unique
 from pipeline.rows import ERROR, ID, PROMPT, REFERENCES
 from tests.io.input.test_formats import read
@@ -80,6 +83,16 @@ def test_a_row_that_has_more_values_than_there_are_names_throughout_is_refused(
         InputError, match=r"as CSV \(ValueError: line 2 has 3 values under 2 names\)"
     ):
         plan_of(tmp_path / "a.csv")
+
+
+def test_quotes_that_never_close_take_no_longer_than_their_lines(tmp_path: Path) -> None:
+    """Each of these lines opens a quote again, which the next one closes to open another."""
+    (tmp_path / "a.csv").write_text("id,prompt\na,?\n" + 'b","\n' * 20_000)
+    began = time.process_time()
+    with open_shard(find_shards(str(tmp_path / "a.csv"))[0]) as shard:
+        groups, _ = shard.layout()
+    assert time.process_time() - began < 20, "quadratic it would take minutes"
+    assert groups == (20_001,)
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "metadata.TSV", "a.csv.tsv"])

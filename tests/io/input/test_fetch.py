@@ -196,6 +196,7 @@ def test_rows_name_objects_of_the_inputs_buckets_and_of_listed_ones(
     refused(fetcher.submit(outside), "image_forbidden", f"put {bucket} into fetch.buckets")
     assert make(inputs=inputs, buckets=[bucket]).submit(outside).result(20) == BODY
     assert asked == [url for url in (inside, outside) if url]
+    refused(fetcher.submit("s3:///a.jpg"), "image_forbidden", "'s3:///a.jpg' names no bucket")
 
 
 @pytest.mark.parametrize(

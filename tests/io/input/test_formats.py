@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
@@ -107,6 +108,19 @@ def test_an_openai_batch_is_a_table_of_chats(tmp_path: Path) -> None:
     assert table[ID] == ["r-0", "r-1"]
     assert [json.loads(text) for text in table[MESSAGES]] == chats
     assert table["model"] == ["m", "m"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_line_of_a_batch_without_a_body_costs_itself_alone(tmp_path: Path, first: bool) -> None:
+    whole = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "What?"}]}}
+    lines = [whole, {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions"}]
+    write_lines(tmp_path / "batch.jsonl", lines if first else lines[::-1])
+    plan = plan_of(tmp_path)
+    check_ids_unique(plan)
+    table = read(plan)
+    assert sorted(table[ID]) == ["a", "b"]
+    errors = dict(zip(table[ID], table[ERROR], strict=True))
+    assert errors == {"a": None, "b": "row_malformed: body is no object with messages"}
 
 
 BROKEN = [
@@ -294,6 +308,30 @@ def test_an_arrow_file_is_read_batch_by_batch(tmp_path: Path) -> None:
     source = PlannedShards(plan, {shard.file.url: RowSet.of_rows([1, 9])}, 3)
     assert [piece.row_groups for piece in source.pieces] == [(0,), (2,)]
     assert read(plan, {shard.file.url: RowSet.of_rows([1, 9])})[PROMPT] == ["1", "9"]
+
+
+def test_values_of_an_arrow_file_that_lie_nowhere_cost_their_rows(tmp_path: Path) -> None:
+    """Arrow reads a file as it lies there: nobody else has looked at its offsets and indices."""
+    places = pa.array([0, 9, 1, 0], pa.int8())
+    offsets = pa.py_buffer(np.array([0, 1, 1_000_000, 2, 3], np.int32))
+    texts = pa.Array.from_buffers(pa.string(), 4, [None, offsets, pa.py_buffer(b"abc")])
+    columns = {
+        "id": ["0", "1", "2", "3"],
+        "prompt": pa.DictionaryArray.from_arrays(places, pa.array(["a", "b"]), safe=False),
+        "note": texts,
+    }
+    table = pa.table(columns)
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    plan = plan_of(tmp_path)
+    check_ids_unique(plan)
+    rows = read(plan)
+    assert rows[ID] == ["0", "1", "2", "3"]
+    assert rows[PROMPT] == ["a", None, "b", "a"]
+    assert rows["note"] == ["a", None, None, "c"]
+    assert rows[ERROR][0] is rows[ERROR][3] is None
+    assert rows[ERROR][1].startswith("row_malformed: column 'prompt' is damaged (")
+    assert rows[ERROR][2].startswith("row_malformed: column 'note' is damaged (")
 
 
 def write_images(folder: Path, names: list[str]) -> None:

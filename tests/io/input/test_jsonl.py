@@ -4,9 +4,12 @@ itself.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,16 +226,79 @@ def test_every_frame_of_a_zstandard_file_is_read(tmp_path: Path) -> None:
     assert read(planned(tmp_path))[ID] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.csv.zst"])
+#: By how files are called; zeros may stand behind frames of those that say so.
+PACKED: dict[str, tuple[Callable[[bytes], bytes], bytes]] = {
+    "gz": (gzip.compress, bytes(100)),
+    "bz2": (bz2.compress, b""),
+    "xz": (lzma.compress, bytes(8)),
+    "zst": (zstandard.compress, b""),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_frames_behind_each_other_are_read_to_the_end(tmp_path: Path, name: str) -> None:
+    """Of any size, and with the padding that the form allows."""
+    pack, padding = PACKED[name]
+    sizes = [1, 100_000, 0, 3]
+    lines = [f'{{"id": "{n}", "note": "{"x" * size}"}}\n' for n, size in enumerate(sizes)]
+    frames = [pack(line.encode()) for line in lines]
+    (tmp_path / f"a.jsonl.{name}").write_bytes(padding.join([*frames, pack(b""), b""]))
+    table = read(planned(tmp_path))
+    assert table[ID] == ["0", "1", "2", "3"]
+    assert [len(note) for note in table["note"]] == sizes
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_is_no_frame_behind_a_frame_is_named(tmp_path: Path, name: str) -> None:
+    """It may have been one, with rows in it."""
+    pack, _ = PACKED[name]
+    damaged = b"#" + pack(b'{"id": "1"}\n')[1:]
+    (tmp_path / f"a.jsonl.{name}").write_bytes(pack(b'{"id": "0"}\n') + damaged)
+    with pytest.raises(
+        InputError, match=rf"cannot read file://.*{name} as .*; repair or remove it"
+    ):
+        planned(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.zst", "a.jsonl.gz", "a.csv.zst", "a.csv.xz", "a.csv.bz2"]
+)
 def test_a_compressed_file_that_breaks_off_is_named(tmp_path: Path, name: str) -> None:
     data = b"".join(b'{"id": "%d"}\n' % n for n in range(500))
-    pack = gzip.compress if name.endswith("gz") else zstandard.compress
-    whole = pack(data)
+    whole = PACKED[name.rpartition(".")[2]][0](data)
     (tmp_path / name).write_bytes(whole + whole[:-10])
     with pytest.raises(
         InputError, match=rf"cannot read file://.*{name} as .*; repair or remove it"
     ):
         planned(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv"])
+def test_files_of_windows_are_read_in_the_encoding_that_their_mark_tells(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    ids = ["é", "\u0a0a両", "😀" * 5000, "last"]
+    lines = [json.dumps({"id": one}, ensure_ascii=False) for one in ids]
+    if name != "a.jsonl":
+        lines = ["id\tn" if "tsv" in name else "id,n", *ids]
+    text = "".join(f"{line}\r\n" for line in ["\ufeff" + lines[0], *lines[1:]])
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    table = read(planned(tmp_path / name))
+    # An id of 5,000 characters is none.
+    assert table[ID] == ["é", "\u0a0a両", f"{name}#2", "last"]
+    assert "holds an id of 5,000 characters" in table[ERROR][2]
+    (tmp_path / name).write_bytes(text.encode(encoding)[:-1])
+    with pytest.raises(InputError, match="truncated data"):
+        planned(tmp_path / name)
+
+
+def test_half_a_pair_in_utf_16_costs_its_line(tmp_path: Path) -> None:
+    text = '\ufeff{"id": "a"}\n{"id": "\ud83d"}\n{"id": "b"}\n'
+    (tmp_path / "a.jsonl").write_bytes(text.encode("utf-16-le", "surrogatepass"))
+    table = read(planned(tmp_path))
+    assert table[ID] == ["a", "a.jsonl#1", "b"]
+    assert table[ERROR][1].startswith("row_malformed: line 2 is no JSON ('utf-8' codec")
 
 
 def test_a_file_is_what_its_first_bytes_say_whatever_its_name(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -137,6 +139,74 @@ def test_a_table_names_image_files_as_the_hugging_face_library_has_it(
         ["train/1.png", "train/deep/2.png"] if several else ["train/1.png"],
         None,
     ]
+
+
+def test_data_of_other_forms_that_are_passed_over_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "train" / "a.parquet", {"prompt": ["?"]})
+    write_lines(tmp_path / "test" / "b.jsonl", [{"prompt": "?"}])
+    (tmp_path / "c.csv").write_text("prompt\n?\n")
+    assert plan_of(tmp_path).rows == 1
+    said = capsys.readouterr().err
+    assert "holds Parquet; passed over: files of other forms (1 of JSON Lines, 1 of CSV)" in said
+    assert "of which input.format=jsonl would read one" in said
+    find_shards(str(tmp_path), "parquet", print)
+    assert not capsys.readouterr().out  # that form was asked for
+
+
+def test_what_else_lies_where_no_data_are_is_said(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json", "c.feather"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        InputError, match=r"no data at '.*' \(3 files\); passed over: 2 .json, 1 .feather$"
+    ):
+        find_shards(str(tmp_path))
+
+
+def test_a_table_that_lies_among_images_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path, ["a.png"])
+    (tmp_path / "labels.csv").write_text("file,label\na.png,cat\n")
+    plan_of(tmp_path, ask="What?")
+    assert "holds 1 image files; passed over: 1 .csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"file_name": [["1.png", "2.png"], None]}, [["a/1.png", "a/2.png"], None]),
+        ({"file_names": ["1.png", None]}, [["a/1.png"], None]),
+        ({"file_name": [7, None]}, [["a/7"], None]),
+        ({"file_name": [{"at": "1.png"}, None]}, [[], []]),
+    ],
+)
+def test_file_names_may_be_lists_or_not_whatever_their_column_is_called(
+    tmp_path: Path, form: str, files: dict[str, list[Any]], expected: list[Any]
+) -> None:
+    path = tmp_path / "a" / f"metadata.{form}"
+    if form == "parquet":
+        write_shard(path, files)
+    else:
+        (name,) = files
+        write_lines(path, [{name: value} for value in files[name]])
+        if isinstance(files[name][0], dict):
+            expected = [['a/{"at": "1.png"}'], None]  # lines hold it as text
+    table = read(plan_of(tmp_path, ask="What?"))
+    assert table[REFERENCES] == expected
+    assert table[ERROR] == [None, None]
+
+
+def test_a_file_name_that_is_no_utf8_costs_its_row_alone(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(np.array([0, 5, 10], np.int32))
+    names = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"\xe9.png2.png")])
+    write_shard(tmp_path / "metadata.parquet", {"file_name": names})
+    table = read(plan_of(tmp_path, ask="What?"))
+    assert table[REFERENCES] == [None, ["2.png"]]
+    assert "column 'file_name' holds '\\\\xe9.png' (string), expected valid" in table[ERROR][0]
+    assert table[ERROR][1] is None
 
 
 def test_columns_of_other_files_are_paths_too_and_pictures_in_the_table_stay(

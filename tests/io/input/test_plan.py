@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,8 +10,12 @@ import pytest
 
 from pipeline.errors import ConfigError, InputError, JobError
 from pipeline.io.input.listing import find_shards
+from pipeline.io.input.plan import plan_input
 from pipeline.io.input.unique import check_ids_unique
+from pipeline.io.output.columns import RESERVED_COLUMNS
+from pipeline.settings.job import InputSettings
 from pipeline.template import Template
+from tests.io.input.test_webdataset import tar_of
 from tests.io.shards import IMAGE_STRUCT, plan_of, write_shard
 
 
@@ -64,7 +69,7 @@ def test_a_hidden_folder_can_be_named_itself(tree: Path) -> None:
             "nowhere",
             r"^input.path: '.*nowhere' does not exist; expected a file, a folder or a glob$",
         ),
-        ("notes.txt", r"^input.path: no data at '.*notes.txt' \(1 files\)$"),
+        ("notes.txt", r"^input.path: no data at '.*notes.txt' \(1 files\); passed over: 1 .txt$"),
         ("x*.parquet", r"^input.path: no data at '.*x\*.parquet' \(0 files\)$"),
         ("deep/.hidden/../../_run/../deep/er", None),
     ],
@@ -108,6 +113,50 @@ def test_an_input_without_rows_is_an_error(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", {"prompt": pa.array([], pa.string())})
     with pytest.raises(InputError, match=r"^input.path: the 1 files at '.*' hold no rows$"):
         plan_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.csv", "b.tar", "b.parquet"])
+def test_a_shard_without_rows_needs_no_columns(tmp_path: Path, name: str) -> None:
+    """Jobs that write a file for each part write empty ones, too."""
+    first = tmp_path / f"a{name[1:]}"
+    empty: dict[str, bytes] = {"b.jsonl.gz": gzip.compress(b""), "b.tar": bytes(10_240)}
+    if name == "b.parquet":
+        write_shard(first, {"prompt": ["?"], "n": [1]})
+        write_shard(tmp_path / name, {"m": pa.array([], pa.int64())})
+    else:
+        rows: dict[str, bytes] = {"b.csv": b"prompt,n\n?,1\n", "b.tar": tar_of("a.txt")}
+        lines = b'{"prompt": "?", "n": 1}\n'
+        first.write_bytes(gzip.compress(lines) if name.endswith("gz") else rows.get(name, lines))
+        (tmp_path / name).write_bytes(empty.get(name, b""))
+    plan = plan_input(
+        InputSettings(
+            path=str(tmp_path),
+            format={"csv": "csv", "tar": "webdataset"}.get(name[2:], "auto"),
+            prompt="{txt}" if name == "b.tar" else None,
+        ),
+        RESERVED_COLUMNS,
+    )
+    assert [shard.file.name for shard in plan.shards] == [first.name]
+    assert plan.rows == 1
+
+
+def test_pictures_that_rows_hold_and_nobody_asks_about_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The question would be asked without them, and no answer would say so."""
+    structs = pa.array([{"bytes": b"x", "path": None}], IMAGE_STRUCT)
+    write_shard(tmp_path / "a.parquet", {"prompt": ["?"], "photo": structs, "crops": [[b"y"]]})
+    plan_of(tmp_path)
+    stderr = capsys.readouterr().err
+    assert "rows hold images in photo, and none of these is asked about" in stderr
+    assert "input.columns.image=photo shows them to the model" in stderr
+    assert plan_of(tmp_path, image="photo").columns.image == "photo"
+    plan_of(tmp_path, image=None, images=None)  # said to be meant
+    assert not capsys.readouterr().err
+    (tmp_path / "a.parquet").unlink()
+    (tmp_path / "a.tar").write_bytes(tar_of("a.left.jpg", "a.right.jpg", "a.txt"))
+    plan_of(tmp_path, ask="{txt}")
+    assert "rows hold images in left.jpg, right.jpg, and none" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:

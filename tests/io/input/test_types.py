@@ -73,6 +73,9 @@ YEAR_9999 = 253_402_300_799_000_000
         (pa.array([3], pa.uint64()), pa.array([-1]), pa.int64(), [3, -1]),
         (pa.array([(1 << 64) - 1], pa.uint64()), pa.array([-1]), pa.decimal128(20, 0), [(1 << 64) - 1, -1]),
         (pa.array([1], pa.decimal128(5, 2)), pa.array([BIG]), None, [Decimal("1.00"), Decimal(BIG)]),
+        (pa.array([1], pa.decimal128(5, 2)), pa.array([-(1 << 63)]), pa.decimal128(21, 2), [Decimal(1), Decimal(-(1 << 63))]),
+        (pa.array([1], pa.decimal128(10, 0)), pa.array([(1 << 64) - 1], pa.uint64()), pa.decimal128(20, 0), [1, (1 << 64) - 1]),
+        (pa.array([1], pa.decimal256(76, 70)), pa.array([7]), pa.string(), ["1." + "0" * 70, "7"]),
         (pa.array([1], pa.decimal128(5, 2)), pa.array([0.1]), pa.string(), ["1.00", "0.1"]),
         (pa.nulls(1), pa.array(["a"]), pa.string(), [None, "a"]),
         (pa.array([{"a": None}], pa.struct([("a", pa.null())])), pa.array([{"a": 1}]), None, [{"a": None}, {"a": 1}]),
@@ -96,6 +99,20 @@ def test_shards_of_two_types_are_read_in_one_that_keeps_every_digit(
     if kind == pa.decimal128(20, 0):
         read_values = [int(value) for value in read_values]
     assert read_values == values
+
+
+def test_times_that_python_has_no_years_for_are_planned_and_cost_their_rows(
+    tmp_path: Path,
+) -> None:
+    write_shard(
+        tmp_path / "0.parquet",
+        {"prompt": ["?"] * 2, "x": pa.array([1 << 62, 7], pa.timestamp("us"))},
+    )
+    write_shard(tmp_path / "1.parquet", {"prompt": ["?"], "x": pa.array([1], pa.timestamp("ns"))})
+    table = read(plan_of(tmp_path)).to_pydict()
+    assert "column 'x' holds" in table[ERROR][0]
+    assert table[ERROR][1:] == [None, None]
+    assert table["x"][1:] == ["1970-01-01 00:00:00.000007", "1970-01-01 00:00:00.000000001"]
 
 
 def test_times_within_reach_take_the_finer_unit(tmp_path: Path) -> None:

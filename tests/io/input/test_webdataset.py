@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
 import time
 import tracemalloc
@@ -267,6 +269,36 @@ def test_long_names_and_other_facts_in_extended_headers_are_read(tmp_path: Path)
             }
             tar.addfile(info)
     assert read(planned(tmp_path))[ID] == ["d" * 90 + "/" + "é" * 100, "0" * 250]
+
+
+def test_short_names_of_packed_tars_and_texts_of_windows_are_read(tmp_path: Path) -> None:
+    packs = {"tbz2": bz2.compress, "txz": lzma.compress, "tzst": zstandard.compress}
+    for ending, pack in packs.items():
+        tar = tar_of(f"{ending}.txt", data="\ufeffyes".encode())
+        (tmp_path / f"a.{ending}").write_bytes(pack(tar))
+    table = read(planned(tmp_path))
+    assert table[ID] == list(packs)
+    assert table["txt"] == ["yes"] * 3
+
+
+@pytest.mark.parametrize("letter", ["x", "g", "X", "L", "K"])
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_no_data_are_taken_for_a_header_whatever_they_hold(
+    tmp_path: Path, letter: str, form: int
+) -> None:
+    """Where a header has the letter of its kind, names and whole blocks of data have any letter."""
+    text = letter.encode() * 1024
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        for key in ("a", letter * 200, letter * 600, "b"):
+            for extension in ("txt", "jpg"):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text))
+    table = read(planned(tmp_path))
+    assert table[ID] == ["a", letter * 200, letter * 600, "b"]
+    assert table[ERROR] == [None] * 4
+    assert table["txt"] == [text.decode()] * 4
+    assert table[IMAGES] == [[text]] * 4
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,9 @@ def test_what_a_name_says_is_read_back() -> None:
             OutputLayout.epoch_of(name) == OutputLayout.epoch_of(f"_run/retries/{name}") == number
         )
     assert OutputLayout.number_of(OutputLayout.beat("mine")) is None
+    # What else may lie there: of another system's making, and in digits of another script.
+    for name in ("._00000007.json", "x00000007.json", "٠٠٠٠٠٠٠٧.json", "00000007.json~"):
+        assert OutputLayout.number_of(f"{OutputLayout.LEASE}/{name}") is None
     assert OutputLayout.is_beat(OutputLayout.beat("mine"))
     assert not OutputLayout.is_beat(OutputLayout.epoch(7))
     assert OutputLayout.epoch_of("somebody.parquet") is None

@@ -190,6 +190,11 @@ def test_one_that_listed_before_others_came_and_went_does_not_hold_it(folder: Ou
         b'{"run": "a", "expire": "soon"}',
         b'{"run": "a", "expire": NaN}',
         b'{"run": "a", "expire": -5}',
+        b'{"run": "a\\u0000b", "expire": 5}',
+        b'{"run": "\\ud800", "expire": 5}',
+        b'{"run": "../../a", "expire": 5}',
+        b'{"run": "%s", "expire": 5}' % (b"a" * 300),
+        b'{"run": ["a"], "expire": 5}',
     ],
 )
 def test_a_lock_that_cannot_be_read_counts_as_one_to_wait_for(
@@ -201,6 +206,19 @@ def test_a_lock_that_cannot_be_read_counts_as_one_to_wait_for(
     assert holder is not None
     assert (holder.epoch, holder.run, holder.expire) == (4, UNKNOWN, 30.0)
     assert not holder.is_dead
+
+
+@pytest.mark.parametrize("heard", [b"", b"3", b'["released"]', b"[" * 100_000, b"\xff"])
+def test_a_word_of_a_run_that_cannot_be_read_gives_nothing_back(
+    heard: bytes, folder: OutputFolder
+) -> None:
+    put(folder, elsewhere(1, "old"))
+    folder.write(OutputLayout.beat("old"), heard)
+    waited: list[str] = []
+    lease = Lease(Claim(folder, "new"), QUICK, waited.append)
+    assert lease.take().epoch == 2
+    assert "waiting 0.6 s to see whether it still lives" in waited[-1]
+    lease.release()
 
 
 def test_a_runs_own_word_says_how_long_it_is_waited_for(folder: OutputFolder) -> None:
