@@ -31,7 +31,7 @@ from pipeline.engine.memory import weight_bytes
 from pipeline.engine.options import NumbersName
 from pipeline.model.weights import NUMBERS
 from pipeline.quality.accuracy import Accuracy, is_right
-from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
+from pipeline.synthetic.random_checkpoint import write_random_checkpoint
 from pipeline.synthetic.scenes.dataset import ScenesSettings, scene_table
 from pipeline.synthetic.scenes.questions import TASKS
 
@@ -42,6 +42,8 @@ REQUESTS = int(os.environ.get("BENCH_REQUESTS", "24"))
 SCENES = int(os.environ.get("BENCH_SCENES", "200"))
 #: Scenes that neither training nor its report drew.
 SEED = 1919
+#: Four engines' caches lie in memory at once: each has room for its requests.
+CACHE_TOKENS = 512 * max(REQUESTS, 8)
 FORMS: tuple[NumbersName, ...] = get_args(NumbersName)
 #: What shared/performance.md measured of one H200, and the batches of its table.
 H200 = (790e12, 4.3e12)
@@ -53,15 +55,15 @@ def contestants(folder: Path, workloads: Workloads, stack: ExitStack) -> dict[st
     shapes = {"experts": CPU_SHAPE, "no experts": replace(CPU_SHAPE, experts=0)}
     made: dict[str, Contestant] = {}
     for name, shape in shapes.items():
-        for form in ("none", "int8"):
-            loaded = _loaded(folder / name, shape, form)
-            engine = stack.enter_context(loaded.engine(batch_size=64))
+        base, adapter = write_random_checkpoint(folder / name, shape, seed=0)
+        for form in FORMS[:2]:
+            loaded = _loaded(base, adapter, form)
+            engine = stack.enter_context(loaded.engine(batch_size=64, batch_tokens=CACHE_TOKENS))
             made[f"{name}, {form}"] = InProcess(_answering(loaded, engine), workloads)
     return made
 
 
-def _loaded(folder: Path, shape: RandomShape, form: NumbersName) -> Loaded:
-    base, adapter = write_random_checkpoint(folder / form, shape, seed=0)
+def _loaded(base: Path, adapter: Path | None, form: NumbersName) -> Loaded:
     released = None if adapter is None else str(adapter)
     return Loaded(load(str(base), released, dtype="float32", device="cpu", quantize=form))
 
