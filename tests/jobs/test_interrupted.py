@@ -108,7 +108,8 @@ def interrupted(
     assert code == 128 + number, said
     lines = said.splitlines()
     assert lines[-1] == LAST_WORDS[number], said
-    assert [line for line in lines[:-1] if not OURS.match(line)] == [], said
+    if not (group and number == signal.SIGTERM):  # which ends Ray's own, and that may say so
+        assert [line for line in lines[:-1] if not OURS.match(line)] == [], said
     return said
 
 
