@@ -42,8 +42,11 @@ class Arrow:
         for batch in self._record_batches(row_groups):
             held = set(batch.schema.names)
             present = batch.select([name for name in columns.names if name in held])
+            # At once: of nested columns and dictionaries a slice's values are all looked at.
+            is_sound = all(_fault(column) is None for column in present.columns)
             for start in range(0, batch.num_rows, rows):
-                yield _sound(present.slice(start, rows))
+                part = present.slice(start, rows)
+                yield part if is_sound else _sound(part)
 
     def _record_batches(self, row_groups: Sequence[int] | None) -> Iterator[pa.RecordBatch]:
         if self._file is None:
@@ -76,8 +79,14 @@ def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _damage(array: pa.Array) -> str | None:
+    fault = _fault(array)
+    return None if fault is None or "UTF8" in fault else fault
+
+
+def _fault(array: pa.Array) -> str | None:
+    """What Arrow finds wrong first; there may be more."""
     try:
         array.validate(full=True)
     except pa.ArrowInvalid as error:
-        return None if "UTF8" in str(error) else str(error)
+        return str(error)
     return None

@@ -18,6 +18,7 @@ from PIL import Image
 from ray import cloudpickle
 
 from pipeline.errors import InputError
+from pipeline.io.input import arrow
 from pipeline.io.input.listing import find_shards
 from pipeline.io.input.plan import InputPlan
 from pipeline.io.input.read import PlannedShards, read_piece
@@ -332,6 +333,38 @@ def test_values_of_an_arrow_file_that_lie_nowhere_cost_their_rows(tmp_path: Path
     assert rows[ERROR][0] is rows[ERROR][3] is None
     assert rows[ERROR][1].startswith("row_malformed: column 'prompt' is damaged (")
     assert rows[ERROR][2].startswith("row_malformed: column 'note' is damaged (")
+
+
+def test_a_text_that_is_no_utf8_hides_no_damage_behind_it(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(np.array([0, 1, 1_000_000, 2, 3], np.int32))
+    notes = pa.Array.from_buffers(pa.string(), 4, [None, offsets, pa.py_buffer(b"\xffbc")])
+    table = pa.table({"id": ["0", "1", "2", "3"], "prompt": ["?"] * 4, "note": notes})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    rows = read(plan_of(tmp_path))
+    assert rows[ID] == ["0", "1", "2", "3"]
+    assert "UTF-8" in rows[ERROR][0]
+    assert "column 'note' is damaged (" in rows[ERROR][2]
+    assert rows["note"][3] == "c"
+
+
+def test_values_of_an_arrow_file_are_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a list or a dictionary, all that a batch holds is looked at for each of its slices."""
+    looked: list[int] = []
+
+    def counted(array: pa.Array) -> str | None:
+        looked.append(len(array))
+        return None
+
+    table = pa.table({"id": [str(row) for row in range(9)], "prompt": ["?"] * 9})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    plan = plan_of(tmp_path)
+    monkeypatch.setattr(arrow, "_fault", counted)
+    assert len(read(plan)[ID]) == 9
+    assert looked == [9, 9]
 
 
 def write_images(folder: Path, names: list[str]) -> None:
