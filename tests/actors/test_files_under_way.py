@@ -87,6 +87,21 @@ class Watched(Committer):
         with self._changed:
             assert self._changed.wait_for(lambda: not self._writing, SECONDS)
 
+    def settle_file(self, number: int) -> None:
+        """Wait until a file is not under way any more."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: number not in self._writing, SECONDS)
+
+
+def with_two_under_way(folder: OutputFolder) -> tuple[Held, Watched]:
+    """Storage that holds two files of two rows back, and the committer that writes them."""
+    slow = Held(folder.url)
+    writer = Watched(slow)
+    writer.take(block("a", 0, 1))
+    writer.take(block("a", 2, 3))
+    slow.wait_for(0, 1)
+    return slow, writer
+
 
 @pytest.fixture(params=["disk", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> OutputFolder:
@@ -175,11 +190,7 @@ def test_the_end_waits_for_every_file(folder: OutputFolder) -> None:
 
 
 def test_of_two_files_one_fails_and_only_its_rows_are_missing(folder: OutputFolder) -> None:
-    slow = Held(folder.url)
-    writer = Watched(slow)
-    writer.take(block("a", 0, 1))
-    writer.take(block("a", 2, 3))
-    slow.wait_for(0, 1)
+    slow, writer = with_two_under_way(folder)
     slow.let_go(1, PermissionError("no more"))
     with pytest.raises(OutputError, match=r"cannot write results to .*no more"):
         writer.finish()
@@ -216,15 +227,10 @@ def test_whoever_takes_over_while_two_files_are_under_way_doubles_no_row(
 ) -> None:
     """Of the two none, or one, is there when the next run looks; the others come too late."""
     monkeypatch.setattr(writer_module, "VERDICT_SECONDS", 0.2)
-    slow = Held(folder.url)
-    first = Watched(slow)
-    first.take(block("a", 0, 1))
-    first.take(block("a", 2, 3))
-    slow.wait_for(0, 1)
+    slow, first = with_two_under_way(folder)
     if found:
         slow.let_go(0)
-        with first._changed:
-            assert first._changed.wait_for(lambda: 0 not in first._writing, SECONDS)
+        first.settle_file(0)
     hold(folder, "second")
     second = Settled(
         Claim(folder, "second"), SCHEMA, None, CommitSettings(1000, 60.0), ErrorSettings()
@@ -242,14 +248,9 @@ def test_whoever_takes_over_while_two_files_are_under_way_doubles_no_row(
 
 
 def test_rows_of_files_that_a_dead_process_had_under_way_are_missing(folder: OutputFolder) -> None:
-    slow = Held(folder.url)
-    dead = Watched(slow)
-    dead.take(block("a", 0, 1))
-    dead.take(block("a", 2, 3))
-    slow.wait_for(0, 1)
+    slow, dead = with_two_under_way(folder)
     slow.let_go(1)
-    with dead._changed:
-        assert dead._changed.wait_for(lambda: 1 not in dead._writing, SECONDS)
+    dead.settle_file(1)
     again = Watched(folder)
     assert again.take(block("a", 0, 1, 2, 3)) == 2
     again.finish()

@@ -26,9 +26,8 @@ from ray.cluster_utils import Cluster
 
 from pipeline.io.output.storage import OutputFolder
 from pipeline.run.verify import verify
-from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
-from tests.jobs.support import ROOT, answered_here, results, sets
+from tests.jobs.support import ROOT, answered_here, random_model, results, sets
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "5"))
 SEED = int(os.environ.get("CHAOS_SEED", "20261122"))
@@ -49,13 +48,9 @@ CUT_OFF_SECONDS = 20.0
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, Any]:
     """Settings of a job over drawn scenes that keeps a small random model busy for a while."""
-    base, adapter = write_random_checkpoint(tmp_path / "model", RandomShape(), seed=1)
     write_scenes(ScenesSettings(output=str(tmp_path / "in"), rows=ROWS, rows_per_shard=50))
     return {
-        "model.base": base,
-        "model.adapter": adapter,
-        "model.dtype": "float32",
-        "model.device": "cpu",
+        **random_model(tmp_path / "model"),
         "input.path": tmp_path / "in",
         "output.path": tmp_path / "out",
         "output.commit_seconds": 0.5,

@@ -26,9 +26,8 @@ import pytest
 
 from pipeline.io.output.storage import OutputFolder
 from pipeline.run.verify import verify
-from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from pipeline.synthetic.scenes.dataset import ScenesSettings, write_scenes
-from tests.jobs.support import ROOT, answered_here, sets
+from tests.jobs.support import ROOT, answered_here, random_model, sets
 
 ROUNDS = int(os.environ.get("SUSPENDED_ROUNDS", "2"))
 SEED = int(os.environ.get("CHAOS_SEED", "20261122"))
@@ -43,13 +42,9 @@ ENDS_WITHIN = 120
 def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of a job over drawn scenes that commits often."""
     folder = tmp_path_factory.mktemp("suspended")
-    base, adapter = write_random_checkpoint(folder / "model", RandomShape(), seed=1)
     write_scenes(ScenesSettings(output=str(folder / "in"), rows=ROWS, rows_per_shard=20))
     return {
-        "model.base": base,
-        "model.adapter": adapter,
-        "model.dtype": "float32",
-        "model.device": "cpu",
+        **random_model(folder / "model"),
         "input.path": folder / "in",
         "output.commit_seconds": 0.2,
         "output.rows_per_file": 4,

@@ -28,6 +28,7 @@ from pipeline.run.run import run_job
 from pipeline.run.summary import Summary
 from pipeline.settings.base import load_settings
 from pipeline.settings.job import JobSettings
+from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.rows import error_of
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +158,17 @@ def released_model(golden: Path) -> dict[str, Any]:
         "generation.max_new_tokens": 24,
         "output.token_ids": "true",
         "output.routes": "true",
+    }
+
+
+def random_model(folder: Path) -> dict[str, Any]:
+    """Settings of a small checkpoint of random weights, which it writes; exact."""
+    base, adapter = write_random_checkpoint(folder, RandomShape(), seed=1)
+    return {
+        "model.base": base,
+        "model.adapter": adapter,
+        "model.dtype": "float32",
+        "model.device": "cpu",
     }
 
 

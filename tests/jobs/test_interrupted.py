@@ -27,10 +27,9 @@ from pipeline.run.nightly import run_night
 from pipeline.run.verify import verify
 from pipeline.settings.base import load_settings
 from pipeline.settings.nightly import NightlySettings
-from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.conftest import RayCluster
 from tests.io.shards import write_shard
-from tests.jobs.support import ROOT, TIMEOUT, check_and_run, sets
+from tests.jobs.support import ROOT, TIMEOUT, check_and_run, random_model, sets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5 * TIMEOUT)]
 
@@ -45,14 +44,10 @@ OURS = re.compile(
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, Any]:
     """Settings of a job that commits every two rows, and takes its time for them."""
-    base, adapter = write_random_checkpoint(tmp_path / "model", RandomShape(), seed=1)
     rows = [f"row {number}" for number in range(ROWS)]
     write_shard(tmp_path / "in/0.parquet", {"id": rows, "prompt": rows})
     return {
-        "model.base": base,
-        "model.adapter": adapter,
-        "model.dtype": "float32",
-        "model.device": "cpu",
+        **random_model(tmp_path / "model"),
         "input.path": tmp_path / "in",
         "output.path": tmp_path / "out",
         "output.rows_per_file": 2,

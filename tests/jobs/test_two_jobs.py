@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.conftest import RayCluster
 from tests.io.shards import write_shard
-from tests.jobs.support import ROOT, TIMEOUT, results, sets
+from tests.jobs.support import ROOT, TIMEOUT, random_model, results, sets
 
 
 @pytest.mark.slow
@@ -21,16 +20,13 @@ def test_two_jobs_share_a_cluster_and_neither_touches_the_others_rows(
     tmp_path: Path, ray_cluster: RayCluster
 ) -> None:
     """Each once held what the other one's next stage needed, and both waited for ever."""
-    base, adapter = write_random_checkpoint(tmp_path / "model", RandomShape(), seed=1)
+    model = random_model(tmp_path / "model")
     jobs = []
     for name in ("a", "b"):
         rows = [f"{name}{number}" for number in range(40)]
         write_shard(tmp_path / name / "0.parquet", {"id": rows, "prompt": rows})
         settings = {
-            "model.base": base,
-            "model.adapter": adapter,
-            "model.dtype": "float32",
-            "model.device": "cpu",
+            **model,
             "input.path": tmp_path / name,
             "output.path": tmp_path / f"out-{name}",
             "generation.max_new_tokens": 8,

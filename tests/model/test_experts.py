@@ -46,13 +46,17 @@ RULES = {
 }
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
+#: Of a step: experts, tokens of each prompt, requests that decode, and what to draw from.
+STEPS = given(
     st.integers(1, 4),
     st.lists(st.integers(1, 6), min_size=0, max_size=5),
     st.integers(0, 4),
     st.integers(0, 100),
 )
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@STEPS
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("projections", [1, 2])
@@ -134,12 +138,7 @@ def quantized_formula(
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    st.integers(1, 4),
-    st.lists(st.integers(1, 6), min_size=0, max_size=5),
-    st.integers(0, 4),
-    st.integers(0, 100),
-)
+@STEPS
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("numbers", [Int8Weight, Fp8Weight])
 @pytest.mark.parametrize("projections", [1, 2])
