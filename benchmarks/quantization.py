@@ -13,20 +13,20 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from PIL import Image
 
 from benchmarks.floors import Floors
 from benchmarks.harness import ROOT, save
-from benchmarks.race import Contestant, InProcess, Outcome, Race, Workloads
+from benchmarks.race import Contestant, InProcess, Race, Workloads
 from benchmarks.shapes import AWAKER_7B
-from benchmarks.throughput import equal_lengths, mixed_lengths
-from benchmarks.workloads import CPU_SHAPE, Asked, Loaded
+from benchmarks.throughput import equal_lengths, mixed_lengths, through_engine
+from benchmarks.workloads import CPU_SHAPE, Loaded
 from pipeline import load
-from pipeline.engine import Engine
 from pipeline.engine.memory import weight_bytes
 from pipeline.engine.options import NumbersName
 from pipeline.model.weights import NUMBERS
@@ -59,25 +59,13 @@ def contestants(folder: Path, workloads: Workloads, stack: ExitStack) -> dict[st
         for form in FORMS[:2]:
             loaded = _loaded(base, adapter, form)
             engine = stack.enter_context(loaded.engine(batch_size=64, batch_tokens=CACHE_TOKENS))
-            made[f"{name}, {form}"] = InProcess(_answering(loaded, engine), workloads)
+            made[f"{name}, {form}"] = InProcess(partial(through_engine, loaded, engine), workloads)
     return made
 
 
 def _loaded(base: Path, adapter: Path | None, form: NumbersName) -> Loaded:
     released = None if adapter is None else str(adapter)
     return Loaded(load(str(base), released, dtype="float32", device="cpu", quantize=form))
-
-
-def _answering(loaded: Loaded, engine: Engine) -> Any:
-    def answer(asked: list[Asked]) -> list[Outcome]:
-        requests = loaded.requests(asked)
-        answers = engine.generate(requests)
-        return [
-            (len(request.input_ids), list(one.token_ids))
-            for request, one in zip(requests, answers, strict=True)
-        ]
-
-    return answer
 
 
 def accuracies() -> dict[str, Accuracy]:

@@ -118,11 +118,12 @@ def engines(models: Models, workloads: Workloads, stack: ExitStack) -> dict[str,
     ours: dict[str, Contestant] = {}
     for name, (loaded, grouped) in kinds.items():
         engine = stack.enter_context(loaded.engine(batch_size=64, group_by_expert=grouped))
-        ours[name] = InProcess(partial(_through_engine, loaded, engine), workloads)
+        ours[name] = InProcess(partial(through_engine, loaded, engine), workloads)
     return ours
 
 
-def _through_engine(loaded: Loaded, engine: Engine, asked: Sequence[Asked]) -> list[Outcome]:
+def through_engine(loaded: Loaded, engine: Engine, asked: Sequence[Asked]) -> list[Outcome]:
+    """What the engine answers, for a contestant."""
     answers = engine.generate(loaded.requests(asked))
     return [(answer.prompt_tokens, list(answer.token_ids)) for answer in answers]
 

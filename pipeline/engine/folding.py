@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.encode import Encoded
+from pipeline.engine.options import FOLDED_AND_ROUNDED
 from pipeline.errors import ConfigError
 from pipeline.model.awaker import Model
 from pipeline.model.decoder import Decoder, DecoderLayer
@@ -28,10 +29,6 @@ logger = logging.getLogger(__name__)
 #: Folding costs about as much as a step or two; it starts once so many steps in a row could have
 #: used it.
 FOLD_AFTER = 4
-
-FOLDED_AND_ROUNDED = (
-    "engine.fold_experts: weights that model.quantize rounded take no experts in; set one of them"
-)
 
 
 class FoldedExperts:

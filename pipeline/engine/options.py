@@ -12,6 +12,10 @@ DecodeRoute = Literal["released", "prefill"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 #: Names of the numbers that the weights of a decoder may be rounded to.
 NumbersName = Literal["none", "int8", "fp8"]
+#: Why a job or an engine is refused that would fold experts into such weights.
+FOLDED_AND_ROUNDED = (
+    "engine.fold_experts: weights that model.quantize rounds take no experts in; set one of them"
+)
 
 
 @dataclass(frozen=True)

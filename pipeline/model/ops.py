@@ -193,6 +193,16 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+def row_scales(x: Tensor, most: float) -> Tensor:
+    """What a 1 stands for in each row of 8-bit numbers: max |x| / `most`, [rows, 1].
+
+    Args:
+        x: [rows, width] float32.
+        most: the largest of the numbers.
+    """
+    return x.abs().amax(1, keepdim=True).div_(most).clamp_min_(LEAST_SCALE)
+
+
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows in 8-bit floating point, each with a scale of its own.
 
@@ -210,7 +220,7 @@ def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
         return fused(x)
     wide = x.float()
-    scales = wide.abs().amax(1, keepdim=True).div_(FP8_MOST).clamp_min_(LEAST_SCALE)
+    scales = row_scales(wide, FP8_MOST)
     return (wide / scales).to(torch.float8_e4m3fn), scales
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import ConfigError
-from pipeline.model.ops import LEAST_SCALE, fp8_rows
+from pipeline.model.ops import fp8_rows, row_scales
 from pipeline.model.shape import ModelShape
 
 #: Weights of fewer elements lie in the processor's cache, where oneDNN's layout brings nothing and
@@ -83,18 +83,16 @@ class Int8Weight:
         parts: FBGEMM's layout of adjacent rows, equally many in each: it cannot be sliced, so what
             is multiplied alone at times is a part.
         shape: [out, in] of all parts.
-        itemsize: bytes of an element.
     """
 
     parts: tuple[torch.ScriptObject, ...]
     shape: tuple[int, int]
-    itemsize: int = 1
 
     @classmethod
     def of(cls, weight: Tensor, parts: int = 1) -> Int8Weight:
         """Round a weight [out, in] of any dtype, whose rows are cut into so many parts."""
         wide = weight.float()
-        scales = wide.abs().amax(1, keepdim=True).div_(INT8_WEIGHTS).clamp_min_(LEAST_SCALE)
+        scales = row_scales(wide, INT8_WEIGHTS)
         integers = (wide / scales).round_().to(torch.int8)
         pairs = zip(integers.chunk(parts), scales.flatten().chunk(parts), strict=True)
         return cls(tuple(_packed_int8(*pair) for pair in pairs), tuple(weight.shape))  # type: ignore[arg-type]
@@ -114,7 +112,7 @@ class Int8Weight:
     def activations(self, x: Tensor) -> Activations:
         """What products read of rows [tokens, in]."""
         wide = x.float()
-        scales = wide.abs().amax(1, keepdim=True).div_(INT8_ACTIVATIONS).clamp_min_(LEAST_SCALE)
+        scales = row_scales(wide, INT8_ACTIVATIONS)
         return Activations(wide / scales, scales, x.dtype)
 
     def product(self, x: Activations, bias: Tensor | None = None) -> Tensor:
@@ -176,11 +174,6 @@ class Fp8Weight:
     def shape(self) -> tuple[int, int]:
         """[out, in]."""
         return self.values.shape[0], self.values.shape[1]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return self.values.dtype.itemsize
 
     def __getitem__(self, rows: slice) -> Fp8Weight:
         return Fp8Weight(self.values[rows], self.scales[rows])

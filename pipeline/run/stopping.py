@@ -82,9 +82,9 @@ class Signals:
         except (KeyboardInterrupt, Stopped) as raised:  # at the very step before it was settled
             error = raised
             self._listening = False
-        if self.came is None and isinstance(error, (KeyboardInterrupt, Stopped)):
+        if self.came is None and isinstance(error, KeyboardInterrupt):
             # Libraries that catch Ctrl-C themselves pass it on without a signal.
-            self.came = signal.Signals[str(error)] if isinstance(error, Stopped) else signal.SIGINT
+            self.came = signal.SIGINT
         while self._undo:
             self._undo.pop()()
         return error

@@ -11,7 +11,13 @@ import regex
 from PIL import ImageColor
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions, NumbersName
+from pipeline.engine.options import (
+    FOLDED_AND_ROUNDED,
+    DecodeRoute,
+    DtypeName,
+    EngineOptions,
+    NumbersName,
+)
 from pipeline.quality.flags import Flag, FlagRules
 from pipeline.quality.languages import Language
 from pipeline.rows import Form, PromptLayout
@@ -614,10 +620,7 @@ class JobSettings(Settings):
     @model_validator(mode="after")
     def _folds_what_is_not_rounded(self) -> JobSettings:
         if self.engine.fold_experts and self.model.quantize != "none":
-            raise ValueError(
-                "engine.fold_experts: weights that model.quantize rounds take no experts in; set "
-                "one of them"
-            )
+            raise ValueError(FOLDED_AND_ROUNDED)
         return self
 
     def to_options(self) -> EngineOptions:
