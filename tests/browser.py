@@ -52,9 +52,13 @@ def chromium() -> Path:
     return kept
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[object]:
-    """A headless Chromium (`playwright.sync_api.Browser`)."""
+    """A headless Chromium (`playwright.sync_api.Browser`).
+
+    Of one module: while it is open Playwright's loop runs in this thread, and no test can run a
+    loop of its own.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -63,9 +62,7 @@ def run_stages(
         for _ in range(job.settings.replicas):
             replicas.append(Replica(*replica_arguments(job, "cpu", 1, *handles)))
             stack.callback(replicas[-1]._engine.close)
-        # In a thread of its own: in this one the loop of a page's browser may be running.
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(lambda: asyncio.run(_answer(replicas, blocks))).result()
+        asyncio.run(_answer(replicas, blocks))
     committer.finish()
     return monitor.snapshot()
 
