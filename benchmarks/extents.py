@@ -26,7 +26,7 @@ from benchmarks.throughput import mixed_lengths
 from pipeline.engine.load import load
 from pipeline.engine.memory import CARDS, fitting
 from pipeline.engine.options import EngineOptions
-from pipeline.model.prompt import PromptProcessor
+from pipeline.families.registry import prompt_processor
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 
 DEMO = ROOT / "pipeline" / "demo"
@@ -86,7 +86,7 @@ def mixed() -> list[Life]:
     """The mixed lengths of benchmarks/throughput, where each answer is as long as it may be."""
     with tempfile.TemporaryDirectory() as folder:
         base, _ = write_random_checkpoint(Path(folder), RandomShape(), seed=0)
-        processor = PromptProcessor.from_settings(str(base), None, None)
+        processor = prompt_processor(base)
         return [
             Life(len(processor.prepare(one.messages).input_ids), one.new_tokens, one.new_tokens)
             for one in mixed_lengths()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.shapes import vision_of
 from pipeline.model.shape import ModelShape
 
 
@@ -56,7 +57,7 @@ class Floors:
 
     def vision_flops(self, patches: int) -> float:
         """Operations of the vision tower for one image."""
-        v = self.shape.vision
+        v = vision_of(self.shape)
         block = 4 * v.width**2 + 2 * v.width * v.mlp_width
         merged = v.width * v.merge_size**2
         linear = v.depth * block + v.width * v.channels * v.temporal_patch_size * v.patch_size**2
@@ -97,7 +98,7 @@ class Floors:
     def request_seconds(self, visual: int, text: int, new: int, batch: int) -> float:
         """One request's share of a full device."""
         prompt = visual + text
-        tower = self.vision_flops(visual * self.shape.vision.merge_size**2) / self.flops
+        tower = self.vision_flops(visual * vision_of(self.shape).merge_size ** 2) / self.flops
         return (
             tower
             + self.prefill_flops(prompt) / self.flops

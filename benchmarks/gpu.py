@@ -41,6 +41,7 @@ from benchmarks.shapes import (
     random_model,
     random_requests,
     transformers_config,
+    vision_of,
 )
 from pipeline.engine import Engine, EngineOptions
 from pipeline.engine.encode import Encoder
@@ -49,8 +50,8 @@ from pipeline.engine.request import LiveRequest
 from pipeline.engine.runner import Runner
 from pipeline.engine.scheduler import Chunk, Schedule
 from pipeline.model import ops
+from pipeline.model.assemble import Model
 from pipeline.model.attention import KVCache, StepLayout, attend_decode
-from pipeline.model.awaker import Model
 from pipeline.model.experts import ExpertFactors, Segment, mixture_linear
 from pipeline.model.shape import ModelShape
 
@@ -299,7 +300,7 @@ class Bench:
             return lambda: ops.add_rms_norm(x, delta, x[0], 1e-6)
 
         def tower_norm(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
-            x, delta = (numbers(device, rows, shape.vision.width, seed=s) for s in range(2))
+            x, delta = (numbers(device, rows, vision_of(shape).width, seed=s) for s in range(2))
             return lambda: ops.add_layer_norm(x, delta, x[0], x[1], 1e-6)
 
         def silu(device: torch.device) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -340,7 +341,7 @@ class Bench:
 
         return {
             "norm of a sum": (norm, 4 * rows * hidden * size),
-            "norm of a sum in the tower": (tower_norm, 4 * rows * shape.vision.width * size),
+            "norm of a sum in the tower": (tower_norm, 4 * rows * vision_of(shape).width * size),
             "SiLU": (silu, 3 * rows * wide * size),
             "rotary embedding and cache": (rotate, 2 * rows * (heads + 2 * kv) * dim * size),
             "attention of new tokens": (attention, 2 * rows * context * kv * dim * size),
@@ -470,7 +471,7 @@ class Bench:
             images = [
                 r.images[0] for r in random_requests(shape, 4, scale.image, scale.text_tokens, 1)
             ]
-            patches = scale.image[0] * scale.image[1] // shape.vision.patch_size**2
+            patches = scale.image[0] * scale.image[1] // vision_of(shape).patch_size ** 2
             seconds = self.seconds(lambda: model.vision.encode(images))
             rate = len(images) * self.floors.vision_flops(patches) / seconds / 1e12
             self.add("vision tower, 4 images", rate, "TFLOP/s", self.flops / 1e12, higher=True)
@@ -481,7 +482,7 @@ class Bench:
     def requests(self) -> None:
         """Requests from pixels to tokens, through the engine."""
         scale, model, shape = self.scale, self.model(), self.scale.shape
-        side = shape.vision.patch_size * shape.vision.merge_size
+        side = vision_of(shape).patch_size * vision_of(shape).merge_size
         for image in (scale.image, scale.small_image):
             visual = image[0] * image[1] // side**2
             requests = random_requests(
@@ -528,7 +529,7 @@ class Bench:
             torch.set_default_dtype(self.dtype)
             model = Qwen2VLForConditionalGeneration(config).eval()
             torch.set_default_dtype(torch.float32)
-        height, width = (n // shape.vision.patch_size for n in scale.image)
+        height, width = (n // vision_of(shape).patch_size for n in scale.image)
         requests = random_requests(
             shape, scale.peer_requests, scale.image, scale.text_tokens, scale.new_tokens
         )

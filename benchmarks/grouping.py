@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.harness import save
 from pipeline import load
 from pipeline.engine import EngineOptions, Request, Sampling
-from pipeline.model.prompt import PromptProcessor
+from pipeline.families.prompt import PromptProcessor
 from pipeline.synthetic.hub_folder import FolderShape
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 

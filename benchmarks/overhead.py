@@ -14,13 +14,13 @@ from benchmarks.workloads import DTYPE, load_random
 from pipeline.engine.engine import Engine
 from pipeline.engine.runner import Runner
 from pipeline.engine.sampling import Sampler
-from pipeline.model.awaker import Model
+from pipeline.families.qwen2_vl import Qwen2VLTower
+from pipeline.model.assemble import Model
 from pipeline.model.decoder import Decoder
-from pipeline.model.vision import VisionTower
 
 #: What is timed. A part's time is its own: what other parts in this list take inside it is theirs.
 PARTS: tuple[tuple[str, Any, str], ...] = (
-    ("vision tower", VisionTower, "encode"),
+    ("vision tower", Qwen2VLTower, "encode"),
     ("decoder", Decoder, "step"),
     ("sampling", Sampler, "sample"),
     ("routing: routers", Model, "route"),

@@ -23,7 +23,8 @@ from benchmarks.harness import REPEATS, median_seconds, save
 from benchmarks.workloads import DTYPE, load_random
 from pipeline.actors.conversation import from_prompt
 from pipeline.actors.images import decode_image
-from pipeline.model.prompt import PromptProcessor
+from pipeline.families.prompt import PromptProcessor
+from pipeline.families.registry import prompt_processor
 from pipeline.settings.job import ImageSettings
 from pipeline.synthetic.hub_folder import FolderShape
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
@@ -61,7 +62,7 @@ def prepare(processor: PromptProcessor, images: list[bytes]) -> int:
 def _prepare_while(asked: Any, base: str, images: list[bytes], rate: float) -> None:
     """Prepare `rate` images a second, as the engine's appetite asks, whenever an event says so."""
     torch.set_num_threads(1)
-    processor = PromptProcessor.from_settings(base, None, None)
+    processor = prompt_processor(base)
     for image in itertools.cycle(images):
         asked.wait()
         started = time.perf_counter()
@@ -76,7 +77,7 @@ def main() -> list[str]:
         base, _ = write_random_checkpoint(
             Path(folder) / "small", RandomShape(FolderShape()), seed=0
         )
-        processor = PromptProcessor.from_settings(str(base), None, None)
+        processor = prompt_processor(base)
         torch.set_num_threads(1)
         tokens = prepare(processor, images[:1])
         rate = IMAGES / median_seconds(lambda: prepare(processor, images))

@@ -25,7 +25,7 @@ from benchmarks.harness import ROOT, save
 from benchmarks.race import Contestant, InProcess, Race, Workloads
 from benchmarks.shapes import AWAKER_7B
 from benchmarks.throughput import equal_lengths, mixed_lengths, through_engine
-from benchmarks.workloads import CPU_SHAPE, Loaded
+from benchmarks.workloads import CPU_SHAPE, Loaded, native
 from pipeline import load
 from pipeline.engine.memory import weight_bytes
 from pipeline.engine.options import NumbersName
@@ -65,7 +65,7 @@ def contestants(folder: Path, workloads: Workloads, stack: ExitStack) -> dict[st
 
 def _loaded(base: Path, adapter: Path | None, form: NumbersName) -> Loaded:
     released = None if adapter is None else str(adapter)
-    return Loaded(load(str(base), released, dtype="float32", device="cpu", quantize=form))
+    return Loaded(native(load(str(base), released, dtype="float32", device="cpu", quantize=form)))
 
 
 def accuracies() -> dict[str, Accuracy]:

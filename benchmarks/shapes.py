@@ -10,14 +10,16 @@ import numpy as np
 import torch
 
 from pipeline.engine import Request, Sampling
-from pipeline.model.awaker import Model, assemble
+from pipeline.families.qwen2_vl import Qwen2VLVision
+from pipeline.model.assemble import Model, assemble
 from pipeline.model.checkpoint import serving_shapes
 from pipeline.model.shape import AdapterShape, ModelShape, VisionShape
 from pipeline.model.vision import pixel_table
 from pipeline.model.weights import Numbers
+from pipeline.picture import Picture
 from pipeline.synthetic.hub_folder import IMAGE_MEAN, IMAGE_STD
 
-VISION = VisionShape(
+VISION = Qwen2VLVision(
     depth=32,
     width=1280,
     heads=16,
@@ -103,6 +105,12 @@ def random_model(
     return assemble(shape, tensors, table, prepack=True, numbers=numbers)
 
 
+def vision_of(shape: ModelShape) -> Qwen2VLVision:
+    """The sizes of a Qwen2-VL's tower."""
+    assert isinstance(shape.vision, Qwen2VLVision)
+    return shape.vision
+
+
 def random_requests(
     shape: ModelShape,
     count: int,
@@ -118,12 +126,12 @@ def random_requests(
     made = []
     for _ in range(count):
         words = rng.integers(FIRST_WORD, shape.vocabulary, text_tokens).astype(np.int32)
-        images: tuple[np.ndarray, ...] = ()
+        images: tuple[Picture, ...] = ()
         ids = words
         if image is not None:
-            side = shape.vision.patch_size * shape.vision.merge_size
+            side = vision_of(shape).patch_size * vision_of(shape).merge_size
             visual = image[0] // side * (image[1] // side)
-            images = (rng.integers(0, 256, (*image, 3), dtype=np.uint8),)
+            images = (Picture.of_one(rng.integers(0, 256, (*image, 3), dtype=np.uint8)),)
             ids = np.concatenate(
                 [[VISION_START], [IMAGE_PAD] * visual, [VISION_END], words[2:]]
             ).astype(np.int32)
@@ -135,7 +143,7 @@ def transformers_config(shape: ModelShape) -> Any:
     """The transformers config of a shape, adapter left out."""
     from transformers import Qwen2VLConfig
 
-    v = shape.vision
+    v = vision_of(shape)
     return Qwen2VLConfig(
         text_config={
             "hidden_size": shape.hidden,

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.harness import REPEATS, median_seconds, save
 from benchmarks.workloads import DTYPE, Asked, load_random, noise
-from pipeline.model.vision import VisionTower
+from pipeline.families.qwen2_vl import Qwen2VLTower
 
 QUESTIONS = (
     "Describe this image in detail.",
@@ -46,18 +46,18 @@ def asked(shared: bool) -> list[Asked]:
 def main() -> list[str]:
     """Measure, save, and return lines for RESULTS.md."""
     in_tower: list[float] = []
-    encode = VisionTower.encode
+    encode = Qwen2VLTower.encode
 
-    def timed(self: VisionTower, images: Any) -> Any:
+    def timed(self: Qwen2VLTower, pictures: Any) -> Any:
         started = time.perf_counter()
-        encoding = encode(self, images)
+        encoding = encode(self, pictures)
         in_tower.append(time.perf_counter() - started)
         return encoding
 
     seconds, tower = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_random(Path(folder))
-        VisionTower.encode = timed  # type: ignore[method-assign]
+        Qwen2VLTower.encode = timed  # type: ignore[method-assign]
         try:
             for shared in (False, True):
                 requests = loaded.requests(asked(shared))
@@ -74,7 +74,7 @@ def main() -> list[str]:
                 seconds[shared] = median_seconds(work)
                 tower[shared] = statistics.median(rounds[-REPEATS:])
         finally:
-            VisionTower.encode = encode  # type: ignore[method-assign]
+            Qwen2VLTower.encode = encode  # type: ignore[method-assign]
     gain = seconds[False] / seconds[True]
     share = tower[False] / seconds[False]
     predicted = 1 / (1 - share * (1 - 1 / len(QUESTIONS)))

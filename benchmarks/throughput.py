@@ -76,10 +76,7 @@ def floors(loaded: Loaded, workloads: Workloads, rate: float) -> dict[str, dict[
     floors: dict[str, dict[str, float]] = {f"floor {name}": {} for name in kinds}
     for workload, asked in workloads.items():
         requests = loaded.requests(asked)
-        patches = [
-            sum(i.shape[0] * i.shape[1] for i in r.images) // shape.vision.patch_size**2
-            for r in requests
-        ]
+        patches = [sum(map(shape.vision.patches, r.images)) for r in requests]
         prompts, new = [len(r.input_ids) for r in requests], [one.new_tokens for one in asked]
         for name, kind in kinds.items():
             flops = sum(map(Floors(kind, rate, 1.0).request_flops, prompts, patches, new))

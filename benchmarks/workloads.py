@@ -14,7 +14,7 @@ from PIL import Image
 import pipeline.compat  # noqa: F401 - before transformers' processor imports torchvision
 from pipeline import load
 from pipeline.engine import Engine, EngineOptions, Request, Sampling
-from pipeline.engine.load import LoadedModel
+from pipeline.engine.load import LoadedByTransformers, LoadedModel
 from pipeline.engine.options import DtypeName
 from pipeline.synthetic.hub_folder import FolderShape
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
@@ -100,7 +100,13 @@ def load_random(folder: Path, shape: RandomShape = CPU_SHAPE, dtype: torch.dtype
     base, adapter = write_random_checkpoint(folder, shape, seed=0)
     name: DtypeName = "bfloat16" if dtype == torch.bfloat16 else "float32"
     released = None if adapter is None else str(adapter)
-    return Loaded(load(str(base), released, dtype=name, device="cpu"))
+    return Loaded(native(load(str(base), released, dtype=name, device="cpu")))
+
+
+def native(loaded: LoadedModel | LoadedByTransformers) -> LoadedModel:
+    """A model that our own engine runs."""
+    assert isinstance(loaded, LoadedModel)
+    return loaded
 
 
 class Transformers:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import RowError, RowFailure
+from pipeline.picture import Picture, packed_sizes, unpacked
 
 #: In which form the rows of a job's input come.
 Form = Literal["parquet", "webdataset", "arrow", "jsonl", "csv", "images"]
@@ -68,11 +69,13 @@ INPUT_IDS = "awaker:input_ids"
 SPAN = "awaker:span"
 PIXELS = "awaker:pixels"
 SIZES = "awaker:sizes"
+CUTS = "awaker:cuts"
+INPUTS = "awaker:inputs"
 STAGE = "awaker:stage"
 SAMPLING = "awaker:sampling"
 
-#: What preparing makes of them: uint8 pixels instead of image files; beside an error the stage that
-#: it happened in.
+#: What preparing makes of them: uint8 pixels of views instead of image files, with the views' sizes
+#: and how pictures were cut into them; beside an error the stage that it happened in.
 PREPARED_SCHEMA = pa.schema(
     [
         pa.field(ID, pa.string()),
@@ -83,6 +86,8 @@ PREPARED_SCHEMA = pa.schema(
         pa.field(SPAN, pa.list_(pa.int32(), 2)),
         pa.field(PIXELS, pa.list_(pa.large_binary())),
         pa.field(SIZES, pa.list_(pa.int32())),
+        pa.field(CUTS, pa.list_(pa.int32())),
+        pa.field(INPUTS, pa.large_binary()),
         pa.field(SAMPLING, pa.string()),
     ]
 )
@@ -97,21 +102,23 @@ class ReadyRow:
         prompt: its question, as the output shows it.
         input_ids: [T] int32.
         span: the positions that route it.
-        images: each [height, width, 3] uint8.
+        images: its pictures.
         sampling: its own settings of `Sampling`, by name; all others are the job's.
+        inputs: what else its model takes: see `engine.Request`.
     """
 
     id: str
     prompt: str | None
     input_ids: np.ndarray
     span: tuple[int, int]
-    images: tuple[np.ndarray, ...] = ()
+    images: tuple[Picture, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    inputs: bytes = b""
 
     @property
     def pixel_bytes(self) -> int:
-        """Bytes of its pixels."""
-        return sum(image.nbytes for image in self.images)
+        """Bytes of its pixels, and of what else its model takes."""
+        return sum(picture.nbytes for picture in self.images) + len(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -222,11 +229,14 @@ def _cells(row: PreparedRow) -> dict[str, Any]:
     cells |= {ID: row.id, PROMPT: _storable(row.prompt)}
     if isinstance(row, FailedRow):
         return cells | {ERROR: str(row.failure), STAGE: row.failure.stage}
+    sides, cuts = packed_sizes(row.images)
     return cells | {
         INPUT_IDS: row.input_ids,
         SPAN: row.span,
-        PIXELS: [image.tobytes() for image in row.images],
-        SIZES: [side for image in row.images for side in image.shape[:2]],
+        PIXELS: [view.tobytes() for picture in row.images for view in picture.views],
+        SIZES: sides,
+        CUTS: cuts,
+        INPUTS: row.inputs or None,
         SAMPLING: json.dumps(row.sampling) if row.sampling else None,
     }
 
@@ -246,16 +256,15 @@ def _row(
     span: pa.Scalar,
     pixels: pa.Scalar,
     sizes: pa.Scalar,
+    cuts: pa.Scalar,
+    inputs: pa.Scalar,
     sampling: pa.Scalar,
 ) -> PreparedRow:
     if error.is_valid:
         failure = RowFailure.of_column(error.as_py(), stage.as_py())
         return FailedRow(id_.as_py(), prompt.as_py(), failure)
-    sides = sizes.as_py()
-    images = tuple(
-        np.frombuffer(buffer.as_buffer(), dtype=np.uint8).reshape(height, width, 3)
-        for buffer, height, width in zip(pixels.values, sides[::2], sides[1::2], strict=True)
-    )
+    buffers = [view.as_buffer() for view in pixels.values]
+    images = tuple(unpacked(buffers, sizes.as_py(), cuts.as_py()))
     start, end = span.as_py()
     return ReadyRow(
         id_.as_py(),
@@ -264,4 +273,5 @@ def _row(
         (start, end),
         images,
         json.loads(sampling.as_py()) if sampling.is_valid else {},
+        inputs.as_py() or b"",
     )

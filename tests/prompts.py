@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.engine import Request, Sampling
-from pipeline.model.prompt import PromptProcessor
+from pipeline.families.prompt import PromptProcessor
 
 QUESTIONS = (
     "Describe this image.",
@@ -57,7 +57,7 @@ def random_questions(count: int, seed: int, images: Sequence[int] = (1, 0, 2)) -
 def as_request(asked: Asked, processor: PromptProcessor, sampling: Sampling) -> Request:
     """The request that a replica would make of it."""
     prompt = processor.prepare(asked.messages)
-    return Request(prompt.input_ids, prompt.span, prompt.images, sampling)
+    return Request(prompt.input_ids, prompt.span, prompt.images, sampling, prompt.inputs)
 
 
 def as_transformers_inputs(asked: Asked, base: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import load
 from pipeline.engine.options import DtypeName, NumbersName
-from pipeline.model.checkpoint import open_checkpoint
+from pipeline.families.opening import open_checkpoint
 from pipeline.model.convert import convert
 from pipeline.quality.accuracy import is_right
 from pipeline.settings.base import load_settings

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-GROUND = ("redact", "compat", "template", "errors", "rows", "counters")
+GROUND = ("redact", "compat", "template", "errors", "picture", "rows", "counters")
 INPUT_AND_OUTPUT = ("io.rowset", "io.filesystem", "io.input", "io.output")
 
 #: The rooms, the lowest first, and which rooms below it each may import from. A new module belongs
@@ -20,11 +20,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "compat": (),
     "template": (),
     "errors": ("redact",),
-    "rows": ("errors",),
+    "picture": ("errors",),
+    "rows": ("errors", "picture"),
     "counters": ("errors",),
     "quality": GROUND,
     "model": GROUND,
-    "engine": (*GROUND, "model"),
+    "families": (*GROUND, "model"),
+    "engine": (*GROUND, "model", "families"),
     # Defaults are the engine's own options, rules those of the flags.
     "settings": (*GROUND, "quality", "engine"),
     # Beside the engine, knowing neither it nor the model.
@@ -32,12 +34,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "io.filesystem": (),
     "io.input": (*GROUND, "io.rowset", "io.filesystem", "settings"),
     "io.output": (*GROUND, "io.rowset", "io.filesystem", "io.input", "settings", "quality"),
-    "synthetic": (*GROUND, "model", "settings"),
-    "training": (*GROUND, "quality", "model", "settings", "synthetic"),
+    "synthetic": (*GROUND, "model", "families", "settings"),
+    "training": (*GROUND, "quality", "model", "families", "settings", "synthetic"),
     "report": (*GROUND, "io.output", "settings"),
-    "actors": (*GROUND, *INPUT_AND_OUTPUT, "quality", "model", "engine", "settings"),
+    "actors": (*GROUND, *INPUT_AND_OUTPUT, "quality", "model", "families", "engine", "settings"),
     "run": (
-        *(*GROUND, *INPUT_AND_OUTPUT, "quality", "model", "engine", "settings"),
+        *(*GROUND, *INPUT_AND_OUTPUT, "quality", "model", "families", "engine", "settings"),
         *("synthetic", "training", "report", "actors"),
     ),
 }
@@ -46,6 +48,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 #: Parquet, the actors no S3.
 FOREIGN = {
     "model": {"ray", "pyarrow", "s3fs"},
+    "families": {"ray", "pyarrow", "s3fs"},
     "engine": {"ray", "pyarrow", "s3fs", "fsspec", "pandas"},
     "actors": {"s3fs", "fsspec", "boto3"},
     "quality": {"ray", "torch"},
@@ -104,6 +107,17 @@ def test_no_import_runs_upwards(module: str) -> None:
         elif name != "pipeline":  # the version, which everybody may tell
             there = room_of(name)
             assert there in (here, *ROOMS[here]), f"{module} ({here}) imports {name} ({there})"
+
+
+#: What the engine and all above may know of the families: no module that is one.
+FAMILY_DOORS = {f"pipeline.families.{name}" for name in ("family", "opening", "prompt", "registry")}
+
+
+def test_nobody_above_knows_a_family_by_name() -> None:
+    for module in MODULES:
+        if room_of(module) in ("engine", "settings", "actors", "run"):
+            families = {name for name in imports(module) if room_of(name) == "families"}
+            assert families <= FAMILY_DOORS, module
 
 
 #: Rooms that scripts in `jobs/` may enter.

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import STAGES, RowFailure
+from pipeline.picture import Picture
 from pipeline.rows import (
     PREPARED_SCHEMA,
     FailedRow,
@@ -22,22 +23,29 @@ from pipeline.rows import (
 text = st.text(st.characters(codec="utf-8"), max_size=8)
 
 
+def picture(
+    noise: np.random.Generator, views: list[tuple[int, int]], size: tuple[int, int]
+) -> Picture:
+    return Picture(
+        tuple(noise.integers(0, 256, (*view, 3), dtype=np.uint8) for view in views), size
+    )
+
+
 @st.composite
 def rows(draw: st.DrawFn) -> PreparedRow:
     if draw(st.booleans()):
         stage = draw(st.sampled_from(STAGES))
         failure = RowFailure("image_decode", draw(text), stage)
         return FailedRow(draw(text), draw(st.none() | text), failure)
-    sides = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=3))
+    sides = st.tuples(st.integers(1, 9), st.integers(1, 9))
+    pictures = draw(st.lists(st.tuples(st.lists(sides, min_size=1, max_size=3), sides), max_size=3))
     noise = np.random.default_rng(draw(st.integers(0, 99)))
     return ReadyRow(
         draw(text),
         draw(text),
         noise.integers(0, 1 << 17, draw(st.integers(1, 20)), dtype=np.int32),
         draw(st.tuples(st.integers(0, 50), st.integers(0, 50))),
-        tuple(
-            noise.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sides
-        ),
+        tuple(picture(noise, views, size) for views, size in pictures),
     )
 
 
@@ -47,8 +55,7 @@ def equal(a: PreparedRow, b: PreparedRow) -> bool:
     return (
         (a.id, a.prompt, a.span) == (b.id, b.prompt, b.span)
         and np.array_equal(a.input_ids, b.input_ids)
-        and len(a.images) == len(b.images)
-        and all(map(np.array_equal, a.images, b.images))
+        and a.images == b.images
     )
 
 

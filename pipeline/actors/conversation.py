@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import RowError
+from pipeline.families.prompt import Message
 from pipeline.io.input.data_uri import bytes_of, data_of, is_data_uri
 from pipeline.io.input.references import shown
-from pipeline.model.prompt import Message
 
 
 def from_prompt(prompt: str | None, images: Sequence[Any], field: str) -> list[Message]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from pipeline.engine.load import LoadedModel, load
+from pipeline.engine.load import LoadedByTransformers, LoadedModel, load
 from pipeline.model.version import as_planned
 from pipeline.settings.job import JobSettings
 
@@ -16,7 +16,7 @@ def load_for_job(
     device: torch.device,
     threads: int | None = None,
     planned: Mapping[str, str] | None = None,
-) -> LoadedModel:
+) -> LoadedModel | LoadedByTransformers:
     """Load `settings.model` on a device.
 
     Args:
@@ -43,4 +43,5 @@ def load_for_job(
         prepack=model.prepack,
         threads=threads,
         quantize=model.quantize,
+        family=model.family,
     )

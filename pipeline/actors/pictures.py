@@ -6,31 +6,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-import numpy as np
 from PIL import Image
 
 from pipeline.actors.decoder import Decoder
 from pipeline.errors import RowError
+from pipeline.picture import Picture
 from pipeline.settings.job import ImageSettings
 
 
 class EncodedPicture:
-    """A `Picture` whose file lies in memory.
+    """A `LazyImage` whose file lies in memory.
 
     Raises:
         RowError: `image_too_large` or `image_decode`; what only decoding finds comes out of
-            `resized`.
+            `cut`.
     """
 
     def __init__(self, data: bytes, field: str, decoder: Decoder) -> None:
         self._data, self._field, self._decoder = data, field, decoder
         self.size = decoder.size(data, field)
-        self._made: dict[Hashable, np.ndarray] = {}
+        self._made: dict[Hashable, Picture] = {}
 
-    def resized(self, how: Hashable, resize: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-        """What `resize` makes of it; made once, and the picture in full size is dropped."""
+    def cut(self, how: Hashable, cut: Callable[[Image.Image], Picture]) -> Picture:
+        """What `cut` makes of it; made once, and the picture in full size is dropped."""
         if how not in self._made:
-            self._made[how] = resize(self._decoder.decode(self._data, self._field))
+            self._made[how] = cut(self._decoder.decode(self._data, self._field))
         return self._made[how]
 
 

@@ -19,9 +19,10 @@ from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
 from pipeline.counters import RowCounts
 from pipeline.errors import RowError, RowErrorCode, RowFailure
+from pipeline.families.prompt import PromptProcessor
+from pipeline.families.registry import prompt_processor
 from pipeline.io.input.columns import Columns
 from pipeline.io.input.references import shown
-from pipeline.model.prompt import PromptProcessor
 from pipeline.model.version import as_planned
 from pipeline.redact import cause_of, escaped, printable, traceback_of
 from pipeline.rows import (
@@ -200,7 +201,13 @@ class Preparer:
             if self._require_images and not prepared.images:
                 raise RowError("image_missing", f"{self._images_field} holds no image to caption")
             return ReadyRow(
-                row_id, asked, prepared.input_ids, prepared.span, prepared.images, sampling
+                row_id,
+                asked,
+                prepared.input_ids,
+                prepared.span,
+                prepared.images,
+                sampling,
+                prepared.inputs,
             )
         except RowError as error:
             return FailedRow(row_id, asked, error.at("prepare"))
@@ -256,8 +263,8 @@ def _processor(settings: JobSettings, planned: Mapping[str, str] | None) -> Prom
     base = model.base
     if planned is not None:
         base, _ = as_planned(base, None, planned, weights=False)
-    return PromptProcessor.from_settings(
-        base, model.min_pixels, model.max_pixels, settings.input.control_tokens
+    return prompt_processor(
+        base, model.to_pictures(), settings.input.control_tokens, family=model.family
     )
 
 

@@ -167,7 +167,7 @@ class Replica:
 
     async def _try(self, row: ReadyRow, sampling: Sampling) -> Judged:
         answer = await asyncio.wrap_future(
-            self._engine.submit(Request(row.input_ids, row.span, row.images, sampling))
+            self._engine.submit(Request(row.input_ids, row.span, row.images, sampling, row.inputs))
         )
         truncated = answer.finish_reason == "length"
         looping = answer.finish_reason == "repetition" or ends_in_loop(answer.token_ids)
@@ -266,7 +266,7 @@ class Replica:
 
 
 def _pictures(row: PreparedRow) -> list[bytes]:
-    return [as_jpeg(image) for image in row.images] if isinstance(row, ReadyRow) else []
+    return [as_jpeg(one.views[0]) for one in row.images] if isinstance(row, ReadyRow) else []
 
 
 def process_gauges(device: torch.device) -> ProcessGauges:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pipeline.engine.options import DecodeRoute
 from pipeline.engine.types import GenerationError, Request
-from pipeline.model.awaker import Model, rope_positions
+from pipeline.model.assemble import Model
 from pipeline.model.ops import HostCopy, to_device
 from pipeline.model.routing import expert_factors
+from pipeline.picture import Picture
 
 #: Patches that the vision tower takes at once. On a GPU they bound its activations (about 1 GB for
 #: the 7B model in bfloat16), on a CPU they keep them in the processor's cache.
@@ -128,7 +129,7 @@ class Encoder:
 
     Args:
         model: the model.
-        image_token_id: the id of `<|image_pad|>`.
+        image_token_id: the id of the token that stands for a visual token.
         decode_route: which route new tokens take.
         cache_bytes: most bytes of visual tokens kept for images that come again.
     """
@@ -153,10 +154,7 @@ class Encoder:
             GenerationError: what is wrong with the request.
         """
         shape, ids = self._model.shape, request.input_ids
-        side = shape.vision.patch_size * shape.vision.merge_size
-        visual = sum(
-            (image.shape[0] // side) * (image.shape[1] // side) for image in request.images
-        )
+        visual = sum(map(shape.vision.tokens, request.images))
         if not 0 < len(ids) < shape.max_positions:
             raise GenerationError(
                 f"{len(ids)} prompt tokens, expected 1 to {shape.max_positions - 1}"
@@ -176,11 +174,10 @@ class Encoder:
         """How many of the first requests should be encoded together: one at least, and as many as
         the vision tower takes at once.
         """
-        patch = self._model.shape.vision.patch_size**2
         left = ENCODE_PATCHES[self._model.device.type]
         count = 0
         for request in requests:
-            left -= sum(image.shape[0] * image.shape[1] for image in request.images) // patch
+            left -= sum(map(self._model.shape.vision.patches, request.images))
             if count and left < 0:
                 break
             count += 1
@@ -239,12 +236,14 @@ class Encoder:
         )
 
     def _rope_positions(self, request: Request) -> tuple[np.ndarray, int]:
-        return rope_positions(request.input_ids, self._grids(request), self._image_token_id)
+        return self._model.shape.vision.positions(
+            request.input_ids, request.images, self._image_token_id
+        )
 
     def _visual(self, requests: Sequence[Request]) -> dict[bytes, Tensor]:
         """Visual tokens of all images of the requests, by digest."""
         visual: dict[bytes, Tensor] = {}
-        fresh: dict[bytes, np.ndarray] = {}
+        fresh: dict[bytes, Picture] = {}
         for request in requests:
             for digest, image in zip(request.digests, request.images, strict=True):
                 known = visual.get(digest)
@@ -265,7 +264,3 @@ class Encoder:
                 self._cache.put(digest, tokens)
             self.images_encoded += len(fresh)
         return visual
-
-    def _grids(self, request: Request) -> list[tuple[int, int]]:
-        side = self._model.shape.vision.patch_size * self._model.shape.vision.merge_size
-        return [(image.shape[0] // side, image.shape[1] // side) for image in request.images]

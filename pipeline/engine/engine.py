@@ -34,7 +34,7 @@ from pipeline.engine.types import (
     OutOfMemoryError,
     Request,
 )
-from pipeline.model.awaker import Model
+from pipeline.model.assemble import Model
 from pipeline.model.ops import is_lost
 from pipeline.redact import traceback_of
 
@@ -53,7 +53,7 @@ class Engine:
     Args:
         model: the loaded model.
         tokenizer: the checkpoint's tokenizer.
-        image_token_id: the id of `<|image_pad|>`.
+        image_token_id: the id of the token that stands for a visual token.
         options: how to batch.
 
     Example:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.engine.encode import Encoded
 from pipeline.engine.options import FOLDED_AND_ROUNDED
 from pipeline.errors import ConfigError
-from pipeline.model.awaker import Model
+from pipeline.model.assemble import Model
 from pipeline.model.decoder import Decoder, DecoderLayer
 from pipeline.model.expansion import DenseExpansion
 from pipeline.model.experts import Mixture

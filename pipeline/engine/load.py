@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
+from pipeline.engine.by_generate import GenerateEngine
 from pipeline.engine.encode import Encoder
 from pipeline.engine.engine import Engine
 from pipeline.engine.memory import (
@@ -16,14 +19,24 @@ from pipeline.engine.memory import (
     wait_for_weights,
     weight_bytes,
 )
-from pipeline.engine.options import DecodeRoute, DtypeName, EngineOptions, NumbersName
+from pipeline.engine.options import (
+    DecodeRoute,
+    DtypeName,
+    EngineOptions,
+    NumbersName,
+    check_for_transformers,
+)
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.types import Request
-from pipeline.model.awaker import Model, load_model
-from pipeline.model.checkpoint import DTYPES, open_checkpoint
+from pipeline.errors import CheckpointError
+from pipeline.families.opening import open_checkpoint
+from pipeline.families.prompt import PromptProcessor
+from pipeline.families.registry import AUTO, prompts_of
+from pipeline.model.assemble import Model, load_model
+from pipeline.model.checkpoint import DTYPES, Checkpoint
 from pipeline.model.ops import check_compiler
-from pipeline.model.prompt import PromptProcessor
 from pipeline.model.weights import NUMBERS, check_numbers
+from pipeline.redact import cause_of
 
 #: Models up to this width run on one thread of a CPU: handing their small products to others takes
 #: longer than computing them. The demo's, of 192: 93 rows a second on one thread, 48 on two.
@@ -50,9 +63,9 @@ class LoadedModel:
         Raises:
             ConfigError: the model's GPU has no room for requests.
         """
-        image_pad = self.processor.special.image_pad
+        image_token = self.processor.image_token_id
         try:
-            return Engine(self.model, self.processor.tokenizer, image_pad, options)
+            return Engine(self.model, self.processor.tokenizer, image_token, options)
         except torch.OutOfMemoryError as error:
             # Something else took what the plan found free.
             free, _ = torch.cuda.mem_get_info(self.model.device)
@@ -60,7 +73,7 @@ class LoadedModel:
 
     def encoder(self, decode_route: DecodeRoute = "released") -> Encoder:
         """What shows the experts of requests without answering them."""
-        return Encoder(self.model, self.processor.special.image_pad, decode_route, cache_bytes=0)
+        return Encoder(self.model, self.processor.image_token_id, decode_route, cache_bytes=0)
 
     def request(self, question: str, *pictures: Image.Image, **settings: object) -> Request:
         """A question about some pictures, or about none.
@@ -75,11 +88,53 @@ class LoadedModel:
             RowError: the prompt is longer than the model's context, or a picture cannot be resized.
             CheckpointError: generation_config.json cannot be read.
         """
-        content = [{"type": "image", "image": picture.convert("RGB")} for picture in pictures]
-        content.append({"type": "text", "text": question})
-        prompt = self.processor.prepare([{"role": "user", "content": content}])
-        sampling = Sampling.of_checkpoint(self.folder).with_own(settings)
-        return Request(prompt.input_ids, prompt.span, prompt.images, sampling)
+        return _request(self.folder, self.processor, question, pictures, settings)
+
+
+@dataclass(frozen=True)
+class LoadedByTransformers:
+    """A checkpoint in memory that transformers runs; as `LoadedModel`, but without experts to show.
+
+    Attributes:
+        folder: its folder.
+        model: a transformers model in evaluation mode.
+        processor: makes prompts of conversations.
+    """
+
+    folder: Path
+    model: Any
+    processor: PromptProcessor
+
+    def engine(self, options: EngineOptions | None = None) -> GenerateEngine:
+        """Start an engine over the model.
+
+        Raises:
+            ConfigError: the options fold experts.
+        """
+        if options is not None:
+            check_for_transformers("none", fold_experts=options.fold_experts)
+        made, limit = self.processor, self.processor.max_positions
+        return GenerateEngine(self.model, made.tokenizer, made.image_token_id, limit, options)
+
+    def request(self, question: str, *pictures: Image.Image, **settings: object) -> Request:
+        """A question about some pictures; see `LoadedModel.request`."""
+        return _request(self.folder, self.processor, question, pictures, settings)
+
+
+def _request(
+    folder: Path,
+    processor: PromptProcessor,
+    question: str,
+    pictures: Sequence[Image.Image],
+    settings: Mapping[str, object],
+) -> Request:
+    content: list[dict[str, Any]] = [
+        {"type": "image", "image": picture.convert("RGB")} for picture in pictures
+    ]
+    content.append({"type": "text", "text": question})
+    prompt = processor.prepare([{"role": "user", "content": content}])
+    sampling = Sampling.of_checkpoint(folder).with_own(settings)
+    return Request(prompt.input_ids, prompt.span, prompt.images, sampling, prompt.inputs)
 
 
 def load(
@@ -93,11 +148,12 @@ def load(
     prepack: bool = True,
     threads: int | None = None,
     quantize: NumbersName = "none",
-) -> LoadedModel:
+    family: str = AUTO,
+) -> LoadedModel | LoadedByTransformers:
     """Load a model.
 
     Args:
-        base: Hub id, folder or fsspec URL of Qwen2-VL or of a converted checkpoint.
+        base: Hub id, folder or fsspec URL of a model of any family, or of a converted checkpoint.
         adapter: the same, or a `pytorch_model.bin`, of the released Awaker format; None for plain
             Qwen2-VL.
         dtype: dtype of weights and arithmetic.
@@ -109,6 +165,7 @@ def load(
         threads: on a CPU, most threads of its products, for the whole process; None: as it stands.
         quantize: what the weights of the decoder's linear layers are rounded to, experts among
             them: int8 on a CPU, fp8 on a GPU.
+        family: whose code runs it: see `families.registry.shape_of`.
 
     Raises:
         CheckpointError: something is missing, extra, misshapen or of another model.
@@ -117,14 +174,19 @@ def load(
             to, or the GPU has no room for the weights.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    checkpoint = open_checkpoint(
+        base, adapter, top_k=top_k_experts, lora_alpha=lora_alpha, family=family
+    )
+    if not checkpoint.shape.is_native:
+        check_for_transformers(quantize, fold_experts=False)
+        return _by_transformers(checkpoint, DTYPES[dtype], place, threads)
     if place.type == "cuda":
         check_compiler()
     numbers = NUMBERS[quantize]
-    checkpoint = open_checkpoint(base, adapter, top_k=top_k_experts, lora_alpha=lora_alpha)
     check_numbers(numbers, place, DTYPES[dtype], checkpoint.shape)
     if place.type == "cpu" and threads is not None:
         torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else threads)
-    processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
+    processor = prompts_of(checkpoint.folder, checkpoint.shape)
     needed = weight_bytes(checkpoint.shape, DTYPES[dtype], numbers)
     if place.type == "cuda":
         wait_for_weights(needed, place)
@@ -141,3 +203,39 @@ def load(
         # Something else took it meanwhile.
         raise no_room_for_weights(needed, torch.cuda.mem_get_info(place)[0]) from error
     return LoadedModel(checkpoint.folder, model, processor)
+
+
+def _by_transformers(
+    checkpoint: Checkpoint, dtype: torch.dtype, place: torch.device, threads: int | None
+) -> LoadedByTransformers:
+    """Load a model that transformers runs.
+
+    Raises:
+        CheckpointError: tensors are missing, extra or misshapen, or transformers cannot load it.
+    """
+    from transformers import AutoModelForImageTextToText, GenerationConfig
+
+    if place.type == "cpu" and threads is not None:
+        torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else threads)
+    processor = prompts_of(checkpoint.folder, checkpoint.shape)
+    try:
+        model, told = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # of any type
+        raise CheckpointError(
+            f"model.base: transformers cannot load {checkpoint.folder} ({cause_of(error)})"
+        ) from error
+    troubles = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(map(str, told[kind]))
+        if names:
+            troubles.append(f"{len(names)} {kind.removesuffix('_keys')} ({', '.join(names[:3])})")
+    if troubles:
+        raise CheckpointError(
+            f"model.base: {checkpoint.folder} does not fit the model that config.json describes: "
+            f"tensors {'; '.join(troubles)}"
+        )
+    # Whatever it says of sampling has been read, and is applied, by the engine.
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return LoadedByTransformers(checkpoint.folder, model.to(place).eval(), processor)

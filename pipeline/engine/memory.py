@@ -25,7 +25,7 @@ from pipeline.model.shape import ModelShape
 from pipeline.model.weights import Numbers
 
 if TYPE_CHECKING:
-    from pipeline.model.awaker import Model
+    from pipeline.model.assemble import Model
 
 #: What the driver, CUDA's context, the kernels and cuBLAS's workspaces take: not measured here.
 CONTEXT_BYTES = 700 << 20
@@ -266,15 +266,8 @@ def sampling_bytes(shape: ModelShape, dtype: torch.dtype, sizes: Sizes) -> int:
 
 
 def tower_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
-    """Bytes that the vision tower has alive at once for its largest batch.
-
-    Beside the patches' pixels and the residual stream: queries, keys and values, copied to the
-    widths that attention takes, or the MLP's hidden states.
-    """
-    vision = shape.vision
-    pixels = vision.channels * vision.temporal_patch_size * vision.patch_size**2
-    a_patch = 2 * pixels + max(12 * vision.width, 4 * vision.width + 2 * vision.mlp_width)
-    return ENCODE_PATCHES["cuda"] * (a_patch * dtype.itemsize + 4 * vision.width // vision.heads)
+    """Bytes that the vision tower has alive at once for its largest batch."""
+    return shape.vision.batch_bytes(ENCODE_PATCHES["cuda"], dtype)
 
 
 def fitting(

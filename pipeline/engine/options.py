@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.errors import ConfigError
+
 #: Which experts new tokens take: those of the prompt's words alone, as the released code does, or
 #: those of the prefill.
 DecodeRoute = Literal["released", "prefill"]
@@ -16,6 +18,20 @@ NumbersName = Literal["none", "int8", "fp8"]
 FOLDED_AND_ROUNDED = (
     "engine.fold_experts: weights that model.quantize rounds take no experts in; set one of them"
 )
+
+
+def check_for_transformers(quantize: NumbersName, *, fold_experts: bool) -> None:
+    """Make sure that nothing is asked for which a model that transformers runs does not do.
+
+    Raises:
+        ConfigError: it is.
+    """
+    key = "model.quantize" if quantize != "none" else "engine.fold_experts"
+    if quantize != "none" or fold_experts:
+        raise ConfigError(
+            f"{key}: model.base is a model that transformers runs (docs/models.md), whose weights "
+            "stay as they are; leave it unset"
+        )
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from pipeline.engine.sampling import Sampler
 from pipeline.engine.scheduler import Chunk, Schedule
 from pipeline.engine.segments import ExpertRules, PlannedSegment, plan_segments
 from pipeline.engine.static_decode import StaticDecode, static_sizes
+from pipeline.model.assemble import Model
 from pipeline.model.attention import KVCache, Sequences, StepLayout
-from pipeline.model.awaker import Model
 from pipeline.model.decoder import Decoder
 from pipeline.model.experts import ExpertFactors, Segment
 from pipeline.model.ops import HostCopy, to_device

@@ -11,6 +11,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from pipeline.engine.sampling import Sampling
+    from pipeline.picture import Picture
 
 
 class GenerationError(Exception):
@@ -34,35 +35,38 @@ class Request:
     """One prompt to answer.
 
     Attributes:
-        input_ids: [T] int32, with one `<|image_pad|>` for each visual token.
+        input_ids: [T] int32, with one image token for each visual token.
         span: (start, end), the positions whose mean embedding routes the request.
-        images: each [height, width, 3] uint8, resized to multiples of patch_size * merge_size.
+        images: its pictures, as the model's tower takes them.
         sampling: how to sample the answer.
+        inputs: whatever else a model that transformers runs takes, as safetensors; none for others.
     """
 
     input_ids: np.ndarray
     span: tuple[int, int]
-    images: tuple[np.ndarray, ...]
+    images: tuple[Picture, ...]
     sampling: Sampling
+    inputs: bytes = b""
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays in `inputs`, by name."""
+        from safetensors.numpy import load
+
+        return load(self.inputs) if self.inputs else {}
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
         """What tells its images apart from others: size and every pixel."""
-        return tuple(
-            hashlib.blake2b(
-                np.ascontiguousarray(image).data,
-                digest_size=16,
-                salt=repr(image.shape[:2]).encode(),
-            ).digest()
-            for image in self.images
-        )
+        return tuple(picture.digest for picture in self.images)
 
     @cached_property
     def key(self) -> tuple[object, ...] | None:
         """Equal for requests that get the same answer; None where chance decides."""
         if not self.sampling.greedy:
             return None
-        return (self.input_ids.tobytes(), self.span, self.digests, self.sampling)
+        beside = hashlib.blake2b(self.inputs, digest_size=16).digest()
+        return (self.input_ids.tobytes(), self.span, self.digests, self.sampling, beside)
 
 
 @dataclass(frozen=True)

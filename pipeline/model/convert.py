@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.errors import OutputError
+from pipeline.errors import CheckpointError, OutputError
 from pipeline.model.checkpoint import SERVING_FORMAT, SERVING_MANIFEST, Checkpoint
 from pipeline.model.sources import sha256_of
 from pipeline.redact import cause_of
@@ -178,9 +178,15 @@ def check_target(
     """Make sure that a conversion (`convert`) may write to a folder; changes nothing.
 
     Raises:
+        CheckpointError: transformers runs the model as it is.
         OutputError: it holds something other than the beginning of this very conversion, or is no
             folder.
     """
+    if not checkpoint.shape.is_native:
+        raise CheckpointError(
+            f"model.base: {checkpoint.folder} is a model that transformers runs as it is; there is "
+            "nothing to convert"
+        )
     progress = folder / PROGRESS
     if progress.is_file():
         identity = _identity(checkpoint, dtype, shard_bytes)

@@ -1,4 +1,5 @@
-"""The decoder of Qwen2-VL with Awaker's experts over packed tokens, nothing but the mathematics.
+"""The decoder of Qwen2-VL with Awaker's experts over packed tokens, nothing but the mathematics. It
+is Llama's, too, without biases and with positions of one dimension.
 
 Source: transformers' `Qwen2VLTextModel` and the released Awaker2.5-VL layers. Linear layers always
 run over packed tokens [tokens, hidden]; only attention knows where one request ends and the next
@@ -22,12 +23,12 @@ from pipeline.model.weights import Numbers, Weight, linear
 @dataclass(frozen=True)
 class DecoderLayer:
     """Weights of one layer; `qkv` holds q, k and v stacked with their plain adapter folded in,
-    `gate_up` gate_proj and up_proj.
+    `gate_up` gate_proj and up_proj. Llama's layers have no `qkv_bias`.
     """
 
     input_norm: Tensor
     qkv_weight: Weight
-    qkv_bias: Tensor
+    qkv_bias: Tensor | None
     o: Mixture
     post_norm: Tensor
     gate_up: Mixture
@@ -63,7 +64,7 @@ def rotary(positions: Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[Te
 
     Returns:
         Two tensors [tokens, head_dim / 2]: section i of the frequencies follows the positions of
-        dimension i mod 3.
+        dimension i mod 3; of one section all follow the first.
     """
     dim = shape.head_dim
     steps = torch.arange(0, dim, 2, dtype=torch.int64, device=positions.device).float() / dim

@@ -1,35 +1,90 @@
-"""The sizes of one model: Qwen2-VL's own, read from its config, and the adapter's, read from its
-tensors.
+"""The sizes of one model: the decoder's and its vision tower's, read from its config by its family,
+and the adapter's, read from its tensors.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pipeline.errors import CheckpointError
-from pipeline.redact import cause_of
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.model.assemble import Parts
+    from pipeline.model.checkpoint import Recipe
+    from pipeline.model.vision import Vision
+    from pipeline.picture import Picture
 
 #: The projections of a layer that have a router (up_proj and down_proj obey gate_proj's), in the
 #: order in which routes are flattened everywhere: [layer, router].
 ROUTED = ("o_proj", "gate_proj")
 
 
-@dataclass(frozen=True)
-class VisionShape:
-    """Sizes of the vision tower."""
+class VisionShape(ABC):
+    """A family's vision tower without its weights: what pictures cost, where their tokens stand,
+    and which tensors it is made of.
+    """
 
-    depth: int
-    width: int
-    heads: int
-    mlp_width: int
-    channels: int
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    rope_theta: float
-    activation: str
+    @abstractmethod
+    def tokens(self, picture: Picture) -> int:
+        """Visual tokens of a picture, exactly."""
+
+    @abstractmethod
+    def patches(self, picture: Picture) -> int:
+        """Patches that the tower takes for a picture, padding left out."""
+
+    @abstractmethod
+    def batch_bytes(self, patches: int, dtype: torch.dtype) -> int:
+        """Bytes that the tower has alive at once for a batch of so many patches."""
+
+    def positions(
+        self, input_ids: np.ndarray, pictures: Sequence[Picture], image_token_id: int
+    ) -> tuple[np.ndarray, int]:
+        """Rotary positions of one prompt.
+
+        Args:
+            input_ids: [T] token ids with one `image_token_id` for each visual token.
+            pictures: its pictures.
+            image_token_id: see there.
+
+        Returns:
+            [3, T] int64 (temporal, height, width) and the position of the first new token. Where
+            positions have one dimension, as here, all three are the same.
+        """
+        count = len(input_ids)
+        return np.tile(np.arange(count, dtype=np.int64), (3, 1)), count
+
+    @abstractmethod
+    def tensors(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Every tensor of tower and projector by canonical name, with its shape.
+
+        Args:
+            hidden: width of the decoder.
+        """
+
+    def unused(self, name: str) -> bool:
+        """Whether a canonical name is of a tensor that checkpoints may hold and that nothing here
+        depends on.
+        """
+        return False
+
+    @abstractmethod
+    def recipes(self) -> Iterator[Recipe]:
+        """Their serving tensors, whose names begin with `vision.`."""
+
+    @abstractmethod
+    def assemble(self, parts: Parts, pixels: Tensor) -> Vision:
+        """Put the tower together of its serving tensors.
+
+        Args:
+            parts: what takes them out by name.
+            pixels: [channels, 256] float32, the float of each pixel value.
+        """
 
 
 @dataclass(frozen=True)
@@ -48,6 +103,14 @@ class AdapterShape:
 class ModelShape:
     """Sizes of the decoder, with its vision tower's and, where there is an adapter, the
     adapter's.
+
+    Attributes:
+        mrope_section: how many frequencies of the rotary embedding follow each of the positions
+            (temporal, height, width) in turn; one number, half of head_dim, where positions have
+            one dimension.
+        qkv_bias: whether the projections of queries, keys and values have biases.
+        family: name of the family that knows its tower and its prompts.
+        is_native: whether the model is computed here; else transformers runs it.
     """
 
     layers: int
@@ -59,85 +122,11 @@ class ModelShape:
     vocabulary: int
     rms_eps: float
     rope_theta: float
-    mrope_section: tuple[int, int, int]
+    mrope_section: tuple[int, ...]
     max_positions: int
     tied_embeddings: bool
     vision: VisionShape
     adapter: AdapterShape | None = None
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> ModelShape:
-        """Read the sizes out of a model folder's config.json; code that a checkpoint brings along
-        is never run.
-
-        Raises:
-            CheckpointError: there is none, it cannot be read, or it is of another model.
-        """
-        from transformers import AutoConfig
-
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"model.base: {folder} holds no config.json; expected a Qwen2-VL model folder"
-            )
-        try:
-            # Without the argument transformers asks on the terminal whether to run a checkpoint's
-            # code.
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # of any type: JSON, unknown models, keys of the wrong kind
-            raise CheckpointError(
-                f"model.base: cannot read {folder}/config.json ({cause_of(error)})"
-            ) from error
-        return cls.from_config(config)
-
-    @classmethod
-    def from_config(cls, config: Any) -> ModelShape:
-        """Read the sizes from a transformers `Qwen2VLConfig`.
-
-        Raises:
-            CheckpointError: the config is not Qwen2-VL's, or asks for something this decoder does
-                not compute.
-        """
-        if config.model_type != "qwen2_vl":
-            raise CheckpointError(
-                f"model.base: model_type is {config.model_type!r}, expected 'qwen2_vl' (Qwen2-VL "
-                "and its finetunes)"
-            )
-        text, vision = config.text_config, config.vision_config
-        rope = text.rope_parameters
-        if rope.get("rope_type", "default") not in ("default", "mrope"):
-            raise CheckpointError(
-                f"model.base: rope_type {rope['rope_type']!r} is not supported, expected 'default'"
-            )
-        if text.use_sliding_window:
-            raise CheckpointError(
-                "model.base: use_sliding_window is set; only full attention is supported"
-            )
-        if text.hidden_act != "silu":
-            raise CheckpointError(f"model.base: hidden_act is {text.hidden_act!r}, expected 'silu'")
-        vision_rope = getattr(vision, "rope_parameters", None) or {}
-        return cls(
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            mlp_width=text.intermediate_size,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
-            head_dim=text.hidden_size // text.num_attention_heads,
-            vocabulary=text.vocab_size,
-            rms_eps=text.rms_norm_eps,
-            rope_theta=float(rope["rope_theta"]),
-            mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
-            max_positions=text.max_position_embeddings,
-            tied_embeddings=bool(config.tie_word_embeddings),
-            vision=VisionShape(
-                depth=vision.depth,
-                width=vision.embed_dim,
-                heads=vision.num_heads,
-                mlp_width=int(vision.embed_dim * vision.mlp_ratio),
-                channels=vision.in_channels,
-                patch_size=vision.patch_size,
-                temporal_patch_size=vision.temporal_patch_size,
-                merge_size=vision.spatial_merge_size,
-                rope_theta=float(vision_rope.get("rope_theta", 10000.0)),
-                activation=vision.hidden_act,
-            ),
-        )
+    qkv_bias: bool = True
+    family: str = "qwen2_vl"
+    is_native: bool = True

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -263,17 +263,10 @@ _SAFETENSORS_DTYPES = {
     "BOOL": "bool",
 }
 
-#: Names of transformers 5 and of the wrapped released model, brought to those of transformers 4.45.
-_RENAMES = (
-    (re.compile(r"^base_model\.model\."), ""),
-    (re.compile(r"^model\.language_model\."), "model."),
-    (re.compile(r"^model\.visual\."), "visual."),
-)
 
-
-def canonical_name(stored: str) -> str:
-    """The name that transformers 4.45 gives a tensor, whatever wrapper or version stored it."""
-    for pattern, replacement in _RENAMES:
+def canonical_name(stored: str, renames: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    """The name that a family gives a tensor, whatever wrapper or version stored it."""
+    for pattern, replacement in renames:
         stored = pattern.sub(replacement, stored, count=1)
     return stored
 
@@ -286,7 +279,9 @@ class TensorFiles:
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, location: Path, key: str) -> TensorFiles:
+    def open(
+        cls, location: Path, key: str, renames: Sequence[tuple[re.Pattern[str], str]] = ()
+    ) -> TensorFiles:
         """List the tensors of a folder (safetensors before pytorch files) or of a single file, by
         canonical name.
 
@@ -308,7 +303,9 @@ class TensorFiles:
                     f"{key}: cannot read {file} as a checkpoint ({cause_of(error)})"
                 ) from error
             for stored, shape, dtype in listing:
-                weights.tensors[canonical_name(stored)] = TensorInfo(shape, dtype, file, stored)
+                weights.tensors[canonical_name(stored, renames)] = TensorInfo(
+                    shape, dtype, file, stored
+                )
         return weights
 
     @contextlib.contextmanager

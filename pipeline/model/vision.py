@@ -1,15 +1,16 @@
-"""The vision tower of Qwen2-VL: resized uint8 pixels in, visual tokens out.
+"""What vision towers are made of: normalised patches of uint8 pixels, and pre-norm blocks over
+packed sequences of them.
 
-Source: transformers' `Qwen2VisionTransformerPretrainedModel`, whose numbers this reproduces
-(tests/model). Normalising and cutting patches happen here, on the tower's device, so that what
-travels between machines is uint8.
+Normalising and cutting patches happen here, on the tower's device, so that what travels between
+machines is uint8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from torch.nn import functional as F
 
 from pipeline.model.attention import Sequences, attend_sequences
 from pipeline.model.ops import add_layer_norm, quick_gelu_, rotate_, to_device
-from pipeline.model.shape import VisionShape
 from pipeline.model.weights import linear
+from pipeline.picture import Picture
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu_,
@@ -28,36 +29,111 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 
-#: LayerNorm epsilon of the tower's blocks and merger (hard-coded in the released code too).
-NORM_EPS = 1e-6
+
+class Vision(Protocol):
+    """A vision tower with its weights and its projector."""
+
+    def encode(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """The visual tokens of pictures, for each [tokens, hidden of the decoder]; nothing here
+        waits for the device.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Affine:
-    """A linear layer or a LayerNorm: weight and bias."""
+    """A linear layer, with a bias or without."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
     def linear(self, x: Tensor) -> Tensor:
         """X W^T + b."""
         return linear(x, self.weight, self.bias)
 
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """A LayerNorm's weight, bias and epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
     def add_norm(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """X + delta, and its LayerNorm."""
-        return add_layer_norm(x, delta, self.weight, self.bias, NORM_EPS)
+        return add_layer_norm(x, delta, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True)
 class VisionBlock:
-    """Weights of one block."""
+    """Weights of one pre-norm block; `qkv` holds queries, keys and values stacked."""
 
-    norm1: Affine
+    norm1: LayerNorm
     qkv: Affine
     proj: Affine
-    norm2: Affine
+    norm2: LayerNorm
     fc1: Affine
     fc2: Affine
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A tower's blocks, run over several sequences of patches at once.
+
+    Attributes:
+        blocks: their weights.
+        heads: of their attention.
+        activation: of their MLPs, a name of `ACTIVATIONS`.
+    """
+
+    blocks: tuple[VisionBlock, ...]
+    heads: int
+    activation: str
+
+    def states(
+        self, x: Tensor, lengths: Sequence[int], angles: tuple[Tensor, Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The residual stream behind each block, as a sum that is not yet taken: where a norm
+        follows, it takes it.
+
+        Args:
+            x: [patches of all sequences, width], one after another without padding.
+            lengths: patches of each sequence; attention stays within one.
+            angles: cosines and sines of a rotary embedding, [patches, head_dim / 2] each; None:
+                positions were added.
+        """
+        device = x.device
+        starts = np.cumsum([0, *lengths[:-1]]).tolist()
+        upload = partial(to_device, device=device) if device.type == "cuda" else None
+        sequences = Sequences.pack(lengths, starts, lengths, upload)
+        activation = ACTIVATIONS[self.activation]
+        # Biases stay with the products: cuBLAS and oneDNN add them while they write.
+        delta = None
+        for block in self.blocks:
+            x, normed = block.norm1.add_norm(x, delta)
+            delta = self._attend(block, normed, angles, sequences)
+            x, normed = block.norm2.add_norm(x, delta)
+            delta = block.fc2.linear(activation(block.fc1.linear(normed)))
+            yield x, delta
+
+    def _attend(
+        self,
+        block: VisionBlock,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        sequences: Sequences,
+    ) -> Tensor:
+        """A block's attention, from its normed input to its projection."""
+        heads = self.heads
+        qkv = block.qkv.linear(x).unflatten(1, (3 * heads, -1))
+        qk = qkv[:, : 2 * heads]
+        q, k = (qk if angles is None else rotate_(qk, *angles)).split(heads, dim=1)
+        # One call whatever the images' sizes. Equal ones could be a batch for cuDNN, but on an H100
+        # with heads of 80 that is no faster than flash attention (four of 1,024 patches: 0.081 ms
+        # both ways, github.com/sgl-project/sglang/pull/30090), and it plans anew for each size.
+        attended = attend_sequences(q, k, qkv[:, 2 * heads :], sequences, causal=False)
+        return block.proj.linear(attended)
 
 
 def pixel_table(mean: Sequence[float], std: Sequence[float], rescale_factor: float) -> Tensor:
@@ -147,91 +223,3 @@ def cut_images(
     values = pixels[at.flatten().long()].long() + 256 * torch.arange(channels, device=device)
     cut = table.flatten()[values].view(-1, patch**2, channels).transpose(1, 2)
     return cut.unsqueeze(2).expand(-1, -1, frames, -1).reshape(len(cut), -1), patches
-
-
-def rotary_angles(places: Tensor, shape: VisionShape) -> Tensor:
-    """Angles of the axial rotary embedding: [patches, head_dim / 2] float32.
-
-    Args:
-        places: [patches, 2], row and column of each patch.
-        shape: the tower's sizes.
-    """
-    dim = shape.width // shape.heads // 2
-    steps = torch.arange(0, dim, 2, dtype=torch.float32, device=places.device) / dim
-    return (places[:, :, None].float() * (1.0 / (shape.rope_theta**steps))).flatten(1)
-
-
-@dataclass(frozen=True)
-class VisionTower:
-    """The tower's weights and its forward pass over several images at once."""
-
-    shape: VisionShape
-    table: Tensor
-    patch_embedding: Tensor
-    blocks: tuple[VisionBlock, ...]
-    merger_norm: Affine
-    merger_in: Affine
-    merger_out: Affine
-
-    def encode(self, images: Sequence[np.ndarray]) -> list[Tensor]:
-        """Encode images into visual tokens; nothing here waits for the device.
-
-        Args:
-            images: each [height, width, channels] uint8; sides are multiples of patch * merge.
-
-        Returns:
-            For each image [height * width / (patch * merge)^2, hidden of the decoder].
-        """
-        shape = self.shape
-        return self.encode_patches(
-            *cut_images(
-                images, self.table, shape.patch_size, shape.merge_size, shape.temporal_patch_size
-            )
-        )
-
-    def encode_patches(self, cut: Tensor, patches: PatchPlaces) -> list[Tensor]:
-        """Encode images that are cut into patches already.
-
-        Args:
-            cut: [patches of all images, values of a patch] float32, image after image.
-            patches: where they lie.
-
-        Returns:
-            As `encode`. All images run as one sequence without padding; attention stays within an
-            image.
-        """
-        device, dtype = self.patch_embedding.device, self.patch_embedding.dtype
-        counts = [rows * columns for rows, columns in patches.grids]
-        starts = np.cumsum([0, *counts[:-1]]).tolist()
-        upload = partial(to_device, device=device) if device.type == "cuda" else None
-        sequences = Sequences.pack(counts, starts, counts, upload)
-        angles = rotary_angles(patches.places, self.shape)
-        cos, sin = angles.cos(), angles.sin()
-
-        activation = ACTIVATIONS[self.shape.activation]
-        # Biases stay with the products: cuBLAS and oneDNN add them while they write.
-        x, delta = linear(cut.to(dtype), self.patch_embedding), None
-        for block in self.blocks:
-            x, normed = block.norm1.add_norm(x, delta)
-            delta = self._attend(block, normed, (cos, sin), sequences)
-            x, normed = block.norm2.add_norm(x, delta)
-            delta = block.fc2.linear(activation(block.fc1.linear(normed)))
-
-        merge = self.shape.merge_size**2
-        _, normed = self.merger_norm.add_norm(x, delta)
-        merged = normed.reshape(-1, merge * self.shape.width)
-        out = self.merger_out.linear(F.gelu(self.merger_in.linear(merged)))
-        return list(out.split([count // merge for count in counts]))
-
-    def _attend(
-        self, block: VisionBlock, x: Tensor, angles: tuple[Tensor, Tensor], sequences: Sequences
-    ) -> Tensor:
-        """A block's attention, from its normed input to its projection."""
-        heads = self.shape.heads
-        qkv = block.qkv.linear(x).unflatten(1, (3 * heads, -1))
-        q, k = rotate_(qkv[:, : 2 * heads], *angles).split(heads, dim=1)
-        # One call whatever the images' sizes. Equal ones could be a batch for cuDNN, but on an H100
-        # with heads of 80 that is no faster than flash attention (four of 1,024 patches: 0.081 ms
-        # both ways, github.com/sgl-project/sglang/pull/30090), and it plans anew for each size.
-        attended = attend_sequences(q, k, qkv[:, 2 * heads :], sequences, causal=False)
-        return block.proj.linear(attended)

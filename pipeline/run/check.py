@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.engine.options import check_for_transformers
 from pipeline.errors import ConfigError, OutputError
 from pipeline.io.input.plan import InputPlan, plan_input
 from pipeline.io.input.unique import check_ids_unique
@@ -60,13 +61,19 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     output = OutputFolder(settings.output.path)
     output.check(shard.file.url for shard in plan.shards)
     # Imported here, since it imports torch: what is wrong with the input is answered without.
-    from pipeline.model.checkpoint import open_checkpoint
-    from pipeline.model.prompt import PromptProcessor
+    from pipeline.families.opening import open_checkpoint
+    from pipeline.families.registry import prompts_of
 
     checkpoint = open_checkpoint(
-        model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha
+        model.base,
+        model.adapter,
+        top_k=model.top_k_experts,
+        lora_alpha=model.lora_alpha,
+        family=model.family,
     )
-    PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
+    if not checkpoint.shape.is_native:
+        check_for_transformers(model.quantize, fold_experts=settings.engine.fold_experts)
+    prompts_of(checkpoint.folder, checkpoint.shape, model.to_pictures())
     settings.generation.to_sampling(checkpoint.folder)
     files = deciding_files(checkpoint.folder, checkpoint.files.files)
     manifest = Manifest.of(task, settings, digests_of(files), plan)

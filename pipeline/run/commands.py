@@ -81,8 +81,9 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
     def work(settings: ConvertSettings, dry_run: bool) -> None:
         from pipeline.errors import OutputError
+        from pipeline.families.opening import open_checkpoint
         from pipeline.io.output.storage import local_path
-        from pipeline.model.checkpoint import DTYPES, open_checkpoint
+        from pipeline.model.checkpoint import DTYPES
         from pipeline.model.convert import check_target, convert
 
         model, output = settings.model, settings.output

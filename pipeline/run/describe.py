@@ -76,7 +76,7 @@ def _would_run(job: Job) -> list[str]:
     adapter = (
         f"{shape.adapter.experts} experts of rank {shape.adapter.rank} and a global one"
         if shape.adapter
-        else "no adapter (plain Qwen2-VL)"
+        else f"no adapter ({shape.family})"
     )
     return [
         "# would run",
@@ -100,6 +100,8 @@ def _memory(job: Job) -> list[str]:
     from pipeline.model.weights import NUMBERS
 
     settings, shape = job.settings, job.checkpoint.shape
+    if not shape.is_native:
+        return ["# memory of a GPU: transformers runs this model, and nothing is planned"]
     answer = settings.generation.to_sampling(job.checkpoint.folder).max_new_tokens
     request_tokens = USUAL_PROMPT_TOKENS + answer
     table = [["GPU", *(f.name for f in fields(MemoryPlan) if f.name != "cache_tokens"), "requests"]]

@@ -62,20 +62,21 @@ def inspect(settings: InspectSettings, console: Console, *, routes: bool) -> Non
         console.print(f"{name:<8}{printable(value)}", markup=False, highlight=False, soft_wrap=True)
     if isinstance(row, FailedRow):
         return
-    for image in row.images:
-        height, width = image.shape[:2]
-        tokens = preparer.processor.resizer.visual_tokens(image)
+    for picture in row.images:
+        height, width = picture.views[0].shape[:2]
+        tokens = preparer.processor.visual_tokens(picture)
+        counted = "" if tokens is None else f", {tokens} visual tokens"
+        tiles = f" and {len(picture.views) - 1} tiles" if len(picture.views) > 1 else ""
         console.print(
-            f"{'image':<8}{width} x {height} pixels, {tokens} visual tokens", highlight=False
+            f"{'image':<8}{width} x {height} pixels{tiles}{counted}",
+            highlight=False,
         )
         if console.is_terminal and console.color_system in ("truecolor", "256"):
-            console.print(as_blocks(image, min(PICTURE_WIDTH, console.width)))
+            console.print(as_blocks(picture.views[0], min(PICTURE_WIDTH, console.width)))
     start, end = row.span
-    console.print(
-        f"{'tokens':<8}{len(row.input_ids)}; the experts are chosen by {start} to {end - 1}, "
-        "marked",
-        highlight=False,
-    )
+    chosen = f"; the experts are chosen by {start} to {end - 1}, marked"
+    routed = chosen if preparer.processor.routes else ""
+    console.print(f"{'tokens':<8}{len(row.input_ids)}{routed}", highlight=False)
     console.print(marked_tokens(row, preparer.processor.tokenizer), soft_wrap=True)
     if routes:
         for table in _routes(settings, row):
@@ -158,12 +159,15 @@ def _routes(settings: InspectSettings, row: ReadyRow) -> Iterator[Table]:
 
     from pipeline.actors.loading import load_for_job
     from pipeline.engine import Request
+    from pipeline.engine.load import LoadedModel
 
     device = "cuda" if settings.model.device != "cpu" and torch.cuda.is_available() else "cpu"
     loaded = load_for_job(settings, torch.device(device))
+    if not isinstance(loaded, LoadedModel):
+        return
     encoder = loaded.encoder(settings.model.decode_route)
     sampling = settings.generation.to_sampling(loaded.folder)
-    request = Request(row.input_ids, row.span, row.images, sampling)
+    request = Request(row.input_ids, row.span, row.images, sampling, row.inputs)
     encoder.check(request)
     with torch.inference_mode():
         (encoded,) = encoder.encode([request]).finish()

@@ -18,12 +18,16 @@ from pipeline.engine.options import (
     EngineOptions,
     NumbersName,
 )
+from pipeline.picture import ImageFit, PictureSettings
 from pipeline.quality.flags import Flag, FlagRules
 from pipeline.quality.languages import Language
 from pipeline.rows import Form, PromptLayout
 from pipeline.settings.base import CHANGES_ANSWERS, KEEPS_ANSWERS, PositiveInt, Settings
 from pipeline.settings.buckets import bucket_of
 from pipeline.template import Template
+
+#: The families that `model.family` may name.
+FamilyName = Literal["auto", "qwen2_vl", "llava", "transformers"]
 
 if TYPE_CHECKING:
     from pipeline.engine import Sampling
@@ -58,6 +62,11 @@ class ModelSettings(Settings):
     adapter: str | None = Field(
         None, description="Awaker adapter: the same, or a pytorch_model.bin; null: plain Qwen2-VL"
     )
+    family: FamilyName = Field(
+        "auto",
+        description="whose code computes the model; auto: by the checkpoint's model_type; "
+        "transformers: its own generate, for any model that it knows, slower (docs/models.md)",
+    )
     dtype: DtypeName = Field("bfloat16", description="dtype of weights and arithmetic")
     quantize: NumbersName = Field(
         "none",
@@ -87,6 +96,16 @@ class ModelSettings(Settings):
     max_pixels: PositiveInt | None = Field(
         None, description="most pixels of a resized image; null: the checkpoint's"
     )
+
+    image_fit: ImageFit = Field(
+        "checkpoint",
+        description="how an image becomes the square that LLaVA reads: as the checkpoint says (of "
+        "llava-hf's: crop), pad (as LLaVA-1.5's own code does), crop or squash (docs/models.md)",
+    )
+
+    def to_pictures(self) -> PictureSettings:
+        """How images become pictures."""
+        return PictureSettings(self.min_pixels, self.max_pixels, self.image_fit)
 
     @model_validator(mode="after")
     def _pixels_are_ordered(self) -> ModelSettings:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
+from pipeline.families.registry import shape_of
 from pipeline.model.checkpoint import released_shapes
-from pipeline.model.shape import AdapterShape, ModelShape
+from pipeline.model.shape import AdapterShape
 from pipeline.synthetic.hub_folder import FolderShape, train_tokenizer, write_hub_folder
 
 #: What the tokenizer is trained on: enough everyday words that prompts take tokens rather than
@@ -66,7 +66,7 @@ def write_random_checkpoint(
     """
     base = folder / "base"
     write_hub_folder(base, train_tokenizer(_words()), shape.base)
-    sizes = ModelShape.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False))
+    sizes = shape_of(base)
     if shape.experts:
         sizes = replace(sizes, adapter=AdapterShape(shape.experts, shape.rank, 1, 2.0))
     generator = torch.Generator().manual_seed(seed)

@@ -15,14 +15,16 @@ import pytest
 import torch
 from PIL import Image
 from qwen_vl_utils import process_vision_info
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 
 from pipeline.actors.conversation import from_messages, from_prompt
 from pipeline.actors.prepare import Preparer
+from pipeline.families.prompt import Prompt
+from pipeline.families.qwen2_vl import Qwen2VLVision
+from pipeline.families.registry import prompt_processor, shape_of
 from pipeline.io.input.columns import Columns
-from pipeline.model.prompt import Prompt, PromptProcessor
-from pipeline.model.shape import ModelShape
 from pipeline.model.vision import cut_images, pixel_table
+from pipeline.picture import PictureSettings
 from pipeline.rows import (
     ERROR,
     ID,
@@ -126,7 +128,7 @@ def test_an_image_of_a_chat_is_resized_as_it_asks_to_the_last_bit(
         }
     ]
     prompt = compare_with_released(golden / "released" / "base", messages, by_hand, bounds)
-    assert prompt.images[0].shape[1::-1] == size
+    assert prompt.images[0].views[0].shape[1::-1] == size
 
 
 def unused(*_: Any) -> Any:
@@ -142,23 +144,24 @@ def compare_with_released(
     base: Path, messages: list[Any], theirs: list[Any], bounds: dict[str, int]
 ) -> Prompt:
     expected = released_inputs(base, theirs, bounds)
-    processor = PromptProcessor.from_settings(
-        str(base), bounds.get("min_pixels"), bounds.get("max_pixels")
-    )
+    bounded = PictureSettings(bounds.get("min_pixels"), bounds.get("max_pixels"))
+    processor = prompt_processor(base, bounded)
     prompt = processor.prepare(messages)
     assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
     if "pixel_values" not in expected:
         assert prompt.images == ()
         return prompt
-    vision = ModelShape.from_config(AutoConfig.from_pretrained(base)).vision
+    vision = shape_of(base).vision
+    assert isinstance(vision, Qwen2VLVision)
     settings = processor.image_processor
     table = pixel_table(settings.image_mean, settings.image_std, settings.rescale_factor)
     cut = (vision.patch_size, vision.merge_size, vision.temporal_patch_size)
-    patches, _ = cut_images(prompt.images, table, *cut)
+    images = [picture.views[0] for picture in prompt.images]
+    patches, _ = cut_images(images, table, *cut)
     assert torch.equal(patches, expected["pixel_values"])
     grids = [
         (1, image.shape[0] // vision.patch_size, image.shape[1] // vision.patch_size)
-        for image in prompt.images
+        for image in images
     ]
     assert grids == [tuple(grid) for grid in expected["image_grid_thw"].tolist()]
     return prompt
@@ -265,7 +268,7 @@ def test_images_named_by_path_are_fetched_and_an_error_names_them(
         "image_forbidden",
         None,
     ]
-    assert rows[0].images[0].shape == (84, 56, 3)
+    assert rows[0].images[0].views[0].shape == (84, 56, 3)
     assert error_of(rows[1]).startswith(
         "image_decode: column 'file', 'broken.png', (500 bytes) is no readable image"
     )
@@ -287,7 +290,7 @@ def test_images_named_in_a_chat_are_fetched(golden: Path, tmp_path: Path) -> Non
         prompt=None,
         messages="chat",
     )
-    assert (error_of(rows[0]), rows[0].images[0].shape) == (None, (84, 56, 3))
+    assert (error_of(rows[0]), rows[0].images[0].views[0].shape) == (None, (84, 56, 3))
     assert (
         error_of(rows[1]) == "image_forbidden: '/etc/hostname' does not lie below input.image_root"
     )
@@ -343,6 +346,6 @@ def test_pixels_of_large_rows_travel_in_tables_of_bounded_size(
     )
     assert [row.id for row in rows] == list("01234")
     assert all(
-        np.array_equal(row.images[0], np.asarray(Image.open(io.BytesIO(picture(seed=i)))))
+        np.array_equal(row.images[0].views[0], np.asarray(Image.open(io.BytesIO(picture(seed=i)))))
         for i, row in enumerate(rows)
     )

@@ -17,7 +17,7 @@ from pipeline.actors.replica import LOST_DEVICE, Replica, process_gauges
 from pipeline.engine.load import LoadedModel
 from pipeline.engine.runner import Runner
 from pipeline.errors import ConfigError, JobError
-from pipeline.model.prompt import PromptProcessor
+from pipeline.families.registry import prompt_processor
 from pipeline.rows import ReadyRow
 from pipeline.settings.base import load_settings
 from pipeline.settings.job import JobSettings
@@ -48,7 +48,7 @@ def job(checkpoint: tuple[Path, Path], **generation: Any) -> JobSettings:
 def answers(checkpoint: tuple[Path, Path], count: int = 3, **generation: Any) -> list[Judged]:
     """What a replica answers to random questions; nobody watches it, and nothing is committed."""
     settings = job(checkpoint, **generation)
-    processor = PromptProcessor.from_settings(str(checkpoint[0]), None, None)
+    processor = prompt_processor(checkpoint[0])
     rows = []
     for number, asked in enumerate(random_questions(count, seed=7)):
         prompt = processor.prepare(asked.messages)

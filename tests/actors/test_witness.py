@@ -21,8 +21,8 @@ from pipeline.actors.prepare import Preparer
 from pipeline.actors.replica import Replica
 from pipeline.actors.witness import Verdict, Witness
 from pipeline.errors import RowFailure
+from pipeline.families.prompt import Prompt
 from pipeline.io.input.columns import Columns
-from pipeline.model.prompt import Prompt
 from pipeline.rows import (
     ERROR,
     ID,

@@ -15,8 +15,8 @@ from pipeline.engine import Engine, GenerationError
 from pipeline.engine.repetition import CHECK_EVERY, ends_in_loop
 from pipeline.engine.runner import Launched, Runner
 from pipeline.engine.scheduler import Schedule
+from pipeline.families.prompt import PromptProcessor
 from pipeline.model.decoder import Decoder
-from pipeline.model.prompt import PromptProcessor
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
 from tests.prompts import as_request, engine_for, greedy, random_questions
 

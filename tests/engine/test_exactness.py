@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from pipeline.engine import Sampling
-from pipeline.model.checkpoint import open_checkpoint
+from pipeline.families.opening import open_checkpoint
 from pipeline.model.convert import convert
 from pipeline.synthetic.hub_folder import FolderShape
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint

@@ -100,8 +100,7 @@ def test_visual_tokens_are_dropped_once_the_prompt_is_in_the_cache(
     assert held
     assert not any(held)
     assert [answer.visual_tokens for answer in answers] == [
-        sum(image.shape[0] * image.shape[1] // 28**2 for image in request.images)
-        for request in requests
+        sum(picture.nbytes // (3 * 28**2) for picture in request.images) for request in requests
     ]
     assert any(answer.visual_tokens for answer in answers)
 
@@ -123,8 +122,7 @@ def test_visual_tokens_that_wait_for_their_turn_are_bounded(
     monkeypatch.setattr(engine._scheduler, "admit", watched)
     assert tokens(engine, requests) == expected
     largest = max(
-        sum(image.shape[0] * image.shape[1] // 28**2 for image in request.images)
-        for request in requests
+        sum(picture.nbytes // (3 * 28**2) for picture in request.images) for request in requests
     )
     width = engine._runner._model.shape.hidden * 4
     # One request, at most, more than the bound.

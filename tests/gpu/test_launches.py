@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pipeline.engine.runner as runner_module
-from benchmarks.shapes import IMAGE_PAD, SMALL, moved, random_model, random_requests
+from benchmarks.shapes import IMAGE_PAD, SMALL, moved, random_model, random_requests, vision_of
 from pipeline.engine.encode import Encoder
 from pipeline.engine.request import LiveRequest
 from pipeline.engine.runner import Runner
@@ -76,7 +76,7 @@ def launches(layers: int, **settings: Any) -> dict[str, int]:
 @cache
 def encoding(blocks: int) -> int:
     """Launches of encoding two pictures, with a tower of so many blocks in bfloat16."""
-    shape = replace(SMALL, layers=1, vision=replace(SMALL.vision, depth=blocks))
+    shape = replace(SMALL, layers=1, vision=replace(vision_of(SMALL), depth=blocks))
     model = random_model(shape, torch.bfloat16, torch.device("cpu"))
     asked = random_requests(shape, 2, (84, 112), 20, 5)
     with pretended_gpu() as gpu, torch.no_grad():

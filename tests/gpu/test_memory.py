@@ -29,7 +29,8 @@ from pipeline.engine.request import LiveRequest
 from pipeline.engine.runner import Runner
 from pipeline.engine.scheduler import Chunk, Schedule
 from pipeline.errors import ConfigError
-from pipeline.model.awaker import Model
+from pipeline.families.qwen2_vl import Qwen2VLTower
+from pipeline.model.assemble import Model
 from pipeline.model.weights import Fp8Weight
 from tests.gpu.pretended import PretendedGPU, pretended_gpu
 
@@ -65,6 +66,7 @@ def test_weights_take_what_is_planned(adapter: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("pipeline.model.weights.PACK_FROM", 1 << 60)
     shape = SHAPE if adapter else replace(SHAPE, adapter=None)
     model = random_model(shape, torch.bfloat16, torch.device("cpu"))
+    assert isinstance(model.vision, Qwen2VLTower)
     table = model.vision.table
     assert sum(memory_of(model).values()) - table.nbytes == weight_bytes(shape, torch.bfloat16)
     rounded = random_model(shape, torch.bfloat16, torch.device("cpu"), numbers=Fp8Weight)
@@ -77,7 +79,7 @@ def test_the_tower_takes_what_is_planned(
 ) -> None:
     gpu, model = there
     requests = random_requests(SHAPE, 8, (168, 168), 20, 5)
-    patches = sum(i.shape[0] * i.shape[1] for r in requests for i in r.images) // 14**2
+    patches = sum(SHAPE.vision.patches(picture) for r in requests for picture in r.images)
     monkeypatch.setitem(ENCODE_PATCHES, "cuda", patches)
     encoder = Encoder(model, IMAGE_PAD, "released", 0)
     taken = gpu.memory.peak_of(lambda: encoder.encode(requests))

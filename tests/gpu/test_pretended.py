@@ -18,7 +18,7 @@ from benchmarks.shapes import IMAGE_PAD, SMALL, NoText, moved, random_model, ran
 from pipeline.engine import Engine, EngineOptions, Request
 from pipeline.engine.runner import Runner
 from pipeline.engine.sampling import Sampler
-from pipeline.model.awaker import Model
+from pipeline.model.assemble import Model
 from pipeline.model.decoder import Decoder
 from pipeline.model.experts import ExpertFactors, mixture_linear
 from pipeline.model.ops import HostCopy

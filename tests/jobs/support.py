@@ -126,7 +126,7 @@ def answered_here(task: Task, assignments: dict[str, Any]) -> dict[str, dict[str
     sampling = settings.generation.to_sampling(loaded.folder)
     with loaded.engine(settings.to_options()) as engine:
         requests = [
-            Request(row.input_ids, row.span, row.images, sampling)
+            Request(row.input_ids, row.span, row.images, sampling, row.inputs)
             for row in rows
             if isinstance(row, ReadyRow)
         ]

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.harness import peak_memory
 from benchmarks.workloads import CPU_SHAPE
 from pipeline.errors import CheckpointError, ConfigError, OutputError
-from pipeline.model.checkpoint import SERVING_MANIFEST, open_checkpoint, serving_shapes
+from pipeline.families.opening import open_checkpoint
+from pipeline.model.checkpoint import SERVING_MANIFEST, serving_shapes
 from pipeline.model.convert import convert
 from pipeline.model.sources import localise, sha256_of
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
@@ -141,7 +142,7 @@ def test_another_models_config_is_refused(released: tuple[Path, Path]) -> None:
     base, file = released
     config = base / "config.json"
     config.write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(CheckpointError, match="model_type is 'llama', expected 'qwen2_vl'"):
+    with pytest.raises(CheckpointError, match="model_type is 'llama', expected one of 'qwen2_vl'"):
         open_checkpoint(str(base), str(file))
 
 
@@ -311,15 +312,15 @@ LARGE = CPU_SHAPE
 LOAD_AND_TOUCH = """
 import re, sys, torch
 import pipeline.compat
-from pipeline.model.awaker import load_model
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.prompt import PromptProcessor
+from pipeline.model.assemble import load_model
+from pipeline.families.opening import open_checkpoint
+from pipeline.families.registry import prompts_of
 
 def anonymous():
     return 1024 * int(re.search(r"Anonymous:\\s+(\\d+)", open("/proc/self/smaps_rollup").read())[1])
 
 checkpoint = open_checkpoint(sys.argv[1], None)
-processor = PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
+processor = prompts_of(checkpoint.folder, checkpoint.shape)
 before = anonymous()
 model = load_model(checkpoint, processor.image_processor, torch.bfloat16, torch.device("cpu"), prepack=False)
 for layer in model.decoder.layers:

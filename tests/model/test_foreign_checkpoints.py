@@ -21,8 +21,8 @@ from filelock import FileLock
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import CheckpointError
-from pipeline.model.checkpoint import open_checkpoint
-from pipeline.model.prompt import PromptProcessor
+from pipeline.families.opening import open_checkpoint
+from pipeline.families.registry import prompt_processor
 from pipeline.model.sources import TensorFiles, localise
 
 
@@ -314,7 +314,7 @@ def test_a_tokenizer_names_no_file_outside_its_folder(golden: Path, tmp_path: Pa
         CheckpointError,
         match=r"model.base: .*tokenizer_config.json names a file called '../tokenizer",
     ):
-        PromptProcessor(tmp_path / "ckpt", 100)
+        prompt_processor(tmp_path / "ckpt")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"adapter": null}'])
@@ -380,7 +380,7 @@ def test_a_checkpoints_own_code_is_neither_run_nor_asked_about(
         config = json.loads((base / file).read_text()) if (base / file).exists() else {}
         (base / file).write_text(json.dumps({**config, **changes}))
         try:
-            PromptProcessor.from_settings(str(base), None, None)
+            prompt_processor(base)
             said.append("loaded")
         except CheckpointError as error:
             said.append(str(error))
@@ -399,7 +399,7 @@ def test_a_config_that_cannot_be_read_is_an_error_in_one_line(
     (base / "config.json").write_text(content)
     for load in (
         lambda: open_checkpoint(str(base), None),
-        lambda: PromptProcessor.from_settings(str(base), None, None),
+        lambda: prompt_processor(base),
     ):
         with pytest.raises(CheckpointError) as caught:
             load()
@@ -426,5 +426,5 @@ def test_a_chat_template_that_fails_ends_the_job_before_it_starts(
         config["chat_template"] = template
         (base / name).write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"^model.base: ") as caught:
-        PromptProcessor.from_settings(str(base), None, None)
+        prompt_processor(base)
     assert "\n" not in str(caught.value)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
+from pipeline.families.opening import open_checkpoint
+from pipeline.families.qwen2_vl import Qwen2VLTower, rope_positions
+from pipeline.model.assemble import Model, load_model
 from pipeline.model.attention import KVCache, Sequences, StepLayout
-from pipeline.model.awaker import Model, load_model, rope_positions
-from pipeline.model.checkpoint import open_checkpoint
 from pipeline.model.experts import ExpertFactors
 from pipeline.model.routing import expert_factors
 from pipeline.model.vision import PatchPlaces, cut_images, pixel_table
@@ -31,6 +32,11 @@ def model(golden: Path) -> Model:
     folder = golden / "layers"
     checkpoint = open_checkpoint(str(folder), str(folder / "pytorch_model.bin"))
     return load_model(checkpoint, NoImageProcessor, torch.float32, torch.device("cpu"))
+
+
+def tower(model: Model) -> Qwen2VLTower:
+    assert isinstance(model.vision, Qwen2VLTower)
+    return model.vision
 
 
 def cases(golden: Path, name: str) -> list[dict[str, np.ndarray]]:
@@ -78,8 +84,8 @@ def test_routers_and_logits_equal_the_released_code(model: Model, golden: Path, 
         embeddings = words.clone()
         if len(request["grids"]):
             grids = [tuple(map(int, grid)) for grid in request["grids"]]
-            patches = PatchPlaces.of(grids, model.shape.vision.merge_size, torch.device("cpu"))
-            visual = model.vision.encode_patches(torch.from_numpy(request["patches"]), patches)
+            patches = PatchPlaces.of(grids, 2, torch.device("cpu"))
+            visual = tower(model).encode_patches(torch.from_numpy(request["patches"]), patches)
             embeddings[tokens == config["image_token_id"]] = torch.cat(visual)
         span = slice(*request["span"])
         merged.append(embeddings)
@@ -148,7 +154,7 @@ def test_vision_tower_equals_transformers(model: Model, golden: Path) -> None:
         sum(h * w for h, w in grids), 1176, generator=torch.Generator().manual_seed(0)
     )
     expected = reference(patches, torch.tensor([(1, *grid) for grid in grids])).pooler_output
-    visual = model.vision.encode_patches(patches, PatchPlaces.of(grids, 2, torch.device("cpu")))
+    visual = tower(model).encode_patches(patches, PatchPlaces.of(grids, 2, torch.device("cpu")))
     torch.testing.assert_close(torch.cat(visual), expected, atol=1e-5, rtol=1e-5)
 
 

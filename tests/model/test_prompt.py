@@ -17,9 +17,10 @@ from PIL import Image
 from qwen_vl_utils import process_vision_info
 from transformers import AutoImageProcessor, AutoProcessor
 
-import pipeline.model.prompt as module
+import pipeline.families.prompt as module
 from pipeline.errors import RowError
-from pipeline.model.prompt import ControlTokens, PromptProcessor
+from pipeline.families.prompt import ControlTokens, PromptProcessor
+from pipeline.families.registry import prompt_processor
 from tests.conftest import GOLDEN
 
 BASE = GOLDEN / "released" / "base"
@@ -44,7 +45,7 @@ CONTROL = [
 
 @functools.cache
 def processor(control_tokens: ControlTokens = "text") -> PromptProcessor:
-    return PromptProcessor.from_settings(str(BASE), None, None, control_tokens)
+    return prompt_processor(BASE, control_tokens=control_tokens)
 
 
 @functools.cache
@@ -234,4 +235,4 @@ def test_a_part_that_is_no_image_costs_its_row_alone(odd: dict[str, Any]) -> Non
 @pytest.mark.parametrize("content", [[3], [None]])
 def test_a_conversation_without_parts_costs_its_row_alone(content: list[Any]) -> None:
     with pytest.raises(RowError, match="^image_decode"):
-        processor().resizer.parts([{"role": "user", "content": content}])
+        processor().cutter.parts([{"role": "user", "content": content}])

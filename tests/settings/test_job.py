@@ -488,6 +488,8 @@ PATHS = ["input.path=in", "output.path=out"]
         ("vqa.yaml", JobSettings, PATHS),
         ("nightly.yaml", NightlySettings, PATHS),
         ("awaker2.5-vl.yaml", JobSettings, PATHS),
+        ("llava-1.5.yaml", JobSettings, PATHS),
+        ("llava-1.6.yaml", JobSettings, PATHS),
         ("scenes.yaml", ScenesSettings, []),
         ("train-small.yaml", TrainSettings, []),
         ("train-qwen2-vl-7b.yaml", TrainSettings, ["data.path=in"]),

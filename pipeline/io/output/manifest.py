@@ -25,9 +25,14 @@ from pipeline.settings.job import JobSettings
 PATH_SETTINGS = ("input.image_root", "model.base", "model.adapter")
 #: Files of a checkpoint that versions before 26 Nov 2026 did not tell.
 _TOLD_LATER = (".jinja", ".model", ".txt")
-#: Settings that manifests did not hold before they were seen to decide answers, with what was the
-#: case unless somebody said otherwise.
-_DECIDING_LATER = {"engine.fold_experts": False}
+#: Settings that manifests did not hold before they were there, or seen to decide answers, with what
+#: was the case unless somebody said otherwise.
+_DECIDING_LATER = {
+    "engine.fold_experts": False,
+    "model.quantize": "none",
+    "model.image_fit": "checkpoint",
+    "model.family": "auto",
+}
 _SHOWN = 8
 
 

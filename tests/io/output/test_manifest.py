@@ -45,7 +45,13 @@ def test_a_manifest_of_an_earlier_version_is_gone_on_with_under_what_it_meant(
     folder.write(OutputLayout.MANIFEST, json.dumps(vars(earlier)).encode())
     loaded = Manifest.load(folder)
     assert loaded is not None
-    same = {"engine.fold_experts": False, "output.prompt_layout": "rows"}
+    same = {
+        "engine.fold_experts": False,
+        "model.quantize": "none",
+        "model.image_fit": "checkpoint",
+        "model.family": "auto",
+        "output.prompt_layout": "rows",
+    }
     Manifest("vqa", same, {}, {}, "1").check_same(loaded, "out")
     with pytest.raises(OutputError, match="engine.fold_experts was False, is True"):
         Manifest("vqa", {**same, "engine.fold_experts": True}, {}, {}, "1").check_same(

@@ -1,4 +1,4 @@
-"""From the images of a conversation to the pixels that the model reads.
+"""From the images of a conversation to the pixels that Qwen2-VL reads.
 
 As the released README resizes them: process_vision_info, then the processor, each to sides that are
 multiples of patch_size * merge_size.
@@ -6,27 +6,15 @@ multiples of patch_size * merge_size.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from pipeline.errors import RowError
-
-
-class Picture(Protocol):
-    """An image that is not decoded yet; in the place of a `PIL.Image`, so that one at a time is
-    there in full size.
-    """
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height that its file declares."""
-
-    def resized(self, how: Hashable, resize: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-        """What `resize` makes of it; equal `how` make the same."""
+from pipeline.families.cutting import explained
+from pipeline.picture import Picture
 
 
 class Resizer:
@@ -56,7 +44,7 @@ class Resizer:
         """
         from qwen_vl_utils import extract_vision_info
 
-        with _explained():
+        with explained():
             parts: list[dict[str, Any]] = extract_vision_info(list(messages))
         if any("video" in part for part in parts):
             raise RowError("messages_invalid", "videos are not supported; send images")
@@ -69,36 +57,31 @@ class Resizer:
         Raises:
             RowError: `image_decode`.
         """
-        with _explained():
+        with explained():
             outlines = [self._in_steps(part, _Outline(part["image"].size)) for part in parts]
         pixels = sum(outline.width * outline.height for outline in outlines)
         return int(pixels // self._factor**2)
 
-    def resized(self, parts: Sequence[dict[str, Any]]) -> list[np.ndarray]:
-        """Their pixels, each [height, width, 3] uint8; one is decoded after the other.
+    def pictures(self, parts: Sequence[dict[str, Any]]) -> list[Picture]:
+        """Their pictures of one view each; one image is decoded after the other.
 
         Raises:
             RowError: `image_decode`.
         """
-        with _explained():
-            return [self._resized(part) for part in parts]
+        with explained():
+            return [self._picture(part) for part in parts]
 
-    def visual_tokens(self, image: np.ndarray) -> int:
-        """Visual tokens of a resized image [height, width, 3]."""
-        height, width = image.shape[:2]
-        return int(height * width // self._factor**2)
-
-    def _resized(self, part: dict[str, Any]) -> np.ndarray:
-        def resize(image: Image.Image) -> np.ndarray:
-            return np.asarray(self._in_steps(part, image).convert("RGB"))
+    def _picture(self, part: dict[str, Any]) -> Picture:
+        def cut(image: Image.Image) -> Picture:
+            return Picture.of_one(np.asarray(self._in_steps(part, image).convert("RGB")))
 
         if isinstance(part["image"], Image.Image):
-            return resize(part["image"])
+            return cut(part["image"])
         how = tuple(
             sorted((key, value) for key, value in part.items() if key not in ("type", "image"))
         )
-        resized: np.ndarray = part["image"].resized(how, resize)
-        return resized
+        picture: Picture = part["image"].cut(how, cut)
+        return picture
 
     def _in_steps(self, part: dict[str, Any], image: Image.Image) -> Image.Image:
         from qwen_vl_utils import process_vision_info
@@ -133,20 +116,3 @@ class _Outline(Image.Image):
 
     def resize(self, size: Any, *_: Any, **__: Any) -> _Outline:
         return _Outline((size[0], size[1]))
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """qwen-vl-utils and Pillow raise many types; each is this row's alone.
-
-    Raises:
-        RowError: `image_decode` in their place.
-    """
-    try:
-        yield
-    except RowError:
-        raise
-    except Exception as error:
-        raise RowError(
-            "image_decode", f"cannot resize an image ({type(error).__name__}: {error})"
-        ) from error

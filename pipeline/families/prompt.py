@@ -1,27 +1,31 @@
-"""From a conversation to what the model reads: resized pixels, token ids and the prompt span. CPU
-only, no weights.
+"""From a conversation to what the model reads: pixels, token ids and the prompt span. CPU only, no
+weights.
 
-This is the released README's own path (process_vision_info, chat template, processor) with two
-differences. Pixels stay uint8, and are normalised and cut into patches on the model's device
-(`vision.cut_images`). And control tokens that stand in a row's own text are text, unless
-`input.control_tokens` says otherwise; of texts without them the tokens are the same.
+This is transformers' own path (chat template, then processor) with two differences. Pixels stay
+uint8, and are normalised and cut into patches on the model's device (`vision.cut_images`). And
+control tokens that stand in a row's own text are text, unless `input.control_tokens` says
+otherwise; of texts without them the tokens are the same.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from pipeline.errors import CheckpointError, RowError
-from pipeline.model.resize import Resizer
 from pipeline.model.shape import ModelShape
-from pipeline.model.sources import check_tokenizer, localise
+from pipeline.model.sources import check_tokenizer
+from pipeline.picture import Picture
 from pipeline.redact import cause_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 #: A chat message as the template takes it: {"role": ..., "content": text or list of parts}.
 Message = dict[str, Any]
@@ -41,35 +45,8 @@ LONGEST_WORD = 1 << 18
 PRIVATE = range(0xF0000, 0xFFFFE)
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the tokens that mark turns and images, from the tokenizer."""
-
-    im_start: int
-    im_end: int
-    vision_start: int
-    image_pad: int
-    video_pad: int
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> SpecialTokens:
-        """Look the tokens up.
-
-        Raises:
-            CheckpointError: the tokenizer lacks one of them.
-        """
-        names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|video_pad|>")
-        ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
-        unknown = [
-            n
-            for n, i in zip(names, ids, strict=True)
-            if i is None or tokenizer.convert_ids_to_tokens(i) != n
-        ]
-        if unknown:
-            raise CheckpointError(
-                f"model.base: the tokenizer does not know {', '.join(unknown)}; is this Qwen2-VL's?"
-            )
-        return cls(*ids)
+#: In the place of a token's id that nobody told: it is in no prompt.
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -77,51 +54,46 @@ class Prompt:
     """One row as the model reads it.
 
     Attributes:
-        input_ids: [T] int32, with one `<|image_pad|>` for each visual token.
+        input_ids: [T] int32, with one image token for each visual token.
         span: (start, end), the half-open range of positions whose mean embedding routes the
             request.
-        images: each [height, width, 3] uint8, resized; both sides are multiples of patch_size *
-            merge_size.
+        images: its pictures, as the tower takes them.
+        inputs: what else a model that transformers runs takes: see `engine.Request`.
     """
 
     input_ids: np.ndarray
     span: tuple[int, int]
-    images: tuple[np.ndarray, ...]
+    images: tuple[Picture, ...]
+    inputs: bytes = b""
 
 
-def prompt_span(input_ids: np.ndarray, special: SpecialTokens) -> tuple[int, int]:
-    """The positions whose mean embedding is the routers' input.
+class Cutter(Protocol):
+    """Makes pictures of the images of a conversation."""
 
-    With an image the span starts at the first `<|vision_start|>`, without one at the second
-    `<|im_start|>` + 2; it ends before the second `<|im_end|>`. Source: the released README's
-    snippet.
+    def parts(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The image parts of a conversation, in their order.
 
-    Args:
-        input_ids: [T] token ids of one rendered prompt.
-        special: ids of the special tokens.
+        Raises:
+            RowError: `messages_invalid`, one is a video; `image_decode`.
+        """
+        ...
 
-    Raises:
-        RowError: `prompt_positions`, the prompt has no such span.
-    """
-    ends = np.flatnonzero(input_ids == special.im_end)
-    starts = np.flatnonzero(input_ids == special.im_start)
-    images = np.flatnonzero(input_ids == special.vision_start)
-    if len(ends) < 2 or len(starts) < 2:
-        raise RowError(
-            "prompt_positions",
-            f"the prompt has {len(starts)} <|im_start|> and {len(ends)} <|im_end|>, expected a "
-            "system turn and a user "
-            "turn; check the chat template and the messages",
-        )
-    start = int(images[0]) if len(images) else int(starts[1]) + 2
-    end = int(ends[1])
-    if start >= end:
-        raise RowError(
-            "prompt_positions",
-            f"the routing span is empty (start {start}, end {end}); the user's first turn holds "
-            "neither image nor text",
-        )
-    return start, end
+    def tokens(self, parts: Sequence[dict[str, Any]]) -> int:
+        """Visual tokens that they will have together at least, by the sizes that their files
+        declare: nothing is decoded.
+
+        Raises:
+            RowError: `image_decode`.
+        """
+        ...
+
+    def pictures(self, parts: Sequence[dict[str, Any]]) -> list[Picture]:
+        """Their pictures; one image is decoded after the other.
+
+        Raises:
+            RowError: `image_decode`.
+        """
+        ...
 
 
 class PromptProcessor:
@@ -129,25 +101,23 @@ class PromptProcessor:
 
     Args:
         folder: the base folder (tokenizer, chat template, image processor).
-        max_positions: the model's context in tokens.
-        min_pixels: least pixels of a resized image; None: the processor's own.
-        max_pixels: most pixels of a resized image; None: the processor's own.
+        shape: the model's sizes.
         control_tokens: what becomes of control tokens in a row's own text.
 
     Attributes:
         tokenizer: the transformers tokenizer.
         image_processor: the transformers image processor, whose settings are followed.
-        special: ids of the special tokens.
-        resizer: makes pixels of images.
+        image_token_id: the id of the token that stands for a visual token, or `NO_TOKEN`.
+        chat_template: the template; None: the checkpoint has none.
+        routes: whether a prompt's span chooses experts, where there are any.
+        cutter: makes pictures of images.
     """
 
+    cutter: Cutter
+    routes = False
+
     def __init__(
-        self,
-        folder: Path,
-        max_positions: int,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        control_tokens: ControlTokens = "text",
+        self, folder: Path, shape: ModelShape, control_tokens: ControlTokens = "text"
     ) -> None:
         import pipeline.compat  # noqa: F401, I001 - before transformers' processor imports torchvision
         from tokenizers import Tokenizer
@@ -163,9 +133,14 @@ class PromptProcessor:
             ) from error
         self.tokenizer = self._processor.tokenizer
         self.image_processor = self._processor.image_processor
-        self.special = SpecialTokens.from_tokenizer(self.tokenizer)
-        self._max_positions = max_positions
-        self.resizer = Resizer(self.image_processor, min_pixels, max_pixels)
+        self.check_tokens()
+        self.chat_template = getattr(self._processor, "chat_template", None)
+        token = getattr(self._processor, "image_token", None)
+        self.image_token_id: int = (
+            NO_TOKEN if token is None else self.tokenizer.convert_tokens_to_ids(token)
+        )
+        self._shape = shape
+        self._max_positions = max_positions = shape.max_positions
         self._control_tokens = control_tokens
         added = self.tokenizer.get_added_vocab()
         self._added = {id_: token for token, id_ in added.items()}
@@ -177,13 +152,16 @@ class PromptProcessor:
         # The same words, merges and rules, and none of the added tokens; the vocabulary is shared,
         # not copied.
         self._plain = Tokenizer(backend.model)
-        self._plain.pre_tokenizer = backend.pre_tokenizer
+        if backend.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = backend.pre_tokenizer
         if backend.normalizer is not None:
             self._plain.normalizer = backend.normalizer
+        self._inner = _without_prefix(self._plain)
         self._most_characters = max_positions * max(map(len, self.tokenizer.get_vocab()))
-        self._check_template(folder)
+        self._frame = _frame(self.tokenizer)
+        self.check_template(folder)
 
-    def _check_template(self, folder: Path) -> None:
+    def check_template(self, folder: Path) -> None:
         """Make sure that the chat template says something: else every row would fail alone.
 
         Raises:
@@ -199,22 +177,27 @@ class PromptProcessor:
                 f"model.base: the chat template of {folder} cannot be used ({cause_of(error)})"
             ) from error
 
-    @classmethod
-    def from_settings(
-        cls,
-        base: str,
-        min_pixels: int | None,
-        max_pixels: int | None,
-        control_tokens: ControlTokens = "text",
-    ) -> PromptProcessor:
-        """Load the processor of `model.base` without opening its weights.
+    def visual_tokens(self, picture: Picture) -> int | None:
+        """Visual tokens of a picture, exactly; None: not known."""
+        return self._shape.vision.tokens(picture) if self._shape.is_native else None
+
+    def check_tokens(self) -> None:
+        """Make sure that the tokenizer knows what the family's prompts are made of.
 
         Raises:
-            CheckpointError: there is no such model, or it is not Qwen2-VL.
+            CheckpointError: it does not.
         """
-        folder = localise(base, "model.base")
-        shape = ModelShape.from_folder(folder)
-        return cls(folder, shape.max_positions, min_pixels, max_pixels, control_tokens)
+
+    def span(self, input_ids: np.ndarray) -> tuple[int, int]:
+        """The positions whose mean embedding is the routers' input; all, where nothing routes.
+
+        Args:
+            input_ids: [T] token ids of one rendered prompt.
+
+        Raises:
+            RowError: `prompt_positions`, the prompt has no such span.
+        """
+        return 0, len(input_ids)
 
     @property
     def max_positions(self) -> int:
@@ -231,21 +214,21 @@ class PromptProcessor:
             RowError: `image_decode`, `prompt_invalid`, `prompt_positions` or `prompt_too_long`.
         """
         pieces = self._pieces(messages)
-        parts = self.resizer.parts(messages)
-        if (tokens := self.resizer.tokens(parts)) >= self._max_positions:
-            raise self._too_long(f"{tokens} visual tokens of {len(parts)} images")
-        images = self.resizer.resized(parts)
-        counts = [self.resizer.visual_tokens(image) for image in images]
+        parts = self.cutter.parts(messages)
+        if (tokens := self.cutter.tokens(parts)) >= self._max_positions:
+            raise self.too_long(f"{tokens} visual tokens of {len(parts)} images")
+        images = self.cutter.pictures(parts)
+        counts = [self._shape.vision.tokens(picture) for picture in images]
         input_ids = self._tokenized(pieces, counts)
-        if (count := int((input_ids == self.special.image_pad).sum())) != sum(counts):
+        if (count := int((input_ids == self.image_token_id).sum())) != sum(counts):
             raise RowError(
                 "prompt_positions",
-                f"the prompt holds {count} <|image_pad|> for {sum(counts)} visual tokens; remove "
-                "special tokens from it",
+                f"the prompt holds {count} {self._processor.image_token} for {sum(counts)} visual "
+                "tokens; remove special tokens from it",
             )
         if len(input_ids) >= self._max_positions:
-            raise self._too_long(f"{len(input_ids)} prompt tokens ({sum(counts)} of them visual)")
-        return Prompt(input_ids, prompt_span(input_ids, self.special), tuple(images))
+            raise self.too_long(f"{len(input_ids)} prompt tokens ({sum(counts)} of them visual)")
+        return Prompt(input_ids, self.span(input_ids), tuple(images))
 
     def _pieces(self, messages: Sequence[Message]) -> list[str]:
         """The rendered prompt, cut at its control tokens: text and token in turn, text first and
@@ -257,9 +240,8 @@ class PromptProcessor:
         Raises:
             RowError: `prompt_too_long`; nothing was tokenized in full to find that out.
         """
-        texts = list(_texts(messages))
-        if (characters := sum(map(len, texts))) > self._most_characters:
-            raise self._too_long(f"{characters:,} characters of prompt")
+        texts = self.checked_texts(messages)
+        characters = sum(map(len, texts))
         stand_ins = {} if self._control_tokens == "allow" else self._stand_ins(texts)
         shown = [_changed(message, lambda text: text.translate(stand_ins)) for message in messages]
         rendered = self._processor.apply_chat_template(
@@ -270,6 +252,17 @@ class PromptProcessor:
         if characters > USUAL_CHARACTERS * self._max_positions:
             self._check_length(pieces)
         return pieces
+
+    def checked_texts(self, messages: Sequence[Message]) -> list[str]:
+        """The texts of a conversation.
+
+        Raises:
+            RowError: `prompt_too_long`, they have more characters than any prompt that fits.
+        """
+        texts = list(_texts(messages))
+        if (characters := sum(map(len, texts))) > self._most_characters:
+            raise self.too_long(f"{characters:,} characters of prompt")
+        return texts
 
     def _stand_ins(self, texts: Sequence[str]) -> dict[int, str]:
         """For each character that control tokens begin with and that a text holds: another one,
@@ -300,13 +293,14 @@ class PromptProcessor:
                 start += encoding.offsets[whole][0]
                 size = WINDOW if whole else 2 * size
                 if size > LONGEST_WORD:
-                    raise self._too_long(f"{LONGEST_WORD:,} characters without a break")
+                    raise self.too_long(f"{LONGEST_WORD:,} characters without a break")
             if tokens >= self._max_positions:
-                raise self._too_long(
+                raise self.too_long(
                     f"more than {tokens} prompt tokens ({sum(map(len, pieces)):,} characters)"
                 )
 
-    def _too_long(self, what: str) -> RowError:
+    def too_long(self, what: str) -> RowError:
+        """Why a prompt does not fit."""
         return RowError(
             "prompt_too_long",
             f"{what}, the model's context is {self._max_positions}; shorten the prompt or lower "
@@ -336,13 +330,13 @@ class PromptProcessor:
         ]
         spelled = [token * n for token, n in zip(pieces[1::2], times, strict=True)]
         whole = "".join(_in_turn(pieces[::2], spelled))
-        input_ids = np.asarray(self.tokenizer(whole)["input_ids"], dtype=np.int32)
-        if self._control_tokens == "allow":
-            return input_ids
+        input_ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
         piece_ids = [id_ for ids in tokens for id_ in ids]
-        added = input_ids[np.isin(input_ids, list(self._added))].tolist()
-        if added == piece_ids:
-            return input_ids  # tokenized as a whole, as the released code does
+        if (
+            self._control_tokens == "allow"
+            or [i for i in input_ids if i in self._added] == piece_ids
+        ):
+            return self._framed(input_ids)  # tokenized as a whole, as transformers does
         if self._control_tokens == "error":
             spelt = next(match[0] for text in pieces[::2] if (match := self._control.search(text)))
             raise RowError(
@@ -353,8 +347,45 @@ class PromptProcessor:
             )
         # Added tokens are split off before anything else is done to a text, so what lies between
         # them is tokenized alone.
-        texts = [self._plain.encode(text, add_special_tokens=False).ids for text in pieces[::2]]
-        return np.asarray([id_ for ids in _in_turn(texts, tokens) for id_ in ids], dtype=np.int32)
+        tokenizers = [self._plain, *[self._inner] * (len(tokens))]
+        texts = [
+            tokenizer.encode(text, add_special_tokens=False).ids
+            for tokenizer, text in zip(tokenizers, pieces[::2], strict=True)
+        ]
+        return self._framed([id_ for ids in _in_turn(texts, tokens) for id_ in ids])
+
+    def _framed(self, input_ids: list[int]) -> np.ndarray:
+        """Token ids with those that the tokenizer puts before and behind a text, [T] int32; not
+        twice, where the template wrote the first one.
+        """
+        before, behind = self._frame
+        if before and input_ids[: len(before)] == before:
+            before = []
+        return np.asarray([*before, *input_ids, *behind], dtype=np.int32)
+
+
+def _without_prefix(tokenizer: Tokenizer) -> Tokenizer:
+    """The same for what does not begin a text: Llama's puts a space before the first word alone."""
+    rules = json.loads(tokenizer.to_str())
+    rule = rules["pre_tokenizer"] or {}
+    if rule.get("type") != "Metaspace" or rule["prepend_scheme"] != "first":
+        return tokenizer
+    from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import Metaspace
+
+    inner = Tokenizer(tokenizer.model)
+    inner.pre_tokenizer = Metaspace(rule["replacement"], "never", split=rule["split"])
+    if tokenizer.normalizer is not None:
+        inner.normalizer = tokenizer.normalizer
+    return inner
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that a tokenizer puts before and behind every text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    at = next(k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
+    return whole[:at], whole[at + len(bare) :]
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:

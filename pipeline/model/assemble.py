@@ -1,6 +1,4 @@
-"""Awaker2.5-VL (or plain Qwen2-VL) loaded on one device: the vision tower, the routers and the
-decoder as one model.
-"""
+"""A checkpoint loaded on one device: the vision tower, the routers and the decoder as one model."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +13,8 @@ from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.decoder import Decoder, DecoderLayer, LayerFactors
 from pipeline.model.experts import ExpertFactors, Mixture
 from pipeline.model.routing import Routers, Routes, route
-from pipeline.model.shape import ROUTED, ModelShape, VisionShape
-from pipeline.model.vision import Affine, VisionBlock, VisionTower, pixel_table
+from pipeline.model.shape import ROUTED, ModelShape
+from pipeline.model.vision import Affine, LayerNorm, Vision, VisionBlock, pixel_table
 from pipeline.model.weights import Numbers, Weight, pack
 
 
@@ -35,7 +32,7 @@ class Model:
 
     shape: ModelShape
     embeddings: Tensor
-    vision: VisionTower
+    vision: Vision
     routers: Routers | None
     decoder: Decoder
 
@@ -119,8 +116,8 @@ def assemble(
         prepack: as in `load_model`.
         numbers: see there.
     """
-    parts = _Parts(tensors, shape.adapter.rank if shape.adapter else 0, prepack, numbers)
-    vision = _tower(parts, shape.vision, table)
+    parts = Parts(tensors, shape.adapter.rank if shape.adapter else 0, prepack, numbers)
+    vision = shape.vision.assemble(parts, table)
     layers = tuple(_layer(parts, f"layers.{i}") for i in range(shape.layers))
     embeddings = tensors.pop("embeddings.weight")
     lm_head = parts.laid_out(embeddings if shape.tied_embeddings else tensors.pop("lm_head.weight"))
@@ -132,8 +129,15 @@ def assemble(
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """Takes serving tensors out, by name, for the parts of a model."""
+class Parts:
+    """Takes serving tensors out, by name, for the parts of a model.
+
+    Attributes:
+        tensors: what is left of them.
+        rank: of the experts; 0 without.
+        prepack: see `load_model`.
+        numbers: see there.
+    """
 
     tensors: MutableMapping[str, Tensor]
     rank: int
@@ -141,18 +145,39 @@ class _Parts:
     numbers: Numbers
 
     def laid_out(self, weight: Tensor) -> Tensor:
+        """A weight as its products take it."""
         return pack(weight) if self.prepack else weight
 
+    def take(self, name: str) -> Tensor:
+        """A tensor as it is."""
+        return self.tensors.pop(name)
+
     def weight(self, name: str) -> Tensor:
+        """The weight of a linear layer."""
         return self.laid_out(self.tensors.pop(f"{name}.weight"))
 
     def affine(self, name: str) -> Affine:
-        return Affine(self.weight(name), self.tensors.pop(f"{name}.bias"))
+        """A linear layer, with a bias where there is one."""
+        return Affine(self.weight(name), self.tensors.pop(f"{name}.bias", None))
 
-    def norm(self, name: str) -> Affine:
-        return Affine(self.tensors.pop(f"{name}.weight"), self.tensors.pop(f"{name}.bias"))
+    def norm(self, name: str, eps: float) -> LayerNorm:
+        """A LayerNorm."""
+        weight, bias = (self.tensors.pop(f"{name}.{part}") for part in ("weight", "bias"))
+        return LayerNorm(weight, bias, eps)
+
+    def block(self, name: str, eps: float) -> VisionBlock:
+        """A block of a vision tower, whose norms have this epsilon."""
+        return VisionBlock(
+            norm1=self.norm(f"{name}.norm1", eps),
+            qkv=self.affine(f"{name}.qkv"),
+            proj=self.affine(f"{name}.proj"),
+            norm2=self.norm(f"{name}.norm2", eps),
+            fc1=self.affine(f"{name}.fc1"),
+            fc2=self.affine(f"{name}.fc2"),
+        )
 
     def mixture(self, name: str) -> Mixture:
+        """A projection with its experts, if it has any."""
         stacked, b = self.tensors.pop(f"{name}.stacked"), self.tensors.pop(f"{name}.b", None)
         return Mixture.of(stacked, b, self.rank, prepack=self.prepack, numbers=self.numbers)
 
@@ -163,73 +188,13 @@ class _Parts:
         return self.numbers.of(self.tensors.pop(f"{name}.weight"))
 
 
-def _tower(parts: _Parts, shape: VisionShape, table: Tensor) -> VisionTower:
-    return VisionTower(
-        shape=shape,
-        table=table,
-        patch_embedding=parts.weight("vision.patch_embedding"),
-        blocks=tuple(_block(parts, f"vision.blocks.{i}") for i in range(shape.depth)),
-        merger_norm=parts.norm("vision.merger.norm"),
-        merger_in=parts.affine("vision.merger.in"),
-        merger_out=parts.affine("vision.merger.out"),
-    )
-
-
-def _block(parts: _Parts, name: str) -> VisionBlock:
-    return VisionBlock(
-        norm1=parts.norm(f"{name}.norm1"),
-        qkv=parts.affine(f"{name}.qkv"),
-        proj=parts.affine(f"{name}.proj"),
-        norm2=parts.norm(f"{name}.norm2"),
-        fc1=parts.affine(f"{name}.fc1"),
-        fc2=parts.affine(f"{name}.fc2"),
-    )
-
-
-def _layer(parts: _Parts, name: str) -> DecoderLayer:
+def _layer(parts: Parts, name: str) -> DecoderLayer:
     return DecoderLayer(
         input_norm=parts.tensors.pop(f"{name}.input_norm.weight"),
         qkv_weight=parts.quantized(f"{name}.qkv"),
-        qkv_bias=parts.tensors.pop(f"{name}.qkv.bias"),
+        qkv_bias=parts.tensors.pop(f"{name}.qkv.bias", None),
         o=parts.mixture(f"{name}.o"),
         post_norm=parts.tensors.pop(f"{name}.post_norm.weight"),
         gate_up=parts.mixture(f"{name}.gate_up"),
         down=parts.mixture(f"{name}.down"),
     )
-
-
-def rope_positions(
-    input_ids: np.ndarray, grids: Sequence[tuple[int, int]], image_token_id: int
-) -> tuple[np.ndarray, int]:
-    """Rotary positions of one prompt.
-
-    Args:
-        input_ids: [T] token ids with one `image_token_id` for each visual token.
-        grids: for each image its visual tokens in height and width.
-        image_token_id: the id of `<|image_pad|>`.
-
-    Returns:
-        [3, T] int64 (temporal, height, width) and the position of the first new token. Text counts
-        on in all three; an image holds one temporal position and its rows and columns, and text
-        goes on behind its longer side.
-        Source: transformers' `Qwen2VLModel.get_rope_index`.
-    """
-    positions = np.empty((3, len(input_ids)), dtype=np.int64)
-    at = next_position = 0
-    visual = np.flatnonzero(input_ids == image_token_id)
-    consumed = 0
-    for rows, columns in grids:
-        first = int(visual[consumed])
-        text = first - at
-        positions[:, at:first] = np.arange(next_position, next_position + text)
-        next_position += text
-        count = rows * columns
-        positions[0, first : first + count] = next_position
-        positions[1, first : first + count] = next_position + np.repeat(np.arange(rows), columns)
-        positions[2, first : first + count] = next_position + np.tile(np.arange(columns), rows)
-        next_position += max(rows, columns)
-        at = first + count
-        consumed += count
-    rest = len(input_ids) - at
-    positions[:, at:] = np.arange(next_position, next_position + rest)
-    return positions, next_position + rest

@@ -1,0 +1,298 @@
+"""The second engine: groups of requests through the `generate` of transformers, for models that the
+first does not compute.
+
+A group is padded on the left to its longest prompt and runs until its last answer ends; nothing
+joins it meanwhile. Tokens are chosen, and answers ended, by the code of the first engine: a request
+samples with its own generator, and its answer does not depend on its group.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.counters import EngineCounts, EngineGauges
+from pipeline.engine.answers import take_token
+from pipeline.engine.encode import Encoded
+from pipeline.engine.inbox import Inbox
+from pipeline.engine.narrow import halves, narrow
+from pipeline.engine.options import EngineOptions, Sizes
+from pipeline.engine.request import LiveRequest, Stage
+from pipeline.engine.reuse import Reuse
+from pipeline.engine.sampling import Sampler
+from pipeline.engine.types import (
+    Answer,
+    GenerationError,
+    LostDeviceError,
+    OutOfMemoryError,
+    Request,
+)
+from pipeline.model.ops import is_lost
+from pipeline.redact import one_line, traceback_of
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a group which is not full waits for more requests.
+LINGER_SECONDS = 0.05
+#: A prompt joins a group if the group's longest is at most so many times as long: padding is
+#: computed as well.
+MOST_PADDED = 1.5
+
+
+class GenerateEngine:
+    """Answers requests in a thread of its own, a group at a time.
+
+    Args:
+        model: a transformers model in evaluation mode.
+        tokenizer: the checkpoint's tokenizer.
+        image_token_id: the id of the token that stands for a visual token; -1: not known.
+        max_positions: the model's context in tokens.
+        options: how to batch: `batch_size`, `waiting` and `answer_cache` count here.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_token_id: int,
+        max_positions: int,
+        options: EngineOptions | None = None,
+    ) -> None:
+        options = options or EngineOptions()
+        self._model, self._tokenizer = model, tokenizer
+        self._image_token_id, self._max_positions = image_token_id, max_positions
+        self._sizes = Sizes.of(options, model.device.type)
+        self._most = self._sizes.batch_size
+        self._reuse = Reuse(options.answer_cache)
+        self._inbox = Inbox()
+        self._waiting: list[LiveRequest] = []
+        self._running: list[LiveRequest] = []
+        self._images = 0
+        self._seconds = 0.0
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Future[Answer]:
+        """Queue a request; see `Engine.submit`."""
+        _ = request.key  # inputs are hashed here, in the caller's thread
+        room = self._max_positions - len(request.input_ids)
+        future: Future[Answer] = Future()
+        self._inbox.put(LiveRequest(request, min(request.sampling.max_new_tokens, room), [future]))
+        return future
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer requests, in their order."""
+        return [future.result() for future in [self.submit(request) for request in requests]]
+
+    def counts(self) -> EngineCounts:
+        """What was done, and what did not have to be done."""
+        return EngineCounts(
+            images_encoded=self._images,
+            answers_reused=self._reuse.reused,
+            step_ms=round(1000 * self._seconds),
+        )
+
+    def gauges(self) -> EngineGauges:
+        """How full it is at this moment."""
+        running = list(self._running)
+        held = sum(live.prompt_tokens + len(live.token_ids) for live in running)
+        return EngineGauges(
+            running=len(running),
+            batch_size=self._sizes.batch_size,
+            waiting=len(self._waiting),
+            cache_tokens=held,
+            cache_size=max(held, self._sizes.batch_size * self._max_positions),
+        )
+
+    def close(self) -> None:
+        """Answer what was submitted, then stop."""
+        self._inbox.close()
+        self._thread.join()
+
+    def __enter__(self) -> GenerateEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _loop(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._inbox.open or self._waiting:
+                    self._receive()
+                    if self._waiting:
+                        self._answer(self._next_group())
+        except Exception as error:
+            logger.error("the engine failed\n%s", traceback_of(error))
+            self._inbox.fail(error, [*self._waiting, *self._running])
+
+    def _receive(self) -> None:
+        """Take in what is there; with nothing at all, wait for it."""
+        while len(self._waiting) < self._sizes.waiting:
+            live = self._inbox.take(LINGER_SECONDS if self._waiting else None)
+            if live is None:
+                return
+            if self._reuse.serves(live):
+                continue
+            if live.max_new_tokens < 1:
+                self._end(live, GenerationError("the prompt leaves no room for an answer"))
+                continue
+            live.encoded = self._as_encoded(live.request)
+            self._waiting.append(live)
+
+    def _as_encoded(self, request: Request) -> Encoded:
+        """What answers are told by: which of the prompt's tokens are visual ones."""
+        places = np.flatnonzero(request.input_ids == self._image_token_id)
+        nothing = np.zeros((3, 0), np.int64)
+        return Encoded(torch.empty(0, 0), places, nothing, 0, None, None, np.zeros((2, 0), np.int8))
+
+    def _next_group(self) -> list[LiveRequest]:
+        """The request that has waited longest, and those that can run beside it with the least
+        padding.
+        """
+        first = self._waiting[0]
+        kind, length = _kind(first.request), first.prompt_tokens
+        alike = [
+            live
+            for live in self._waiting
+            if _kind(live.request) == kind
+            and max(live.prompt_tokens, length) <= MOST_PADDED * min(live.prompt_tokens, length)
+        ]
+        alike.sort(key=lambda live: (live is not first, abs(live.prompt_tokens - length)))
+        group = alike[: self._most]
+        taken = set(map(id, group))
+        self._waiting = [live for live in self._waiting if id(live) not in taken]
+        return group
+
+    def _answer(self, group: list[LiveRequest]) -> None:
+        started = time.perf_counter()
+        self._running = group
+        _, failures = narrow(group, self._run, self._recover, lambda work, _: halves(work))
+        for piece, error in failures:
+            self._end(piece[0], _blamed(error))
+        self._running = []
+        self._seconds += time.perf_counter() - started
+
+    def _run(self, group: list[LiveRequest]) -> None:
+        """Generate the answers of a group; those that an earlier try has given stay."""
+        rows = [live for live in group if live.stage is not Stage.ENDED]
+        if not rows:
+            return
+        for live in rows:
+            live.token_ids.clear()
+        inputs = _padded([live.request for live in rows], self._model.device, self._model.dtype)
+        chooser = _Chooser(rows, self._model, self._tokenizer, self._end)
+        self._model.generate(
+            **inputs,
+            logits_processor=[chooser],
+            stopping_criteria=[chooser.ended],
+            max_new_tokens=max(live.max_new_tokens for live in rows),
+            do_sample=False,
+            use_cache=True,
+        )
+        self._images += sum(len(live.request.images) for live in rows)
+
+    def _recover(self, error: Exception) -> bool:
+        """Whether a failure was one of memory; then groups are smaller from now on.
+
+        Raises:
+            LostDeviceError: the device's context is lost.
+        """
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            self._most = max(1, self._most // 2)
+            return True
+        if is_lost(self._model.device, error):
+            raise LostDeviceError(f"{type(error).__name__}: {error}") from error
+        return False
+
+    def _end(self, live: LiveRequest, outcome: Answer | Exception) -> None:
+        """Give everybody who waits a request's answer, or its failure."""
+        live.stage = Stage.ENDED
+        self._reuse.end(live, outcome)
+        live.resolve(outcome)
+
+
+class _Chooser:
+    """Chooses the next tokens of a group in the place of `generate`: a logits processor that leaves
+    nothing but the chosen token.
+    """
+
+    def __init__(self, rows: list[LiveRequest], model: Any, tokenizer: Any, end: Any) -> None:
+        self._rows, self._tokenizer, self._end = rows, tokenizer, end
+        self._sampler: Sampler | None = None
+        self._device = model.device
+        self._open = [True] * len(rows)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [rows, vocabulary] that are 0 at the chosen tokens and -inf elsewhere."""
+        if self._sampler is None:
+            self._sampler = Sampler(len(self._rows), scores.shape[1], self._device)
+            for slot, live in enumerate(self._rows):
+                self._sampler.assign(slot, live.request.sampling, live.request.input_ids)
+        slots = [slot for slot, is_open in enumerate(self._open) if is_open]
+        index = torch.tensor(slots, device=self._device)
+        tokens = self._sampler.sample(scores.index_select(0, index), slots, index)
+        self._sampler.take(slots, index, tokens.clamp_min(0))
+        chosen = torch.full_like(scores, -torch.inf)
+        # Whatever rows that have ended are given is never read.
+        chosen[:, 0] = 0.0
+        chosen[index] = -torch.inf
+        chosen[index, tokens.clamp_min(0)] = 0.0
+        for slot, token in zip(slots, tokens.tolist(), strict=True):
+            live = self._rows[slot]
+            outcome = take_token(live, token, self._tokenizer)
+            if outcome is not None:
+                self._open[slot] = False
+                self._end(live, outcome)
+        return chosen
+
+    def ended(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Which rows need no further token, bool [rows]."""
+        return torch.tensor([not is_open for is_open in self._open], device=input_ids.device)
+
+
+def _kind(request: Request) -> tuple[object, ...]:
+    """Equal for requests whose inputs can stand below one another."""
+    length = len(request.input_ids)
+    return tuple(
+        (name, array.dtype.str, "text" if array.shape == (1, length) else array.shape[1:])
+        for name, array in sorted(request.arrays.items())
+    )
+
+
+def _padded(
+    requests: Sequence[Request], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A group's inputs: texts padded on the left, all else below one another."""
+    longest = max(len(request.input_ids) for request in requests)
+    ids = np.zeros((len(requests), longest), np.int64)
+    mask = np.zeros_like(ids)
+    for row, request in enumerate(requests):
+        ids[row, longest - len(request.input_ids) :] = request.input_ids
+        mask[row, longest - len(request.input_ids) :] = 1
+    whole = {"input_ids": ids, "attention_mask": mask}
+    for name in requests[0].arrays:
+        arrays = []
+        for request in requests:
+            array = request.arrays[name]
+            if array.shape == (1, len(request.input_ids)):
+                array = np.pad(array, ((0, 0), (longest - array.shape[1], 0)))
+            arrays.append(array)
+        whole[name] = np.concatenate(arrays)
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in whole.items()}
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+def _blamed(error: Exception) -> GenerationError:
+    """What a request's callers get for an exception that it raised alone."""
+    kind = OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else GenerationError
+    return kind(f"{type(error).__name__}: {one_line(str(error))}")

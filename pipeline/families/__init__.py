@@ -1,0 +1,1 @@
+"""Families of models: what differs between them, one module each."""

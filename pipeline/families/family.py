@@ -1,0 +1,68 @@
+"""What a family of models gives the pipeline: how its config reads, how its tensors are called, how
+its prompts are made, and, in the sizes, what its vision tower is.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pipeline.errors import CheckpointError
+from pipeline.families.prompt import ControlTokens, PromptProcessor
+from pipeline.model.shape import ModelShape
+from pipeline.picture import PictureSettings
+
+#: A pattern in stored names of tensors, and what takes its place.
+Rename = tuple[re.Pattern[str], str]
+
+
+class Family(ABC):
+    """A family of models.
+
+    Attributes:
+        name: its value of `model.family`.
+        model_types: the `model_type`s of its config.json.
+        renames: patterns that bring stored names of tensors to canonical ones, in turn.
+        ignored: names of tensors that a checkpoint may hold beside its own, and that say nothing.
+    """
+
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    renames: ClassVar[tuple[Rename, ...]] = ()
+    ignored: ClassVar[re.Pattern[str]] = re.compile(r"(?!)")
+
+    @abstractmethod
+    def shape(self, config: Any) -> ModelShape:
+        """Read the sizes from a transformers config.
+
+        Raises:
+            CheckpointError: it asks for something that is not computed here.
+        """
+
+    @abstractmethod
+    def prompts(
+        self, folder: Path, shape: ModelShape, pictures: PictureSettings, control: ControlTokens
+    ) -> PromptProcessor:
+        """What makes its prompts.
+
+        Raises:
+            CheckpointError: the folder's tokenizer or processor cannot be used.
+            ConfigError: a setting means nothing to the family.
+        """
+
+
+def check_decoder(text: Any) -> None:
+    """Make sure that our decoder computes what a text config describes.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    rope = text.rope_parameters
+    if rope.get("rope_type", "default") not in ("default", "mrope"):
+        raise CheckpointError(
+            f"model.base: rope_type {rope['rope_type']!r} is not supported, expected 'default'"
+        )
+    if text.hidden_act != "silu":
+        raise CheckpointError(f"model.base: hidden_act is {text.hidden_act!r}, expected 'silu'")

@@ -1,0 +1,222 @@
+"""Whatever transformers can load as a model from image and text to text, and no other family here
+computes: its own processor makes the inputs, its own `generate` runs the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.errors import CheckpointError, RowError
+from pipeline.families.cutting import explained, image_parts
+from pipeline.families.family import Family
+from pipeline.families.prompt import ControlTokens, Message, Prompt, PromptProcessor
+from pipeline.model.assemble import Parts
+from pipeline.model.checkpoint import Recipe
+from pipeline.model.shape import ModelShape, VisionShape
+from pipeline.model.vision import Vision
+from pipeline.picture import Picture, PictureSettings
+from pipeline.redact import cause_of
+
+#: Positions of a model whose config names no limit.
+MANY_POSITIONS = 1 << 17
+#: Pixels of the longer side of the copy that the report shows.
+SHOWN_SIDE = 448
+
+
+class GenericVision(VisionShape):
+    """A tower that transformers runs: nothing of it is known here."""
+
+    def tokens(self, picture: Picture) -> int:
+        """Not known: the processor has placed them."""
+        raise NotImplementedError
+
+    def patches(self, picture: Picture) -> int:
+        """Not known."""
+        raise NotImplementedError
+
+    def batch_bytes(self, patches: int, dtype: torch.dtype) -> int:
+        """Not known."""
+        raise NotImplementedError
+
+    def tensors(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Not known."""
+        raise NotImplementedError
+
+    def recipes(self) -> Iterator[Recipe]:
+        """Not known."""
+        raise NotImplementedError
+
+    def assemble(self, parts: Parts, pixels: Tensor) -> Vision:
+        """Not known."""
+        raise NotImplementedError
+
+
+class GenericPrompts(PromptProcessor):
+    """Prepares prompts with a model's own processor, whatever tensors it makes."""
+
+    def __init__(
+        self, folder: Path, shape: ModelShape, control_tokens: ControlTokens = "text"
+    ) -> None:
+        super().__init__(folder, shape, control_tokens)
+        from transformers import AutoImageProcessor
+
+        # The codes that models were published with resize with Pillow. Not every processor has a
+        # form that does.
+        with contextlib.suppress(Exception):
+            self._processor.image_processor = AutoImageProcessor.from_pretrained(
+                folder, backend="pil"
+            )
+
+    def check_template(self, folder: Path) -> None:
+        """A model without a chat template (PaliGemma) takes a row's text as it is."""
+        if self.chat_template is not None:
+            super().check_template(folder)
+
+    def prepare(self, messages: Sequence[Message]) -> Prompt:
+        """Prepare one conversation; see `PromptProcessor`.
+
+        Raises:
+            RowError: see there; `prompt_invalid`, too, where a text spells a control token, which
+                this processor cannot take as text.
+        """
+        parts = image_parts(messages)
+        text = self._rendered(messages)
+        with explained():
+            images = [_decoded(part["image"]) for part in parts]
+        try:
+            inputs = self._processor(
+                text=[text],
+                images=[image for image, _ in images] or None,
+                add_special_tokens=not self._begins_as_a_text(text),
+                return_tensors="np",
+            )
+        except Exception as error:  # of any type, for what this processor does not take
+            raise RowError(
+                "prompt_invalid", f"the model's processor refuses the row ({cause_of(error)})"
+            ) from error
+        arrays = {name: np.asarray(value) for name, value in dict(inputs).items()}
+        input_ids = arrays.pop("input_ids")[0].astype(np.int32)
+        arrays.pop("attention_mask", None)
+        if len(input_ids) >= self.max_positions:
+            raise self.too_long(f"{len(input_ids)} prompt tokens")
+        shown = tuple(picture for _, picture in images)
+        return Prompt(input_ids, (0, len(input_ids)), shown, _packed(arrays))
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        """The conversation as one text.
+
+        Raises:
+            RowError: `prompt_invalid`, `prompt_too_long`.
+        """
+        texts = self.checked_texts(messages)
+        if self._control_tokens != "allow":
+            for text in texts:
+                if spelt := self._control.search(text):
+                    raise RowError(
+                        "prompt_invalid",
+                        f"the prompt's own text holds the control token {spelt[0]!r}, which this "
+                        "model's processor cannot take as text; input.control_tokens: allow takes "
+                        "it as the model's own",
+                    )
+        if self.chat_template is None:
+            return "\n".join(texts)
+        rendered: str = self._processor.apply_chat_template(
+            [_in_parts(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return rendered
+
+    def _begins_as_a_text(self, text: str) -> bool:
+        """Whether the template wrote what the tokenizer would put before a text."""
+        bos = self.tokenizer.bos_token
+        return bool(bos) and text.startswith(bos)
+
+
+def _in_parts(message: Message) -> Message:
+    """Templates of many models know no content but lists of parts."""
+    if not isinstance(message["content"], str):
+        return message
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _decoded(image: Any) -> tuple[Image.Image, Picture]:
+    """An image, and the copy that the report shows."""
+    whole: list[Image.Image] = []
+
+    def keep(decoded: Image.Image) -> Picture:
+        whole.append(decoded.convert("RGB"))
+        small = whole[0].copy()
+        small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        return Picture.of_one(np.asarray(small))
+
+    # Decoded for each row that shows it: what is kept of an image is the small copy.
+    picture = keep(image) if isinstance(image, Image.Image) else image.cut(object(), keep)
+    return whole[0], picture
+
+
+def _packed(arrays: dict[str, np.ndarray]) -> bytes:
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+class Generic(Family):
+    """The models of transformers' `AutoModelForImageTextToText`."""
+
+    name = "transformers"
+
+    @property
+    def model_types(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those that this version of transformers knows."""
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        )
+
+        return tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+    def shape(self, config: Any) -> ModelShape:
+        """What is known of the sizes: enough to say what would run.
+
+        Raises:
+            CheckpointError: the config has no language model.
+        """
+        text = config.get_text_config()
+        try:
+            heads = text.num_attention_heads
+            return ModelShape(
+                layers=text.num_hidden_layers,
+                hidden=text.hidden_size,
+                mlp_width=getattr(text, "intermediate_size", 4 * text.hidden_size),
+                heads=heads,
+                kv_heads=getattr(text, "num_key_value_heads", heads) or heads,
+                head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+                vocabulary=text.vocab_size,
+                rms_eps=0.0,
+                rope_theta=0.0,
+                mrope_section=(),
+                max_positions=getattr(text, "max_position_embeddings", None) or MANY_POSITIONS,
+                tied_embeddings=False,
+                vision=GenericVision(),
+                family=self.name,
+                is_native=False,
+            )
+        except AttributeError as error:
+            raise CheckpointError(
+                f"model.base: config.json describes no language model ({cause_of(error)})"
+            ) from error
+
+    def prompts(
+        self, folder: Path, shape: ModelShape, pictures: PictureSettings, control: ControlTokens
+    ) -> GenericPrompts:
+        """What makes its prompts; see `Family`."""
+        pictures.refuse("this model's own processor", "min_pixels", "max_pixels", "image_fit")
+        return GenericPrompts(folder, shape, control)

@@ -1,0 +1,102 @@
+"""All families, and how a checkpoint's config tells which one it is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.families.family import Family
+from pipeline.families.generic import Generic
+from pipeline.families.llava import Llava
+from pipeline.families.prompt import ControlTokens, PromptProcessor
+from pipeline.families.qwen2_vl import Qwen2VL
+from pipeline.model.shape import ModelShape
+from pipeline.model.sources import localise, read_object
+from pipeline.picture import PictureSettings
+from pipeline.redact import cause_of
+
+_NATIVE: tuple[Family, ...] = (Qwen2VL(), Llava())
+_GENERIC = Generic()
+#: By the value of `model.family`.
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_NATIVE, _GENERIC)}
+_BY_TYPE = {kind: family for family in _NATIVE for kind in family.model_types}
+#: The value of `model.family` that lets the checkpoint choose.
+AUTO = "auto"
+
+
+def shape_of(folder: Path, family: str = AUTO) -> ModelShape:
+    """Read the sizes out of a model folder's config.json; code that a checkpoint brings along is
+    never run.
+
+    Args:
+        folder: the model's.
+        family: a name in `FAMILIES`; auto: by the config's model_type, and transformers' own where
+            no other family has it.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it is of no family known here.
+        ConfigError: it is not of the family that is asked for.
+    """
+    import pipeline.compat  # noqa: F401, I001 - before transformers' configs import torchvision
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"model.base: {folder} holds no config.json; expected a folder of a model: "
+            f"{', '.join(_BY_TYPE)}"
+        )
+    kind = str(read_object(file, "model.base").get("model_type"))
+    known = _BY_TYPE.get(kind) or (_GENERIC if kind in _GENERIC.model_types else None)
+    if known is None:
+        raise CheckpointError(
+            f"model.base: model_type is {kind!r}, expected one of "
+            f"{', '.join(map(repr, _BY_TYPE))}, or one that transformers loads as "
+            "AutoModelForImageTextToText (docs/models.md)"
+        )
+    chosen = known if family == AUTO else FAMILIES[family]
+    if kind not in chosen.model_types:
+        raise ConfigError(
+            f"model.family: {family}, but the model_type of model.base is {kind!r}; set auto"
+        )
+    try:
+        # Without the argument transformers asks on the terminal whether to run a checkpoint's code.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of any type: JSON, unknown models, keys of the wrong kind
+        raise CheckpointError(f"model.base: cannot read {file} ({cause_of(error)})") from error
+    return chosen.shape(config)
+
+
+def prompt_processor(
+    base: str | Path,
+    pictures: PictureSettings | None = None,
+    control_tokens: ControlTokens = "text",
+    *,
+    family: str = AUTO,
+) -> PromptProcessor:
+    """What makes prompts of `model.base`; its weights are not opened.
+
+    Args:
+        base: Hub id, folder or fsspec URL.
+        pictures: how images become pictures; None: as the checkpoint says.
+        control_tokens: what becomes of control tokens in a row's own text.
+        family: see `shape_of`.
+
+    Raises:
+        CheckpointError: there is no such model, it is of no family known here, or its tokenizer or
+            processor cannot be used.
+        ConfigError: a setting means nothing to its family.
+    """
+    folder = localise(str(base), "model.base")
+    return prompts_of(folder, shape_of(folder, family), pictures, control_tokens)
+
+
+def prompts_of(
+    folder: Path,
+    shape: ModelShape,
+    pictures: PictureSettings | None = None,
+    control_tokens: ControlTokens = "text",
+) -> PromptProcessor:
+    """The same for a folder whose sizes are known."""
+    settings = pictures or PictureSettings()
+    return FAMILIES[shape.family].prompts(folder, shape, settings, control_tokens)

@@ -1,0 +1,1 @@
+"""Families of models against the numbers of transformers."""

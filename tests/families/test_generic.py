@@ -1,0 +1,194 @@
+"""Models that transformers runs, in the second engine: its own tokens, and everything around them as
+in the first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import load
+from pipeline.engine import EngineOptions, GenerationError, Request
+from pipeline.engine.by_generate import GenerateEngine
+from pipeline.errors import CheckpointError, ConfigError, RowError
+from pipeline.families.opening import open_checkpoint
+from pipeline.families.registry import FAMILIES, prompt_processor, shape_of
+from pipeline.model.convert import convert
+from pipeline.picture import PictureSettings
+from pipeline.settings.job import FamilyName
+from tests.families.llava_folders import (
+    SIGLIP,
+    VIEW,
+    Reference,
+    llava_folder,
+    paligemma_folder,
+)
+from tests.prompts import Asked, as_request, engine_for, greedy, random_questions
+
+TILES = ((28, 56), (56, 28), (56, 56))
+
+
+def loaded(folder: Path, **options: Any) -> tuple[GenerateEngine, Any]:
+    """The second engine over a checkpoint, and its prompt processor."""
+    family = options.pop("family", "transformers")
+    made = load(str(folder), dtype="float32", device="cpu", family=family)
+    engine = made.engine(EngineOptions(**options))
+    assert isinstance(engine, GenerateEngine)
+    return engine, made.processor
+
+
+def test_answers_equal_those_of_the_first_engine_however_they_are_sampled(tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path, seed=3, tiles=TILES)
+    asked = random_questions(9, seed=4, images=(1, 0, 2))
+    ways = [
+        greedy(9),
+        greedy(4, repetition_penalty=1.3),
+        greedy(7, temperature=0.9, top_k=20, seed=5),
+        greedy(8, temperature=1.2, top_p=0.7, repetition_penalty=1.1, seed=1),
+    ]
+    told = []
+    first, processor = engine_for(folder, None, batch_size=4)
+    second, other = loaded(folder, batch_size=4)
+    for engine, prompts in ((first, processor), (second, other)):
+        requests = [as_request(a, prompts, ways[i % 4]) for i, a in enumerate(asked)]
+        with engine:
+            answers = engine.generate(requests)
+        told.append([(a.token_ids, a.text, a.finish_reason, a.visual_tokens) for a in answers])
+    assert told[0] == told[1]
+
+
+def test_stops_and_loops_end_answers_as_in_the_first_engine(tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path, seed=3)
+    (asked,) = random_questions(1, seed=4, images=(1,))
+    first, processor = engine_for(folder, None)
+    second, _ = loaded(folder)
+    with first, second:
+        whole = first.generate([as_request(asked, processor, greedy(60))])[0]
+        end = whole.token_ids[20]
+        for how in (
+            greedy(60, stop=(whole.text[12:15],)),
+            greedy(200, stop_repetition=True),
+        ):
+            made = as_request(asked, processor, how)
+            one = first.generate([made])[0]
+            request = as_request(asked, second_prompts(folder), how)
+            two = second.generate([request])[0]
+            assert (two.token_ids, two.text, two.finish_reason) == (
+                one.token_ids,
+                one.text,
+                one.finish_reason,
+            )
+        from dataclasses import replace
+
+        ending = replace(greedy(60), eos_token_ids=(end,))
+        ended = second.generate([as_request(asked, second_prompts(folder), ending)])[0]
+        assert ended.finish_reason == "stop"
+        assert ended.token_ids == whole.token_ids[: whole.token_ids.index(end) + 1]
+
+
+def second_prompts(folder: Path) -> Any:
+    return prompt_processor(folder, family="transformers")
+
+
+def test_a_model_of_no_family_here_equals_transformers_alone(tmp_path: Path) -> None:
+    folder = paligemma_folder(tmp_path, seed=2)
+    reference = Reference(folder)
+    asked = [
+        Asked(text, random_questions(1, seed=seed, images=(1,))[0].images)
+        for seed, text in enumerate(("caption en", "Is there any text in the picture?", "a", "b c"))
+    ]
+    engine, processor = loaded(folder, family="auto", batch_size=3)
+    assert shape_of(folder).is_native is False
+    requests = [as_request(one, processor, greedy(8)) for one in asked]
+    with engine:
+        answers = engine.generate(requests)
+    for one, request, answer in zip(asked, requests, answers, strict=True):
+        prompt, expected = reference.generate_from(one.question, list(one.images), 8)
+        assert request.input_ids.tolist() == prompt
+        assert list(answer.token_ids) == expected
+        assert answer.visual_tokens == (VIEW // 7) ** 2
+
+
+def test_a_request_that_fails_fails_alone(tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path, seed=3)
+    engine, processor = loaded(folder, batch_size=8)
+    asked = random_questions(4, seed=4, images=(1,))
+    good = [as_request(one, processor, greedy(4)) for one in asked]
+    outside = np.where(good[0].input_ids == good[0].input_ids[0], 9_999, good[0].input_ids)
+    bad = Request(outside, good[0].span, good[0].images, greedy(4), good[0].inputs)
+    with engine:
+        futures = [engine.submit(request) for request in (*good[:2], bad, *good[2:])]
+        outcomes = [future.exception() or future.result() for future in futures]
+        alone = engine.generate(good)
+    assert isinstance(outcomes[2], GenerationError)
+    assert [o.token_ids for i, o in enumerate(outcomes) if i != 2] == [a.token_ids for a in alone]
+
+
+def test_memory_that_is_short_makes_groups_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = llava_folder(tmp_path, seed=3)
+    engine, processor = loaded(folder, batch_size=8)
+    requests = [
+        as_request(one, processor, greedy(4)) for one in random_questions(6, seed=4, images=(1,))
+    ]
+    model = engine._model
+    generate, groups = type(model).generate, []
+
+    def short(self: Any, *args: Any, **settings: Any) -> Any:
+        groups.append(len(settings["input_ids"]))
+        if groups[-1] > 2:
+            raise torch.OutOfMemoryError("no room")
+        return generate(self, *args, **settings)
+
+    with engine:
+        before = engine.generate(requests[:1])[0]
+        monkeypatch.setattr(model, "generate", short.__get__(model))
+        answers = engine.generate(requests)
+    assert answers[0].token_ids == before.token_ids
+    assert max(groups) > 2
+    assert len(answers) == 6
+
+
+def test_a_checkpoint_that_does_not_fit_is_said_before_a_row_is_answered(tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path, seed=3)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    bias = {"lm_head.bias": torch.ones(3)}
+    left_out = sorted(tensors)[3]
+    save_file(
+        {name: t for name, t in tensors.items() if name != left_out} | bias,
+        file,
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(CheckpointError, match=r"tensors 1 missing .*; 1 unexpected \(lm_head.bias"):
+        load(str(folder), dtype="float32", device="cpu", family="transformers")
+
+
+def test_settings_that_do_nothing_here_are_refused(tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path / "a", seed=3, tower=SIGLIP)
+    with pytest.raises(ConfigError, match=r"model\.quantize: .* transformers runs"):
+        load(str(folder), device="cpu", family="transformers", quantize="int8")
+    with pytest.raises(ConfigError, match=r"engine\.fold_experts: .* transformers runs"):
+        loaded(folder, fold_experts=True)
+    with pytest.raises(ConfigError, match=r"model\.max_pixels: 100, .* leave it unset"):
+        prompt_processor(folder, PictureSettings(max_pixels=100), family="transformers")
+    with pytest.raises(
+        ConfigError, match=r"model\.family: qwen2_vl, but the model_type .* 'llava'"
+    ):
+        open_checkpoint(str(folder), None, family="qwen2_vl")
+    with pytest.raises(CheckpointError, match="nothing to convert"):
+        convert(
+            open_checkpoint(str(folder), None, family="transformers"), tmp_path / "b", None, 1 << 20
+        )
+    with pytest.raises(RowError, match="control token '<image>'"):
+        second_prompts(folder).prepare(Asked("Is <image> one?", ()).messages)
+
+
+def test_the_setting_names_every_family() -> None:
+    assert FamilyName.__args__ == ("auto", *FAMILIES)  # type: ignore[attr-defined]
