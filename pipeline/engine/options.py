@@ -16,6 +16,15 @@ NumbersName = Literal["none", "int8", "fp8"]
 FOLDED_AND_ROUNDED = (
     "engine.fold_experts: weights that model.quantize rounds take no experts in; set one of them"
 )
+#: The same of a model on several devices.
+FOLDED_IN_PARTS = (
+    "engine.fold_experts: experts fold into weights that one device holds; leave it off with "
+    "model.tensor_parallel"
+)
+ROUNDED_IN_PARTS = (
+    "model.quantize: a weight that is divided would be rounded otherwise than a whole one; set "
+    "none with model.tensor_parallel"
+)
 
 
 @dataclass(frozen=True)

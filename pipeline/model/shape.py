@@ -4,7 +4,7 @@ tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,17 @@ class ModelShape:
     tied_embeddings: bool
     vision: VisionShape
     adapter: AdapterShape | None = None
+
+    def part(self, parts: int) -> ModelShape:
+        """Sizes of one of several equal parts of the decoder (`pipeline.model.slices`). Those of
+        the residual stream and of the vocabulary stay.
+        """
+        return replace(
+            self,
+            heads=self.heads // parts,
+            kv_heads=self.kv_heads // parts,
+            mlp_width=self.mlp_width // parts,
+        )
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelShape:
