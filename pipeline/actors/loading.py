@@ -43,4 +43,5 @@ def load_for_job(
         prepack=model.prepack,
         threads=threads,
         quantize=model.quantize,
+        tensor_parallel=model.tensor_parallel,
     )

@@ -12,13 +12,15 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from pipeline.engine.orders import Order
-    from pipeline.model.checkpoint import Checkpoint
+from pipeline.engine.memory import wait_for_weights, weight_bytes
+from pipeline.engine.orders import Order, Part
+from pipeline.errors import JobError
+from pipeline.model.awaker import load_part
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.group import Group
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,18 @@ class Membership:
     prepack: bool
     threads: int
 
+    @property
+    def sign(self) -> Path:
+        """The file that says that it is there."""
+        return self.folder / f"member-{self.number}"
+
 
 def _serve(membership: Membership) -> None:
-    import torch
-
-    from pipeline.engine.memory import wait_for_weights, weight_bytes
-    from pipeline.engine.orders import Part
-    from pipeline.errors import JobError
-    from pipeline.model.awaker import load_part
-    from pipeline.model.group import Group
-
     device, checkpoint = membership.device, membership.checkpoint
     torch.set_num_threads(membership.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    membership.sign.touch()
     group = Group(membership.folder, membership.number, membership.size, device)
     try:
         if device.type == "cuda":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from pipeline.redact import one_line
 
 #: Seconds that a member has to end once it is told to; then it is killed.
 END_SECONDS = 5.0
+#: Seconds from one look for members that are coming to the next.
+LOOK_SECONDS = 0.02
 
 
 class LostMemberError(LostDeviceError):
@@ -67,6 +70,7 @@ class Members:
     ) -> None:
         self._in_use = False
         folder = tempfile.TemporaryDirectory(prefix="awaker-group-")
+        memberships: list[Membership] = []
         processes: list[subprocess.Popen[bytes]] = []
         self._processes = processes
         # At the end of the interpreter, too.
@@ -77,7 +81,9 @@ class Members:
                 membership = Membership(
                     Path(folder.name), number, size, its, checkpoint, dtype, prepack, threads
                 )
+                memberships.append(membership)
                 processes.append(_started(membership))
+            _wait_for(processes, memberships)
             self.group = Group(Path(folder.name), 0, size, device)
         except Exception as error:
             self.close()
@@ -199,6 +205,21 @@ def _started(membership: Membership) -> subprocess.Popen[bytes]:
     pickle.dump(membership, process.stdin)
     process.stdin.flush()
     return process
+
+
+def _wait_for(
+    processes: Sequence[subprocess.Popen[bytes]], memberships: Sequence[Membership]
+) -> None:
+    """Wait until all members are there: connecting would wait for one that died on its way.
+
+    Raises:
+        RuntimeError: one of them ended.
+    """
+    while not all(membership.sign.exists() for membership in memberships):
+        for process in processes:
+            if (code := process.poll()) is not None:
+                raise RuntimeError(f"a member ended with {code}")
+        time.sleep(LOOK_SECONDS)
 
 
 def _end(

@@ -76,12 +76,13 @@ class Group:
     def __init__(self, folder: Path, number: int, size: int, device: torch.device) -> None:
         self.number, self.size, self._device = number, size, device
         store = dist.FileStore(str(folder / "group"), size)
-        self._messages = _gloo(dist.PrefixStore("messages", store), number, size, IDLE)
+        store.set_timeout(TOGETHER)
         self._sums: Any = (
             _gloo(dist.PrefixStore("sums", store), number, size, TOGETHER)
             if device.type == "cpu"
             else _nccl(dist.PrefixStore("sums", store), number, size)
         )
+        self._messages = _gloo(dist.PrefixStore("messages", store), number, size, IDLE)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of what every process has; of any sizes, the same in all of them."""

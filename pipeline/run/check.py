@@ -62,10 +62,12 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     # Imported here, since it imports torch: what is wrong with the input is answered without.
     from pipeline.model.checkpoint import open_checkpoint
     from pipeline.model.prompt import PromptProcessor
+    from pipeline.model.slices import check_parts
 
     checkpoint = open_checkpoint(
         model.base, model.adapter, top_k=model.top_k_experts, lora_alpha=model.lora_alpha
     )
+    check_parts(checkpoint.shape, model.tensor_parallel)
     PromptProcessor(checkpoint.folder, checkpoint.shape.max_positions)
     settings.generation.to_sampling(checkpoint.folder)
     files = deciding_files(checkpoint.folder, checkpoint.files.files)

@@ -161,6 +161,7 @@ def _routes(settings: InspectSettings, row: ReadyRow) -> Iterator[Table]:
 
     device = "cuda" if settings.model.device != "cpu" and torch.cuda.is_available() else "cpu"
     loaded = load_for_job(settings, torch.device(device))
+    loaded.close()  # vision tower and routers are not divided
     encoder = loaded.encoder(settings.model.decode_route)
     sampling = settings.generation.to_sampling(loaded.folder)
     request = Request(row.input_ids, row.span, row.images, sampling)
