@@ -8,8 +8,9 @@ knows as a message, what lies on the device as tensors. So no process waits for 
 from __future__ import annotations
 
 import io
+import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +34,7 @@ class Message:
 
     Attributes:
         text: the value, pickled, with numbers in the place of its tensors.
-        layout: dtype, number of elements and sizes of each of them.
+        layout: dtype and sizes of each of them.
         flat: for each dtype all its tensors, in that order, one after the other.
     """
 
@@ -55,6 +56,18 @@ class Message:
             for dtype in _dtypes(layout)
         )
         return cls(text.getvalue(), layout, tuple(flat))
+
+    @property
+    def value(self) -> Any:
+        """What was packed."""
+        tensors: dict[int, Tensor] = {}
+        for dtype, flat in zip(_dtypes(self.layout), self.flat, strict=True):
+            sizes = {
+                n: torch.Size(size) for n, (its, size) in enumerate(self.layout) if its == dtype
+            }
+            parts = flat.split([size.numel() for size in sizes.values()])
+            tensors |= {n: part.view(sizes[n]) for n, part in zip(sizes, parts, strict=True)}
+        return _Unpickler(io.BytesIO(self.text), tensors).load()
 
 
 class Group:
@@ -126,17 +139,13 @@ class Group:
         packed = torch.empty(int(length), dtype=torch.uint8)
         self._messages.broadcast(packed, 0).wait()
         text, layout = pickle.loads(packed.numpy().tobytes())
-        tensors: list[Tensor | None] = [None] * len(layout)
+        flat = []
         for dtype in _dtypes(layout):
-            places = [place for place, (its, _) in enumerate(layout) if its == dtype]
-            sizes = [torch.Size(layout[place][1]) for place in places]
-            counts = [size.numel() for size in sizes]
-            flat = torch.empty(sum(counts), dtype=dtype, device=self._device)
-            if flat.numel():
-                self._sums.broadcast(flat, 0).wait()
-            for place, size, part in zip(places, sizes, flat.split(counts), strict=True):
-                tensors[place] = part.view(size)
-        return _Unpickler(io.BytesIO(text), tensors).load()
+            elements = sum(math.prod(size) for its, size in layout if its == dtype)
+            flat.append(torch.empty(elements, dtype=dtype, device=self._device))
+            if elements:
+                self._sums.broadcast(flat[-1], 0).wait()
+        return Message(text, layout, tuple(flat)).value
 
     def report(self, value: object) -> None:
         """Give the leader a value that pickles, who takes it by `reports`."""
@@ -176,11 +185,11 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     """Puts tensors back."""
 
-    def __init__(self, text: io.BytesIO, tensors: Sequence[Tensor | None]) -> None:
+    def __init__(self, text: io.BytesIO, tensors: Mapping[int, Tensor]) -> None:
         super().__init__(text)
         self._tensors = tensors
 
-    def persistent_load(self, number: int) -> Tensor | None:
+    def persistent_load(self, number: int) -> Tensor:
         return self._tensors[number]
 
 

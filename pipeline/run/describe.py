@@ -133,8 +133,8 @@ def _memory(job: Job) -> list[str]:
             needed = " ".join(f"engine.{name}={value}" for name, value in changes.items())
             advice.append(f"{card}: set {needed}")
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    parts = settings.model.tensor_parallel
-    of = "a GPU" if parts == 1 else f"each of {parts} GPUs, at most,"
+    count = settings.model.tensor_parallel
+    of = "a GPU" if count == 1 else f"each of {count} GPUs, at most,"
     return [
         f"# memory of {of} in GiB ({_numbers(settings)}); requests of {request_tokens:,} tokens "
         "that the cache holds at once",
