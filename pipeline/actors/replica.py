@@ -107,6 +107,8 @@ class Replica:
                     if self._device.type == "cuda"
                     else f"CPU, {torch.get_num_threads()} threads"
                 )
+                if loaded.members is not None:
+                    name = f"{loaded.members.group.size} x {name}"
                 monitor.started.remote(self._name, socket.gethostname(), name)
 
     async def __call__(self, table: pa.Table) -> pa.Table:

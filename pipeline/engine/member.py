@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from pipeline.errors import JobError
 from pipeline.model.awaker import load_part
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.group import Group
+
+#: Within this time after its connections broke, the end of a leader ends this process without a
+#: word.
+LEADER_GONE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,12 @@ def main() -> None:
     """Be a member."""
     membership: Membership = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_leader, daemon=True).start()
-    _serve(membership)
+    try:
+        _serve(membership)
+    except Exception:
+        # Of a leader that is gone the connections may break before the input ends.
+        time.sleep(LEADER_GONE_SECONDS)
+        raise
 
 
 if __name__ == "__main__":

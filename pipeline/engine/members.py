@@ -31,6 +31,9 @@ from pipeline.redact import one_line
 
 #: Seconds that a member has to end once it is told to; then it is killed.
 END_SECONDS = 5.0
+#: Whoever ends this process may end its children first, as Ray does. Within this time it is gone,
+#: and what became of them is no news.
+OWN_END_SECONDS = 1.0
 #: Seconds from one look for members that are coming to the next.
 LOOK_SECONDS = 0.02
 
@@ -107,6 +110,7 @@ class Members:
 
         def wait(process: subprocess.Popen[bytes]) -> None:
             code = process.wait()
+            time.sleep(OWN_END_SECONDS)
             if end.alive:
                 lost(f"a member of this replica's group ended with {code}")
 

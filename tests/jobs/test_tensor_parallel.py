@@ -91,11 +91,14 @@ def test_a_member_that_is_killed_costs_no_row_and_its_replica_starts_anew(
         for row in rows:
             assert_as_released(answers.pop(f"{turn}/{row['id']}"), row)
     assert not answers
-    events = [
-        json.loads(line)["event"]
-        for line in (tmp_path / "out/_run/events.jsonl").read_text().splitlines()
+    told = [
+        json.loads(line) for line in (tmp_path / "out/_run/events.jsonl").read_text().splitlines()
     ]
-    assert events.count("replica_started") == 2
+    events = [event["event"] for event in told]
+    replicas = [event["device"] for event in told if event["event"] == "replica_started"]
+    assert [device.partition(",")[0] for device in replicas] == ["2 x CPU"] * 2
+    # Nothing is said of those that end with the job.
+    assert log.read_text().count("this replica ends") <= 1
     assert (events.count("replica_lost"), events.count("run_finished")) == (1, 1)
     # Those of a replica go with it.
     until = time.monotonic() + 30

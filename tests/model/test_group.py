@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.model import group as group_module
 from pipeline.model.decoder import LayerFactors
 from pipeline.model.experts import ExpertFactors, Segment
 from pipeline.model.group import Group, Message
@@ -86,6 +89,23 @@ def test_the_leader_has_what_each_of_the_others_reports(tmp_path: Path) -> None:
             lambda group: group.report(group.number * "x") if group.number else group.reports()
         )
     assert leader == ["x", "xx"]
+
+
+def test_who_waits_for_a_member_that_falls_silent_waits_no_longer_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_module, "TOGETHER", timedelta(seconds=1))
+
+    def work(group: Group) -> str:
+        if group.number:
+            time.sleep(2)
+            return ""
+        with pytest.raises(RuntimeError) as caught:
+            group.sum(torch.ones(2))
+        return str(caught.value).lower()
+
+    with members(tmp_path, 2) as together:
+        assert "time" in together(work)[0]
 
 
 def test_who_waits_for_a_member_that_is_gone_learns_of_it(tmp_path: Path) -> None:
