@@ -44,4 +44,5 @@ def load_for_job(
         threads=threads,
         quantize=model.quantize,
         family=model.family,
+        tensor_parallel=model.tensor_parallel,
     )

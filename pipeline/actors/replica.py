@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import torch
@@ -98,6 +98,8 @@ class Replica:
         with self._refusal.kept():
             loaded = load_for_job(settings, self._device, threads, planned)
             self._sampling = settings.generation.to_sampling(loaded.folder)
+            if loaded.members is not None:
+                loaded.members.watch(end_of)
             self._engine = loaded.engine(settings.to_options())
             if monitor is not None:
                 name = (
@@ -105,6 +107,8 @@ class Replica:
                     if self._device.type == "cuda"
                     else f"CPU, {torch.get_num_threads()} threads"
                 )
+                if loaded.members is not None:
+                    name = f"{loaded.members.group.size} x {name}"
                 monitor.started.remote(self._name, socket.gethostname(), name)
 
     async def __call__(self, table: pa.Table) -> pa.Table:
@@ -140,8 +144,7 @@ class Replica:
         except LostDeviceError as error:
             # Only a new process gets a new context. Of one that dies Ray starts another, and the
             # witness finds the row, should it be one.
-            logger.error("%s; this replica ends, another one takes its place", one_line(str(error)))
-            os._exit(LOST_DEVICE)
+            end_of(one_line(str(error)))
 
     async def _answer_row(self, row: PreparedRow) -> Outcome:
         if isinstance(row, FailedRow):
@@ -263,6 +266,12 @@ class Replica:
         for field, values in zip(KEPT_SCHEMA, columns, strict=True):
             table = table.append_column(field, pa.array(values, field.type))
         return table
+
+
+def end_of(cause: str) -> NoReturn:
+    """End this process, whatever its threads wait for: Ray starts another in its place."""
+    logger.error("%s; this replica ends, another one takes its place", cause)
+    os._exit(LOST_DEVICE)
 
 
 def _pictures(row: PreparedRow) -> list[bytes]:

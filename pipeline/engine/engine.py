@@ -20,9 +20,10 @@ from pipeline.engine.encode import Encoder
 from pipeline.engine.folding import folded_experts
 from pipeline.engine.inbox import Inbox
 from pipeline.engine.intake import Intake
+from pipeline.engine.members import Members
 from pipeline.engine.memory import find_room
 from pipeline.engine.narrow import narrow
-from pipeline.engine.options import EngineOptions, Sizes
+from pipeline.engine.options import FOLDED_IN_PARTS, EngineOptions, Sizes
 from pipeline.engine.request import LiveRequest, Stage
 from pipeline.engine.reuse import Reuse
 from pipeline.engine.runner import Launched, Runner
@@ -34,6 +35,7 @@ from pipeline.engine.types import (
     OutOfMemoryError,
     Request,
 )
+from pipeline.errors import ConfigError
 from pipeline.model.assemble import Model
 from pipeline.model.ops import is_lost
 from pipeline.redact import traceback_of
@@ -55,6 +57,11 @@ class Engine:
         tokenizer: the checkpoint's tokenizer.
         image_token_id: the id of the token that stands for a visual token.
         options: how to batch.
+        members: the processes that hold the other parts of the model's decoder; None: it is whole.
+
+    Raises:
+        ConfigError: there is no room for requests, or what the options ask for is not to be had of
+            this model.
 
     Example:
         >>> with Engine(model, tokenizer, image_token_id) as engine:  # doctest: +SKIP
@@ -67,13 +74,16 @@ class Engine:
         tokenizer: Any,
         image_token_id: int,
         options: EngineOptions | None = None,
+        members: Members | None = None,
     ) -> None:
         options = options or EngineOptions()
-        self._device = model.device
+        self._device, self._members = model.device, members
+        if options.fold_experts and members is not None:
+            raise ConfigError(FOLDED_IN_PARTS)
         self._sizes = sizes = Sizes.of(options, model.device.type)
         # Before the cache takes what is free.
         folded = folded_experts(model) if options.fold_experts else None
-        self._cache_tokens, visual_bytes = find_room(model, options)
+        self._cache_tokens, visual_bytes = find_room(model, options, members)
         self._tokenizer = tokenizer
         self._max_positions = model.shape.max_positions
         self._encoder = Encoder(
@@ -88,7 +98,9 @@ class Engine:
             group_by_expert=options.group_by_expert,
             max_rounds_waiting=options.max_rounds_waiting,
         )
-        self._runner = Runner(model, sizes.batch_size, self._cache_tokens, folded)
+        self._runner = Runner(model, sizes.batch_size, self._cache_tokens, folded, members)
+        if members is not None:
+            members.begin(self._cache_tokens)
         self._reuse = Reuse(options.answer_cache)
         # On a GPU the next step is launched before the tokens of this one are read: the device
         # never waits for the host.
@@ -153,6 +165,8 @@ class Engine:
         """Answer what was submitted, then stop."""
         self._inbox.close()
         self._thread.join()
+        if self._members is not None:
+            self._members.end_work()
 
     def __enter__(self) -> Engine:
         return self
@@ -244,9 +258,11 @@ class Engine:
         """Whether a failure was one of memory; then steps are smaller from now on.
 
         Raises:
-            LostDeviceError: the device's context is lost: blaming one request after another would
-                spoil all.
+            LostDeviceError: the device's context is lost, or a member of its group: blaming one
+                request after another would spoil all.
         """
+        if isinstance(error, LostDeviceError):
+            raise error
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             self._scheduler.halve_steps()

@@ -13,6 +13,7 @@ from PIL import Image
 from pipeline.engine.by_generate import GenerateEngine
 from pipeline.engine.encode import Encoder
 from pipeline.engine.engine import Engine
+from pipeline.engine.members import Members
 from pipeline.engine.memory import (
     no_room_for_requests,
     no_room_for_weights,
@@ -20,6 +21,7 @@ from pipeline.engine.memory import (
     weight_bytes,
 )
 from pipeline.engine.options import (
+    ROUNDED_IN_PARTS,
     DecodeRoute,
     DtypeName,
     EngineOptions,
@@ -28,14 +30,15 @@ from pipeline.engine.options import (
 )
 from pipeline.engine.sampling import Sampling
 from pipeline.engine.types import Request
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.opening import open_checkpoint
 from pipeline.families.prompt import PromptProcessor
 from pipeline.families.registry import AUTO, prompts_of
 from pipeline.model.assemble import Model, load_model
 from pipeline.model.checkpoint import DTYPES, Checkpoint
 from pipeline.model.ops import check_compiler
-from pipeline.model.weights import NUMBERS, check_numbers
+from pipeline.model.slices import check_parts
+from pipeline.model.weights import NUMBERS, Numbers, check_numbers
 from pipeline.redact import cause_of
 
 #: Models up to this width run on one thread of a CPU: handing their small products to others takes
@@ -51,11 +54,13 @@ class LoadedModel:
         folder: its base folder (tokenizer, configuration).
         model: its weights.
         processor: makes prompts of conversations.
+        members: the processes that hold the other parts of the decoder; None: it is whole.
     """
 
     folder: Path
     model: Model
     processor: PromptProcessor
+    members: Members | None = None
 
     def engine(self, options: EngineOptions | None = None) -> Engine:
         """Start an engine over the model.
@@ -65,11 +70,18 @@ class LoadedModel:
         """
         image_token = self.processor.image_token_id
         try:
-            return Engine(self.model, self.processor.tokenizer, image_token, options)
+            return Engine(self.model, self.processor.tokenizer, image_token, options, self.members)
         except torch.OutOfMemoryError as error:
             # Something else took what the plan found free.
             free, _ = torch.cuda.mem_get_info(self.model.device)
             raise no_room_for_requests(free) from error
+
+    def close(self) -> None:
+        """End the processes that hold other parts of the model, if there are any. They also end
+        with this object, or with this process.
+        """
+        if self.members is not None:
+            self.members.close()
 
     def encoder(self, decode_route: DecodeRoute = "released") -> Encoder:
         """What shows the experts of requests without answering them."""
@@ -99,11 +111,13 @@ class LoadedByTransformers:
         folder: its folder.
         model: a transformers model in evaluation mode.
         processor: makes prompts of conversations.
+        members: none: the model is in one piece.
     """
 
     folder: Path
     model: Any
     processor: PromptProcessor
+    members: None = None
 
     def engine(self, options: EngineOptions | None = None) -> GenerateEngine:
         """Start an engine over the model.
@@ -149,6 +163,7 @@ def load(
     threads: int | None = None,
     quantize: NumbersName = "none",
     family: str = AUTO,
+    tensor_parallel: int = 1,
 ) -> LoadedModel | LoadedByTransformers:
     """Load a model.
 
@@ -162,47 +177,109 @@ def load(
         lora_alpha: the adapter's alpha; None is twice the rank.
         prepack: on a CPU, lay large weights out for its products: faster, but in memory of their
             own.
-        threads: on a CPU, most threads of its products, for the whole process; None: as it stands.
+        threads: on a CPU, most threads of its products, for the whole process; None: as it stands,
+            or what that is for each of several parts.
         quantize: what the weights of the decoder's linear layers are rounded to, experts among
             them: int8 on a CPU, fp8 on a GPU.
         family: whose code runs it: see `families.registry.shape_of`.
+        tensor_parallel: into how many parts the decoder is divided: this process computes the first
+            on the first of its GPUs, and starts a process for each of the others; on a CPU they
+            share its threads.
 
     Raises:
         CheckpointError: something is missing, extra, misshapen or of another model.
-        ConfigError: `top_k_experts` or `lora_alpha` does not fit the checkpoint, this machine
-            cannot build what runs on its GPU, the device has no products of what `quantize` rounds
-            to, or the GPU has no room for the weights.
+        ConfigError: `top_k_experts`, `lora_alpha` or `tensor_parallel` does not fit the checkpoint,
+            this machine cannot build what runs on its GPU, the device has no products of what
+            `quantize` rounds to, or the GPU has no room for the weights.
+        LostDeviceError: a process of the model died while it was loaded.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = open_checkpoint(
         base, adapter, top_k=top_k_experts, lora_alpha=lora_alpha, family=family
     )
     if not checkpoint.shape.is_native:
-        check_for_transformers(quantize, fold_experts=False)
+        check_for_transformers(quantize, fold_experts=False, tensor_parallel=tensor_parallel)
         return _by_transformers(checkpoint, DTYPES[dtype], place, threads)
     if place.type == "cuda":
         check_compiler()
-    numbers = NUMBERS[quantize]
-    check_numbers(numbers, place, DTYPES[dtype], checkpoint.shape)
-    if place.type == "cpu" and threads is not None:
-        torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else threads)
+    form = _Form(checkpoint, DTYPES[dtype], place, prepack, NUMBERS[quantize])
+    check_numbers(form.numbers, place, form.dtype, checkpoint.shape)
+    if tensor_parallel > 1:
+        _check_divisible(form, tensor_parallel)
+    if place.type == "cpu" and (threads is not None or tensor_parallel > 1):
+        each = max(1, (threads or torch.get_num_threads()) // tensor_parallel)
+        torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else each)
     processor = prompts_of(checkpoint.folder, checkpoint.shape)
-    needed = weight_bytes(checkpoint.shape, DTYPES[dtype], numbers)
-    if place.type == "cuda":
-        wait_for_weights(needed, place)
+    if tensor_parallel == 1:
+        return LoadedModel(checkpoint.folder, form.loaded(processor), processor)
+    members = Members(
+        tensor_parallel,
+        checkpoint,
+        form.dtype,
+        place,
+        prepack=prepack,
+        threads=torch.get_num_threads(),
+    )
     try:
-        model = load_model(
-            checkpoint,
-            processor.image_processor,
-            DTYPES[dtype],
-            place,
-            prepack=prepack,
-            numbers=numbers,
+        model = form.loaded(processor, members)
+    except BaseException:
+        members.close()
+        raise
+    return LoadedModel(checkpoint.folder, model, processor, members)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is loaded, and as what: see `load_model`."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    place: torch.device
+    prepack: bool
+    numbers: Numbers
+
+    def loaded(self, processor: PromptProcessor, members: Members | None = None) -> Model:
+        """The model, or its first part, once all members have theirs.
+
+        Raises:
+            ConfigError: there is no room for it.
+        """
+        parts = 1 if members is None else members.group.size
+        needed = weight_bytes(self.checkpoint.shape, self.dtype, self.numbers, parts)
+        if self.place.type == "cuda":
+            wait_for_weights(needed, self.place)
+        try:
+            model = load_model(
+                self.checkpoint,
+                processor.image_processor,
+                self.dtype,
+                self.place,
+                prepack=self.prepack,
+                numbers=self.numbers,
+                group=None if members is None else members.group,
+            )
+            if members is not None:
+                members.check_loaded()
+        except torch.OutOfMemoryError as error:
+            # Something else took it meanwhile.
+            raise no_room_for_weights(needed, torch.cuda.mem_get_info(self.place)[0]) from error
+        return model
+
+
+def _check_divisible(form: _Form, parts: int) -> None:
+    """Make sure that a model can be computed in so many parts here.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    check_parts(form.checkpoint.shape, parts)
+    if form.numbers is not None:
+        raise ConfigError(ROUNDED_IN_PARTS)
+    if form.place.type == "cuda" and torch.cuda.device_count() < parts:
+        raise ConfigError(
+            f"model.tensor_parallel: {parts} parts need as many GPUs, this process has "
+            f"{torch.cuda.device_count()}"
         )
-    except torch.OutOfMemoryError as error:
-        # Something else took it meanwhile.
-        raise no_room_for_weights(needed, torch.cuda.mem_get_info(place)[0]) from error
-    return LoadedModel(checkpoint.folder, model, processor)
 
 
 def _by_transformers(

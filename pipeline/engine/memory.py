@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ from pipeline.model.shape import ModelShape
 from pipeline.model.weights import Numbers
 
 if TYPE_CHECKING:
+    from pipeline.engine.members import Members
     from pipeline.model.assemble import Model
 
 #: What the driver, CUDA's context, the kernels and cuBLAS's workspaces take: not measured here.
@@ -48,7 +50,7 @@ ROOM_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of a GPU.
+    """Bytes of a GPU; of a model on several, of the first, which has the most of it.
 
     Attributes:
         weights: the model's.
@@ -80,6 +82,7 @@ class MemoryPlan:
         *,
         numbers: Numbers = None,
         loaded: bool = False,
+        parts: int = 1,
     ) -> MemoryPlan:
         """Plan for a GPU.
 
@@ -90,25 +93,25 @@ class MemoryPlan:
             free: bytes that are free.
             numbers: what weights of the decoder are rounded to.
             loaded: weights and their folded copy lie there already, and CUDA's context.
+            parts: GPUs that share the decoder.
 
         Raises:
             ConfigError: what is asked for does not fit.
         """
         sizes = Sizes.of(options, "cuda")
-        parts = {
-            "weights": weight_bytes(shape, dtype, numbers),
+        graphs = 2 if options.fold_experts else 1
+        takes = {
+            "weights": weight_bytes(shape, dtype, numbers, parts),
             "folded": folded_bytes(shape, dtype) if options.fold_experts else 0,
-            "steps": step_bytes(
-                shape, dtype, sizes, graphs=2 if options.fold_experts else 1, numbers=numbers
-            ),
-            "sampling": sampling_bytes(shape, dtype, sizes),
+            "steps": step_bytes(shape, dtype, sizes, graphs=graphs, numbers=numbers, parts=parts),
+            "sampling": sampling_bytes(shape, dtype, sizes, parts),
             "vision": options.vision_cache_bytes + tower_bytes(shape, dtype),
         }
-        loading = parts["weights"] + parts["folded"] + CONTEXT_BYTES
-        needed = sum(parts.values()) + CONTEXT_BYTES - (loading if loaded else 0)
+        loading = takes["weights"] + takes["folded"] + CONTEXT_BYTES
+        needed = sum(takes.values()) + CONTEXT_BYTES - (loading if loaded else 0)
         left = int((1 - SPARE_SHARE) * free) - needed
         visual = max(0, min(MOST_VISUAL_BYTES, int(VISUAL_SHARE * left)))
-        token = token_bytes(shape, dtype)
+        token = token_bytes(shape.part(parts), dtype)
         tokens = options.batch_tokens or max(0, left - visual) // token
         if tokens < 1 or left - visual < tokens * token:
             wanted = f"engine.batch_tokens {tokens:,}" if options.batch_tokens else "any cache"
@@ -116,10 +119,10 @@ class MemoryPlan:
                 f"model.device: a GPU with {free / 2**30:.1f} GiB free has no room for {wanted}: "
                 f"the model and its steps take {needed / 2**30:.1f} GiB of it; lower "
                 f"engine.step_tokens ({sizes.step_tokens}), engine.batch_size "
-                f"({sizes.batch_size}) or engine.batch_tokens, or take a larger GPU (--dry-run "
-                "shows what fits)"
+                f"({sizes.batch_size}) or engine.batch_tokens, or take a larger GPU, or more of "
+                "them (model.tensor_parallel; --dry-run shows what fits)"
             )
-        return cls(**parts, visual=visual, cache=tokens * token, cache_tokens=tokens)
+        return cls(**takes, visual=visual, cache=tokens * token, cache_tokens=tokens)
 
     @property
     def total(self) -> int:
@@ -135,7 +138,9 @@ def wait_for_weights(needed: int, gpu: torch.device) -> None:
         ConfigError: they are not free after `ROOM_SECONDS`, or the GPU has not as many.
     """
     _, total = torch.cuda.mem_get_info(gpu)
-    free = _free_once(lambda free: free >= needed or total < needed, gpu)
+    free = _free_once(
+        lambda free: free >= needed or total < needed, lambda: torch.cuda.mem_get_info(gpu)[0]
+    )
     if free < needed:
         raise no_room_for_weights(needed, free)
 
@@ -144,8 +149,8 @@ def no_room_for_weights(needed: int, free: int) -> ConfigError:
     """Why a model cannot be loaded, in one line."""
     return ConfigError(
         f"model.device: a GPU with {free / 2**30:.1f} GiB free has no room for the model's "
-        f"weights, which take {needed / 2**30:.1f} GiB; take a larger GPU, or one that nobody else "
-        "uses (--dry-run shows what fits)"
+        f"weights, which take {needed / 2**30:.1f} GiB; take a larger GPU, or more of them "
+        "(model.tensor_parallel), or one that nobody else uses (--dry-run shows what fits)"
     )
 
 
@@ -158,9 +163,16 @@ def no_room_for_requests(free: int) -> ConfigError:
     )
 
 
-def find_room(model: Model, options: EngineOptions) -> tuple[int, int]:
+def find_room(
+    model: Model, options: EngineOptions, members: Members | None = None
+) -> tuple[int, int]:
     """What is left for requests beside a loaded model; on a GPU, waits for what a dead process
     still holds of it.
+
+    Args:
+        model: the loaded model.
+        options: how the engine batches.
+        members: the processes with other parts of it: what counts is what the fullest GPU has left.
 
     Returns:
         Tokens of the cache, and bytes of visual tokens that may wait.
@@ -172,11 +184,20 @@ def find_room(model: Model, options: EngineOptions) -> tuple[int, int]:
         return Sizes.of(options, "cpu").batch_tokens or 0, MOST_VISUAL_BYTES
     _, total = torch.cuda.mem_get_info(model.device)
     # What never fits is said at once.
-    numbers = model.decoder.numbers
-    whole = MemoryPlan.of(model.shape, model.dtype, options, total, numbers=numbers)
+    plan_for = partial(
+        MemoryPlan.of,
+        model.shape,
+        model.dtype,
+        options,
+        numbers=model.decoder.numbers,
+        parts=1 if members is None else members.group.size,
+    )
+    whole = plan_for(total)
+    plan = partial(plan_for, loaded=True)
 
-    def plan(free: int) -> MemoryPlan:
-        return MemoryPlan.of(model.shape, model.dtype, options, free, numbers=numbers, loaded=True)
+    def free_now() -> int:
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return free if members is None else members.least_free(free)
 
     def is_enough(free: int) -> bool:
         try:
@@ -184,31 +205,36 @@ def find_room(model: Model, options: EngineOptions) -> tuple[int, int]:
         except ConfigError:
             return False
 
-    found = plan(_free_once(is_enough, model.device))
+    found = plan(_free_once(is_enough, free_now))
     return found.cache_tokens, found.visual
 
 
-def _free_once(is_enough: Callable[[int], bool], gpu: torch.device) -> int:
-    """What a GPU has free once that is enough, or after `ROOM_SECONDS` whatever it is."""
+def _free_once(is_enough: Callable[[int], bool], free_now: Callable[[], int]) -> int:
+    """What is free once that is enough, or after `ROOM_SECONDS` whatever it is."""
     until = time.monotonic() + ROOM_SECONDS
     while True:
-        free, _ = torch.cuda.mem_get_info(gpu)
+        free = free_now()
         if is_enough(free) or time.monotonic() >= until:
             return free
         time.sleep(1.0)
 
 
-def weight_bytes(shape: ModelShape, dtype: torch.dtype, numbers: Numbers = None) -> int:
-    """Bytes of all serving tensors.
+def weight_bytes(
+    shape: ModelShape, dtype: torch.dtype, numbers: Numbers = None, parts: int = 1
+) -> int:
+    """Bytes of all serving tensors that the first of so many parts has.
 
     Args:
         shape: the model's sizes.
         dtype: dtype of those that are not rounded.
         numbers: what weights of the decoder's linear layers are rounded to: a byte each, with a
             float32 scale for each of their rows.
+        parts: GPUs that share the decoder.
     """
     total = 0
-    for name, size in serving_shapes(shape).items():
+    for name, size in serving_shapes(shape.part(parts)).items():
+        if name == "lm_head.weight":
+            size = (-(-size[0] // parts), *size[1:])
         if numbers is not None and is_rounded(name):
             total += math.prod(size) + 4 * math.prod(size[:-1])
         else:
@@ -231,17 +257,20 @@ def step_bytes(
     *,
     graphs: int,
     numbers: Numbers = None,
+    parts: int = 1,
 ) -> int:
     """Bytes that a step of the most tokens has alive at once, at its widest place (the MLP), with
     tables and captured steps.
 
     There are the residual stream before and after, its norm, the product of gate and up with the
-    columns of the global expert, SiLU's result, and low-rank products.
+    columns of the global expert, SiLU's result, and low-rank products. Of several parts also what
+    is told to the others and what is summed up; their steps are not captured.
     """
+    shape = shape.part(parts)
     rank, experts = (shape.adapter.rank, shape.adapter.experts) if shape.adapter else (0, 0)
     tokens = sizes.step_tokens + sizes.batch_size
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    a_token = 4 * shape.hidden + heads + 3 * shape.mlp_width + 8 * rank
+    a_token = (4 if parts == 1 else 6) * shape.hidden + heads + 3 * shape.mlp_width + 8 * rank
     a_masked = 4 * (experts + 1) * rank
     # Gate's and up's B of every expert beside the global one's, and factors and rotary angles of
     # all tokens.
@@ -255,14 +284,17 @@ def step_bytes(
     pool += 2 * 64 * 264 * shape.head_dim * 4
     # The widest rows that products read, rounded.
     rounded = 0 if numbers is None else tokens * (shape.mlp_width + 4)
-    return elements * dtype.itemsize + rounded + graphs * (pool + len(captured) * GRAPH_BYTES)
+    graph_bytes = graphs * (pool + len(captured) * GRAPH_BYTES) if parts == 1 else 0
+    return elements * dtype.itemsize + rounded + graph_bytes
 
 
-def sampling_bytes(shape: ModelShape, dtype: torch.dtype, sizes: Sizes) -> int:
-    """Bytes of logits, of the tokens that the repetition penalty covers, and of float32 scores,
-    probabilities and noise while tokens are drawn for all requests.
+def sampling_bytes(shape: ModelShape, dtype: torch.dtype, sizes: Sizes, parts: int = 1) -> int:
+    """Bytes of logits (of several parts each one's beside them), of the tokens that the repetition
+    penalty covers, and of float32 scores, probabilities and noise while tokens are drawn for all
+    requests.
     """
-    return sizes.batch_size * shape.vocabulary * (3 * dtype.itemsize + 1 + 7 * 4)
+    logits = 3 if parts == 1 else 4
+    return sizes.batch_size * shape.vocabulary * (logits * dtype.itemsize + 1 + 7 * 4)
 
 
 def tower_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
@@ -277,6 +309,7 @@ def fitting(
     free: int,
     request_tokens: int,
     numbers: Numbers = None,
+    parts: int = 1,
 ) -> tuple[MemoryPlan | None, dict[str, int]]:
     """A plan for a GPU, and what to set for it.
 
@@ -287,6 +320,7 @@ def fitting(
         free: see there.
         request_tokens: tokens of a usual request, its longest answer included.
         numbers: see `MemoryPlan.of`.
+        parts: see there.
 
     Returns:
         The plan, and settings of `engine` that it needs: none where the options fit as they are and
@@ -297,7 +331,7 @@ def fitting(
         tried = replace(options, **changes)  # type: ignore[arg-type]
         sizes = Sizes.of(tried, "cuda")
         try:
-            plan = MemoryPlan.of(shape, dtype, tried, free, numbers=numbers)
+            plan = MemoryPlan.of(shape, dtype, tried, free, numbers=numbers, parts=parts)
         except ConfigError:
             plan = None
         at_once = plan.cache_tokens // request_tokens if plan else 0

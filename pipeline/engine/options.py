@@ -18,20 +18,36 @@ NumbersName = Literal["none", "int8", "fp8"]
 FOLDED_AND_ROUNDED = (
     "engine.fold_experts: weights that model.quantize rounds take no experts in; set one of them"
 )
+#: The same of a model on several devices.
+FOLDED_IN_PARTS = (
+    "engine.fold_experts: experts fold into weights that one device holds; leave it off with "
+    "model.tensor_parallel"
+)
+ROUNDED_IN_PARTS = (
+    "model.quantize: a weight that is divided would be rounded otherwise than a whole one; set "
+    "none with model.tensor_parallel"
+)
 
 
-def check_for_transformers(quantize: NumbersName, *, fold_experts: bool) -> None:
+def check_for_transformers(
+    quantize: NumbersName, *, fold_experts: bool, tensor_parallel: int = 1
+) -> None:
     """Make sure that nothing is asked for which a model that transformers runs does not do.
 
     Raises:
         ConfigError: it is.
     """
-    key = "model.quantize" if quantize != "none" else "engine.fold_experts"
-    if quantize != "none" or fold_experts:
-        raise ConfigError(
-            f"{key}: model.base is a model that transformers runs (docs/models.md), whose weights "
-            "stay as they are; leave it unset"
-        )
+    asked = {
+        "model.quantize": quantize != "none",
+        "engine.fold_experts": fold_experts,
+        "model.tensor_parallel": tensor_parallel > 1,
+    }
+    for key, is_asked in asked.items():
+        if is_asked:
+            raise ConfigError(
+                f"{key}: model.base is a model that transformers runs (docs/models.md), in one "
+                "piece and as its weights are; leave it unset"
+            )
 
 
 @dataclass(frozen=True)

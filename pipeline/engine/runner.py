@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.folding import FoldedExperts
+from pipeline.engine.members import Members
 from pipeline.engine.request import LiveRequest
 from pipeline.engine.sampling import Sampler
 from pipeline.engine.scheduler import Chunk, Schedule
@@ -53,13 +54,19 @@ class Runner:
         slots: how many requests run at once.
         cache_tokens: tokens that the key/value cache holds.
         folded: experts folded into the dense weights while all new tokens share them, if at all.
+        members: the processes that run every pass with this one, on other parts of the decoder.
     """
 
     def __init__(
-        self, model: Model, slots: int, cache_tokens: int, folded: FoldedExperts | None = None
+        self,
+        model: Model,
+        slots: int,
+        cache_tokens: int,
+        folded: FoldedExperts | None = None,
+        members: Members | None = None,
     ) -> None:
-        self._model = model
-        self._cache = KVCache(model.shape, cache_tokens, model.dtype, model.device)
+        self._model, self._members = model, members
+        self._cache = KVCache(model.decoder.shape, cache_tokens, model.dtype, model.device)
         self._sampler = Sampler(slots, model.shape.vocabulary, model.device)
 
         def table() -> Tensor:
@@ -76,7 +83,8 @@ class Runner:
             )
         self._folded = folded
         self.folded_tokens = 0
-        sizes = static_sizes(model.device, slots)
+        # A pass of several processes begins with a message between hosts, which no graph holds.
+        sizes = static_sizes(model.device, slots) if members is None else ()
         self._static: StaticDecode | None = None
         self._static_folded: StaticDecode | None = None
         if sizes:
@@ -192,13 +200,16 @@ class Runner:
             *(int(end) - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last),
             *range(total, total + len(slot_index)),
         ]
-        return model.decoder.step(
+        what = (
             embeddings,
             places,
             StepLayout(self._cache, write, sequences, start, cached + 1),
             model.layer_factors(self._expert_factors(schedule, factor_rows)),
             self._upload(np.array(answered, np.int64)),
         )
+        if self._members is not None:
+            return self._members.step(model.decoder, *what)
+        return model.decoder.step(*what)
 
     def _place_images(self, embeddings: Tensor, chunks: Sequence[Chunk]) -> None:
         """Write visual tokens in the places of their image tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.decoder import Decoder, DecoderLayer, LayerFactors
 from pipeline.model.experts import ExpertFactors, Mixture
+from pipeline.model.group import Group
 from pipeline.model.routing import Routers, Routes, route
 from pipeline.model.shape import ROUTED, ModelShape
+from pipeline.model.slices import Slice
 from pipeline.model.vision import Affine, LayerNorm, Vision, VisionBlock, pixel_table
 from pipeline.model.weights import Numbers, Weight, pack
 
@@ -27,7 +29,7 @@ class Model:
         embeddings: [vocabulary, hidden], the token embeddings.
         vision: the vision tower.
         routers: the stacked routers, None without an adapter.
-        decoder: the decoder.
+        decoder: the decoder, or the first of its parts.
     """
 
     shape: ModelShape
@@ -73,6 +75,7 @@ def load_model(
     *,
     prepack: bool = True,
     numbers: Numbers = None,
+    group: Group | None = None,
 ) -> Model:
     """Load a checked checkpoint.
 
@@ -87,15 +90,54 @@ def load_model(
         prepack: on a CPU, lay the weights out for its products: faster, but in memory of their own.
         numbers: what weights of the decoder's linear layers are rounded to, experts among them.
             What else there is (embeddings, norms, routers, vision tower, lm_head) stays in `dtype`.
+        group: the processes that hold the decoder's other parts, of which this one leads; None:
+            all of it is loaded here.
     """
-    with checkpoint.files.reader() as reader:
-        tensors = {
-            name: build(reader).to(device, dtype) for name, build in checkpoint.serving_tensors()
-        }
+    part = None if group is None else Slice(group.number, group.size, checkpoint.shape)
+    tensors = _tensors(checkpoint, dtype, device, part)
     table = pixel_table(
         image_processor.image_mean, image_processor.image_std, image_processor.rescale_factor
     )
-    return assemble(checkpoint.shape, tensors, table.to(device), prepack=prepack, numbers=numbers)
+    model = assemble(
+        checkpoint.shape, tensors, table.to(device), prepack=prepack, numbers=numbers, part=part
+    )
+    return replace(model, decoder=replace(model.decoder, group=group))
+
+
+def load_part(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group,
+    *,
+    prepack: bool = True,
+) -> Decoder:
+    """Load this process's part of a checked checkpoint's decoder: of the files, only that is read.
+
+    Args:
+        checkpoint: as in `load_model`.
+        dtype: as there.
+        device: as there.
+        group: the processes that share it; this one does not lead.
+        prepack: as in `load_model`.
+    """
+    part = Slice(group.number, group.size, checkpoint.shape)
+    tensors = _tensors(checkpoint, dtype, device, part)
+    parts = Parts(tensors, _rank(checkpoint.shape), prepack, None)
+    tied = tensors.pop("embeddings.weight", None)
+    return replace(_decoder(parts, checkpoint.shape, tied, part), group=group)
+
+
+def _tensors(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, part: Slice | None
+) -> dict[str, Tensor]:
+    """A checkpoint's serving tensors by name, or what a part has of them."""
+    with checkpoint.files.reader(part) as reader:
+        return {
+            name: build(reader).to(device, dtype)
+            for name, build in checkpoint.serving_tensors()
+            if part is None or part.holds(name)
+        }
 
 
 def assemble(
@@ -105,6 +147,7 @@ def assemble(
     *,
     prepack: bool,
     numbers: Numbers = None,
+    part: Slice | None = None,
 ) -> Model:
     """Put a model together.
 
@@ -115,17 +158,42 @@ def assemble(
         table: `pixel_table`'s result, on that device.
         prepack: as in `load_model`.
         numbers: see there.
+        part: what the tensors of the decoder's linear layers are of the whole ones; the first
+            part. None: they are whole.
     """
-    parts = Parts(tensors, shape.adapter.rank if shape.adapter else 0, prepack, numbers)
+    parts = Parts(tensors, _rank(shape), prepack, numbers)
     vision = shape.vision.assemble(parts, table)
-    layers = tuple(_layer(parts, f"layers.{i}") for i in range(shape.layers))
     embeddings = tensors.pop("embeddings.weight")
-    lm_head = parts.laid_out(embeddings if shape.tied_embeddings else tensors.pop("lm_head.weight"))
+    tied = None
+    if shape.tied_embeddings:
+        tied = embeddings if part is None else embeddings[slice(*part.vocabulary)]
+    decoder = _decoder(parts, shape, tied, part)
     routers = None
     if shape.adapter is not None:
         routers = Routers(*(tensors.pop(f"gates.{name}") for name in ("norm", "weight", "bias")))
-    decoder = Decoder(shape, layers, tensors.pop("final_norm.weight"), lm_head)
     return Model(shape, embeddings, vision, routers, decoder)
+
+
+def _rank(shape: ModelShape) -> int:
+    return shape.adapter.rank if shape.adapter else 0
+
+
+def _decoder(parts: Parts, shape: ModelShape, tied: Tensor | None, part: Slice | None) -> Decoder:
+    """The decoder, or a part of it.
+
+    Args:
+        parts: has its tensors.
+        shape: sizes of the whole model.
+        tied: the embeddings that are lm_head too, or the part of them; None: it is a tensor of its
+            own.
+        part: which part; None: the whole.
+    """
+    layers = tuple(_layer(parts, f"layers.{i}") for i in range(shape.layers))
+    lm_head = parts.tensors.pop("lm_head.weight") if tied is None else tied
+    if part is not None:
+        shape, lm_head = shape.part(part.parts), part.filled(lm_head)
+    final_norm = parts.tensors.pop("final_norm.weight")
+    return Decoder(shape, layers, final_norm, parts.laid_out(lm_head))
 
 
 @dataclass(frozen=True)

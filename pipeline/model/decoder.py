@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.model.attention import StepLayout, attend
 from pipeline.model.experts import ExpertFactors, Mixture, mixture_linear
+from pipeline.model.group import Group
 from pipeline.model.ops import add_rms_norm, rotate_and_store, silu_multiply
 from pipeline.model.shape import ModelShape
 from pipeline.model.weights import Numbers, Weight, linear
@@ -77,12 +78,22 @@ def rotary(positions: Tensor, shape: ModelShape, dtype: torch.dtype) -> tuple[Te
 
 @dataclass(frozen=True)
 class Decoder:
-    """The decoder's weights and its forward pass."""
+    """The decoder's weights and its forward pass.
+
+    Attributes:
+        shape: its sizes; of one of several parts its own.
+        layers: its layers.
+        final_norm: [hidden].
+        lm_head: [vocabulary, hidden]; of several parts each has as many tokens of it.
+        group: the processes that hold the other parts, and run each of its passes with it; None:
+            it is whole.
+    """
 
     shape: ModelShape
     layers: tuple[DecoderLayer, ...]
     final_norm: Tensor
     lm_head: Tensor
+    group: Group | None = None
 
     @property
     def numbers(self) -> Numbers:
@@ -108,10 +119,12 @@ class Decoder:
             layout: which requests the tokens belong to; their keys and values go into its cache.
             factors: one entry a layer, factors per token.
             answered: [requests] int64, the tokens behind which a new one is wanted.
-            into: where the logits are written; None: memory of their own.
+            into: where the logits are written; None: memory of their own. A part writes nowhere
+                else.
 
         Returns:
-            [requests, vocabulary] logits, in the dtype of `embeddings`.
+            [requests, vocabulary] logits, in the dtype of `embeddings`; of several parts at the
+            first alone.
         """
         eps = self.shape.rms_eps
         angles = rotary(positions, self.shape, embeddings.dtype)
@@ -125,9 +138,9 @@ class Decoder:
                 # token.
                 x, attended = x.index_select(0, answered), attended.index_select(0, answered)
                 routed = routed.of_few(answered)
-            delta = mixture_linear(attended, layer.o, routed.o)
+            delta = self._sum(mixture_linear(attended, layer.o, routed.o))
             x, normed = add_rms_norm(x, delta, layer.post_norm, eps)
-            delta = layer.mlp(normed, routed.mlp)
+            delta = self._sum(layer.mlp(normed, routed.mlp))
         if last is None:
             x = x.index_select(0, answered)
             delta = None if delta is None else delta.index_select(0, answered)
@@ -144,7 +157,15 @@ class Decoder:
         q = rotate_and_store(qkv, *angles, keys, values, layout.write)
         return attend(layout, index, q)
 
+    def _sum(self, x: Tensor) -> Tensor:
+        """What all parts make of a projection that is divided by its inputs."""
+        return x if self.group is None else self.group.sum(x)
+
     def _logits(self, x: Tensor, into: Tensor | None) -> Tensor:
+        if self.group is not None:
+            logits = self.group.side_by_side(linear(x, self.lm_head))
+            # The last part may have been filled up.
+            return logits[:, : self.shape.vocabulary].contiguous()
         if into is None:
             return linear(x, self.lm_head)
         if self.lm_head.is_mkldnn:

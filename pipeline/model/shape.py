@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,3 +130,14 @@ class ModelShape:
     qkv_bias: bool = True
     family: str = "qwen2_vl"
     is_native: bool = True
+
+    def part(self, parts: int) -> ModelShape:
+        """Sizes of one of several equal parts of the decoder (`pipeline.model.slices`). Those of
+        the residual stream and of the vocabulary stay.
+        """
+        return replace(
+            self,
+            heads=self.heads // parts,
+            kv_heads=self.kv_heads // parts,
+            mlp_width=self.mlp_width // parts,
+        )

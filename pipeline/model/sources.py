@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pipeline.model.slices import Slice
+
 #: Everything a model or adapter folder may contribute; other frameworks' weights on a Hub page are
 #: not fetched.
 FILE_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors", "pytorch_model*.bin")
@@ -309,11 +311,14 @@ class TensorFiles:
         return weights
 
     @contextlib.contextmanager
-    def reader(self) -> Iterator[TensorReader]:
+    def reader(self, part: Slice | None = None) -> Iterator[TensorReader]:
         """Open the files for reading; what was read must be copied or dropped before the mapping
         can go.
+
+        Args:
+            part: reads nothing but its parts of the tensors; None: all of them.
         """
-        yield _Reader(self.tensors)
+        yield _Reader(self.tensors, part)
 
 
 def weight_files(folder: Path, key: str) -> list[Path]:
@@ -425,8 +430,8 @@ def _list_pytorch(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
 class _Reader:
     """Opens each file once, when a tensor of it is first asked for."""
 
-    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: dict[str, TensorInfo], part: Slice | None) -> None:
+        self._tensors, self._part = tensors, part
         # A pickle's tensors, or what safetensors reads one at a time from.
         self._open: dict[Path, Any] = {}
 
@@ -440,7 +445,12 @@ class _Reader:
             else:
                 self._open[info.file] = _load_pytorch(info.file)
         handle = self._open[info.file]
-        take = handle.__getitem__ if isinstance(handle, dict) else handle.get_tensor
+        is_pickle = isinstance(handle, dict)
+        cut = self._part.cut(name, info.shape) if self._part is not None else None
+        if cut is not None:
+            take = handle.__getitem__ if is_pickle else handle.get_slice
+            return cut.of(take(info.stored_name))
+        take = handle.__getitem__ if is_pickle else handle.get_tensor
         tensor: Tensor = take(info.stored_name)
         return tensor
 

@@ -63,6 +63,7 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
     # Imported here, since it imports torch: what is wrong with the input is answered without.
     from pipeline.families.opening import open_checkpoint
     from pipeline.families.registry import prompts_of
+    from pipeline.model.slices import check_parts
 
     checkpoint = open_checkpoint(
         model.base,
@@ -71,8 +72,14 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
         lora_alpha=model.lora_alpha,
         family=model.family,
     )
-    if not checkpoint.shape.is_native:
-        check_for_transformers(model.quantize, fold_experts=settings.engine.fold_experts)
+    if checkpoint.shape.is_native:
+        check_parts(checkpoint.shape, model.tensor_parallel)
+    else:
+        check_for_transformers(
+            model.quantize,
+            fold_experts=settings.engine.fold_experts,
+            tensor_parallel=model.tensor_parallel,
+        )
     prompts_of(checkpoint.folder, checkpoint.shape, model.to_pictures())
     settings.generation.to_sampling(checkpoint.folder)
     files = deciding_files(checkpoint.folder, checkpoint.files.files)

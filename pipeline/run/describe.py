@@ -72,7 +72,10 @@ def _columns(job: Job) -> list[str]:
 
 
 def _would_run(job: Job) -> list[str]:
-    settings, shape = job.settings, job.checkpoint.shape
+    settings, model, shape = job.settings, job.settings.model, job.checkpoint.shape
+    divided = (
+        "" if model.tensor_parallel == 1 else f" in {model.tensor_parallel} parts on as many GPUs"
+    )
     adapter = (
         f"{shape.adapter.experts} experts of rank {shape.adapter.rank} and a global one"
         if shape.adapter
@@ -80,7 +83,7 @@ def _would_run(job: Job) -> list[str]:
     )
     return [
         "# would run",
-        f"{job.task}: {job.plan.rows:,} rows on {settings.replicas} replica(s), model of "
+        f"{job.task}: {job.plan.rows:,} rows on {settings.replicas} replica(s), model{divided} of "
         f"{shape.layers} layers, {adapter}, {_numbers(settings)}, results to "
         f"{settings.output.path}",
     ]
@@ -114,6 +117,7 @@ def _memory(job: Job) -> list[str]:
             free,
             request_tokens,
             NUMBERS[settings.model.quantize],
+            settings.model.tensor_parallel,
         )
         if plan is None:
             advice.append(f"{card}: does not fit")
@@ -131,8 +135,10 @@ def _memory(job: Job) -> list[str]:
             needed = " ".join(f"engine.{name}={value}" for name, value in changes.items())
             advice.append(f"{card}: set {needed}")
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    count = settings.model.tensor_parallel
+    of = "a GPU" if count == 1 else f"each of {count} GPUs, at most,"
     return [
-        f"# memory of a GPU in GiB ({_numbers(settings)}); requests of {request_tokens:,} tokens "
+        f"# memory of {of} in GiB ({_numbers(settings)}); requests of {request_tokens:,} tokens "
         "that the cache holds at once",
         *(
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -165,6 +165,7 @@ def _routes(settings: InspectSettings, row: ReadyRow) -> Iterator[Table]:
     loaded = load_for_job(settings, torch.device(device))
     if not isinstance(loaded, LoadedModel):
         return
+    loaded.close()  # vision tower and routers are not divided
     encoder = loaded.encoder(settings.model.decode_route)
     sampling = settings.generation.to_sampling(loaded.folder)
     request = Request(row.input_ids, row.span, row.images, sampling, row.inputs)

@@ -123,7 +123,7 @@ def _granted(nodes: Sequence[Node]) -> Any:
 
 def _waiting(settings: JobSettings, nodes: Sequence[Node], free: Sequence[Node]) -> str:
     kinds = {"CPUs": "cpus"}
-    if device_of(settings, sum(node.gpus for node in nodes)) == "cuda":
+    if device_of(settings, nodes) == "cuda":
         kinds["GPUs"] = "gpus"
     of_each = (
         f"{sum(getattr(node, field) for node in free):g} of "

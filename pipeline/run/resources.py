@@ -34,7 +34,7 @@ class Resources:
 
     Attributes:
         device: `cpu` or `cuda`.
-        replica_gpus: GPUs of a replica.
+        replica_gpus: GPUs of a replica, all of one node.
         replica_cpus: CPUs of a replica.
         replica_threads: torch threads of a replica on the CPU.
         prepare_actors: most preparing actors; one is always there.
@@ -49,19 +49,27 @@ class Resources:
     prepare_cpus: float
 
 
-def device_of(settings: JobSettings, gpus: float) -> str:
-    """`cpu` or `cuda`, on a cluster of so many GPUs.
+def device_of(settings: JobSettings, nodes: Sequence[Node]) -> str:
+    """`cpu` or `cuda`, on a cluster of these nodes.
 
     Raises:
-        ConfigError: more replicas than GPUs, or CUDA asked of a cluster without.
+        ConfigError: more replicas than GPUs for them, or CUDA asked of a cluster without.
     """
-    device = settings.model.device
+    device, parts = settings.model.device, settings.model.tensor_parallel
+    gpus = sum(node.gpus for node in nodes)
     if device == "auto":
         device = "cuda" if gpus >= 1 else "cpu"
-    if device == "cuda" and gpus < settings.replicas:
+    needed = settings.replicas * parts
+    if device == "cuda" and gpus < needed:
         raise ConfigError(
-            f"replicas: {settings.replicas} on CUDA need {settings.replicas} GPUs, the cluster has "
+            f"replicas: {settings.replicas} on CUDA need {needed} GPUs, the cluster has "
             f"{gpus:g}; lower replicas, add GPUs, or set model.device=cpu"
+        )
+    room = sum(int(node.gpus) // parts for node in nodes)
+    if device == "cuda" and room < settings.replicas:
+        raise ConfigError(
+            f"model.tensor_parallel: each replica needs {parts} GPUs of one node, of which the "
+            f"cluster's nodes hold {room}, not {settings.replicas}; lower it, or replicas"
         )
     return device
 
@@ -71,7 +79,7 @@ def portion(
 ) -> list[Node] | None:
     """What a job takes of each node; None: too little is free now.
 
-    On CUDA it takes a GPU a replica, and of the CPUs as large a part as of the GPUs, so that
+    On CUDA it takes each replica's GPUs, and of the CPUs as large a part as of the GPUs, so that
     another job finds CPUs beside the GPUs that are left. On CPUs alone it takes all that is free.
 
     Args:
@@ -83,13 +91,14 @@ def portion(
         ConfigError: more replicas than GPUs, or CUDA asked of a cluster without.
     """
     gpus = sum(node.gpus for node in nodes)
-    if device_of(settings, gpus) == "cpu":
+    if device_of(settings, nodes) == "cpu":
         wanted = [Node(node.cpus) for node in nodes]
     else:
-        taken = _gpus_of_each(settings.replicas, free)
+        each = settings.model.tensor_parallel
+        taken = _gpus_of_each(settings.replicas, each, free)
         if taken is None:
             return None
-        of_all = settings.replicas / gpus
+        of_all = settings.replicas * each / gpus
         wanted = [
             Node(node.cpus * (count / node.gpus if node.gpus else of_all), count)
             for node, count in zip(nodes, taken, strict=True)
@@ -104,24 +113,25 @@ def portion(
     return portions
 
 
-def _gpus_of_each(replicas: int, free: Sequence[Node]) -> list[float] | None:
-    """How many GPUs of each node so many replicas take, whole nodes first; None: too few are
-    free.
+def _gpus_of_each(replicas: int, each: int, free: Sequence[Node]) -> list[float] | None:
+    """How many GPUs of each node so many replicas take, of which each has so many of one node,
+    whole nodes first; None: too few are free.
     """
     taken = [0.0] * len(free)
     left = replicas
     for index in sorted(range(len(free)), key=lambda index: -free[index].gpus):
-        taken[index] = float(min(int(free[index].gpus), left))
-        left -= int(taken[index])
+        here = min(int(free[index].gpus) // each, left)
+        taken[index] = float(here * each)
+        left -= here
     return None if left else taken
 
 
 def share(settings: JobSettings, nodes: Sequence[Node]) -> Resources:
     """Divide what a job takes of a cluster between its stages.
 
-    With GPUs a replica takes one of each and preparing gets the other CPUs. On CPUs alone the
-    replicas get half of them in all, however many replicas there are, but none more than half of a
-    node: it must find room on one.
+    With GPUs a replica takes its own and a CPU for each of them and one more, and preparing gets
+    the other CPUs. On CPUs alone the replicas get half of them in all, however many replicas there
+    are, but none more than half of a node: it must find room on one.
 
     Args:
         settings: the job's settings.
@@ -131,13 +141,14 @@ def share(settings: JobSettings, nodes: Sequence[Node]) -> Resources:
         ConfigError: more replicas than GPUs, or CUDA asked of a cluster without.
     """
     cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
-    device = device_of(settings, sum(node.gpus for node in nodes))
-    replicas = settings.replicas
+    device = device_of(settings, nodes)
+    replicas, parts = settings.replicas, settings.model.tensor_parallel
     if device == "cuda":
         # A GPU may stand on a node of few CPUs.
-        beside = min(node.cpus / node.gpus for node in nodes if node.gpus)
-        # Two threads of a replica are busy: what launches work, and what takes and hands on rows.
-        replica_cpus = min(2.0, cpus / 2 / replicas, beside)
+        beside = parts * min(node.cpus / node.gpus for node in nodes if node.gpus)
+        # Busy are a thread for each GPU, which launches its work, and one that takes and hands on
+        # rows.
+        replica_cpus = min(1.0 + parts, cpus / 2 / replicas, beside)
     else:
         replica_cpus = min(cpus / replicas, largest) / 2
     replica_cpus = _floored(replica_cpus)
@@ -147,7 +158,7 @@ def share(settings: JobSettings, nodes: Sequence[Node]) -> Resources:
     actors = min(settings.preparation.actors or max(1, int(spare)), int(spare / TASK_CPUS))
     return Resources(
         device=device,
-        replica_gpus=1 if device == "cuda" else 0,
+        replica_gpus=parts if device == "cuda" else 0,
         replica_cpus=replica_cpus,
         replica_threads=max(1, int(min(cpus / replicas, largest))),
         prepare_actors=actors,

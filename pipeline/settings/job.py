@@ -13,6 +13,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.engine.options import (
     FOLDED_AND_ROUNDED,
+    FOLDED_IN_PARTS,
+    ROUNDED_IN_PARTS,
     DecodeRoute,
     DtypeName,
     EngineOptions,
@@ -78,6 +80,13 @@ class ModelSettings(Settings):
         json_schema_extra=KEEPS_ANSWERS,
         description="auto: CUDA where the cluster has GPUs",
     )
+    # Sums in another order round otherwise, as on another device.
+    tensor_parallel: PositiveInt = Field(
+        1,
+        json_schema_extra=KEEPS_ANSWERS,
+        description="GPUs of each replica, which share the decoder's weights and its cache: for a "
+        "model that one does not hold (docs/cookbook.md); on a CPU, processes",
+    )
     prepack: bool = Field(
         True,
         description="on a CPU: lay large weights out for its products: faster, but replicas share "
@@ -111,6 +120,12 @@ class ModelSettings(Settings):
     def _pixels_are_ordered(self) -> ModelSettings:
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_not_rounded(self) -> ModelSettings:
+        if self.tensor_parallel > 1 and self.quantize != "none":
+            raise ValueError(ROUNDED_IN_PARTS)
         return self
 
 
@@ -632,7 +647,8 @@ class JobSettings(Settings):
     replicas: PositiveInt = Field(
         1,
         json_schema_extra=KEEPS_ANSWERS,
-        description="model replicas; each has a GPU of its own where there are GPUs",
+        description="model replicas; each has a GPU of its own where there are GPUs, or "
+        "model.tensor_parallel of them",
     )
     ray: RaySettings = Field(default_factory=RaySettings, json_schema_extra=KEEPS_ANSWERS)
 
@@ -640,6 +656,8 @@ class JobSettings(Settings):
     def _folds_what_is_not_rounded(self) -> JobSettings:
         if self.engine.fold_experts and self.model.quantize != "none":
             raise ValueError(FOLDED_AND_ROUNDED)
+        if self.engine.fold_experts and self.model.tensor_parallel > 1:
+            raise ValueError(FOLDED_IN_PARTS)
         return self
 
     def to_options(self) -> EngineOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -31,6 +32,8 @@ from pipeline.engine.scheduler import Chunk, Schedule
 from pipeline.errors import ConfigError
 from pipeline.families.qwen2_vl import Qwen2VLTower
 from pipeline.model.assemble import Model
+from pipeline.model.checkpoint import serving_shapes
+from pipeline.model.slices import Slice
 from pipeline.model.weights import Fp8Weight
 from tests.gpu.pretended import PretendedGPU, pretended_gpu
 
@@ -176,6 +179,44 @@ def test_memory_that_a_dead_process_still_holds_is_waited_for(
     # What there is then is taken.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 << 30, 8 << 30))
     assert 0 < find_room(model, EngineOptions())[0] < tokens / 2  # type: ignore[arg-type]
+
+
+def test_of_several_gpus_the_fullest_says_what_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = SimpleNamespace(numbers=None)
+    model = SimpleNamespace(shape=SHAPE, dtype=torch.float32, device=CUDA, decoder=decoder)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (7 << 30, 8 << 30))
+
+    def room(there: int) -> int:
+        members = SimpleNamespace(
+            group=SimpleNamespace(size=1), least_free=lambda here: min(here, there)
+        )
+        return find_room(model, EngineOptions(), members)[0]  # type: ignore[arg-type]
+
+    alone = find_room(model, EngineOptions())[0]  # type: ignore[arg-type]
+    assert room(8 << 30) == alone
+    assert room(6 << 30) < alone
+
+
+def test_a_gpu_of_several_takes_its_part_of_the_decoder_and_of_the_cache() -> None:
+    """By what its part has of each serving tensor."""
+    for shape, parts in ((AWAKER_7B, 4), (replace(AWAKER_7B, vocabulary=152_063), 2)):
+        first = Slice(0, parts, shape)
+        expected = 0
+        for name, size in serving_shapes(shape).items():
+            cut = first.cut(name, size)
+            kept = list(size)
+            if cut is not None:
+                kept[cut.dim] = sum(behind - start for start, behind in cut.ranges)
+            expected += 2 * math.prod(kept)
+        assert weight_bytes(shape, torch.bfloat16, parts=parts) == expected
+    one, four = (
+        MemoryPlan.of(AWAKER_7B, torch.bfloat16, EngineOptions(), CARDS["80 GB"], parts=parts)
+        for parts in (1, 4)
+    )
+    assert four.cache_tokens > 4 * one.cache_tokens
+    assert 0 < four.cache < CARDS["80 GB"]
 
 
 def test_what_does_not_fit_is_refused_with_what_to_lower() -> None:

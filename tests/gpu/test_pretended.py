@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ import torch
 import pipeline.engine.runner as runner_module
 from benchmarks.shapes import IMAGE_PAD, SMALL, NoText, moved, random_model, random_requests
 from pipeline.engine import Engine, EngineOptions, Request
+from pipeline.engine.orders import Pass
 from pipeline.engine.runner import Runner
 from pipeline.engine.sampling import Sampler
 from pipeline.model.assemble import Model
+from pipeline.model.attention import StepLayout
 from pipeline.model.decoder import Decoder
 from pipeline.model.experts import ExpertFactors, mixture_linear
+from pipeline.model.group import Message
 from pipeline.model.ops import HostCopy
 from pipeline.model.weights import Fp8Weight, linear
 from tests.gpu.pretended import PretendedGPU, pretended_gpu
@@ -83,6 +87,41 @@ def test_a_gpu_answers_as_the_cpu(model: Model, sampling: dict[str, Any]) -> Non
     # One for each size of a batch, at the start; then steps without prompts are replayed.
     assert captured(engine) == set(runner_module.static_sizes(CUDA, 5))
     assert gpu.replays > 10
+
+
+class OneMember:
+    """In the place of `Members`: each pass is run as another member would get it."""
+
+    group = SimpleNamespace(size=1)
+    passes = 0
+
+    def begin(self, cache_tokens: int) -> None:
+        """It has no cache of its own."""
+
+    def least_free(self, here: int) -> int:
+        return here
+
+    def end_work(self) -> None:
+        """Nothing is left of it."""
+
+    def step(self, decoder: Decoder, *what: Any) -> torch.Tensor:
+        self.passes += 1
+        told = Message.of(Pass.of(*what)).value
+        layout = StepLayout(what[2].cache, told.write, told.chunks, told.starts, told.lengths)
+        return decoder.step(told.embeddings, told.positions, layout, told.factors, told.answered)
+
+
+def test_a_pass_is_told_to_other_gpus_without_waiting_for_this_one(model: Model) -> None:
+    """Nor is a step captured, since no graph holds a message."""
+    asked = requests()[2:5]
+    members = OneMember()
+    with pretended_gpu() as gpu:
+        with gpu.may_wait():
+            engine = Engine(moved(model, CUDA), NoText(), IMAGE_PAD, OPTIONS, members)
+        there = answers(engine, asked)
+    assert there == on_cpu(model, asked)
+    assert members.passes > 10
+    assert gpu.replays == 0
 
 
 @pytest.mark.slow

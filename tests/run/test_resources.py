@@ -13,10 +13,12 @@ from pipeline.run.resources import ENOUGH, RESERVED_CPUS, TASK_CPUS, Node, porti
 from pipeline.settings.job import JobSettings
 
 
-def settings(replicas: int = 1, device: str = "auto", actors: int | None = None) -> JobSettings:
+def settings(
+    replicas: int = 1, device: str = "auto", actors: int | None = None, parts: int = 1
+) -> JobSettings:
     return JobSettings.model_validate(
         {
-            "model": {"base": "base", "device": device},
+            "model": {"base": "base", "device": device, "tensor_parallel": parts},
             "input": {"path": "in"},
             "output": {"path": "out"},
             "replicas": replicas,
@@ -30,12 +32,13 @@ def settings(replicas: int = 1, device: str = "auto", actors: int | None = None)
     gpus=st.integers(0, 64),
     replicas=st.integers(1, 64),
     actors=st.none() | st.integers(1, 500),
+    parts=st.sampled_from([1, 2, 8]),
 )
 def test_every_stage_can_always_run(
-    cpus: int, gpus: int, replicas: int, actors: int | None
+    cpus: int, gpus: int, replicas: int, actors: int | None, parts: int
 ) -> None:
-    device = "cuda" if gpus >= replicas else "cpu"
-    shared = share(settings(replicas, device, actors), [Node(cpus, gpus)])
+    device = "cuda" if gpus >= replicas * parts else "cpu"
+    shared = share(settings(replicas, device, actors, parts), [Node(cpus, gpus)])
     assert shared.replica_cpus > 0
     assert shared.prepare_cpus > 0
     assert shared.replica_threads >= 1
@@ -68,6 +71,24 @@ def test_more_replicas_than_gpus_is_an_error(device: str, gpus: int, replicas: i
         match=f"^replicas: {replicas} on CUDA need {replicas} GPUs, the cluster has {gpus};",
     ):
         share(settings(replicas, device), [Node(16, gpus)])
+
+
+def test_a_replica_of_several_gpus_has_them_on_one_node() -> None:
+    nodes = [Node(64, 8), Node(64, 4)]
+    shared = share(settings(3, parts=4), nodes)
+    assert (shared.replica_gpus, shared.replica_cpus) == (4, 5.0)
+    assert portion(settings(2, parts=4), nodes, nodes) == [Node(64, 8), Node(0, 0)]
+    # Six are free, but of one node no more than three.
+    assert portion(settings(1, parts=4), nodes, [Node(64, 3), Node(64, 3)]) is None
+    assert portion(settings(1, parts=2), nodes, [Node(64, 3), Node(64, 1)]) is not None
+    with pytest.raises(ConfigError, match="^replicas: 2 on CUDA need 16 GPUs, the cluster has 12;"):
+        share(settings(2, parts=8), nodes)
+    with pytest.raises(
+        ConfigError,
+        match="^model.tensor_parallel: each replica needs 8 GPUs of one node, of which the "
+        "cluster's nodes hold 0, not 1;",
+    ):
+        share(settings(1, parts=8), [Node(64, 4), Node(64, 4)])
 
 
 @given(cpus=st.lists(st.integers(1, 64), min_size=1, max_size=8), replicas=st.integers(1, 16))
@@ -112,20 +133,21 @@ def clusters(draw: st.DrawFn) -> tuple[list[Node], list[Node]]:
     return nodes, free
 
 
-@given(cluster=clusters(), replicas=st.integers(1, 8))
+@given(cluster=clusters(), replicas=st.integers(1, 8), parts=st.sampled_from([1, 2, 4]))
 def test_a_job_takes_no_more_than_is_free_and_never_starts_on_next_to_nothing(
-    cluster: tuple[list[Node], list[Node]], replicas: int
+    cluster: tuple[list[Node], list[Node]], replicas: int, parts: int
 ) -> None:
     nodes, free = cluster
-    cuda = sum(node.gpus for node in nodes) >= replicas
-    taken = portion(settings(replicas, "cuda" if cuda else "cpu"), nodes, free)
+    cuda = sum(node.gpus // parts for node in nodes) >= replicas
+    taken = portion(settings(replicas, "cuda" if cuda else "cpu", parts=parts), nodes, free)
     if taken is None:
         return
     for part, there in zip(taken, free, strict=True):
         assert part.cpus <= there.cpus
         assert part.gpus <= there.gpus
-    assert sum(part.gpus for part in taken) == (replicas if cuda else 0)
-    share_of = replicas / sum(node.gpus for node in nodes) if cuda else 1.0
+        assert part.gpus % parts == 0
+    assert sum(part.gpus for part in taken) == (replicas * parts if cuda else 0)
+    share_of = replicas * parts / sum(node.gpus for node in nodes) if cuda else 1.0
     assert sum(part.cpus for part in taken) <= sum(node.cpus for node in nodes)
     if not cuda:
         assert (
