@@ -121,6 +121,16 @@ def test_defaults_of_the_fixed_keys() -> None:
         ("replicas=two", "replicas: input should be a valid integer, got 'two'"),
         ("replicas=0", "replicas: input should be greater than or equal to 1, got 0"),
         ("replicas='2'", "replicas: input should be a valid integer, got '2'"),
+        ("replicas=[1]", "replicas: input should be a valid integer, got [1]"),
+        (
+            "replicas.min=3",
+            "replicas.max: missing; set it in the file or with --set replicas.max=...",
+        ),
+        ("replicas={min: 3, max: 2}", "replicas: min 3 is above max 2, got {'min': 3, 'max': 2}"),
+        (
+            "replicas={max: 2, mx: 2}",
+            "replicas.mx: unknown key; did you mean replicas.max?",
+        ),
         ("output.routes=1", "output.routes: input should be a valid boolean, got 1"),
         (
             "model.dtype=fp8",
