@@ -206,6 +206,8 @@ class GrowingPool(_NodeAwareActorPool):  # type: ignore[misc]
 class GrowingOperator(ActorPoolMapOperator):  # type: ignore[misc]
     """A stage of a job that grows."""
 
+    _actor_pool: GrowingPool
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         #: Blocks that were in hand when their actor died.
@@ -235,8 +237,8 @@ class GrowingOperator(ActorPoolMapOperator):  # type: ignore[misc]
         for following in self.output_dependencies:
             if isinstance(following, GrowingOperator):
                 pool = following._actor_pool
-                grown = max(1.0, pool.num_alive_actors() / pool.reserved)
-                return int(math.ceil(self._actor_pool.reserved * grown))
+                grown: float = max(1.0, pool.num_alive_actors() / pool.reserved)
+                return math.ceil(self._actor_pool.reserved * grown)
         return sys.maxsize
 
     def get_max_concurrency_limit(self) -> int:

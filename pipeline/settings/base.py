@@ -24,6 +24,7 @@ from pipeline.settings.yaml_text import (
     cut,
     hint,
     is_union,
+    is_value_or_group,
     options_of,
     parse,
     reason,
@@ -135,8 +136,10 @@ def _assign(kind: type[Settings], values: dict[str, Any], assignment: str) -> No
     wanted: Any = kind
     for parent in parents:
         wanted = wanted_at(wanted, parent)
-        # A group that the file leaves empty (`columns:`) reads as null.
-        if values.get(parent) is None:
+        given = values.get(parent)
+        # A group that the file leaves empty (`columns:`) reads as null; what takes a value or a
+        # group (`replicas`) is what was said of it last.
+        if given is None or (not isinstance(given, dict) and is_value_or_group(wanted)):
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):

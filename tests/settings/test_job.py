@@ -466,6 +466,16 @@ def test_set_goes_over_the_file_and_later_over_earlier(tmp_path: Path) -> None:
     assert settings.input.columns.id == "key"
 
 
+def test_of_a_value_and_a_group_of_one_key_the_later_counts(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("replicas: 2\n")
+    settings = load("replicas.min=3", "replicas.max=5", file=file)
+    assert (settings.fewest_replicas, settings.most_replicas, settings.grows) == (3, 5, True)
+    settings = load("replicas.max=5", "replicas=4", file=file)
+    assert (settings.fewest_replicas, settings.most_replicas, settings.grows) == (4, 4, False)
+    assert not load("replicas={min: 2, max: 2}").grows
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
