@@ -19,13 +19,28 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
+from pipeline.counters import RowCounts, Snapshot
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.storage import OutputFolder
+from pipeline.io.rowset import RowSet
+from pipeline.run import run
+from pipeline.run.check import Job
+from pipeline.run.open_run import OpenRun
+from pipeline.run.reservation import Place
 from pipeline.run.verify import verify
 from tests.io.shards import picture, write_shard
-from tests.jobs.support import ROOT, TIMEOUT, answered_here, random_model, results, sets
+from tests.jobs.here import stages_in_this_process
+from tests.jobs.support import (
+    ROOT,
+    TIMEOUT,
+    answered_here,
+    check_and_run,
+    random_model,
+    results,
+    sets,
+)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(5 * TIMEOUT)]
+pytestmark = pytest.mark.timeout(5 * TIMEOUT)
 
 #: Ray Data lets a stage grow by the blocks before it; small shards are blocks of their own.
 SHARDS, ROWS_OF_EACH = 120, 4
@@ -63,7 +78,7 @@ def cluster() -> Iterator[Cluster]:
     nodes.shutdown()
 
 
-class Run:
+class Driven:
     """A job's driver, and what is to be seen of it."""
 
     def __init__(self, driver: subprocess.Popen[bytes], out: Path, log: Path) -> None:
@@ -88,7 +103,7 @@ class Run:
 
 
 @contextmanager
-def running(job: dict[str, Any], cluster: Cluster, folder: Path) -> Iterator[Run]:
+def running(job: dict[str, Any], cluster: Cluster, folder: Path) -> Iterator[Driven]:
     """The job as a process of its own on the cluster."""
     log = folder / "stderr"
     settings = {"replicas.min": 1, "replicas.max": 4, "ray.address": cluster.address}
@@ -103,18 +118,18 @@ def running(job: dict[str, Any], cluster: Cluster, folder: Path) -> Iterator[Run
         ) as driver,
     ):
         try:
-            yield Run(driver, folder / "out", log)
+            yield Driven(driver, folder / "out", log)
         finally:
             driver.kill()
 
 
-def replicas_on(node: Any) -> int:
-    """How many replicas a node has."""
+def busy_replicas(node: Any) -> int:
+    """How many replicas of a node have rows in hand."""
     count = 0
     for part in node.all_processes["raylet"]:
         for process in psutil.Process(part.process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                count += "Replica" in "".join(process.cmdline())
+                count += "(Replica)).submit" in "".join(process.cmdline())
     return count
 
 
@@ -135,18 +150,19 @@ def assert_answered_once(job: dict[str, Any]) -> None:
     assert (verdict.missing, verdict.problems) == ({}, ())
 
 
+@pytest.mark.slow
 def test_a_job_takes_nodes_that_join_and_outlives_their_going(
     job: dict[str, Any], tmp_path: Path, cluster: Cluster
 ) -> None:
     cluster.add_node(num_cpus=2)
-    with running(job, cluster, tmp_path) as run:
-        run.wait_for_files(2)
+    with running(job, cluster, tmp_path) as driven:
+        driven.wait_for_files(2)
         for _ in range(2):
             node = cluster.add_node(num_cpus=2)
-            run.wait_until(lambda node=node: replicas_on(node))
-            run.wait_for_files(6)
+            driven.wait_until(lambda node=node: busy_replicas(node))
+            driven.wait_for_files(6)
             cluster.remove_node(node, allow_graceful=False)
-        run.end()
+        driven.end()
     out = tmp_path / "out"
     kinds = Counter(event["event"] for event in lines(out, OutputLayout.EVENTS))
     assert kinds["replica_started"] >= 3
@@ -155,27 +171,52 @@ def test_a_job_takes_nodes_that_join_and_outlives_their_going(
     assert_answered_once(job)
 
 
+@pytest.mark.slow
 def test_what_a_job_must_have_takes_the_room_of_what_came_later(
     job: dict[str, Any], tmp_path: Path, cluster: Cluster
 ) -> None:
     first = cluster.add_node(num_cpus=2)
-    with running(job, cluster, tmp_path) as run:
-        run.wait_for_files(2)
+    with running(job, cluster, tmp_path) as driven:
+        driven.wait_for_files(2)
         second = cluster.add_node(num_cpus=2)
-        run.wait_until(lambda: replicas_on(second) == 2)  # no room for anything else
-        run.wait_for_files(2)
+        driven.wait_until(lambda: busy_replicas(second) == 2)  # no room for anything else
+        driven.wait_for_files(2)
         cluster.remove_node(first, allow_graceful=False)
-        run.end()
+        driven.end()
     assert_answered_once(job)
 
 
+@pytest.mark.slow
 def test_a_job_on_a_cluster_that_never_grows_runs_with_the_least(
     job: dict[str, Any], tmp_path: Path, cluster: Cluster
 ) -> None:
     cluster.add_node(num_cpus=2)
-    with running({**job, "input.limit": 40}, cluster, tmp_path) as run:
-        run.end()
+    with running({**job, "input.limit": 40}, cluster, tmp_path) as driven:
+        driven.end()
     out = tmp_path / "out"
     kinds = Counter(event["event"] for event in lines(out, OutputLayout.EVENTS))
     assert (kinds["replica_started"], kinds["replica_lost"]) == (1, 0)
     assert_answered_once({**job, "input.limit": 40})
+
+
+def test_rows_of_blocks_that_went_away_are_asked_again_and_are_no_changed_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "in/a.parquet", {"prompt": ["What?", "And what else?"]})
+    asked = []
+    with stages_in_this_process():
+        answer = run.run_stages
+
+        def lose_all_at_first(
+            job: Job, run: OpenRun, place: Place, missing: dict[str, RowSet], at: str
+        ) -> Snapshot:
+            asked.append(sum(map(len, missing.values())))
+            if len(asked) <= 2:
+                return Snapshot(RowCounts(lost_blocks=1))
+            return answer(job, run, place, missing, at)
+
+        monkeypatch.setattr(run, "run_stages", lose_all_at_first)
+        settings = {"input.path": tmp_path / "in", "output.path": tmp_path / "out"}
+        summary = check_and_run("vqa", {**random_model(tmp_path / "model"), **settings})
+    assert asked == [2, 2, 2]
+    assert (summary.written.rows, len(results(tmp_path / "out"))) == (2, 2)
