@@ -627,7 +627,7 @@ class JobSettings(Settings):
         1,
         json_schema_extra=KEEPS_ANSWERS,
         description="model replicas; each has a GPU of its own where there are GPUs. "
-        "{min: 1, max: 512}: as many as the cluster has room for, also later",
+        "{min: 1, max: 512}: room for the first is held, and further ones come and go with nodes",
     )
     ray: RaySettings = Field(default_factory=RaySettings, json_schema_extra=KEEPS_ANSWERS)
 
