@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -72,23 +72,24 @@ class Growth:
     monitor: str
 
 
-def configure_growth(context: DataContext, growth: Growth | None) -> None:
-    """Let the stages of a context's datasets grow, or (None) be as Ray Data has them."""
-    if growth is not None:
-        context.autoscaling_config = AutoscalingConfig(
-            actor_pool_util_upscaling_threshold=GROW_FROM,
-            actor_pool_util_downscaling_threshold=SHRINK_BELOW,
-        )
-    elif context.get_config(GROWTH) is not None:  # an earlier job of this process grew
-        context.autoscaling_config = AutoscalingConfig()
+@contextmanager
+def growing(growth: Growth) -> Iterator[None]:
+    """While this lasts, the stages of datasets that this process makes and runs grow."""
+    context = DataContext.get_current()
+    thresholds, make = context.autoscaling_config, operators.get_actor_pool_map_operator_cls
+    context.autoscaling_config = AutoscalingConfig(
+        actor_pool_util_upscaling_threshold=GROW_FROM,
+        actor_pool_util_downscaling_threshold=SHRINK_BELOW,
+    )
     context.set_config(GROWTH, growth)
-    operators.get_actor_pool_map_operator_cls = _operator_class
-
-
-def _operator_class() -> type[ActorPoolMapOperator]:
-    """What Ray Data's planner makes stages of actors of."""
-    is_growing = DataContext.get_current().get_config(GROWTH) is not None
-    return GrowingOperator if is_growing else ActorPoolMapOperator
+    # What Ray Data's planner makes stages of actors of.
+    operators.get_actor_pool_map_operator_cls = lambda: GrowingOperator
+    try:
+        yield
+    finally:
+        operators.get_actor_pool_map_operator_cls = make
+        context.remove_config(GROWTH)
+        context.autoscaling_config = thresholds
 
 
 class GrowingPool(_NodeAwareActorPool):  # type: ignore[misc]

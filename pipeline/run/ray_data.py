@@ -7,12 +7,9 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.run.reservation import Place
-
-if TYPE_CHECKING:
-    from pipeline.run.growth import Growth
 
 #: Ray closes a block at this size. Handling a block costs it tens of milliseconds, so not one a
 #: row; and a replica's requests come from several, so not one for everything.
@@ -30,17 +27,15 @@ HOLD_BACK = "OBJECT_STORE_BUDGET_UTIL_THRESHOLD"
 HOLD_BACK_VARIABLE = f"RAY_DATA_DOWNSTREAM_CAPACITY_{HOLD_BACK}"
 
 
-def configure(place: Place, growth: Growth | None = None) -> None:
+def configure(place: Place, *, grows: bool = False) -> None:
     """Set Ray Data up for a job of this process.
 
     Args:
         place: where its stages run.
-        growth: None, or how they grow beyond it.
+        grows: whether they may take more than it has.
     """
     from ray.data import DataContext, ExecutionResources
     from ray.util.annotations import RayDeprecationWarning
-
-    from pipeline.run.growth import configure_growth
 
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours shows rows; Ray's show blocks
@@ -53,9 +48,8 @@ def configure(place: Place, growth: Growth | None = None) -> None:
         "gpu": sum(node.gpus for node in place.nodes),
     }
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        **({} if growth else held)
+        **({} if grows else held)
     )
-    configure_growth(context, growth)
     # Not for tasks of large arguments as well (here are none): Ray Data would then take a placement
     # group's bundles for all that there is, find no object store in them, and let the stages wait
     # for each other block by block. Replicas had half of their work.

@@ -23,8 +23,6 @@ from pipeline.settings.job import JobSettings
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from pipeline.run.growth import Growth
-
 #: Seconds that committing may take once SIGTERM or Ctrl-C has come.
 FINISH_SECONDS = 30.0
 
@@ -48,10 +46,22 @@ def run_stages(
     Raises:
         JobError: the committer cannot go on.
     """
+    monitor = _start_monitor(run)
+    configure(place, grows=job.settings.grows)
+    with _growing(job.settings, place, monitor.name):
+        return _run_stages(job, run, place, missing, at, monitor)
+
+
+def _run_stages(
+    job: Job,
+    run: OpenRun,
+    place: Place,
+    missing: dict[str, RowSet],
+    at: str,
+    monitor: NamedActor,
+) -> Snapshot:
     import ray
 
-    monitor = _start_monitor(run)
-    configure(place, _growth(job.settings, place, monitor.name))
     committer = _start_committer(job, run, at, monitor)
     prepared = _prepare(_read(job, missing), job, place.resources, monitor)
     answered = _answer(prepared, job, place, monitor, committer)
@@ -83,17 +93,16 @@ def run_stages(
     return snapshot
 
 
-def _growth(settings: JobSettings, place: Place, monitor: str) -> Growth | None:
-    """How the stages grow beyond their place; None: they do not."""
-    from pipeline.run.growth import Growth
-
+def _growing(
+    settings: JobSettings, place: Place, monitor: str
+) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, stages grow beyond their place, if the job may."""
     if not settings.grows:
-        return None
-    reserved = {
-        "Preparer": place.resources.prepare_actors,
-        "Replica": settings.fewest_replicas,
-    }
-    return Growth(reserved, monitor)
+        return contextlib.nullcontext()
+    from pipeline.run.growth import Growth, growing
+
+    reserved = {"Preparer": place.resources.prepare_actors, "Replica": settings.fewest_replicas}
+    return growing(Growth(reserved, monitor))
 
 
 def _start_monitor(run: OpenRun) -> NamedActor:

@@ -43,7 +43,7 @@ from tests.jobs.support import (
 pytestmark = pytest.mark.timeout(5 * TIMEOUT)
 
 #: Ray Data lets a stage grow by the blocks before it; small shards are blocks of their own.
-SHARDS, ROWS_OF_EACH = 120, 4
+SHARDS, ROWS_OF_EACH = 240, 4
 
 
 @pytest.fixture

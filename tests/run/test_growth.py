@@ -11,9 +11,12 @@ from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import (
     ActorPoolScalingRequest,
     AutoscalingActorConfig,
 )
+from ray.data._internal.execution import operators
 from ray.data._internal.execution.interfaces import ExecutionResources
-from ray.data._internal.execution.operators.actor_pool_map_operator import _ActorState
-from ray.data.context import AutoscalingConfig
+from ray.data._internal.execution.operators.actor_pool_map_operator import (
+    ActorPoolMapOperator,
+    _ActorState,
+)
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -24,10 +27,12 @@ from ray.exceptions import (
 from pipeline.run import growth
 from pipeline.run.growth import (
     GROW_FROM,
+    GROWTH,
+    GrowingOperator,
     GrowingPool,
     Growth,
     PreemptibleTask,
-    configure_growth,
+    growing,
     is_actor_lost,
     is_lost,
 )
@@ -233,9 +238,13 @@ def test_any_other_task_ends_as_it_would(error: Exception | None) -> None:
     assert (lost, done, task.task_error) == ([], [error], error)
 
 
-def test_a_job_that_does_not_grow_finds_nothing_of_one_that_did() -> None:
-    context = DataContext()
-    configure_growth(context, Growth({"Replica": 1}, "monitor"))
-    assert context.autoscaling_config.actor_pool_util_upscaling_threshold == GROW_FROM
-    configure_growth(context, None)
-    assert context.autoscaling_config == AutoscalingConfig()
+def test_what_this_process_does_besides_a_job_that_grows_does_not() -> None:
+    context = DataContext.get_current()
+    before = context.autoscaling_config
+    with growing(Growth({"Replica": 1}, "monitor")):
+        assert context.autoscaling_config.actor_pool_util_upscaling_threshold == GROW_FROM
+        assert operators.get_actor_pool_map_operator_cls() is GrowingOperator
+        assert context.get_config(GROWTH) is not None
+    assert context.autoscaling_config is before
+    assert operators.get_actor_pool_map_operator_cls() is ActorPoolMapOperator
+    assert context.get_config(GROWTH) is None
