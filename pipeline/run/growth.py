@@ -182,13 +182,19 @@ class GrowingPool(_NodeAwareActorPool):  # type: ignore[misc]
                 return True
         return not beside and bool(super()._remove_inactive_actor())
 
+    def _place_lacks_room(self) -> bool:
+        try:
+            return bool(placement_group_table(self._group)["state"] == "RESCHEDULING")
+        except Exception:  # Ray's control store is busy, say: as it was when it last answered
+            return self._short_since is not None
+
     def _give_way(self) -> None:
         """While the job's place lacks room, give up preemptible actors, one node after another."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = now
-        if placement_group_table(self._group).get("state") != "RESCHEDULING":
+        if not self._place_lacks_room():
             self._short_since = None
         elif self._short_since is None:
             self._short_since = now
