@@ -216,6 +216,7 @@ def test_rows_of_blocks_that_went_away_are_asked_again_and_are_no_changed_input(
             return answer(job, run, place, missing, at)
 
         monkeypatch.setattr(run, "run_stages", lose_all_at_first)
+        monkeypatch.setattr(run, "_report", lambda run: None)  # a page takes a second
         settings = {"input.path": tmp_path / "in", "output.path": tmp_path / "out"}
         summary = check_and_run("vqa", {**random_model(tmp_path / "model"), **settings})
     assert asked == [2, 2, 2]
