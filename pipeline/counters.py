@@ -195,6 +195,7 @@ class RowCounts(Counts):
     prepared: int = _counter("rows prepared")
     prepare_ms: int = _busy("prepare", "prepare", "preparing, fetching included")
     fetch_retries: int = _counter("further tries of images that are fetched", FETCH_RETRIES)
+    lost_blocks: int = _counter("prepared blocks that went away with their node")
     committed: int = _counter("rows in the output", COMMITTED_ROWS)
     commit_ms: int = _busy("write", "commit", "writing files")
 

@@ -28,7 +28,7 @@ from pipeline.io.output.storage import OutputFolder
 from pipeline.io.output.writer import OutputWriter
 from pipeline.io.rowset import RowSet
 from pipeline.report import charts
-from pipeline.report.page import _stages, write_report
+from pipeline.report.page import _replica_seconds, _stages, write_report
 from pipeline.rows import PLACE_SCHEMA, ROW, SHARD, STAGE
 from pipeline.settings.job import OutputSettings
 from tests.browser import browser  # noqa: F401  (a fixture)
@@ -390,3 +390,24 @@ def test_pictures_are_kept_small() -> None:
 
     picture = Image.open(io.BytesIO(as_jpeg(np.zeros((560, 1120, 3), np.uint8))))
     assert picture.size == (SIDE, SIDE // 2)
+
+
+def test_each_replica_is_paid_for_from_when_it_came_to_when_it_went() -> None:
+    begin = datetime(2026, 11, 27, tzinfo=UTC)
+
+    def at(seconds: int, kind: str, **facts: str) -> dict[str, str]:
+        return {"time": str(begin + timedelta(seconds=seconds)), "event": kind, **facts}
+
+    def paid(*events: dict[str, str]) -> float:
+        return _replica_seconds(events, begin.timestamp(), begin.timestamp() + 100)
+
+    first = at(10, "replica_started", replica="a")
+    assert paid(first) == 100  # its loading, too
+    assert paid(first, at(12, "replica_started", replica="b")) == 198
+    lost = at(50, "replica_lost", replica="a")
+    assert paid(first, lost, at(50, "replica_started", replica="c")) == 100
+    of_an_earlier_version = {key: lost[key] for key in ("time", "event")}
+    assert paid(first, of_an_earlier_version, at(50, "replica_started", replica="c")) == 100
+    came, went = at(40, "replica_started", replica="b"), at(70, "replica_given_back", replica="b")
+    assert paid(first, came, went) == 100 + 40
+    assert paid() == 0

@@ -26,6 +26,11 @@ WatchedStage = Literal["prepare", "generate"]
 TELL_SECONDS = 1.0
 
 
+def actor_of(replica: str) -> str:
+    """The actor in a replica's name."""
+    return replica.partition(".")[0]
+
+
 class Monitor:
     """Totals of a running job, and the witness of each stage.
 
@@ -33,18 +38,19 @@ class Monitor:
     display's.
 
     Args:
-        replicas: how many live at a time; one that starts beyond them takes a lost one's place.
         metrics: tell Ray, too, which exports it to Prometheus.
     """
 
-    def __init__(self, replicas: int = 1, *, metrics: bool = False) -> None:
+    def __init__(self, *, metrics: bool = False) -> None:
         self._metrics = Metrics() if metrics else None
         self._exported_at = float("-inf")
         self._witnesses: dict[WatchedStage, Witness] = defaultdict(Witness)
-        self._replicas = replicas
         self._counts = RowCounts()
         self._engines: dict[str, EngineCounts] = {}
         self._gauges: dict[str, ReplicaGauges] = {}
+        #: Replicas that live, by the actor that they live in.
+        self._living: dict[str, str] = {}
+        self._lost = 0
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._dropped = 0
         self._refusal: JobError | None = None
@@ -58,15 +64,24 @@ class Monitor:
         return self._refusal
 
     def started(self, replica: str, node: str, device: str) -> None:
-        """A replica has loaded its model."""
-        if len(self._engines) >= self._replicas:
-            self._events.append(
-                ("replica_lost", {"lost_so_far": len(self._engines) - self._replicas + 1})
-            )
+        """A replica has loaded its model; where its actor had another one, that died."""
+        self.ended(actor_of(replica), died=True)
+        self._living[actor_of(replica)] = replica
         self._engines[replica] = EngineCounts()
         self._events.append(
             ("replica_started", {"replica": replica, "node": node, "device": device})
         )
+
+    def ended(self, actor: str, died: bool) -> None:
+        """An actor's replica, if it had one, is no more: it died, or was given back."""
+        replica = self._living.pop(actor, None)
+        if replica is None:
+            return
+        self._gauges.pop(replica, None)
+        self._lost += died
+        kind = "replica_lost" if died else "replica_given_back"
+        facts = {"replica": replica} | ({"lost_so_far": self._lost} if died else {})
+        self._events.append((kind, facts))
 
     def report(
         self, replica: str, counts: RowCounts, engine: EngineCounts, gauges: ReplicaGauges
@@ -76,12 +91,8 @@ class Monitor:
         """
         self._counts += counts
         self._engines[replica] = engine
-        # Those of a replica that was lost go when the next one tells: as many as may live are
-        # shown.
-        self._gauges.pop(replica, None)
+        self._living[actor_of(replica)] = replica
         self._gauges[replica] = gauges
-        while len(self._gauges) > self._replicas:
-            del self._gauges[next(iter(self._gauges))]
         self._tell()
 
     def count(self, counts: RowCounts) -> None:

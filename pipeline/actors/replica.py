@@ -56,6 +56,19 @@ SWITCH_SECONDS = 5e-4
 SUSPECTS = 8
 
 
+def replica_name() -> str:
+    """A new name: of the actor that this is, which Ray may start again, and behind a dot this start
+    of it.
+    """
+    start = uuid.uuid4().hex
+    if "ray" not in sys.modules:
+        return start
+    import ray
+
+    actor = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
+    return f"{actor}.{start[:8]}" if actor else start
+
+
 class Replica:
     """Answers tables of `PREPARED_SCHEMA`; Ray calls it for several blocks at once, and the engine
     mixes their rows.
@@ -89,7 +102,7 @@ class Replica:
         self._keeper = RowKeeper(settings.output.samples, rows)
         self._monitor, self._committer = monitor, committer
         self._alone = asyncio.Lock()
-        self._name = uuid.uuid4().hex
+        self._name = replica_name()
         self._device = torch.device(device)
         self._flagger = Flagger(settings.to_rules())
         if self._device.type == "cuda":

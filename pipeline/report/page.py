@@ -267,11 +267,29 @@ def _hours(
         times += [
             entry["time"] for entry in timeline if entry["run"] == run
         ]  # of a run that was killed, or goes on
-        kinds = Counter(event["event"] for event in run_events)
-        wall = (max(times) - min(times)) / 3600
-        hours["wall"] += wall
-        hours["replica"] += wall * (kinds["replica_started"] - kinds["replica_lost"])
+        hours["wall"] += (max(times) - min(times)) / 3600
+        hours["replica"] += _replica_seconds(run_events, min(times), max(times)) / 3600
     return hours if hours["replica"] else {}
+
+
+def _replica_seconds(events: Sequence[Mapping[str, Any]], begin: float, end: float) -> float:
+    """Seconds of all replicas of a run together. When one began to load is not told: each is taken
+    to load for as long as the first did, or to come at once in the place of a lost one.
+    """
+    seconds, load = 0.0, None
+    living: dict[str, float] = {}
+    before = ""
+    for event in events:
+        at = datetime.fromisoformat(event["time"]).timestamp()
+        if event["event"] == "replica_started":
+            load = at - begin if load is None else load
+            living[event["replica"]] = at if before == "replica_lost" else max(begin, at - load)
+        elif event["event"] in {"replica_lost", "replica_given_back"} and living:
+            # Runs of earlier versions did not say which one.
+            gone = event.get("replica")
+            seconds += at - living.pop(gone if gone in living else next(iter(living)))
+        before = event["event"]
+    return seconds + sum(end - since for since in living.values())
 
 
 def _machines(events: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -83,10 +83,15 @@ def _would_run(job: Job) -> list[str]:
     )
     return [
         "# would run",
-        f"{job.task}: {job.plan.rows:,} rows on {settings.replicas} replica(s), model{divided} of "
+        f"{job.task}: {job.plan.rows:,} rows on {_replicas(settings)}, model{divided} of "
         f"{shape.layers} layers, {adapter}, {_numbers(settings)}, results to "
         f"{settings.output.path}",
     ]
+
+
+def _replicas(settings: JobSettings) -> str:
+    fewest, most = settings.fewest_replicas, settings.most_replicas
+    return f"{fewest} replica(s)" if fewest == most else f"{fewest} to {most} replicas"
 
 
 def _numbers(settings: JobSettings) -> str:

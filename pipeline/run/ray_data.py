@@ -27,8 +27,13 @@ HOLD_BACK = "OBJECT_STORE_BUDGET_UTIL_THRESHOLD"
 HOLD_BACK_VARIABLE = f"RAY_DATA_DOWNSTREAM_CAPACITY_{HOLD_BACK}"
 
 
-def configure(place: Place) -> None:
-    """Set Ray Data up for a job of this process, whose stages run in `place`."""
+def configure(place: Place, *, grows: bool = False) -> None:
+    """Set Ray Data up for a job of this process.
+
+    Args:
+        place: where its stages run.
+        grows: whether they may take more than it has.
+    """
     from ray.data import DataContext, ExecutionResources
     from ray.util.annotations import RayDeprecationWarning
 
@@ -38,8 +43,12 @@ def configure(place: Place) -> None:
     # Ray cuts blocks by bytes. `repartition` by rows would be a stage of its own that asks for a
     # whole CPU.
     context.target_max_block_size = BLOCK_BYTES
+    held = {
+        "cpu": sum(node.cpus for node in place.nodes),
+        "gpu": sum(node.gpus for node in place.nodes),
+    }
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        cpu=sum(node.cpus for node in place.nodes), gpu=sum(node.gpus for node in place.nodes)
+        **({} if grows else held)
     )
     # Not for tasks of large arguments as well (here are none): Ray Data would then take a placement
     # group's bundles for all that there is, find no object store in them, and let the stages wait

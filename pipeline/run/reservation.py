@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.errors import Stopped
 from pipeline.redact import tell
 from pipeline.run.holders import other_holders, told
-from pipeline.run.resources import Node, Resources, device_of, portion, share
+from pipeline.run.resources import Node, Resources, device_of, portion, room_for, share
 from pipeline.settings.job import JobSettings
 
 #: Seconds, whole ones, within which a cluster that has room grants it; another job may have been
@@ -40,11 +40,14 @@ class Place:
         nodes: what the job holds of each node.
         resources: what each stage asks for.
         strategy: where Ray schedules them.
+        replicas: with how many they begin; what a job that grows has no room for here, it has on
+            the cluster.
     """
 
     nodes: Sequence[Node]
     resources: Resources
     strategy: Any
+    replicas: int
 
 
 @contextlib.contextmanager
@@ -71,7 +74,8 @@ def reserved(settings: JobSettings) -> Iterator[Place]:
         time.sleep(LOOK_SECONDS)
     try:
         strategy = PlacementGroupSchedulingStrategy(group)
-        yield Place(taken, share(settings, taken), strategy)
+        resources = share(settings, taken)
+        yield Place(taken, resources, strategy, room_for(settings, free, resources))
     except (KeyboardInterrupt, Stopped):
         # The process ends, and Ray gives the group back then. Taken back now, it would end workers
         # at work, whose last words would stand behind ours.

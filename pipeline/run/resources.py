@@ -56,20 +56,21 @@ def device_of(settings: JobSettings, nodes: Sequence[Node]) -> str:
         ConfigError: more replicas than GPUs for them, or CUDA asked of a cluster without.
     """
     device, parts = settings.model.device, settings.model.tensor_parallel
+    fewest = settings.fewest_replicas
     gpus = sum(node.gpus for node in nodes)
     if device == "auto":
         device = "cuda" if gpus >= 1 else "cpu"
-    needed = settings.replicas * parts
+    needed = fewest * parts
     if device == "cuda" and gpus < needed:
         raise ConfigError(
-            f"replicas: {settings.replicas} on CUDA need {needed} GPUs, the cluster has "
+            f"replicas: {fewest} on CUDA need {needed} GPUs, the cluster has "
             f"{gpus:g}; lower replicas, add GPUs, or set model.device=cpu"
         )
     room = sum(int(node.gpus) // parts for node in nodes)
-    if device == "cuda" and room < settings.replicas:
+    if device == "cuda" and room < fewest:
         raise ConfigError(
             f"model.tensor_parallel: each replica needs {parts} GPUs of one node, of which the "
-            f"cluster's nodes hold {room}, not {settings.replicas}; lower it, or replicas"
+            f"cluster's nodes hold {room}, not {fewest}; lower it, or replicas"
         )
     return device
 
@@ -80,7 +81,8 @@ def portion(
     """What a job takes of each node; None: too little is free now.
 
     On CUDA it takes each replica's GPUs, and of the CPUs as large a part as of the GPUs, so that
-    another job finds CPUs beside the GPUs that are left. On CPUs alone it takes all that is free.
+    another job finds CPUs beside the GPUs that are left. On CPUs alone it takes all that is free;
+    if it may grow, of as many nodes as it has replicas at least: the others are what it grows to.
 
     Args:
         settings: the job's settings.
@@ -92,13 +94,15 @@ def portion(
     """
     gpus = sum(node.gpus for node in nodes)
     if device_of(settings, nodes) == "cpu":
-        wanted = [Node(node.cpus) for node in nodes]
+        largest = sorted(range(len(free)), key=lambda index: -free[index].cpus)
+        held = set(largest[: settings.fewest_replicas] if settings.grows else largest)
+        wanted = [Node(node.cpus if index in held else 0.0) for index, node in enumerate(nodes)]
     else:
         each = settings.model.tensor_parallel
-        taken = _gpus_of_each(settings.replicas, each, free)
+        taken = _gpus_of_each(settings.fewest_replicas, each, free)
         if taken is None:
             return None
-        of_all = settings.replicas * each / gpus
+        of_all = settings.fewest_replicas * each / gpus
         wanted = [
             Node(node.cpus * (count / node.gpus if node.gpus else of_all), count)
             for node, count in zip(nodes, taken, strict=True)
@@ -142,7 +146,7 @@ def share(settings: JobSettings, nodes: Sequence[Node]) -> Resources:
     """
     cpus, largest = sum(node.cpus for node in nodes), max(node.cpus for node in nodes)
     device = device_of(settings, nodes)
-    replicas, parts = settings.replicas, settings.model.tensor_parallel
+    replicas, parts = settings.fewest_replicas, settings.model.tensor_parallel
     if device == "cuda":
         # A GPU may stand on a node of few CPUs.
         beside = parts * min(node.cpus / node.gpus for node in nodes if node.gpus)
@@ -164,6 +168,22 @@ def share(settings: JobSettings, nodes: Sequence[Node]) -> Resources:
         prepare_actors=actors,
         prepare_cpus=_floored(min(1.0, spare / actors, largest / 2)),
     )
+
+
+def room_for(settings: JobSettings, free: Sequence[Node], resources: Resources) -> int:
+    """With how many replicas a job begins that may have more than it holds a place for.
+
+    Args:
+        settings: the job's settings.
+        free: what is free of each of the cluster's nodes, the job's own place included.
+        resources: what each stage asks for.
+    """
+    if resources.device == "cuda":
+        room = sum(int(node.gpus) for node in free)
+    else:
+        # On each node they leave as much to the other stages as they take.
+        room = sum(int(node.cpus / resources.replica_cpus / 2) for node in free)
+    return max(settings.fewest_replicas, min(settings.most_replicas, room))
 
 
 def _floored(cpus: float) -> float:

@@ -116,11 +116,11 @@ class _Rounds:
             before = left
             if before < plan.rows:
                 tell(f"{plan.rows - before:,} of {plan.rows:,} rows are done; answering {before:,}")
-            self._answer(missing)
+            lost = self._answer(missing)
             commits = log.commits()
             missing = missing_rows(plan, done_rows(commits))
             left = _count(missing)
-            self._check_input(before, left)
+            self._check_input(before, left, lost)
         return commits
 
     def retry(self, rows: dict[str, RowSet]) -> list[Commit]:
@@ -132,15 +132,17 @@ class _Rounds:
         while left:
             before = _count(left)
             tell(f"trying {before:,} error rows again")
-            self._answer(left, OutputLayout.RETRIES)
+            lost = self._answer(left, OutputLayout.RETRIES)
             left = difference(rows, done_rows(outcomes.commits()))
-            if _count(left) >= before:
+            if _count(left) >= before and not lost:
                 break  # the input changed; the rows keep their errors
         merge_retries(self._run.claim, self._job.truth)
         return OutputLog(self._run.folder).commits()
 
-    def _answer(self, missing: dict[str, RowSet], at: str = "") -> None:
-        """Answer and commit the missing rows, as far as nothing dies."""
+    def _answer(self, missing: dict[str, RowSet], at: str = "") -> int:
+        """Answer and commit the missing rows, as far as nothing dies; how many blocks of them went
+        away with a node.
+        """
         with connected(self._job.settings.ray.address):
             if not self.seconds:
                 for line in (f"input: {self._job.plan.summary}", *sampling_of_rows(self._job)):
@@ -151,20 +153,22 @@ class _Rounds:
                 self.seconds += time.monotonic() - begun
         self.answered += snapshot.counts
         self.engines += snapshot.engines
+        return snapshot.counts.lost_blocks
 
-    def _check_input(self, before: int, left: int) -> None:
+    def _check_input(self, before: int, left: int, lost: int) -> None:
         """Make sure, after a round, that the input is still what was planned.
 
         Args:
             before: rows that were missing before the round.
             left: rows that are missing after it.
+            lost: blocks that went away in it.
 
         Raises:
             InputError: it is not.
         """
         rows, url = self._job.plan.rows, self._run.folder.url
         changed = input_changed(self._job)
-        if left >= before or (left and changed):
+        if (left >= before and not lost) or (left and changed):
             raise InputError(
                 f"input.path: {rows:,} rows were counted at the start, but {rows - left:,} were "
                 f"answered: a shard changed while the job ran{_named(changed)}; {url} is "

@@ -18,6 +18,7 @@ from pipeline.run.progress import Watch
 from pipeline.run.ray_data import NamedActor, configure
 from pipeline.run.reservation import Place
 from pipeline.run.resources import TASK_CPUS, Resources
+from pipeline.settings.job import JobSettings
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -45,13 +46,25 @@ def run_stages(
     Raises:
         JobError: the committer cannot go on.
     """
-    configure(place)
+    monitor = _start_monitor(run)
+    configure(place, grows=job.settings.grows)
+    with _growing(job.settings, place, monitor.name):
+        return _run_stages(job, run, place, missing, at, monitor)
+
+
+def _run_stages(
+    job: Job,
+    run: OpenRun,
+    place: Place,
+    missing: dict[str, RowSet],
+    at: str,
+    monitor: NamedActor,
+) -> Snapshot:
     import ray
 
-    monitor = _start_monitor(job, run)
     committer = _start_committer(job, run, at, monitor)
     prepared = _prepare(_read(job, missing), job, place.resources, monitor)
-    answered = _answer(prepared, job, place.resources, monitor, committer)
+    answered = _answer(prepared, job, place, monitor, committer)
     left = {shard: len(rows) for shard, rows in missing.items()}
     finish, failure = committer.handle.finish, committer.handle.failure
     try:
@@ -80,14 +93,26 @@ def run_stages(
     return snapshot
 
 
-def _start_monitor(job: Job, run: OpenRun) -> NamedActor:
+def _growing(
+    settings: JobSettings, place: Place, monitor: str
+) -> contextlib.AbstractContextManager[None]:
+    """While this lasts, stages grow beyond their place, if the job may."""
+    if not settings.grows:
+        return contextlib.nullcontext()
+    from pipeline.run.growth import Growth, growing
+
+    reserved = {"Preparer": place.resources.prepare_actors, "Replica": settings.fewest_replicas}
+    return growing(Growth(reserved, monitor))
+
+
+def _start_monitor(run: OpenRun) -> NamedActor:
     import ray
 
     from pipeline.actors.monitor import Monitor
 
     name = f"monitor-{run.claim.run}-{secrets.token_hex(2)}"
     kind = ray.remote(**BESIDE)(Monitor).options(name=name)
-    return NamedActor(name, kind.remote(job.settings.replicas, metrics=True))
+    return NamedActor(name, kind.remote(metrics=True))
 
 
 def _start_committer(job: Job, run: OpenRun, at: str, monitor: NamedActor) -> NamedActor:
@@ -163,18 +188,20 @@ def _prepare(rows: Dataset, job: Job, resources: Resources, monitor: NamedActor)
 
     from pipeline.actors.prepare import Preparer
 
+    # As many times as the replicas may be.
+    times = -(-job.settings.most_replicas // job.settings.fewest_replicas)
     return rows.map_batches(
         Preparer,
         fn_constructor_args=preparer_arguments(job, monitor),
         batch_size=job.settings.preparation.rows_per_block,
         batch_format="pyarrow",
         num_cpus=resources.prepare_cpus,
-        compute=ActorPoolStrategy(min_size=1, max_size=resources.prepare_actors),
+        compute=ActorPoolStrategy(min_size=1, max_size=resources.prepare_actors * times),
     )
 
 
 def _answer(
-    rows: Dataset, job: Job, resources: Resources, monitor: NamedActor, committer: NamedActor
+    rows: Dataset, job: Job, place: Place, monitor: NamedActor, committer: NamedActor
 ) -> Dataset:
     """The prepared rows answered and handed to the committer; a block that comes out says how many
     it took.
@@ -183,6 +210,7 @@ def _answer(
 
     from pipeline.actors.replica import Replica
 
+    resources = place.resources
     in_flight = _blocks_in_flight(job, resources)
     return rows.map_batches(
         Replica,
@@ -194,7 +222,9 @@ def _answer(
         num_cpus=resources.replica_cpus,
         num_gpus=resources.replica_gpus,
         compute=ActorPoolStrategy(
-            size=job.settings.replicas,
+            min_size=job.settings.fewest_replicas,
+            max_size=job.settings.most_replicas,
+            initial_size=place.replicas,
             max_tasks_in_flight_per_actor=in_flight,
             max_concurrent_calls_per_actor=in_flight,
         ),

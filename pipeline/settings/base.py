@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from pipeline.errors import ConfigError
 from pipeline.redact import printable, scrubbed, tell, without_secrets
@@ -23,6 +24,7 @@ from pipeline.settings.yaml_text import (
     cut,
     hint,
     is_union,
+    is_value_or_group,
     options_of,
     parse,
     reason,
@@ -134,8 +136,10 @@ def _assign(kind: type[Settings], values: dict[str, Any], assignment: str) -> No
     wanted: Any = kind
     for parent in parents:
         wanted = wanted_at(wanted, parent)
-        # A group that the file leaves empty (`columns:`) reads as null.
-        if values.get(parent) is None:
+        given = values.get(parent)
+        # A group that the file leaves empty (`columns:`) reads as null; what takes a value or a
+        # group (`replicas`) is what was said of it last.
+        if given is None or (not isinstance(given, dict) and is_value_or_group(wanted)):
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
@@ -186,20 +190,14 @@ def _as_it_stands(key: str, text: str, why: str) -> str:
 
 
 def _explain(kind: type[Settings], error: ValidationError) -> str:
-    lines = []
     known = sorted(_dotted_keys(kind))
     # Unknown keys first: a key that is missing may be one that was mistyped.
-    for detail in sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden"):
-        # Locations inside a union name its branches as well; only keys of ours belong in the
-        # message.
-        parts: list[str] = []
-        for part in map(str, detail["loc"]):
-            candidate = ".".join([*parts, part])
-            if detail["type"] == "extra_forbidden" or any(
-                k == candidate or k.startswith(candidate + ".") for k in known
-            ):
-                parts.append(part)
-        key = ".".join(parts) or "configuration"
+    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    keyed = [(_key(detail, known), detail) for detail in details]
+    lines = []
+    for key, detail in keyed:
+        if _is_of_another_form(key, detail, keyed):
+            continue
         if RENAMED.get(key) in known:
             lines.append(f"{key}: is called {RENAMED[key]} now; rename it")
         elif detail["type"] == "extra_forbidden":
@@ -215,6 +213,34 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
                 f"{key}: {message[0].lower()}{message[1:]}, got {cut(repr(detail['input']), 200)}"
             )
     return "; ".join(dict.fromkeys(lines))
+
+
+def _key(detail: ErrorDetails, known: Sequence[str]) -> str:
+    """Locations inside a union name its branches as well; only keys of ours belong in a message."""
+    parts: list[str] = []
+    *groups, last = map(str, detail["loc"] or ("",))
+    for part in groups:
+        candidate = ".".join([*parts, part])
+        if any(k == candidate or k.startswith(candidate + ".") for k in known):
+            parts.append(part)
+    if detail["type"] == "extra_forbidden" or ".".join([*parts, last]) in known:
+        parts.append(last)
+    return ".".join(parts) or "configuration"
+
+
+def _is_of_another_form(
+    key: str, detail: ErrorDetails, keyed: Sequence[tuple[str, ErrorDetails]]
+) -> bool:
+    """Whether a key takes a value or a group, and this is what the form says that was not meant."""
+    others = [
+        one for other, one in keyed if one is not detail and f"{other}.".startswith(f"{key}.")
+    ]
+    is_group = isinstance(detail["input"], dict)
+    return (
+        bool(others)
+        and detail["type"].endswith("_type")
+        and (is_group or detail["type"] == "model_type")
+    )
 
 
 def _dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:

@@ -129,6 +129,19 @@ class ModelSettings(Settings):
         return self
 
 
+class ReplicaRange(Settings):
+    """How many replicas a job may have."""
+
+    min: PositiveInt = Field(1, description="the job waits until so many have room")
+    max: PositiveInt = Field(description="the job takes no more, however far the cluster grows")
+
+    @model_validator(mode="after")
+    def _are_ordered(self) -> ReplicaRange:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
 #: A column name, `auto` (use the column of the key's own name if there is one) or null (do not use
 #: one).
 ColumnName = str | None
@@ -644,13 +657,29 @@ class JobSettings(Settings):
         default_factory=EvaluateSettings, json_schema_extra=KEEPS_ANSWERS
     )
     cost: CostSettings = Field(default_factory=CostSettings, json_schema_extra=KEEPS_ANSWERS)
-    replicas: PositiveInt = Field(
+    replicas: PositiveInt | ReplicaRange = Field(
         1,
         json_schema_extra=KEEPS_ANSWERS,
         description="model replicas; each has a GPU of its own where there are GPUs, or "
-        "model.tensor_parallel of them",
+        "model.tensor_parallel of them. {min: 1, max: 512}: room for the first is held, and "
+        "further ones come and go with nodes",
     )
     ray: RaySettings = Field(default_factory=RaySettings, json_schema_extra=KEEPS_ANSWERS)
+
+    @property
+    def fewest_replicas(self) -> int:
+        """With how many replicas the job may begin."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.min
+
+    @property
+    def grows(self) -> bool:
+        """Whether the job may have more replicas than it begins with."""
+        return self.fewest_replicas < self.most_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """How many replicas the job may grow to."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.max
 
     @model_validator(mode="after")
     def _folds_what_is_not_rounded(self) -> JobSettings:

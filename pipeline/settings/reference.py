@@ -133,6 +133,8 @@ def _kind(kind: Any) -> str:
         return f"list of {_kind(arguments[0])}"
     if origin is dict:
         return "keys and values"
+    if isinstance(kind, type) and issubclass(kind, Settings):
+        return f"`{{{', '.join(kind.model_fields)}}}`"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[kind]
 
 

@@ -245,6 +245,16 @@ def wanted_at(annotation: Any, what: Any) -> Any:
     return object if groups else Any
 
 
+def is_value_or_group(annotation: Any) -> bool:
+    """Whether an annotation allows a value and, as well, a group of keys."""
+    is_group = [
+        isinstance(option, type) and issubclass(option, BaseModel)
+        for option in options_of(annotation)
+        if option is not type(None)
+    ]
+    return any(is_group) and not all(is_group)
+
+
 def is_union(annotation: Any) -> bool:
     """Whether an annotation allows several types, written in either way."""
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)

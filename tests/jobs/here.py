@@ -59,7 +59,7 @@ def run_stages(
     handles = _Handle(monitor), _Handle(committer)
     with contextlib.ExitStack() as stack:
         replicas = []
-        for _ in range(job.settings.replicas):
+        for _ in range(job.settings.fewest_replicas):
             replicas.append(Replica(*replica_arguments(job, "cpu", 1, *handles)))
             stack.callback(replicas[-1]._engine.close)
         asyncio.run(_answer(replicas, blocks))

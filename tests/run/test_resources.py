@@ -9,12 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
-from pipeline.run.resources import ENOUGH, RESERVED_CPUS, TASK_CPUS, Node, portion, share
+from pipeline.run.resources import ENOUGH, RESERVED_CPUS, TASK_CPUS, Node, portion, room_for, share
 from pipeline.settings.job import JobSettings
 
 
 def settings(
-    replicas: int = 1, device: str = "auto", actors: int | None = None, parts: int = 1
+    replicas: int | dict[str, int] = 1,
+    device: str = "auto",
+    actors: int | None = None,
+    parts: int = 1,
 ) -> JobSettings:
     return JobSettings.model_validate(
         {
@@ -118,6 +121,31 @@ def test_a_job_without_gpus_takes_what_is_free_once_that_is_enough() -> None:
     assert portion(settings(), nodes, [Node(16), Node(4)]) == [Node(16), Node(4)]
     assert portion(settings(), nodes, [Node(7), Node(0)]) is None
     assert portion(settings(), [Node(0)], [Node(0)]) is None
+
+
+@pytest.mark.parametrize(
+    ("fewest", "most", "held", "begun"),
+    [(1, 512, 1, 8), (1, 3, 1, 3), (8, 512, 8, 8), (9, 512, None, None)],
+)
+def test_a_job_that_may_grow_holds_the_least_and_begins_with_as_many_replicas_as_have_room(
+    fewest: int, most: int, held: int | None, begun: int | None
+) -> None:
+    asked = settings({"min": fewest, "max": most})
+    nodes, free = [Node(64, 8), Node(64, 8)], [Node(0, 0), Node(64, 8)]
+    taken = portion(asked, nodes, free)
+    assert (taken and sum(node.gpus for node in taken)) == held
+    if taken:
+        assert room_for(asked, free, share(asked, taken)) == begun
+
+
+def test_a_job_that_may_grow_holds_as_many_nodes_without_gpus_as_replicas() -> None:
+    asked = settings({"min": 1, "max": 512})
+    nodes = [Node(8), Node(16), Node(16)]
+    taken = portion(asked, nodes, nodes)
+    assert taken == [Node(0), Node(16), Node(0)]
+    shared = share(asked, taken)
+    assert (shared.replica_cpus, shared.replica_threads) == (8.0, 16)
+    assert room_for(asked, nodes, shared) == 2  # none on the small node beside what prepares
 
 
 @st.composite

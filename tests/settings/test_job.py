@@ -121,6 +121,16 @@ def test_defaults_of_the_fixed_keys() -> None:
         ("replicas=two", "replicas: input should be a valid integer, got 'two'"),
         ("replicas=0", "replicas: input should be greater than or equal to 1, got 0"),
         ("replicas='2'", "replicas: input should be a valid integer, got '2'"),
+        ("replicas=[1]", "replicas: input should be a valid integer, got [1]"),
+        (
+            "replicas.min=3",
+            "replicas.max: missing; set it in the file or with --set replicas.max=...",
+        ),
+        ("replicas={min: 3, max: 2}", "replicas: min 3 is above max 2, got {'min': 3, 'max': 2}"),
+        (
+            "replicas={max: 2, mx: 2}",
+            "replicas.mx: unknown key; did you mean replicas.max?",
+        ),
         ("output.routes=1", "output.routes: input should be a valid boolean, got 1"),
         (
             "model.dtype=fp8",
@@ -454,6 +464,16 @@ def test_set_goes_over_the_file_and_later_over_earlier(tmp_path: Path) -> None:
     )
     assert (settings.replicas, settings.generation.seed, settings.generation.top_k) == (4, 4, 5)
     assert settings.input.columns.id == "key"
+
+
+def test_of_a_value_and_a_group_of_one_key_the_later_counts(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("replicas: 2\n")
+    settings = load("replicas.min=3", "replicas.max=5", file=file)
+    assert (settings.fewest_replicas, settings.most_replicas, settings.grows) == (3, 5, True)
+    settings = load("replicas.max=5", "replicas=4", file=file)
+    assert (settings.fewest_replicas, settings.most_replicas, settings.grows) == (4, 4, False)
+    assert not load("replicas={min: 2, max: 2}").grows
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ EventKind = Literal[
     "run_started",
     "replica_started",
     "replica_lost",
+    "replica_given_back",
     "worker_lost",
     "throttled",
     "shard_committed",
