@@ -20,7 +20,7 @@ from pipeline.engine.load import LoadedModel
 from pipeline.engine.member import Membership
 from pipeline.engine.members import LostMemberError
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.model.checkpoint import open_checkpoint
+from pipeline.families.opening import open_checkpoint
 from pipeline.model.convert import convert
 from pipeline.synthetic.hub_folder import FolderShape
 from pipeline.synthetic.random_checkpoint import RandomShape, write_random_checkpoint
