@@ -79,13 +79,16 @@ def test_a_member_that_is_killed_costs_no_row_and_its_replica_starts_anew(
         ) as run,
     ):
         until = time.monotonic() + TIMEOUT
-        while run.poll() is None and not list((tmp_path / "out").glob("*.parquet")):
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        assert run.poll() is None, log.read_text()
-        (member,) = members(ray_cluster)
-        member.kill()
-        assert run.wait(TIMEOUT) == 0, log.read_text()
+        try:
+            while run.poll() is None and not list((tmp_path / "out").glob("*.parquet")):
+                assert time.monotonic() < until, log.read_text()
+                time.sleep(0.02)
+            assert run.poll() is None, log.read_text()
+            (member,) = members(ray_cluster)
+            member.kill()
+            assert run.wait(TIMEOUT) == 0, log.read_text()
+        finally:
+            run.kill()
     answers = results(tmp_path / "out")  # each once
     for turn in range(TIMES):
         for row in rows:
