@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup demo test test-all lint bench peers chaos soak train clean
+.PHONY: setup demo test test-all lint bench peers chaos growth soak train clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,10 @@ peers: .peers/vllm/.setup-done .peers/openvino/.setup-done
 
 chaos: $(STAMP)
 	CHAOS_ROUNDS=50 SUSPENDED_ROUNDS=20 $(PYTHON) -m pytest -s --timeout 7200 tests/chaos/test_chaos.py tests/chaos/test_suspended.py tests/jobs/test_two_jobs.py
+
+# Nodes that join a job's cluster and go away again.
+growth: $(STAMP)
+	GROWTH=1 $(PYTHON) -m pytest -s --timeout 3600 tests/jobs/test_growth.py
 
 soak: $(STAMP)
 	SOAK_ROWS=20000 $(PYTHON) -m pytest -s --timeout 7200 tests/chaos/test_soak.py
