@@ -212,20 +212,7 @@ def load(
     processor = prompts_of(checkpoint.folder, checkpoint.shape)
     if tensor_parallel == 1:
         return LoadedModel(checkpoint.folder, form.loaded(processor), processor)
-    members = Members(
-        tensor_parallel,
-        checkpoint,
-        form.dtype,
-        place,
-        prepack=prepack,
-        threads=torch.get_num_threads(),
-    )
-    try:
-        model = form.loaded(processor, members)
-    except BaseException:
-        members.close()
-        raise
-    return LoadedModel(checkpoint.folder, model, processor, members)
+    return form.in_parts(processor, tensor_parallel)
 
 
 @dataclass(frozen=True)
@@ -264,6 +251,27 @@ class _Form:
             # Something else took it meanwhile.
             raise no_room_for_weights(needed, torch.cuda.mem_get_info(self.place)[0]) from error
         return model
+
+    def in_parts(self, processor: PromptProcessor, parts: int) -> LoadedModel:
+        """The model's first part, and processes that hold the others.
+
+        Raises:
+            ConfigError: there is no room for it.
+        """
+        members = Members(
+            parts,
+            self.checkpoint,
+            self.dtype,
+            self.place,
+            prepack=self.prepack,
+            threads=torch.get_num_threads(),
+        )
+        try:
+            model = self.loaded(processor, members)
+        except BaseException:
+            members.close()
+            raise
+        return LoadedModel(self.checkpoint.folder, model, processor, members)
 
 
 def _check_divisible(form: _Form, parts: int) -> None:

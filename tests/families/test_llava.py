@@ -203,7 +203,7 @@ def rewritten(folder: Path, **changes: Any) -> None:
         ({"text_hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"vision_feature_layer": -9}, "vision_feature_layer is -9, but the tower has 3 layers"),
         ({"projector_hidden_act": "relu6"}, "projector_hidden_act is 'relu6', expected one of"),
-        ({"model_type": "llava_onevision"}, "model_type is 'llava_onevision', expected one of"),
+        ({"model_type": "phi"}, "model_type is 'phi', expected one of"),
     ],
 )
 def test_what_is_not_computed_is_said(
