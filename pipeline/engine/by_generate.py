@@ -9,10 +9,8 @@ samples with its own generator, and its answer does not depend on its group.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,9 @@ import torch
 from torch import Tensor
 
 from pipeline.counters import EngineCounts, EngineGauges
+from pipeline.engine.answering import Answering, blamed
 from pipeline.engine.answers import take_token
 from pipeline.engine.encode import Encoded
-from pipeline.engine.inbox import Inbox
 from pipeline.engine.narrow import halves, narrow
 from pipeline.engine.options import EngineOptions, Sizes
 from pipeline.engine.request import LiveRequest, Stage
@@ -32,11 +30,10 @@ from pipeline.engine.types import (
     Answer,
     GenerationError,
     LostDeviceError,
-    OutOfMemoryError,
     Request,
 )
 from pipeline.model.ops import is_lost
-from pipeline.redact import one_line, traceback_of
+from pipeline.redact import traceback_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +44,7 @@ LINGER_SECONDS = 0.05
 MOST_PADDED = 1.5
 
 
-class GenerateEngine:
+class GenerateEngine(Answering):
     """Answers requests in a thread of its own, a group at a time.
 
     Args:
@@ -66,31 +63,18 @@ class GenerateEngine:
         max_positions: int,
         options: EngineOptions | None = None,
     ) -> None:
+        super().__init__(max_positions)
         options = options or EngineOptions()
         self._model, self._tokenizer = model, tokenizer
-        self._image_token_id, self._max_positions = image_token_id, max_positions
+        self._image_token_id = image_token_id
         self._sizes = Sizes.of(options, model.device.type)
         self._most = self._sizes.batch_size
         self._reuse = Reuse(options.answer_cache)
-        self._inbox = Inbox()
         self._waiting: list[LiveRequest] = []
         self._running: list[LiveRequest] = []
         self._images = 0
         self._seconds = 0.0
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        self._thread.start()
-
-    def submit(self, request: Request) -> Future[Answer]:
-        """Queue a request; see `Engine.submit`."""
-        _ = request.key  # inputs are hashed here, in the caller's thread
-        room = self._max_positions - len(request.input_ids)
-        future: Future[Answer] = Future()
-        self._inbox.put(LiveRequest(request, min(request.sampling.max_new_tokens, room), [future]))
-        return future
-
-    def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer requests, in their order."""
-        return [future.result() for future in [self.submit(request) for request in requests]]
+        self._start()
 
     def counts(self) -> EngineCounts:
         """What was done, and what did not have to be done."""
@@ -111,17 +95,6 @@ class GenerateEngine:
             cache_tokens=held,
             cache_size=max(held, self._sizes.batch_size * self._max_positions),
         )
-
-    def close(self) -> None:
-        """Answer what was submitted, then stop."""
-        self._inbox.close()
-        self._thread.join()
-
-    def __enter__(self) -> GenerateEngine:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _loop(self) -> None:
         try:
@@ -177,7 +150,7 @@ class GenerateEngine:
         self._running = group
         _, failures = narrow(group, self._run, self._recover, lambda work, _: halves(work))
         for piece, error in failures:
-            self._end(piece[0], _blamed(error))
+            self._end(piece[0], blamed(error))
         self._running = []
         self._seconds += time.perf_counter() - started
 
@@ -290,9 +263,3 @@ def _padded(
         whole[name] = np.concatenate(arrays)
     tensors = {name: torch.from_numpy(array).to(device) for name, array in whole.items()}
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-
-
-def _blamed(error: Exception) -> GenerationError:
-    """What a request's callers get for an exception that it raised alone."""
-    kind = OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else GenerationError
-    return kind(f"{type(error).__name__}: {one_line(str(error))}")

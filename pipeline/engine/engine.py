@@ -5,20 +5,17 @@ they join and leave.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import torch
 
 from pipeline.counters import EngineCounts, EngineGauges
+from pipeline.engine.answering import Answering, blamed
 from pipeline.engine.answers import take_token
 from pipeline.engine.encode import Encoder
 from pipeline.engine.folding import folded_experts
-from pipeline.engine.inbox import Inbox
 from pipeline.engine.intake import Intake
 from pipeline.engine.members import Members
 from pipeline.engine.memory import find_room
@@ -32,8 +29,6 @@ from pipeline.engine.types import (
     Answer,
     GenerationError,
     LostDeviceError,
-    OutOfMemoryError,
-    Request,
 )
 from pipeline.errors import ConfigError
 from pipeline.model.assemble import Model
@@ -46,7 +41,7 @@ logger = logging.getLogger(__name__)
 LINGER_SECONDS = 0.02
 
 
-class Engine:
+class Engine(Answering):
     """Answers requests in a thread of its own.
 
     Requests join and leave between steps. Each step takes one new token of every running request
@@ -85,7 +80,7 @@ class Engine:
         folded = folded_experts(model) if options.fold_experts else None
         self._cache_tokens, visual_bytes = find_room(model, options, members)
         self._tokenizer = tokenizer
-        self._max_positions = model.shape.max_positions
+        super().__init__(model.shape.max_positions)
         self._encoder = Encoder(
             model, image_token_id, options.decode_route, options.vision_cache_bytes
         )
@@ -105,34 +100,11 @@ class Engine:
         # On a GPU the next step is launched before the tokens of this one are read: the device
         # never waits for the host.
         self._ahead = 0 if model.device.type == "cpu" else 1
-        self._inbox = Inbox()
         self._live: set[LiveRequest] = set()
         self._launched: deque[Launched] = deque()
         self._stages = {"encode": self._encode, "admit": self._admit, "step": self._step}
         self._seconds = dict.fromkeys(self._stages, 0.0)
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        self._thread.start()
-
-    def submit(self, request: Request) -> Future[Answer]:
-        """Queue a request.
-
-        Returns:
-            A future of its answer; it holds `GenerationError` if this request, and no other, cannot
-            be answered.
-
-        Raises:
-            RuntimeError: the engine is closed, or failed; `LostDeviceError` where its device is
-                lost.
-        """
-        _ = request.key  # images are hashed here, in the caller's thread
-        room = self._max_positions - len(request.input_ids)
-        future: Future[Answer] = Future()
-        self._inbox.put(LiveRequest(request, min(request.sampling.max_new_tokens, room), [future]))
-        return future
-
-    def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer requests, in their order."""
-        return [future.result() for future in [self.submit(request) for request in requests]]
+        self._start()
 
     def counts(self) -> EngineCounts:
         """What was done, and what did not have to be done; those of several replicas may be added.
@@ -163,16 +135,9 @@ class Engine:
 
     def close(self) -> None:
         """Answer what was submitted, then stop."""
-        self._inbox.close()
-        self._thread.join()
+        super().close()
         if self._members is not None:
             self._members.end_work()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     @property
     def _queued(self) -> int:
@@ -229,7 +194,7 @@ class Engine:
         busy = bool(self._scheduler.running)
         encoded = (*self._scheduler.waiting, *self._scheduler.running)
         for live, error in self._intake.launch(self._recover, busy=busy, encoded=encoded):
-            self._end(live, _blamed(error))
+            self._end(live, blamed(error))
         for live in self._intake.encoded(busy=busy):
             self._scheduler.add(live)
 
@@ -245,7 +210,7 @@ class Engine:
             launched, failures = narrow(schedule, self._launch, self._recover, Schedule.smaller)
             self._launched += launched
             for piece, error in failures:
-                self._end(piece.requests[0], _blamed(error))
+                self._end(piece.requests[0], blamed(error))
         while len(self._launched) > (self._ahead if schedule.requests else 0):
             self._collect(self._launched.popleft())
 
@@ -287,11 +252,3 @@ class Engine:
         self._live.discard(live)
         self._reuse.end(live, outcome)
         live.resolve(outcome)
-
-
-def _blamed(error: Exception) -> GenerationError:
-    """What a request's callers get for an exception that it raised alone."""
-    if isinstance(error, GenerationError):
-        return error
-    kind = OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else GenerationError
-    return kind(f"{type(error).__name__}: {error}")

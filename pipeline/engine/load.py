@@ -207,12 +207,16 @@ def load(
     if tensor_parallel > 1:
         _check_divisible(form, tensor_parallel)
     if place.type == "cpu" and (threads is not None or tensor_parallel > 1):
-        each = max(1, (threads or torch.get_num_threads()) // tensor_parallel)
-        torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else each)
+        _take_threads(checkpoint, (threads or torch.get_num_threads()) // tensor_parallel)
     processor = prompts_of(checkpoint.folder, checkpoint.shape)
     if tensor_parallel == 1:
         return LoadedModel(checkpoint.folder, form.loaded(processor), processor)
     return form.in_parts(processor, tensor_parallel)
+
+
+def _take_threads(checkpoint: Checkpoint, most: int) -> None:
+    """Set how many threads the products of this process take."""
+    torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else max(1, most))
 
 
 @dataclass(frozen=True)
@@ -301,7 +305,7 @@ def _by_transformers(
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
     if place.type == "cpu" and threads is not None:
-        torch.set_num_threads(1 if checkpoint.shape.hidden <= NARROW else threads)
+        _take_threads(checkpoint, threads)
     processor = prompts_of(checkpoint.folder, checkpoint.shape)
     try:
         model, told = AutoModelForImageTextToText.from_pretrained(

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, RowError
 from pipeline.families.cutting import explained, image_parts
 from pipeline.families.family import Family
-from pipeline.families.prompt import ControlTokens, Message, Prompt, PromptProcessor
+from pipeline.families.prompt import ControlTokens, Message, Prompt, PromptProcessor, in_parts
 from pipeline.model.assemble import Parts
 from pipeline.model.checkpoint import Recipe
 from pipeline.model.shape import ModelShape, VisionShape
@@ -129,7 +129,7 @@ class GenericPrompts(PromptProcessor):
         if self.chat_template is None:
             return "\n".join(texts)
         rendered: str = self._processor.apply_chat_template(
-            [_in_parts(message) for message in messages],
+            in_parts(messages),
             tokenize=False,
             add_generation_prompt=True,
         )
@@ -139,13 +139,6 @@ class GenericPrompts(PromptProcessor):
         """Whether the template wrote what the tokenizer would put before a text."""
         bos = self.tokenizer.bos_token
         return bool(bos) and text.startswith(bos)
-
-
-def _in_parts(message: Message) -> Message:
-    """Templates of many models know no content but lists of parts."""
-    if not isinstance(message["content"], str):
-        return message
-    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _decoded(image: Any) -> tuple[Image.Image, Picture]:

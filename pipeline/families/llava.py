@@ -20,7 +20,7 @@ from pipeline.errors import CheckpointError
 from pipeline.families.clip import ClipShape, ClipTower
 from pipeline.families.cutting import ProcessorCutter
 from pipeline.families.family import Family, check_decoder
-from pipeline.families.prompt import ControlTokens, Message, Prompt, PromptProcessor
+from pipeline.families.prompt import ControlTokens, Message, Prompt, PromptProcessor, in_parts
 from pipeline.model.assemble import Parts
 from pipeline.model.checkpoint import Recipe, as_is
 from pipeline.model.shape import ModelShape, VisionShape
@@ -258,15 +258,7 @@ class LlavaPrompts(PromptProcessor):
 
     def prepare(self, messages: Sequence[Message]) -> Prompt:
         """Prepare one conversation; see `PromptProcessor`."""
-        # The templates know no content but lists of parts.
-        return super().prepare(
-            [
-                {**message, "content": [{"type": "text", "text": message["content"]}]}
-                if isinstance(message["content"], str)
-                else message
-                for message in messages
-            ]
-        )
+        return super().prepare(in_parts(messages))
 
 
 def _fitted(pictures: PictureSettings, vision: LlavaVision) -> dict[str, Any]:

@@ -388,6 +388,16 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[:at], whole[at + len(bare) :]
 
 
+def in_parts(messages: Sequence[Message]) -> list[Message]:
+    """The messages with lists of parts as contents: templates of many models know no other."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message["content"], str)
+        else message
+        for message in messages
+    ]
+
+
 def _texts(messages: Sequence[Message]) -> Iterator[str]:
     for message in messages:
         if isinstance(message["content"], str):
