@@ -20,7 +20,6 @@ from pipeline.actors.witness import TRIES
 from pipeline.counters import RowCounts
 from pipeline.errors import RowError, RowErrorCode, RowFailure
 from pipeline.families.prompt import PromptProcessor
-from pipeline.families.registry import prompt_processor
 from pipeline.io.input.columns import Columns
 from pipeline.io.input.references import shown
 from pipeline.model.version import as_planned
@@ -255,7 +254,10 @@ class Preparer:
 
 
 def _processor(settings: JobSettings, planned: Mapping[str, str] | None) -> PromptProcessor:
+    # Imported here, since it imports torch, as all families do.
     import torch
+
+    from pipeline.families.registry import prompt_processor
 
     # Several of these share a machine; torch's own threads would only get in each other's way.
     torch.set_num_threads(1)
