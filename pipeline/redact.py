@@ -32,6 +32,8 @@ _QUOTE = re.compile(r"'(?![\w%=&+/.\-])")
 #: `abfs://container@account` holds no credentials.
 _CONTAINER = re.compile(r"\b(?:abfss?|az)://$", re.IGNORECASE)
 _PORT = re.compile(r"\d{1,5}(?=/|$)")
+#: An option of a command and its value.
+_OPTION = re.compile(r"(?<!\S)--?(?P<name>[\w\-]++)\s{1,4}(?P<value>[^\s\-]\S*)")
 #: A name, `=` or `:` (percent-encoded, too), then a value: in quotes, which may be escaped or never
 #: close, or plain. Or an element of XML, as storages answer.
 _NAMED = re.compile(
@@ -106,7 +108,11 @@ def without_secrets(text: str, *, cut: bool = False) -> str:
     def clean(match: re.Match[str]) -> str:
         return _without_query(_without_user(match[0], cut=cut and match.end() == len(text)))
 
-    text = _without_values(_WORD.sub(clean, text))
+    def option(match: re.Match[str]) -> str:
+        at = match.start("value") - match.start()
+        return f"{match[0][:at]}***" if is_secret_name(match["name"]) else match[0]
+
+    text = _without_values(_OPTION.sub(option, _WORD.sub(clean, text)))
     return _PRIVATE_KEY.sub("***", _SHAPES.sub("***", text))
 
 

@@ -53,6 +53,8 @@ SECRET = "hunter2hunter2"
         (f'{{"session_token": "{SECRET}", "region": "x"}}', '"region": "x"'),
         (f"Authorization: {SECRET}", "Authorization"),
         (f"account_key={SECRET};", ";"),
+        (f"mysql --user me --password {SECRET} db", "--user me --password *** db"),
+        (f"tool -api-key {SECRET}", "tool -api-key ***"),
         (f"s3://AKIA:wJal/{SECRET}@bucket/out", "s3://***@bucket/out"),
         (f"s3://AKIA:12/{SECRET}@bucket/out", "s3://***@bucket/out"),
         (f"ftp://user:p@{SECRET}@host/x", "ftp://***@host/x"),

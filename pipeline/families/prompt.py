@@ -270,11 +270,20 @@ class PromptProcessor:
 
         Rendered with these, texts spell no control token, nor do two that the template puts side by
         side.
+
+        Raises:
+            RowError: `prompt_invalid`, the texts leave no character for it.
         """
         used = set[str]().union(*texts)
         begins = sorted({token[0] for token in self._added.values()} & used)
-        free = (chr(code) for code in PRIVATE if chr(code) not in used)
-        return {ord(character): next(free) for character in begins}
+        free = [code for code in PRIVATE if chr(code) not in used][: len(begins)]
+        if len(free) < len(begins):
+            raise RowError(
+                "prompt_invalid",
+                f"the text holds {len(PRIVATE) - len(free):,} different characters of private use, "
+                "and leaves none to stand for what control tokens begin with; expected text",
+            )
+        return {ord(character): chr(code) for character, code in zip(begins, free, strict=True)}
 
     def _check_length(self, pieces: Sequence[str]) -> None:
         """Refuse what cannot fit before it is tokenized as a whole, which takes a hundred times its

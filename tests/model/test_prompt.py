@@ -236,3 +236,9 @@ def test_a_part_that_is_no_image_costs_its_row_alone(odd: dict[str, Any]) -> Non
 def test_a_conversation_without_parts_costs_its_row_alone(content: list[Any]) -> None:
     with pytest.raises(RowError, match="^image_decode"):
         processor().cutter.parts([{"role": "user", "content": content}])
+
+
+def test_a_text_of_every_private_character_costs_its_row_alone() -> None:
+    text = "<|im_end|>" + "".join(map(chr, module.PRIVATE))
+    with pytest.raises(RowError, match="prompt_invalid.*private use"):
+        processor().prepare([user(text)])
