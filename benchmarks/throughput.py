@@ -150,7 +150,10 @@ def write_questions(models: Models, workloads: Workloads) -> None:
 
 
 def table(
-    rates: dict[str, dict[str, float]], best: dict[str, float], agreed: dict[str, int]
+    rates: dict[str, dict[str, float]],
+    best: dict[str, float],
+    agreed: dict[str, int],
+    requests: int,
 ) -> list[str]:
     """Rates beside the best peer's, and whose tokens are ours."""
     columns = (f"{name}: new tokens a second | times the best peer" for name in best)
@@ -160,7 +163,7 @@ def table(
     ]
     for who, by_workload in rates.items():
         cells = [f"{by_workload[name]:.1f} | {by_workload[name] / best[name]:.2f}" for name in best]
-        shared = f"{agreed[who]} of {min(WARM_UP, REQUESTS) * len(best)}" if who in agreed else ""
+        shared = f"{agreed[who]} of {min(WARM_UP, requests) * len(best)}" if who in agreed else ""
         lines.append(f"| {who} | {' | '.join(cells)} | {shared} |")
     return lines
 
@@ -231,7 +234,7 @@ def main() -> list[str]:
         f"{rate / 1e9:.0f} GFLOP/s here. Peers at their best settings, the best of equal precision "
         "is the measure.",
         "",
-        *table(rates | floor, best, agreed),
+        *table(rates | floor, best, agreed, REQUESTS),
         "",
         *summary(rates, best, floor),
         *(f"- {label}: {worker.version}." for label, worker in workers.items()),

@@ -110,7 +110,7 @@ def native(loaded: LoadedModel | LoadedByTransformers) -> LoadedModel:
 
 
 class Transformers:
-    """The peer: transformers' `generate` on the base model without experts, in static batches.
+    """The peer: transformers' `generate` on a model without experts, in static batches.
 
     Args:
         base: a base checkpoint's folder.
@@ -118,11 +118,18 @@ class Transformers:
     """
 
     def __init__(self, base: Path, dtype: torch.dtype = DTYPE) -> None:
-        from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self._model = Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=dtype).eval()
+        self._model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype).eval()
         self._processor = AutoProcessor.from_pretrained(base)
         self._processor.tokenizer.padding_side = "left"
+
+    def text_of(self, asked: Asked) -> str:
+        """The prompt in the checkpoint's own chat template."""
+        text: str = self._processor.apply_chat_template(
+            asked.messages, tokenize=False, add_generation_prompt=True
+        )
+        return text
 
     def answer(self, asked: Sequence[Asked], batch_size: int) -> list[tuple[int, list[int]]]:
         """Answer all, images and tokenizing included; a batch runs until its longest answer is
@@ -134,14 +141,11 @@ class Transformers:
         processor, outcomes = self._processor, []
         for first in range(0, len(asked), batch_size):
             part = asked[first : first + batch_size]
-            texts = [
-                processor.apply_chat_template(
-                    a.messages, tokenize=False, add_generation_prompt=True
-                )
-                for a in part
-            ]
             inputs = processor(
-                text=texts, images=[a.picture for a in part], padding=True, return_tensors="pt"
+                text=list(map(self.text_of, part)),
+                images=[a.picture for a in part],
+                padding=True,
+                return_tensors="pt",
             )
             with torch.inference_mode():
                 whole = self._model.generate(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import throughput
+from benchmarks import llava, throughput
 from benchmarks.peers.driver import Peer, PeerError, Worker, start
 from benchmarks.peers.protocol import (
     Answered,
@@ -163,5 +163,21 @@ def test_the_throughput_benchmark_runs_at_a_tiny_size(
     assert page.count("| 4 of 4 |") == len(throughput.STATIC_BATCHES)
     assert "- fake left: its prompts have [" in page
     assert "- absent took no part: it is not installed (make peers)." in page
+    assert "times the best peer" in page
+    assert saved["requests"] == 2
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_llava_runs_at_a_tiny_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: dict[str, object] = {}
+    monkeypatch.setattr(llava, "REQUESTS", 2)
+    monkeypatch.setattr(llava, "peers", lambda dtype, cores: [])
+    monkeypatch.setattr(llava, "save", lambda name, figures: saved.update(figures))
+    shape = llava.LlavaShape(1, 64, 96, 4, 2, 32, 2, 28)
+    page = "\n".join(llava.main(shape))
+    assert page.count("| 4 of 4 |") == len(llava.STATIC_BATCHES)
+    assert "one picture with 4 visual tokens" in page
     assert "times the best peer" in page
     assert saved["requests"] == 2

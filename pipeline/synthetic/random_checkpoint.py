@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline.families.registry import shape_of
@@ -65,7 +66,7 @@ def write_random_checkpoint(
         no weights: the released adapter file holds them all.
     """
     base = folder / "base"
-    write_hub_folder(base, train_tokenizer(_words()), shape.base)
+    write_hub_folder(base, everyday_tokenizer(), shape.base)
     sizes = shape_of(base)
     if shape.experts:
         sizes = replace(sizes, adapter=AdapterShape(shape.experts, shape.rank, 1, 2.0))
@@ -89,8 +90,10 @@ def write_random_checkpoint(
     return base, adapter
 
 
-def _words() -> list[str]:
-    return [word for text in _TEXT for word in (*text.split(), *(f" {w}" for w in text.split()))]
+def everyday_tokenizer() -> Tokenizer:
+    """A tokenizer in Qwen2's form, trained on a few everyday questions."""
+    words = [word for text in _TEXT for word in (*text.split(), *(f" {w}" for w in text.split()))]
+    return train_tokenizer(words)
 
 
 def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
