@@ -22,7 +22,7 @@ from benchmarks.peers.protocol import Question, write_workload
 from benchmarks.peers.settings import peers
 from benchmarks.race import InProcess, Race, Workloads
 from benchmarks.throughput import QUESTION, REQUESTS, STATIC_BATCHES, table, through_engine
-from benchmarks.workloads import DTYPE, Asked, Loaded, Transformers, native, noise
+from benchmarks.workloads import DTYPE, DTYPE_NAME, Asked, Loaded, Transformers, native, noise
 from pipeline import load
 from pipeline.synthetic.hub_folder import FolderShape, write_hub_folder
 from pipeline.synthetic.random_checkpoint import everyday_tokenizer
@@ -133,12 +133,12 @@ def main(shape: LlavaShape | None = None) -> list[str]:
     """Measure, save, and return lines for RESULTS.md."""
     shape = shape or LlavaShape()
     asked = workloads(REQUESTS, shape.side)
-    dtype = str(DTYPE).removeprefix("torch.")
-    line_up = [p for p in peers(dtype, sorted(os.sched_getaffinity(0))) if p.environment == "vllm"]
+    cores = sorted(os.sched_getaffinity(0))
+    line_up = [peer for peer in peers(DTYPE_NAME, cores) if peer.environment == "vllm"]
     with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
         folder = Path(work)
         write_llava(folder / "base", shape)
-        loaded = Loaded(native(load(str(folder / "base"), None, dtype=dtype, device="cpu")))
+        loaded = Loaded(native(load(str(folder / "base"), None, dtype=DTYPE_NAME, device="cpu")))
         static = Transformers(folder / "base")
         for workload, questions in asked.items():
             texts = [static.text_of(one) for one in questions]

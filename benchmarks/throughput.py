@@ -30,7 +30,16 @@ from benchmarks.peers.driver import ENVIRONMENTS, start
 from benchmarks.peers.protocol import Question, write_workload
 from benchmarks.peers.settings import peers
 from benchmarks.race import WARM_UP, Contestant, InProcess, Outcome, Race, Workloads, alike
-from benchmarks.workloads import CPU_SHAPE, DTYPE, Asked, Loaded, Transformers, load_random, noise
+from benchmarks.workloads import (
+    CPU_SHAPE,
+    DTYPE,
+    DTYPE_NAME,
+    Asked,
+    Loaded,
+    Transformers,
+    load_random,
+    noise,
+)
 from pipeline.engine import Engine
 
 QUESTION = "Describe this image in detail."
@@ -189,8 +198,7 @@ def summary(
 def main() -> list[str]:
     """Measure, save, and return lines for RESULTS.md."""
     workloads = {"equal lengths": equal_lengths(REQUESTS), "mixed lengths": mixed_lengths(REQUESTS)}
-    dtype = str(DTYPE).removeprefix("torch.")
-    line_up = peers(dtype, sorted(os.sched_getaffinity(0)))
+    line_up = peers(DTYPE_NAME, sorted(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         models = Models.write(Path(folder))
         write_questions(models, workloads)

@@ -23,6 +23,7 @@ from pipeline.training.precision import products_dtype
 CPU = torch.device("cpu")
 #: bfloat16 where the processor multiplies it, else float32.
 DTYPE = products_dtype(CPU)
+DTYPE_NAME: DtypeName = "bfloat16" if torch.bfloat16 == DTYPE else "float32"
 
 #: A model for two CPU cores: 302 M parameters with its experts.
 CPU_SHAPE = RandomShape(
