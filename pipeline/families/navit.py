@@ -139,29 +139,29 @@ class NavitVision(VisionShape):
         return self.tower.unused(name)
 
     def recipes(self) -> Iterator[Recipe]:
-        """Their serving tensors."""
+        """Their serving tensors; none has a name that Megrez's checkpoints have."""
         yield from self.tower.recipes()
         renamed = {"vision.post_norm": "vision_tower.post_layernorm"}
-        renamed |= {"vision.resampler.out": "resampler.attn.out_proj"}
+        renamed |= {"vision.resample.out": "resampler.attn.out_proj"}
         for ours, theirs in (("q_norm", "ln_q"), ("kv_norm", "ln_kv"), ("norm", "ln_post")):
-            renamed[f"vision.resampler.{ours}"] = f"resampler.{theirs}"
+            renamed[f"vision.resample.{ours}"] = f"resampler.{theirs}"
         for ours, theirs in renamed.items():
             for part in ("weight", "bias"):
                 yield Recipe(f"{ours}.{part}", (f"{theirs}.{part}",), as_is)
         if self._projects:
-            yield Recipe("vision.resampler.kv.weight", ("resampler.kv_proj.weight",), as_is)
+            yield Recipe("vision.resample.kv.weight", ("resampler.kv_proj.weight",), as_is)
         for number, name in enumerate("qkv"):
             for part in ("weight", "bias"):
                 third = partial(_third, number)
                 source = f"resampler.attn.in_proj_{part}"
-                yield Recipe(f"vision.resampler.{name}.{part}", (source,), third)
-        yield Recipe("vision.resampler.query", ("resampler.query",), as_is)
+                yield Recipe(f"vision.resample.{name}.{part}", (source,), third)
+        yield Recipe("vision.resample.query", ("resampler.query",), as_is)
         # Stored for a product from the right.
-        yield Recipe("vision.resampler.proj.weight", ("resampler.proj",), _transposed)
+        yield Recipe("vision.resample.proj.weight", ("resampler.proj",), _transposed)
 
     def assemble(self, parts: Parts, pixels: Tensor) -> NavitTower:
         """Put tower and resampler together of their serving tensors; see `VisionShape`."""
-        at = "vision.resampler"
+        at = "vision.resample"
         _, query = parts.norm(f"{at}.q_norm", RESAMPLER_EPS).add_norm(
             parts.take(f"{at}.query"), None
         )

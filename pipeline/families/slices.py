@@ -41,6 +41,9 @@ _TOWER = (
     *("num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps"),
 )
 
+#: Its model_types.
+TOWERS = ("idefics2", "idefics2_vision", "siglip_vision_model")
+
 #: What marks views in a prompt, by the keys of preprocessor_config.json or tokenizer_config.json
 #: that name it; and how it is spelt where neither does.
 _MARKS = {
@@ -61,6 +64,32 @@ _SPELT = {
     "id_start": ("<image_id>", "<|image_id_start|>"),
     "id_end": ("</image_id>", "<|image_id_end|>"),
 }
+
+
+@dataclass(frozen=True)
+class ReleasedConfig:
+    """A config.json whose own class is code of the checkpoint's.
+
+    Attributes:
+        told: what it says.
+        text: the decoder's part, a transformers `LlamaConfig`.
+        vision: the tower's part, as transformers reads that of Idefics2 or SigLIP.
+    """
+
+    told: dict[str, Any]
+    text: Any
+    vision: Any
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> ReleasedConfig:
+        """Take it apart."""
+        from transformers import Idefics2VisionConfig, LlamaConfig, SiglipVisionConfig
+
+        text = LlamaConfig(**{key: told[key] for key in _DECODER if key in told})
+        tower = told["vision_config"]
+        is_siglip = tower.get("model_type") == "siglip_vision_model"
+        kind = SiglipVisionConfig if is_siglip else Idefics2VisionConfig
+        return cls(told, text, kind(**{key: tower[key] for key in _TOWER if key in tower}))
 
 
 @dataclass(frozen=True)
@@ -235,19 +264,19 @@ class Sliced(Family):
     pixels: ClassVar[Pixels]
     ends: ClassVar[tuple[str, ...]]
 
-    def read_config(self, folder: Path) -> dict[str, Any]:
-        """The config.json as it is, with the defaults of the released config class."""
-        return {**self.defaults, **read_object(folder / "config.json", "model.base")}
+    def read_config(self, folder: Path) -> ReleasedConfig:
+        """The config.json, with the defaults of the released config class."""
+        return ReleasedConfig.of(
+            {**self.defaults, **read_object(folder / "config.json", "model.base")}
+        )
 
     def shape(self, config: Any) -> ModelShape:
-        """Read the sizes from a config.json.
+        """Read the sizes from a `ReleasedConfig`.
 
         Raises:
             CheckpointError: it asks for something that is not computed here.
         """
-        from transformers import LlamaConfig
-
-        text = LlamaConfig(**{key: config[key] for key in _DECODER if key in config})
+        text = config.text
         check_decoder(text)
         if text.attention_bias or text.mlp_bias:
             raise CheckpointError(
@@ -259,23 +288,23 @@ class Sliced(Family):
                 f"model.base: hidden_size is {text.hidden_size}, expected a multiple of "
                 f"{HEAD_WIDTH}, the width of a head of the resampler"
             )
-        assert text.rope_parameters is not None
+        head_dim = text.head_dim or text.hidden_size // text.num_attention_heads
         return ModelShape(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             mlp_width=text.intermediate_size,
             heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads or text.num_attention_heads,
-            head_dim=text.head_dim or text.hidden_size // text.num_attention_heads,
+            head_dim=head_dim,
             vocabulary=text.vocab_size,
             rms_eps=text.rms_norm_eps,
             rope_theta=float(text.rope_parameters["rope_theta"]),
-            mrope_section=((text.head_dim or text.hidden_size // text.num_attention_heads) // 2,),
+            mrope_section=(head_dim // 2,),
             max_positions=text.max_position_embeddings,
             tied_embeddings=bool(text.tie_word_embeddings),
             vision=NavitVision(
                 tower=_tower(config),
-                queries=config["query_num"],
+                queries=config.told["query_num"],
                 hidden=text.hidden_size,
                 in_one_row=self.in_one_row,
             ),
@@ -292,7 +321,7 @@ class Sliced(Family):
 
     def pads(self, folder: Path) -> bool:
         """Whether the released code pads all views of a conversation to the longest."""
-        return bool(self.read_config(folder)["batch_vision_input"])
+        return bool(self.read_config(folder).told["batch_vision_input"])
 
     def slicing(self, folder: Path, vision: NavitVision) -> Slicing:
         """How images are cut.
@@ -300,7 +329,7 @@ class Sliced(Family):
         Raises:
             CheckpointError: by no whole numbers.
         """
-        config = self.read_config(folder)
+        config = self.read_config(folder).told
         told = {**config["slice_config"], **_told(folder, "preprocessor_config.json")}
         most, scale = told.get("max_slice_nums", 9), told.get("scale_resolution", 448)
         if not all(type(n) is int and n > 0 for n in (most, scale)):
@@ -354,28 +383,22 @@ def _text_of(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _tower(config: dict[str, Any]) -> ClipShape:
+def _tower(config: ReleasedConfig) -> ClipShape:
     """Sizes of the tower.
 
     Raises:
         CheckpointError: it is another one.
     """
-    from transformers import Idefics2VisionConfig, SiglipVisionConfig
-
-    told = config["vision_config"]
-    kinds = {"idefics2": Idefics2VisionConfig, "idefics2_vision": Idefics2VisionConfig}
-    kinds["siglip_vision_model"] = SiglipVisionConfig
-    kind = told.get("model_type")
-    vision = kinds.get(kind, SiglipVisionConfig)(**{k: told[k] for k in _TOWER if k in told})
-    if kind not in kinds or vision.hidden_act not in ACTIVATIONS:
+    vision, kind = config.vision, config.told["vision_config"].get("model_type")
+    if kind not in TOWERS or vision.hidden_act not in ACTIVATIONS:
         raise CheckpointError(
             f"model.base: the vision tower is {kind!r} with {vision.hidden_act!r}, expected one of "
-            f"{', '.join(map(repr, kinds))} with one of {', '.join(map(repr, ACTIVATIONS))}"
+            f"{', '.join(map(repr, TOWERS))} with one of {', '.join(map(repr, ACTIVATIONS))}"
         )
     return ClipShape(
         has_class=False,
         depth=vision.num_hidden_layers,
-        used=vision.num_hidden_layers - bool(config["drop_vision_last_layer"]),
+        used=vision.num_hidden_layers - bool(config.told["drop_vision_last_layer"]),
         width=vision.hidden_size,
         heads=vision.num_attention_heads,
         mlp_width=vision.intermediate_size,
@@ -433,8 +456,8 @@ class MiniCPMLlama3V(Sliced):
         Raises:
             CheckpointError: it is another MiniCPM-V.
         """
-        version = str(config.get("version", "2.5"))
-        is_first = "version" not in config and config.get("hidden_size") == 2304
+        version = str(config.told.get("version", "2.5"))
+        is_first = "version" not in config.told and config.text.hidden_size == 2304
         if version != "2.5" or is_first:
             raise CheckpointError(
                 f"model.base: this is MiniCPM-V {'2.0' if is_first else version}; of those with "

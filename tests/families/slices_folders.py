@@ -136,7 +136,7 @@ def _drawn(rng: np.random.Generator, name: str, size: tuple[int, ...]) -> np.nda
     values = rng.standard_normal(size)
     if len(size) == 1:
         values = 0.3 * values + (1 if name.endswith("weight") else 0)
-    elif "embed" in name and "patch" not in name or name.endswith("query"):
+    elif ("embed" in name and "patch" not in name) or name.endswith("query"):
         values = 0.5 * values
     else:
         values = values / np.prod(size[1:]) ** 0.5
