@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+import pipeline.compat  # noqa: F401 - before transformers' configs import torchvision
 from pipeline.errors import CheckpointError
 from pipeline.families.clip import ClipShape
 from pipeline.families.family import Family, Rename, check_decoder

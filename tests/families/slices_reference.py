@@ -47,8 +47,10 @@ class Reference:
         unk = "<unk>" if self.one_row else "<|unk|>"
         self.unk = next(token["id"] for token in vocabulary if token["content"] == unk)
 
-    def generate(self, request: Request, new_tokens: int) -> list[int]:
-        """New tokens, without an end."""
+    def generate(
+        self, request: Request, new_tokens: int, repetition_penalty: float = 1.0
+    ) -> list[int]:
+        """New tokens, up to one that ends the request's answer."""
         with torch.inference_mode():
             ids = torch.from_numpy(request.input_ids.astype(np.int64))
             embedded = self.llama.model.embed_tokens(ids).clone()
@@ -57,13 +59,15 @@ class Reference:
                 longest = max(view.shape[0] * view.shape[1] // PATCH**2 for view in views)
                 embedded[ids == self.unk] = torch.cat([self.view(v, longest) for v in views])
             out = self.llama.generate(
+                input_ids=ids[None],  # a penalty is for these, too
                 inputs_embeds=embedded[None],
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                eos_token_id=None,
+                eos_token_id=list(request.sampling.eos_token_ids) or None,
                 pad_token_id=0,
+                repetition_penalty=repetition_penalty,
             )
-        tokens: list[int] = out[0].tolist()
+        tokens: list[int] = out[0, len(ids) :].tolist()
         return tokens
 
     def view(self, view: np.ndarray, longest: int) -> Tensor:
