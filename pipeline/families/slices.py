@@ -83,14 +83,17 @@ class ReleasedConfig:
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> ReleasedConfig:
-        """Take it apart."""
+        """Take it apart; what transformers, or a dictionary, does not take raises whatever it
+        does.
+        """
         from transformers import Idefics2VisionConfig, LlamaConfig, SiglipVisionConfig
 
         text = LlamaConfig(**{key: told[key] for key in _DECODER if key in told})
         tower = told["vision_config"]
         is_siglip = tower.get("model_type") == "siglip_vision_model"
         kind = SiglipVisionConfig if is_siglip else Idefics2VisionConfig
-        return cls(told, text, kind(**{key: tower[key] for key in _TOWER if key in tower}))
+        vision = kind(**{key: tower[key] for key in _TOWER if key in tower})
+        return cls({**told, "slice_config": dict(told["slice_config"])}, text, vision)
 
 
 @dataclass(frozen=True)
@@ -267,9 +270,9 @@ class Sliced(Family):
 
     def read_config(self, folder: Path) -> ReleasedConfig:
         """The config.json, with the defaults of the released config class."""
-        return ReleasedConfig.of(
-            {**self.defaults, **read_object(folder / "config.json", "model.base")}
-        )
+        told = read_object(folder / "config.json", "model.base")
+        said = {key: value for key, value in told.items() if value is not None}
+        return ReleasedConfig.of({**self.defaults, **said})
 
     def shape(self, config: Any) -> ModelShape:
         """Read the sizes from a `ReleasedConfig`.

@@ -233,6 +233,7 @@ def test_a_converted_checkpoint_answers_the_same(name: str, tmp_path: Path) -> N
         ("megrez", {"query_num": 5}, "1 misshapen|misshapen .*query"),
         ("megrez", {"hidden_size": 192}, "expected a multiple of 128"),
         ("megrez", {"num_attention_heads": "many"}, "cannot read"),
+        ("minicpm", {"slice_config": "nine"}, "cannot read"),
     ],
 )
 def test_what_is_not_computed_is_said(
@@ -266,6 +267,16 @@ def test_a_tokenizer_without_the_marks_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({**told, "max_slice_nums": "nine"}))
     with pytest.raises(CheckpointError, match="max_slice_nums is 'nine'"):
         prompt_processor(folder)
+
+
+@pytest.mark.parametrize(("most", "views"), [(None, 1), (1, 1), (2, 3), (9, 7)])
+def test_a_picture_has_as_many_slices_as_its_config_allows(
+    most: int | None, views: int, tmp_path: Path
+) -> None:
+    told = None if most is None else {"max_slice_nums": most, "scale_resolution": SCALE}
+    processor = prompt_processor(minicpm_folder(tmp_path, seed=1, slice_config=told))
+    asked = Asked("What?", (Image.new("RGB", (170, 112)),)).messages
+    assert len(processor.prepare(asked).images[0].views) == views
 
 
 def test_settings_of_other_families_are_refused(tmp_path: Path) -> None:
