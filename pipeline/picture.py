@@ -28,10 +28,14 @@ class Picture:
     Attributes:
         views: each [height, width, 3] uint8: the resized image, or that and its tiles.
         size: height and width of the image before it was cut into views; of one view its own.
+        padded: patches that the tower makes of each view at least, blank ones behind its own, which
+            its own attend to: where the released code pads the views of a conversation, and masks
+            nothing.
     """
 
     views: tuple[np.ndarray, ...]
     size: tuple[int, int]
+    padded: int = 0
 
     @classmethod
     def of_one(cls, view: np.ndarray) -> Picture:
@@ -46,7 +50,7 @@ class Picture:
     @cached_property
     def digest(self) -> bytes:
         """What tells it apart from others: sizes and every pixel."""
-        sizes = repr((self.size, [view.shape for view in self.views])).encode()
+        sizes = repr((self.size, self.padded, [view.shape for view in self.views])).encode()
         hashed = hashlib.blake2b(sizes, digest_size=16)
         for view in self.views:
             hashed.update(np.ascontiguousarray(view).data)
@@ -55,7 +59,7 @@ class Picture:
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Picture)
-            and self.size == other.size
+            and (self.size, self.padded) == (other.size, other.padded)
             and len(self.views) == len(other.views)
             and all(map(np.array_equal, self.views, other.views))
         )
@@ -81,10 +85,13 @@ def packed_sizes(pictures: Sequence[Picture]) -> tuple[list[int], list[int]]:
     """Sizes of pictures in two lists of numbers, as columns hold them.
 
     Returns:
-        Height and width of every view; and of every picture how many views it has, and its size.
+        Height and width of every view; and of every picture how many views it has, its size, and to
+        how many patches they are padded.
     """
     sides = [side for picture in pictures for view in picture.views for side in view.shape[:2]]
-    return sides, [n for picture in pictures for n in (len(picture.views), *picture.size)]
+    return sides, [
+        n for picture in pictures for n in (len(picture.views), *picture.size, picture.padded)
+    ]
 
 
 def unpacked(buffers: Sequence[object], sides: Sequence[int], cuts: Sequence[int]) -> list[Picture]:
@@ -94,8 +101,8 @@ def unpacked(buffers: Sequence[object], sides: Sequence[int], cuts: Sequence[int
         for buffer, height, width in zip(buffers, sides[::2], sides[1::2], strict=True)
     )
     return [
-        Picture(tuple(next(views) for _ in range(count)), (height, width))
-        for count, height, width in zip(cuts[::3], cuts[1::3], cuts[2::3], strict=True)
+        Picture(tuple(next(views) for _ in range(count)), (height, width), padded)
+        for count, height, width, padded in zip(*(cuts[n::4] for n in range(4)), strict=True)
     ]
 
 

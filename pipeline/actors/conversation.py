@@ -39,6 +39,8 @@ MOST_MARKS = 1 << 18
 #: Types of parts: those of transformers and qwen-vl-utils, of OpenAI's chats, and of its Responses.
 TEXTS = frozenset({"text", "input_text", "output_text"})
 IMAGES = frozenset({"image", "image_url", "input_image"})
+#: Types of parts that no model here reads: transformers', and OpenAI's.
+SOUNDS = ("audio", "audio_url", "input_audio")
 #: Keys that hold an image, or say where it is.
 SOURCES = ("image", "image_url", "url", "path", "base64")
 #: Keys of qwen-vl-utils that say how an image is resized.
@@ -239,6 +241,8 @@ def _part(part: Any) -> dict[str, Any]:
     if kind == "image":
         _refuse_others(given, _IMAGE_KEYS, "an image part")
         return {"type": "image", "image": _source(given), **_sizes(given)}
+    if given.get("type") in SOUNDS or (kind is None and "audio" in given):
+        raise RowError("messages_invalid", "sound is not read; send texts and images")
     raise RowError(
         "messages_invalid",
         f"a part of messages has type {_quoted(given.get('type'))}, expected text, image or "

@@ -110,7 +110,8 @@ class Replica:
         self._refusal = Refusal(monitor)
         with self._refusal.kept():
             loaded = load_for_job(settings, self._device, threads, planned)
-            self._sampling = settings.generation.to_sampling(loaded.folder)
+            sampling = settings.generation.to_sampling(loaded.folder)
+            self._sampling = sampling.ended_by(loaded.processor.end_token_ids)
             if loaded.members is not None:
                 loaded.members.watch(end_of)
             self._engine = loaded.engine(settings.to_options())

@@ -147,7 +147,7 @@ def _request(
     ]
     content.append({"type": "text", "text": question})
     prompt = processor.prepare([{"role": "user", "content": content}])
-    sampling = Sampling.of_checkpoint(folder).with_own(settings)
+    sampling = Sampling.of_checkpoint(folder).ended_by(processor.end_token_ids).with_own(settings)
     return Request(prompt.input_ids, prompt.span, prompt.images, sampling, prompt.inputs)
 
 

@@ -108,6 +108,10 @@ class Sampling:
             raise CheckpointError(f"model.base: cannot read {file} ({cause_of(error)})") from error
         return sampling
 
+    def ended_by(self, token_ids: Sequence[int]) -> Sampling:
+        """The same, where these tokens end an answer, too."""
+        return replace(self, eos_token_ids=tuple(dict.fromkeys((*self.eos_token_ids, *token_ids))))
+
     def _check(self) -> None:
         """Raise ValueError for what nothing can be sampled by; transformers takes it as it
         stands.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,13 +45,7 @@ class ProcessorCutter:
         Raises:
             RowError: `image_decode`.
         """
-        with explained():
-            return [
-                self.cut(part["image"])
-                if isinstance(part["image"], Image.Image)
-                else part["image"].cut((), self.cut)
-                for part in parts
-            ]
+        return cut_each(parts, self.cut)
 
     def cut(self, image: Image.Image) -> Picture:
         """The picture of one image.
@@ -71,6 +65,23 @@ class ProcessorCutter:
         views = values[None] if values.ndim == 3 else values
         height_last = np.ascontiguousarray(views.transpose(0, 2, 3, 1), dtype=np.uint8)
         return Picture(tuple(height_last), (image.height, image.width))
+
+
+def cut_each(
+    parts: Sequence[dict[str, Any]], cut: Callable[[Image.Image], Picture]
+) -> list[Picture]:
+    """What `cut` makes of each image part; one image is decoded after the other.
+
+    Raises:
+        RowError: `image_decode`.
+    """
+    with explained():
+        return [
+            cut(part["image"])
+            if isinstance(part["image"], Image.Image)
+            else part["image"].cut((), cut)
+            for part in parts
+        ]
 
 
 def image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

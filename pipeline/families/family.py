@@ -33,6 +33,14 @@ class Family(ABC):
     renames: ClassVar[tuple[Rename, ...]] = ()
     ignored: ClassVar[re.Pattern[str]] = re.compile(r"(?!)")
 
+    def read_config(self, folder: Path) -> Any:
+        """What `shape` takes: a folder's config.json as transformers reads it."""
+        import pipeline.compat  # noqa: F401, I001 - before transformers' configs import torchvision
+        from transformers import AutoConfig
+
+        # Without the argument transformers asks on the terminal whether to run a checkpoint's code.
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
     @abstractmethod
     def shape(self, config: Any) -> ModelShape:
         """Read the sizes from a transformers config.

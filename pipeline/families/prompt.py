@@ -110,22 +110,23 @@ class PromptProcessor:
         image_token_id: the id of the token that stands for a visual token, or `NO_TOKEN`.
         chat_template: the template; None: the checkpoint has none.
         routes: whether a prompt's span chooses experts, where there are any.
+        end_token_ids: tokens that end an answer beside those of generation_config.json: those at
+            which the released code stops, whatever that file says.
         cutter: makes pictures of images.
     """
 
     cutter: Cutter
     routes = False
+    end_token_ids: tuple[int, ...] = ()
 
     def __init__(
         self, folder: Path, shape: ModelShape, control_tokens: ControlTokens = "text"
     ) -> None:
-        import pipeline.compat  # noqa: F401, I001 - before transformers' processor imports torchvision
         from tokenizers import Tokenizer
-        from transformers import AutoProcessor
 
         check_tokenizer(folder, "model.base")
         try:
-            self._processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            self._processor = self.open_processor(folder)
         except Exception as error:
             # A damaged or missing tokenizer or processor file, in any of many types.
             raise CheckpointError(
@@ -160,6 +161,15 @@ class PromptProcessor:
         self._most_characters = max_positions * max(map(len, self.tokenizer.get_vocab()))
         self._frame = _frame(self.tokenizer)
         self.check_template(folder)
+
+    def open_processor(self, folder: Path) -> Any:
+        """What renders chats, with the tokenizer, the image processor and the image token: the
+        folder's own processor.
+        """
+        import pipeline.compat  # noqa: F401, I001 - before transformers' processor imports torchvision
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
     def check_template(self, folder: Path) -> None:
         """Make sure that the chat template says something: else every row would fail alone.
@@ -218,7 +228,7 @@ class PromptProcessor:
         if (tokens := self.cutter.tokens(parts)) >= self._max_positions:
             raise self.too_long(f"{tokens} visual tokens of {len(parts)} images")
         images = self.cutter.pictures(parts)
-        counts = [self._shape.vision.tokens(picture) for picture in images]
+        pieces, counts = self.placed(pieces, images)
         input_ids = self._tokenized(pieces, counts)
         if (count := int((input_ids == self.image_token_id).sum())) != sum(counts):
             raise RowError(
@@ -229,6 +239,19 @@ class PromptProcessor:
         if len(input_ids) >= self._max_positions:
             raise self.too_long(f"{len(input_ids)} prompt tokens ({sum(counts)} of them visual)")
         return Prompt(input_ids, self.span(input_ids), tuple(images))
+
+    def placed(self, pieces: list[str], pictures: Sequence[Picture]) -> tuple[list[str], list[int]]:
+        """Where pictures' visual tokens stand.
+
+        Args:
+            pieces: the rendered prompt: text and control token in turn, text first and last. An
+                image token stands for each picture.
+            pictures: the pictures.
+
+        Returns:
+            The same with an image token for each run of visual tokens, and the runs' lengths.
+        """
+        return pieces, [self._shape.vision.tokens(picture) for picture in pictures]
 
     def _pieces(self, messages: Sequence[Message]) -> list[str]:
         """The rendered prompt, cut at its control tokens: text and token in turn, text first and

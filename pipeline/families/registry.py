@@ -10,12 +10,13 @@ from pipeline.families.generic import Generic
 from pipeline.families.llava import Llava
 from pipeline.families.prompt import ControlTokens, PromptProcessor
 from pipeline.families.qwen2_vl import Qwen2VL
+from pipeline.families.slices import Megrez, MiniCPMLlama3V
 from pipeline.model.shape import ModelShape
 from pipeline.model.sources import localise, read_object
 from pipeline.picture import PictureSettings
 from pipeline.redact import cause_of
 
-_NATIVE: tuple[Family, ...] = (Qwen2VL(), Llava())
+_NATIVE: tuple[Family, ...] = (Qwen2VL(), Llava(), MiniCPMLlama3V(), Megrez())
 _GENERIC = Generic()
 #: By the value of `model.family`.
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_NATIVE, _GENERIC)}
@@ -37,9 +38,6 @@ def shape_of(folder: Path, family: str = AUTO) -> ModelShape:
         CheckpointError: there is none, it cannot be read, or it is of no family known here.
         ConfigError: it is not of the family that is asked for.
     """
-    import pipeline.compat  # noqa: F401, I001 - before transformers' configs import torchvision
-    from transformers import AutoConfig
-
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(
@@ -60,8 +58,7 @@ def shape_of(folder: Path, family: str = AUTO) -> ModelShape:
             f"model.family: {family}, but the model_type of model.base is {kind!r}; set auto"
         )
     try:
-        # Without the argument transformers asks on the terminal whether to run a checkpoint's code.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = chosen.read_config(folder)
     except Exception as error:  # of any type: JSON, unknown models, keys of the wrong kind
         raise CheckpointError(f"model.base: cannot read {file} ({cause_of(error)})") from error
     return chosen.shape(config)

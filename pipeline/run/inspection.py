@@ -168,6 +168,7 @@ def _routes(settings: InspectSettings, row: ReadyRow) -> Iterator[Table]:
     loaded.close()  # vision tower and routers are not divided
     encoder = loaded.encoder(settings.model.decode_route)
     sampling = settings.generation.to_sampling(loaded.folder)
+    sampling = sampling.ended_by(loaded.processor.end_token_ids)
     request = Request(row.input_ids, row.span, row.images, sampling, row.inputs)
     encoder.check(request)
     with torch.inference_mode():

@@ -29,7 +29,7 @@ from pipeline.settings.buckets import bucket_of
 from pipeline.template import Template
 
 #: The families that `model.family` may name.
-FamilyName = Literal["auto", "qwen2_vl", "llava", "transformers"]
+FamilyName = Literal["auto", "qwen2_vl", "llava", "minicpm_v", "megrez", "transformers"]
 
 if TYPE_CHECKING:
     from pipeline.engine import Sampling

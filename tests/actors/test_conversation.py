@@ -399,6 +399,9 @@ LONG = "x" * 100_000
             "type 'video', expected text, image",
         ),
         ([user({"video": "a.mp4"})], "messages_invalid", "type None, expected text, image"),
+        ([user({"type": "audio", "url": "a.mp3"})], "messages_invalid", "sound is not read"),
+        ([user({"type": "input_audio", "input_audio": {}})], "messages_invalid", "sound is not"),
+        ([user({"audio": "a.mp3"})], "messages_invalid", "sound is not read; send texts"),
         ([user({"type": LONG})], "messages_invalid", "type 'xxx"),
         ([user({"type": {"a": [LONG]}})], "messages_invalid", "type {'a': ['xxx"),
         ([user({"type": "text"})], "messages_invalid", "type 'text' and no text of its own"),
@@ -495,7 +498,7 @@ LONG = "x" * 100_000
             "one of resized_height and resized_width, expected both",
         ),
     ],
-    ids=range(39),
+    ids=range(42),
 )
 def test_what_a_chat_says_beside_what_is_followed_is_refused_by_name_and_shortly(
     turns: Any, code: str, cause: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import load
 from tests.conftest import RayCluster
+from tests.families import slices_reference
 from tests.families.llava_folders import Reference, llava_folder, paligemma_folder
+from tests.families.slices_folders import megrez_folder, minicpm_folder
 from tests.jobs.here import stages_in_this_process
 from tests.jobs.support import check_and_run, results
 from tests.prompts import Asked, random_questions
 
 TILES = ((28, 56), (56, 28), (56, 56))
 NEW_TOKENS = 6
-FAMILIES = ("llava with tiles", "llava by transformers", "paligemma")
+SLICES = {"minicpm": minicpm_folder, "megrez": megrez_folder}
+FAMILIES = ("llava with tiles", "llava by transformers", "paligemma", *SLICES)
 
 
 def model(family: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     """A random model, and the settings of a job that runs it."""
     by = "auto"
-    if family == "paligemma":
+    if family in SLICES:
+        SLICES[family](folder, seed=3)
+    elif family == "paligemma":
         paligemma_folder(folder, seed=2)
     else:
         tiled = family == "llava with tiles"
@@ -59,6 +66,24 @@ def encoded(asked: Asked) -> bytes:
     return out.getvalue()
 
 
+def told_by_reference(family: str, folder: Path, asked: list[Asked]) -> Iterator[tuple[Any, Any]]:
+    """Token ids of each question's prompt, and of its answer alone."""
+    settings = {"repetition_penalty": 1.2}
+    if family in SLICES:
+        loaded, plain = load(str(folder), dtype="float32"), slices_reference.Reference(folder)
+        for one in asked:
+            request = loaded.request(one.question, *one.images)
+            yield request.input_ids.tolist(), plain.generate(request, NEW_TOKENS, **settings)
+        return
+    reference = Reference(folder)
+    for one in asked:
+        if family == "paligemma":
+            images = list(one.images)
+            yield reference.generate_from(one.question, images, NEW_TOKENS, **settings)
+        else:
+            yield reference.generate(one, NEW_TOKENS, **settings)
+
+
 def check(family: str, tmp_path: Path) -> None:
     """Run a job, and compare its rows with what transformers answers to each alone."""
     folder, settings = model(family, tmp_path / "model")
@@ -71,25 +96,21 @@ def check(family: str, tmp_path: Path) -> None:
     rows = results(output)
     assert len(rows) == 11
     assert rows["broken"]["error"].startswith("image_decode: ")
-    if family != "llava with tiles":
+    if family in ("paligemma", "llava by transformers"):
         assert rows["spelt"]["error"].startswith("prompt_invalid: ")
     else:
         assert rows["spelt"]["status"] == "ok"
-    reference = Reference(folder)
-    for number, one in enumerate(asked):
+    for number, told in enumerate(told_by_reference(family, folder, asked)):
         row = rows[f"row {number}"]
-        if family == "paligemma":
-            told = reference.generate_from(
-                one.question, list(one.images), NEW_TOKENS, repetition_penalty=1.2
-            )
-        else:
-            told = reference.generate(one, NEW_TOKENS, repetition_penalty=1.2)
         assert (row["status"], row["token_ids"]) == ("ok", told[1])
         assert row["prompt_tokens"] == len(told[0])
         assert row["visual_tokens"] > 0
 
 
-@pytest.mark.parametrize("family", ["llava with tiles", "paligemma"])
+@pytest.mark.parametrize(
+    "family",
+    ["llava with tiles", "paligemma", *(pytest.param(f, marks=pytest.mark.slow) for f in SLICES)],
+)
 def test_rows_are_answered_as_transformers_answers_each_alone(family: str, tmp_path: Path) -> None:
     with stages_in_this_process():
         check(family, tmp_path)

@@ -509,6 +509,8 @@ PATHS = ["input.path=in", "output.path=out"]
         ("nightly.yaml", NightlySettings, PATHS),
         ("awaker2.5-vl.yaml", JobSettings, PATHS),
         ("llava-1.5.yaml", JobSettings, PATHS),
+        ("minicpm-llama3-v-2.5.yaml", JobSettings, PATHS),
+        ("megrez-3b-omni.yaml", JobSettings, PATHS),
         ("llava-1.6.yaml", JobSettings, PATHS),
         ("scenes.yaml", ScenesSettings, []),
         ("train-small.yaml", TrainSettings, []),
