@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.llava import AS_PUBLISHED, Llava
-from pipeline.families.systems import KINDS, SYSTEMS, TEMPLATES, System, Template, system_of
+from pipeline.families.systems import KINDS, PARTS, SYSTEMS, TEMPLATES, System, Template, system_of
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.shape import ModelShape
 from pipeline.model.sources import (
@@ -33,8 +33,6 @@ from pipeline.model.sources import (
 )
 from pipeline.redact import cause_of
 
-#: Sub-folders of a checkpoint that lies in parts (HPT's): decoder, tower and projector.
-PARTS = ("llm", "visual_encoder", "projector")
 #: Pixels of HPT's views, by kind of decoder: Air stands on Llama-3, Edge on Phi-3. Source:
 #: `HyperGAI/HPT: vlmeval/config.py`.
 HPT_SIDES = {"llama": 448, "phi3": 490}
@@ -315,11 +313,8 @@ def _read_parts(folder: Path, named: Path | None) -> Published:
         raise _refused(system, kind)
     tower, processor = _tower({}, named or encoder)
     tower["image_size"] = HPT_SIDES[kind]
-    weights = (
-        (llm, ()),
-        (named or encoder, ((re.compile(r"^vision_model\."), "vision_tower."),)),
-        (projector, ((re.compile(r"^model\.(?=[02]\.)"), "model.mm_projector."),)),
-    )
+    folders = (llm, named or encoder, projector)
+    weights = tuple(zip(folders, PARTS.values(), strict=True))
     return Published(system, kind, llm, {}, text, tower, processor, None, weights)
 
 

@@ -241,6 +241,14 @@ SYSTEMS: tuple[System, ...] = (
     ),
 )
 
+#: Sub-folders of a checkpoint that lies in parts (HPT's: decoder, tower, projector), each with what
+#: brings its names of tensors to LLaVA's own or to canonical ones.
+PARTS: dict[str, tuple[Rename, ...]] = {
+    "llm": (),
+    "visual_encoder": ((re.compile(r"^vision_model\."), "vision_tower."),),
+    "projector": ((re.compile(r"^model\.(?=[02]\.)"), "model.mm_projector."),),
+}
+
 #: Kinds of decoders that are ours: the `model_type`s that transformers gives them.
 KINDS = ("llama", "qwen2", "phi3")
 

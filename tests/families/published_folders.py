@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from tests.families.tiny import weights
+from tests.families.tiny import picture, weights
 from tests.prompts import Asked
 
 GOLDEN = Path(__file__).parents[1] / "golden/published"
@@ -58,19 +59,15 @@ class PublishedFolder:
         (base / "projector/config.json").write_text("{}")
         return cls(base, None, expected)
 
-    def change_tensors(self, **changes: Any) -> None:
-        """Put tensors into its weights, or with None take them out; `__` stands for a dot."""
-        from safetensors.torch import load_file
+    def copied(self, folder: Path) -> PublishedFolder:
+        """The same in another folder, to be changed; the tower stays."""
+        return replace(self, folder=shutil.copytree(self.folder, folder / "copy"))
 
+    def change_tensors(self, changes: Mapping[str, torch.Tensor | None]) -> None:
+        """Put tensors into its weights, or with None take them out."""
         file = self.folder / "model.safetensors"
-        tensors = load_file(file)
-        for name, tensor in changes.items():
-            name = name.replace("__", ".")
-            if tensor is None:
-                del tensors[name]
-            else:
-                tensors[name] = tensor
-        save_file(tensors, file)
+        changed = load_file(file) | changes
+        save_file({n: t for n, t in changed.items() if t is not None}, file)
 
     def change_config(self, **changes: Any) -> None:
         """Change keys of its config.json."""
@@ -85,6 +82,4 @@ def _write(folder: Path, shapes: dict[str, list[int]]) -> None:
 
 def asked(one: dict[str, Any]) -> Asked:
     """A question of `expected`, with its picture."""
-    from tests.families.tiny import picture
-
     return Asked(one["question"], (picture(one["picture"]),))
