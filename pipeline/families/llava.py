@@ -33,7 +33,7 @@ from pipeline.model.vision import ACTIVATIONS
 from pipeline.picture import Picture, PictureSettings
 from pipeline.redact import cause_of
 
-#: Key of config.json under which a conversion (`pipeline.families.published`) keeps what
+#: Key of config.json under which a conversion (`pipeline.families.conversion`) keeps what
 #: transformers' form of LLaVA has no word for: the system's name, "projector" (a name of
 #: `PROJECTORS`), "scales" (see `LlavaVision`) and "texts_alone" (see `PromptProcessor`).
 AS_PUBLISHED = "as_published"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.families.published import Choices, is_published, open_published
+from pipeline.families.conversion import open_published
+from pipeline.families.published import Choices, is_published
 from pipeline.families.registry import AUTO, FAMILIES, shape_of
 from pipeline.model.checkpoint import (
     DTYPES,
