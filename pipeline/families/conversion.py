@@ -92,8 +92,10 @@ class _Texts:
             try:
                 tokenizer = _tokenizer(AutoTokenizer, folder, Path(made))
             except Exception as error:  # of any type
+                raw = (folder / "tokenizer.model").is_file()
+                advice = "; for its tokenizer.model: pip install sentencepiece" if raw else ""
                 raise CheckpointError(
-                    f"model.base: cannot load the tokenizer of {folder} ({cause_of(error)})"
+                    f"model.base: cannot load the tokenizer of {folder} ({cause_of(error)}){advice}"
                 ) from error
             token = self._image_token(tokenizer, vocabulary)
             settings = self._published.image_processor()

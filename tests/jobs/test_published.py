@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import RayCluster
 from tests.families.published_folders import PublishedFolder, asked
-from tests.jobs.support import check_and_run, results, run_script_here, sets
+from tests.jobs.support import check_and_run, results, run_script_here_to_its_end, sets
 from tests.jobs.test_families import encoded
 
 
@@ -25,10 +25,10 @@ def test_a_converted_checkpoint_answers_in_a_job_as_its_released_code(
     one = PublishedFolder.write("bunny-s2", tmp_path)
     told: dict[str, Any] = {"model.base": one.folder, "model.vision_tower": one.tower}
     told["output.path"] = tmp_path / "model"
-    checked = run_script_here("convert", [*sets(told), "--check"], capsys, monkeypatch)
+    checked = run_script_here_to_its_end("convert", [*sets(told), "--check"], capsys, monkeypatch)
     assert (checked.code, "# would convert" in checked.stdout) == (0, True)
     assert not (tmp_path / "model").exists()
-    done = run_script_here("convert", sets(told), capsys, monkeypatch)
+    done = run_script_here_to_its_end("convert", sets(told), capsys, monkeypatch)
     assert (done.code, done.stderr) == (0, "")
     rows = one.expected["asked"]
     questions = [asked(row) for row in rows]
