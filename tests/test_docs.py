@@ -140,9 +140,15 @@ def test_every_command_in_the_documents_takes_its_arguments() -> None:
         kind, _ = COMMANDS[name].load()
         given = [words[at + 1] for at, word in enumerate(words[:-1]) if word == "--set"]
         flags = {word for word in words if word.startswith("--")}
-        assert flags <= {"--config", "--set", "--dry-run", "--fresh", "--retry-errors", "--help"}, (
-            f"{document}: {flags}"
-        )
+        assert flags <= {
+            "--config",
+            "--set",
+            "--dry-run",
+            "--check",
+            "--fresh",
+            "--retry-errors",
+            "--help",
+        }, f"{document}: {flags}"
         files = [words[at + 1] for at, word in enumerate(words[:-1]) if word == "--config"]
         files += [str(config)] if (config := COMMANDS[name].config) else []
         file = next((ROOT / configuration(Path(one)) for one in files if one[0] != "/"), None)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.errors import CheckpointError
 from pipeline.model.assemble import Parts
@@ -195,17 +196,30 @@ class ClipTower:
         Returns:
             For each layer [views, places, width].
         """
+        # SigLIP's 384 pixels are 27 patches of 14 and some that no patch sees.
+        seen = self.shape.side * self.shape.patch_size
+        shown = [view[:seen, :seen] for view in views]
+        cut, _ = cut_images(shown, self.table, self.shape.patch_size, 1, 1)
+        return self.states_of_patches(cut, len(views), layers)
+
+    def states_of_pixels(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """The same for views [views, channels, image_size, image_size] of normalised floats."""
+        patch = self.shape.patch_size
+        cut = F.unfold(pixels, patch, stride=patch).transpose(1, 2).flatten(0, 1)
+        return self.states_of_patches(cut, len(pixels), layers)
+
+    def states_of_patches(self, cut: Tensor, views: int, layers: Sequence[int]) -> list[Tensor]:
+        """The same for flattened patches [views * patches, channels * patch_size**2] float32."""
         shape = self.shape
-        cut, _ = cut_images(views, self.table, shape.patch_size, 1, 1)
-        x = self.patch.linear(cut.to(self.positions.dtype)).view(len(views), -1, shape.width)
+        x = self.patch.linear(cut.to(self.positions.dtype)).view(views, -1, shape.width)
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(views), 1, -1), x], dim=1)
+            x = torch.cat([self.class_token.expand(views, 1, -1), x], dim=1)
         x = (x + self.positions).flatten(0, 1)
         if self.pre_norm is not None:
             _, x = self.pre_norm.add_norm(x, None)
         found = {0: x}
-        lengths = [shape.places] * len(views)
+        lengths = [shape.places] * views
         for number, (before, delta) in enumerate(self.blocks.states(x, lengths), 1):
             if number in layers:
                 found[number] = before + delta
-        return [found[layer].view(len(views), -1, shape.width) for layer in layers]
+        return [found[layer].view(views, -1, shape.width) for layer in layers]

@@ -1,5 +1,5 @@
-"""LLaVA 1.5 and 1.6 in the form of transformers: a CLIP or SigLIP tower, a projector of two linear
-layers, and a decoder that is Llama's arithmetic.
+"""LLaVA 1.5 and 1.6 in the form of transformers, and what is like them: a CLIP or SigLIP tower, a
+projector, and a decoder that is Llama's arithmetic.
 
 Sources: transformers' `LlavaModel` and `LlavaNextModel`, and their processors.
 """
@@ -12,22 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.errors import CheckpointError
 from pipeline.families.clip import ClipShape, ClipTower
 from pipeline.families.cutting import ProcessorCutter
 from pipeline.families.family import Family, check_decoder
+from pipeline.families.projectors import PROJECTORS, Projector, ProjectorShape
 from pipeline.families.prompt import ControlTokens, Message, Prompt, PromptProcessor, in_parts
 from pipeline.model.assemble import Parts
 from pipeline.model.checkpoint import Recipe, as_is
+from pipeline.model.ops import to_device
 from pipeline.model.shape import ModelShape, VisionShape
-from pipeline.model.vision import ACTIVATIONS, Affine
+from pipeline.model.sources import read_object
+from pipeline.model.vision import ACTIVATIONS
 from pipeline.picture import Picture, PictureSettings
 from pipeline.redact import cause_of
 
+#: Key of config.json under which a conversion (`pipeline.families.conversion`) keeps what
+#: transformers' form of LLaVA has no word for: the system's name, "projector" (a name of
+#: `PROJECTORS`), "scales" (see `LlavaVision`) and "texts_alone" (see `PromptProcessor`).
+AS_PUBLISHED = "as_published"
 #: Decoders whose arithmetic is ours.
 DECODERS = ("llama", "mistral", "qwen2")
 
@@ -81,22 +90,38 @@ class LlavaVision(VisionShape):
         tower: the tower's.
         layers: the hidden states that are taken, side by side.
         drops_first: whether each view's first hidden state is dropped: CLIP's class token.
-        activation: the projector's.
-        projector_bias: whether its layers have biases.
+        projector: the projector's.
         tiles: LLaVA 1.6's; None: a picture is one view.
+        scales: sides in pixels that a view is seen at, the tower's own first, side by side (S²);
+            none: at the tower's alone.
     """
 
     tower: ClipShape
     layers: tuple[int, ...]
     drops_first: bool
-    activation: str
-    projector_bias: bool
-    tiles: Tiles | None
+    projector: ProjectorShape
+    tiles: Tiles | None = None
+    scales: tuple[int, ...] = ()
 
     @property
     def view_tokens(self) -> int:
         """Visual tokens of a view."""
-        return self.tower.places - self.drops_first
+        return self.projector.tokens(self.tower.places - self.drops_first)
+
+    @property
+    def view_side(self) -> int:
+        """Pixels of a view's side."""
+        return max(self.scales, default=self.tower.image_size)
+
+    @property
+    def crops(self) -> int:
+        """How often the tower runs for a view."""
+        return sum((scale // self.tower.image_size) ** 2 for scale in self.scales) or 1
+
+    @property
+    def width(self) -> int:
+        """Of what the projector takes."""
+        return len(self.layers) * self.tower.width * max(1, len(self.scales))
 
     def feature_grid(self, picture: Picture) -> tuple[int, int]:
         """Features of a picture's tiles in height and width, those of the padding included."""
@@ -116,7 +141,7 @@ class LlavaVision(VisionShape):
 
     def patches(self, picture: Picture) -> int:
         """Patches that the tower takes for a picture."""
-        return len(picture.views) * self.tower.places
+        return len(picture.views) * self.crops * self.tower.places
 
     def batch_bytes(self, patches: int, dtype: torch.dtype) -> int:
         """Bytes that the tower has alive at once for a batch of so many patches, hidden states that
@@ -128,13 +153,7 @@ class LlavaVision(VisionShape):
 
     def tensors(self, hidden: int) -> dict[str, tuple[int, ...]]:
         """Every tensor of tower and projector by canonical name, with its shape."""
-        shapes = self.tower.tensors()
-        sizes = {"linear_1": (hidden, len(self.layers) * self.tower.width)}
-        sizes["linear_2"] = (hidden, hidden)
-        for name, size in sizes.items():
-            shapes[f"multi_modal_projector.{name}.weight"] = size
-            if self.projector_bias:
-                shapes[f"multi_modal_projector.{name}.bias"] = size[:1]
+        shapes = self.tower.tensors() | self.projector.tensors(self.width, hidden)
         if self.tiles is not None:
             shapes["image_newline"] = (hidden,)
         return shapes
@@ -146,10 +165,7 @@ class LlavaVision(VisionShape):
     def recipes(self) -> Iterator[Recipe]:
         """Their serving tensors."""
         yield from self.tower.recipes()
-        for ours, theirs in (("in", "linear_1"), ("out", "linear_2")):
-            for part in ("weight", "bias") if self.projector_bias else ("weight",):
-                source = f"multi_modal_projector.{theirs}.{part}"
-                yield Recipe(f"vision.projector.{ours}.{part}", (source,), as_is)
+        yield from self.projector.recipes()
         if self.tiles is not None:
             yield Recipe("vision.newline", ("image_newline",), as_is)
 
@@ -158,8 +174,7 @@ class LlavaVision(VisionShape):
         return LlavaTower(
             shape=self,
             tower=self.tower.assemble(parts, pixels),
-            projector_in=parts.affine("vision.projector.in"),
-            projector_out=parts.affine("vision.projector.out"),
+            projector=self.projector.assemble(parts),
             newline=parts.take("vision.newline") if self.tiles is not None else None,
         )
 
@@ -170,8 +185,7 @@ class LlavaTower:
 
     shape: LlavaVision
     tower: ClipTower
-    projector_in: Affine
-    projector_out: Affine
+    projector: Projector
     newline: Tensor | None
 
     def encode(self, pictures: Sequence[Picture]) -> list[Tensor]:
@@ -182,19 +196,46 @@ class LlavaTower:
         """
         shape = self.shape
         every = [view for picture in pictures for view in picture.views]
-        states = torch.cat(self.tower.states(every, shape.layers), dim=2)
+        states = self._scaled(every) if shape.scales else self._states(every)
         if shape.drops_first:
             states = states[:, 1:]
-        features = self._projected(states.flatten(0, 1)).view(len(every), shape.view_tokens, -1)
+        features = self.projector.tokens(states)
         each = features.split([len(picture.views) for picture in pictures])
         return [
             packed(shape, self.newline, picture, views)
             for picture, views in zip(pictures, each, strict=True)
         ]
 
-    def _projected(self, x: Tensor) -> Tensor:
-        activation = ACTIVATIONS[self.shape.activation]
-        return self.projector_out.linear(activation(self.projector_in.linear(x)))
+    def _states(self, views: Sequence[np.ndarray]) -> Tensor:
+        """The wanted hidden states of views side by side, [views, places, width]."""
+        return torch.cat(self.tower.states(views, self.shape.layers), dim=2)
+
+    def _scaled(self, views: Sequence[np.ndarray]) -> Tensor:
+        """The same at several scales: a view is resized to each and cut into crops of the tower's
+        size; features of the crops are laid out as they were cut, and pooled to the first scale's.
+
+        Source: `BAAI-DCAI/Bunny: bunny/util/s2wrapper/core.py`.
+        """
+        tower, scaled = self.tower.shape, []
+        pixels = torch.stack([_normalised(view, self.tower.table) for view in views])
+        for scale in self.shape.scales:
+            sides = scale // tower.image_size
+            resized = F.interpolate(pixels, size=scale, mode="bicubic")
+            crops = resized.unfold(2, tower.image_size, tower.image_size)
+            crops = crops.unfold(3, tower.image_size, tower.image_size)  # [views, c, r, r, h, w]
+            crops = crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+            states = torch.cat(self.tower.states_of_pixels(crops, self.shape.layers), dim=2)
+            grid = states.view(len(views), sides, sides, tower.side, tower.side, -1)
+            grid = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+            pooled = F.adaptive_avg_pool2d(grid.float(), tower.side).to(grid.dtype)
+            scaled.append(pooled)
+        return torch.cat(scaled, dim=1).flatten(2).transpose(1, 2)
+
+
+def _normalised(view: np.ndarray, table: Tensor) -> Tensor:
+    """A view's normalised floats [channels, height, width] on the device of `table`."""
+    values = to_device(np.ascontiguousarray(view.transpose(2, 0, 1)), table.device).long()
+    return torch.stack([row[channel] for row, channel in zip(table, values, strict=True)])
 
 
 def packed(
@@ -235,6 +276,8 @@ class LlavaPrompts(PromptProcessor):
         from transformers import AutoImageProcessor
 
         super().__init__(folder, shape, control_tokens)
+        released = read_object(folder / "config.json", "model.base").get(AS_PUBLISHED, {})
+        self.texts_alone = bool(released.get("texts_alone", False))
         vision = shape.vision
         assert isinstance(vision, LlavaVision)
         try:
@@ -247,7 +290,7 @@ class LlavaPrompts(PromptProcessor):
         self.image_processor = processor
         settings = _fitted(pictures, vision)
         self.cutter = ProcessorCutter(processor, vision.view_tokens, **settings)
-        side = vision.tower.image_size
+        side = vision.view_side
         made = self.cutter.cut(Image.new("RGB", (8, 8))).views[0].shape
         if made != (side, side, vision.tower.channels):
             raise CheckpointError(
@@ -270,7 +313,7 @@ def _fitted(pictures: PictureSettings, vision: LlavaVision) -> dict[str, Any]:
     pictures.refuse("LLaVA", "min_pixels", "max_pixels")
     if vision.tiles is not None:
         pictures.refuse("LLaVA 1.6", "image_fit")
-    side = vision.tower.image_size
+    side = vision.view_side
     square, short = {"height": side, "width": side}, {"shortest_edge": side}
     settings: dict[str, dict[str, Any]] = {
         "checkpoint": {},
@@ -373,6 +416,7 @@ def _vision(config: Any) -> LlavaVision:
             )
         resolutions = tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints)
         tiles = Tiles(resolutions)
+    released = getattr(config, AS_PUBLISHED, {})
     if config.projector_hidden_act not in ACTIVATIONS:
         raise CheckpointError(
             f"model.base: projector_hidden_act is {config.projector_hidden_act!r}, expected one of "
@@ -382,7 +426,9 @@ def _vision(config: Any) -> LlavaVision:
         tower=tower,
         layers=tuple(layers),
         drops_first=drops_first,
-        activation=config.projector_hidden_act,
-        projector_bias=bool(config.multimodal_projector_bias),
+        projector=PROJECTORS[released.get("projector", "mlp")](
+            config.projector_hidden_act, bool(config.multimodal_projector_bias)
+        ),
         tiles=tiles,
+        scales=tuple(released.get("scales", ())),
     )

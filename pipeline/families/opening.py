@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.families.conversion import open_published
+from pipeline.families.published import Choices, is_published
 from pipeline.families.registry import AUTO, FAMILIES, shape_of
 from pipeline.model.checkpoint import (
     DTYPES,
@@ -62,6 +64,41 @@ def open_checkpoint(
     if adapter is None:
         return _open_plain(folder, shape)
     return _open_released(folder, shape, adapter, top_k, lora_alpha)
+
+
+def open_to_convert(
+    base: str,
+    adapter: str | None = None,
+    *,
+    lora_alpha: float | None = None,
+    vision_tower: str | None = None,
+    template: str | None = None,
+) -> Checkpoint:
+    """Open a checkpoint that is to be converted, also as a system's own code published it.
+
+    Args:
+        base: see `open_checkpoint`; or Hub id, folder or URL of a system's own form.
+        adapter: see `open_checkpoint`.
+        lora_alpha: see there.
+        vision_tower: see `published.Choices`.
+        template: see there.
+
+    Raises:
+        CheckpointError: see there.
+        ConfigError: see there; a setting that means nothing.
+    """
+    choices = Choices(vision_tower, template)
+    folder = localise(base, "model.base")
+    if not is_published(folder):
+        choices.refuse()
+        return open_checkpoint(base, adapter, lora_alpha=lora_alpha)
+    if adapter is not None or lora_alpha is not None:
+        raise ConfigError(
+            "model.adapter, model.lora_alpha: Awaker's experts stand on Qwen2-VL; set null"
+        )
+    checkpoint = open_published(folder, choices)
+    _check_released(checkpoint.files, checkpoint.shape, f"model.base: {folder}")
+    return checkpoint
 
 
 def _files(location: Path, key: str, shape: ModelShape) -> TensorFiles:

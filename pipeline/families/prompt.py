@@ -112,12 +112,15 @@ class PromptProcessor:
         routes: whether a prompt's span chooses experts, where there are any.
         end_token_ids: tokens that end an answer beside those of generation_config.json: those at
             which the released code stops, whatever that file says.
+        texts_alone: whether the texts around pictures are tokenized each as if it were alone, as
+            LLaVA's own code does; else the whole prompt at once.
         cutter: makes pictures of images.
     """
 
     cutter: Cutter
     routes = False
     end_token_ids: tuple[int, ...] = ()
+    texts_alone = False
 
     def __init__(
         self, folder: Path, shape: ModelShape, control_tokens: ControlTokens = "text"
@@ -354,21 +357,38 @@ class PromptProcessor:
                 f"the prompt has {places} places for images but {len(counts)} images; remove "
                 f"{placeholder!r} from its text",
             )
-        left = iter(counts)
-        times = [next(left) if token == placeholder else 1 for token in pieces[1::2]]
+        if not self.texts_alone:
+            left = iter(counts)
+            times = [next(left) if token == placeholder else 1 for token in pieces[1::2]]
+            return self._framed(self._text_ids(pieces, times))
+        cuts = [at for at in range(1, len(pieces), 2) if pieces[at] == placeholder]
+        starts, ends = [0, *(at + 1 for at in cuts)], [*cuts, len(pieces)]
+        texts = [
+            self._text_ids(pieces[start:end], [1] * ((end - start) // 2))
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        visual = [[self.image_token_id] * count for count in counts]
+        return self._framed([id_ for ids in _in_turn(texts, visual) for id_ in ids])
+
+    def _text_ids(self, pieces: Sequence[str], times: Sequence[int]) -> list[int]:
+        """Token ids of a text without its frame, its control tokens repeated so many times.
+
+        Raises:
+            RowError: see `_tokenized`.
+        """
         tokens = [
             [self.tokenizer.convert_tokens_to_ids(token)] * n
             for token, n in zip(pieces[1::2], times, strict=True)
         ]
         spelled = [token * n for token, n in zip(pieces[1::2], times, strict=True)]
         whole = "".join(_in_turn(pieces[::2], spelled))
-        input_ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        input_ids: list[int] = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
         piece_ids = [id_ for ids in tokens for id_ in ids]
         if (
             self._control_tokens == "allow"
             or [i for i in input_ids if i in self._added] == piece_ids
         ):
-            return self._framed(input_ids)  # tokenized as a whole, as transformers does
+            return input_ids  # tokenized as a whole, as transformers does
         if self._control_tokens == "error":
             spelt = next(match[0] for text in pieces[::2] if (match := self._control.search(text)))
             raise RowError(
@@ -384,7 +404,7 @@ class PromptProcessor:
             tokenizer.encode(text, add_special_tokens=False).ids
             for tokenizer, text in zip(tokenizers, pieces[::2], strict=True)
         ]
-        return self._framed([id_ for ids in _in_turn(texts, tokens) for id_ in ids])
+        return [id_ for ids in _in_turn(texts, tokens) for id_ in ids]
 
     def _framed(self, input_ids: list[int]) -> np.ndarray:
         """Token ids with those that the tokenizer puts before and behind a text, [T] int32; not

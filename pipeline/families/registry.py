@@ -9,6 +9,7 @@ from pipeline.families.family import Family
 from pipeline.families.generic import Generic
 from pipeline.families.llava import Llava
 from pipeline.families.prompt import ControlTokens, PromptProcessor
+from pipeline.families.published import is_published
 from pipeline.families.qwen2_vl import Qwen2VL
 from pipeline.families.slices import Megrez, MiniCPMLlama3V
 from pipeline.model.shape import ModelShape
@@ -43,6 +44,11 @@ def shape_of(folder: Path, family: str = AUTO) -> ModelShape:
         raise CheckpointError(
             f"model.base: {folder} holds no config.json; expected a folder of a model: "
             f"{', '.join(_BY_TYPE)}"
+        )
+    if is_published(folder):
+        raise CheckpointError(
+            f"model.base: {folder} is in the form of its system's own code; awaker-batch convert "
+            "makes a folder of it that can be run (docs/models.md)"
         )
     kind = str(read_object(file, "model.base").get("model_type"))
     known = _BY_TYPE.get(kind) or (_GENERIC if kind in _GENERIC.model_types else None)

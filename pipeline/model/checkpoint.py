@@ -9,8 +9,8 @@ them in memory; `convert.py` writes them to files, which a replica then maps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -64,12 +64,15 @@ class Checkpoint:
         files: where the tensors are.
         shape: the model's sizes and the adapter's settings.
         is_serving: the tensors are serving tensors already.
+        texts: what a converted folder holds beside its weights, by name, where the base folder has
+            it in another form; empty: the base folder's own files.
     """
 
     folder: Path
     files: TensorFiles
     shape: ModelShape
     is_serving: bool
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def serving_tensors(self) -> Iterator[tuple[str, Callable[[TensorReader], Tensor]]]:
         """Each serving tensor's name with a function that reads and builds it."""

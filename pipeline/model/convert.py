@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +90,7 @@ def convert(
         total = sum(shards.sizes)
         weight_map = {"metadata": {"total_size": total}, "weight_map": shards.index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map, indent=1))
-        for file in sorted(checkpoint.folder.iterdir()):
-            if file.suffix in _KEPT_SUFFIXES and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
+        _write_texts(checkpoint, folder)
         _write_manifest(checkpoint, folder, dtype)
         (folder / PROGRESS).unlink()
     return Converted(folder, len(shards.index), total, len(shards.sizes))
@@ -139,6 +138,17 @@ class _Shards:
         self._open.clear()
 
 
+def _write_texts(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what a replica needs beside the weights."""
+    for name, text in checkpoint.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if checkpoint.texts:
+        return
+    for file in sorted(checkpoint.folder.iterdir()):
+        if file.suffix in _KEPT_SUFFIXES and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+
+
 def _names_and_bytes(file: Path) -> tuple[list[str], int]:
     """The tensors of a safetensors file in the order in which they lie there, and their bytes in
     all.
@@ -169,6 +179,7 @@ def _identity(
         "model.dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "model.lora_alpha": adapter and adapter.scale * adapter.rank,
         "output.shard_bytes": shard_bytes,
+        "model.template": zlib.crc32(json.dumps(checkpoint.texts, sort_keys=True).encode()),
     }
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pipeline.model.slices import Slice
+    from pipeline.model.slices import Cut, Slice
 
 #: Everything a model or adapter folder may contribute; other frameworks' weights on a Hub page are
 #: not fetched.
@@ -251,6 +251,23 @@ class TensorInfo:
     stored_name: str
 
 
+@dataclass(frozen=True)
+class MadeTensor:
+    """A tensor that no file holds, but what it is made of.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        parts: stored tensors.
+        make: makes it from them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[TensorInfo, ...]
+    make: Callable[..., Tensor]
+
+
 #: Names that torch gives the dtypes of safetensors.
 _SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -278,7 +295,7 @@ class TensorFiles:
     """The tensors of one checkpoint, spread over safetensors or pytorch files."""
 
     files: tuple[Path, ...]
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    tensors: dict[str, TensorInfo | MadeTensor] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -430,13 +447,20 @@ def _list_pytorch(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
 class _Reader:
     """Opens each file once, when a tensor of it is first asked for."""
 
-    def __init__(self, tensors: dict[str, TensorInfo], part: Slice | None) -> None:
+    def __init__(self, tensors: Mapping[str, TensorInfo | MadeTensor], part: Slice | None) -> None:
         self._tensors, self._part = tensors, part
         # A pickle's tensors, or what safetensors reads one at a time from.
         self._open: dict[Path, Any] = {}
 
     def get(self, name: str) -> Tensor:
         info = self._tensors[name]
+        cut = self._part.cut(name, info.shape) if self._part is not None else None
+        if isinstance(info, TensorInfo):
+            return self._stored(info, cut)
+        made = info.make(*(self._stored(part, None) for part in info.parts))
+        return made if cut is None else cut.of(made)
+
+    def _stored(self, info: TensorInfo, cut: Cut | None) -> Tensor:
         if info.file not in self._open:
             if info.file.suffix == ".safetensors":
                 from safetensors import safe_open
@@ -446,7 +470,6 @@ class _Reader:
                 self._open[info.file] = _load_pytorch(info.file)
         handle = self._open[info.file]
         is_pickle = isinstance(handle, dict)
-        cut = self._part.cut(name, info.shape) if self._part is not None else None
         if cut is not None:
             take = handle.__getitem__ if is_pickle else handle.get_slice
             return cut.of(take(info.stored_name))

@@ -154,6 +154,9 @@ def _parser(
             help="try error rows again whose error may have passed (output.retry_errors=true)",
         )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check and say what would run; load no model"
+        "--dry-run",
+        "--check",
+        action="store_true",
+        help="check and say what would run; load no model, write nothing",
     )
     return parser

@@ -81,7 +81,7 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
 
     def work(settings: ConvertSettings, dry_run: bool) -> None:
         from pipeline.errors import OutputError
-        from pipeline.families.opening import open_checkpoint
+        from pipeline.families.opening import open_to_convert
         from pipeline.io.output.storage import local_path
         from pipeline.model.checkpoint import DTYPES
         from pipeline.model.convert import check_target, convert
@@ -93,7 +93,13 @@ def _convert() -> tuple[type[Settings], Callable[[Any, bool], None]]:
                 "which the files can be copied anywhere"
             )
         folder = Path(local_path(output.path, "output.path"))
-        checkpoint = open_checkpoint(model.base, model.adapter, lora_alpha=model.lora_alpha)
+        checkpoint = open_to_convert(
+            model.base,
+            model.adapter,
+            lora_alpha=model.lora_alpha,
+            vision_tower=model.vision_tower,
+            template=model.template,
+        )
         dtype = DTYPES[model.dtype] if model.dtype else None
         if dry_run:
             check_target(checkpoint, folder, dtype, output.shard_bytes)
@@ -260,7 +266,8 @@ COMMANDS = {
         _nightly,
     ),
     "convert": Command(
-        "Convert Qwen2-VL with an Awaker2.5-VL adapter into a checkpoint made for serving.",
+        "Convert a model into a checkpoint made for serving: Qwen2-VL with an Awaker2.5-VL "
+        "adapter, or one in the form of its system's own code.",
         "--set model.base=Qwen/Qwen2-VL-7B-Instruct --set model.adapter=MetabrainAGI/Awaker2.5-VL "
         "--set output.path=awaker",
         _convert,

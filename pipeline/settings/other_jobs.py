@@ -87,9 +87,22 @@ class ExportSettings(Settings):
 class ConvertModelSettings(Settings):
     """The checkpoint to convert."""
 
-    base: str = Field(description="Qwen2-VL: Hub id, folder or fsspec URL")
+    base: str = Field(
+        description="Hub id, folder or fsspec URL: a model that can be run, or one in the form of "
+        "its system's own code (docs/models.md)"
+    )
     adapter: str | None = Field(
-        None, description="Awaker adapter: the same, or a pytorch_model.bin; null: plain Qwen2-VL"
+        None, description="Awaker adapter: the same, or a pytorch_model.bin; null: none"
+    )
+    vision_tower: str | None = Field(
+        None,
+        description="the vision tower that a system's own checkpoint stands on: Hub id, folder or "
+        "fsspec URL; null: it is among the weights, and its sizes are known by name",
+    )
+    template: str | None = Field(
+        None,
+        description="how a system's own checkpoint writes conversations, a name of docs/models.md; "
+        "null: as the system does",
     )
     dtype: DtypeName | None = Field(
         None,

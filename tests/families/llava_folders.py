@@ -104,7 +104,7 @@ def llava_folder(
     _draw(model)
     model.save_pretrained(folder)
     common = {
-        "patch_size": PATCH,
+        "patch_size": tower.get("patch_size", PATCH),
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 0 if tower["model_type"] == SIGLIP["model_type"] else 1,
         "chat_template": TEMPLATE,

@@ -20,6 +20,7 @@ from pipeline.errors import CheckpointError, ConfigError, RowError
 from pipeline.families.clip import ClipShape
 from pipeline.families.llava import LlavaVision, Tiles, packed
 from pipeline.families.opening import open_checkpoint
+from pipeline.families.projectors import Mlp
 from pipeline.families.registry import prompt_processor
 from pipeline.model.convert import convert
 from pipeline.picture import Picture, PictureSettings
@@ -36,6 +37,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "SigLIP, tiles": {"tower": SIGLIP, "tiles": TILES, "vision_feature_select_strategy": "full"},
     "Qwen2, two layers": {"text": "qwen2", "vision_feature_layer": [-3, 1]},
     "no bias, tied": {"multimodal_projector_bias": False, "tie_word_embeddings": True},
+    "SigLIP, pixels that no patch sees": {
+        "tower": {**SIGLIP, "patch_size": 9},
+        "vision_feature_select_strategy": "full",
+    },
     "padded": {"processor": {"do_pad": True}},
 }
 
@@ -97,8 +102,7 @@ def test_a_picture_has_as_many_tokens_as_transformers_counts(
         tower=TOWER,
         layers=(2,),
         drops_first=True,
-        activation="gelu",
-        projector_bias=True,
+        projector=Mlp(),
         tiles=Tiles(tuple((h, w) for h, w in resolutions)),
     )
     picture = Picture(tuple(np.zeros((VIEW, VIEW, 3), np.uint8) for _ in range(2)), size)

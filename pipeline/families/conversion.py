@@ -1,0 +1,264 @@
+"""Makes a checkpoint that can be converted of one in the form of its system's own code: names and
+fused tensors, a tower that is not among the weights, positions of another size, and the config,
+the processor's settings and the chat template that it comes without.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.families.llava import Llava
+from pipeline.families.published import Choices, Published, read_published
+from pipeline.families.systems import TEMPLATES, Template
+from pipeline.model.checkpoint import Checkpoint
+from pipeline.model.shape import ModelShape
+from pipeline.model.sources import (
+    MadeTensor,
+    TensorFiles,
+    TensorInfo,
+    check_tokenizer,
+    read_object,
+)
+from pipeline.redact import cause_of
+
+#: Files that a tokenizer is made of.
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+
+
+def open_published(folder: Path, choices: Choices) -> Checkpoint:
+    """Read a published checkpoint; whether its tensors fit its config is not compared here.
+
+    Args:
+        folder: where it lies.
+        choices: what the user says of it.
+
+    Returns:
+        A checkpoint with canonical tensors, for `convert`; its `texts` are the files beside them.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read, or something is not computed here.
+        ConfigError: a choice means nothing.
+    """
+    published = read_published(folder, choices)
+    name = choices.template or published.system.templates.get(published.kind, "")
+    if name not in TEMPLATES:
+        raise ConfigError(
+            f"model.template: {name or 'null'}, expected one of {', '.join(TEMPLATES)}"
+        )
+    files, vocabulary = _tensors(published)
+    texts, shape = _Texts(published, TEMPLATES[name]).of(vocabulary)
+    if published.system.interpolates:
+        _interpolate(files, published.tower)
+    for extra in [n for n in files.tensors if Llava.ignored.search(n) or shape.vision.unused(n)]:
+        del files.tensors[extra]
+    return Checkpoint(published.folder, files, shape, is_serving=False, texts=texts)
+
+
+class _Texts:
+    """Makes the files that a converted folder holds beside its weights."""
+
+    def __init__(self, published: Published, template: Template) -> None:
+        self._published, self._template = published, template
+
+    def of(self, vocabulary: int) -> tuple[dict[str, str], ModelShape]:
+        """Names and contents of the files, and the sizes that they describe.
+
+        Args:
+            vocabulary: tokens that the weights know.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be used, or a size is not computed here.
+        """
+        import pipeline.compat  # noqa: F401, I001 - before transformers' processors import torchvision
+        from transformers import AutoTokenizer, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
+
+        folder = self._published.folder
+        check_tokenizer(folder, "model.base")
+        with tempfile.TemporaryDirectory() as made:
+            try:
+                tokenizer = _tokenizer(AutoTokenizer, folder, Path(made))
+            except Exception as error:  # of any type
+                raw = (folder / "tokenizer.model").is_file()
+                advice = "; for its tokenizer.model: pip install sentencepiece" if raw else ""
+                raise CheckpointError(
+                    f"model.base: cannot load the tokenizer of {folder} ({cause_of(error)}){advice}"
+                ) from error
+            token = self._image_token(tokenizer, vocabulary)
+            settings = self._published.image_processor()
+            cutter = LlavaImageProcessorPil(
+                **{key: value for key, value in settings.items() if key != "image_processor_type"}
+            )
+            LlavaProcessor(
+                cutter, tokenizer, image_token=token, chat_template=self._template.as_jinja(token)
+            ).save_pretrained(made)
+            files = [file for file in sorted(Path(made).iterdir()) if file.suffix != ".model"]
+            texts = {file.name: file.read_text(encoding="utf-8") for file in files}
+        config = self._published.llava_config(tokenizer.convert_tokens_to_ids(token))
+        config["text_config"]["vocab_size"] = vocabulary
+        texts["config.json"] = json.dumps(config, indent=1)
+        texts["generation_config.json"] = json.dumps(self._generation(tokenizer), indent=1)
+        return texts, Llava().shape(LlavaConfig.from_dict(json.loads(texts["config.json"])))
+
+    def _image_token(self, tokenizer: Any, vocabulary: int) -> str:
+        """The token that stands for a visual one in prompts; no text can spell it.
+
+        Its own embedding is never read, but its id must be one of the vocabulary's: a free one,
+        or that of a control token which nothing else uses.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if len(tokenizer) < vocabulary:
+            tokenizer.add_tokens(["<image>"], special_tokens=True)
+            return "<image>"
+        used = self._template.as_jinja("")
+        kept = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+        spare = [
+            token
+            for token, id_ in sorted(tokenizer.get_added_vocab().items(), key=lambda one: one[1])
+            if token not in used and token not in kept - {tokenizer.unk_token} and id_ < vocabulary
+        ]
+        if not spare:
+            raise CheckpointError(
+                "model.base: the tokenizer has no token to spare that could stand for visual ones"
+            )
+        reserved = [token for token in spare if "reserved" in token or token == tokenizer.unk_token]
+        return str((reserved or spare)[0])
+
+    def _generation(self, tokenizer: Any) -> dict[str, Any]:
+        """How it samples, and the tokens that end an answer: its own, and its template's."""
+        file = self._published.folder / "generation_config.json"
+        told = read_object(file, "model.base") if file.is_file() else {}
+        ends: list[int] = []
+        for said in (told.get("eos_token_id"), self._published.text.get("eos_token_id")):
+            ends += said if isinstance(said, list) else [] if said is None else [said]
+        if self._template.end in tokenizer.get_vocab():
+            ends.append(tokenizer.convert_tokens_to_ids(self._template.end))
+        told.pop("transformers_version", None)
+        return {**told, "eos_token_id": sorted(set(ends))}
+
+
+def _tokenizer(loader: Any, folder: Path, beside: Path) -> Any:
+    """The tokenizer of a folder whose config.json transformers does not know.
+
+    Args:
+        loader: transformers' `AutoTokenizer`.
+        folder: where its files lie.
+        beside: an empty folder.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory(dir=beside) as alone:
+        for name in _TOKENIZER_FILES:
+            if (folder / name).is_file():
+                (Path(alone) / name).symlink_to((folder / name).resolve())
+        told = folder / "tokenizer_config.json"
+        has_class = told.is_file() and "tokenizer_class" in read_object(told, "model.base")
+        kind = loader if has_class else PreTrainedTokenizerFast
+        settings = {"trust_remote_code": False} if has_class else {}
+        return kind.from_pretrained(alone, **settings)
+
+
+def _tensors(published: Published) -> tuple[TensorFiles, int]:
+    """The tensors by canonical name, and the tokens that they know.
+
+    Raises:
+        CheckpointError: a file cannot be read, or a tensor is there twice, or the tower nowhere.
+    """
+    files = TensorFiles(())
+    for folder, renames in published.weights:
+        _add(files, TensorFiles.open(folder, "model.base", (*renames, *Llava.renames)))
+    if not any(name.startswith("vision_tower.") for name in files.tensors):
+        if published.tower_folder is None:
+            raise CheckpointError(
+                "model.base: the weights hold no vision tower, since it was not trained; name the "
+                "folder of the one that they stand on in model.vision_tower: "
+                f"{str(published.config.get('mm_vision_tower', 'CLIP or SigLIP'))[:200]}"
+            )
+        renames = ((re.compile(r"^vision_model\."), "vision_tower."),)
+        tower = TensorFiles.open(published.tower_folder, "model.vision_tower", renames)
+        for name in [name for name in tower.tensors if not name.startswith("vision_tower.")]:
+            del tower.tensors[name]  # the text half of CLIP or SigLIP
+        _add(files, tower)
+    if published.kind == "phi3":
+        _split(files, published.text)
+    words = files.tensors.get("model.embed_tokens.weight")
+    return files, int(published.text.get("vocab_size", 0)) if words is None else words.shape[0]
+
+
+def _add(files: TensorFiles, others: TensorFiles) -> None:
+    """Put tensors of other files beside those that are there.
+
+    Raises:
+        CheckpointError: some are there already.
+    """
+    if twice := sorted(files.tensors.keys() & others.tensors.keys()):
+        raise CheckpointError(f"model.base: {len(twice)} tensors are there twice: {twice[:3]}")
+    files.files += others.files
+    files.tensors |= others.tensors
+
+
+def _split(files: TensorFiles, text: Mapping[str, Any]) -> None:
+    """Put Phi-3's projections in the place of the tensors that they were fused into."""
+    heads = text["num_attention_heads"]
+    each = text.get("head_dim") or text["hidden_size"] // heads
+    kv = (text.get("num_key_value_heads") or heads) * each
+    wide = text["intermediate_size"]
+    fused = {
+        "self_attn.qkv_proj": {"q_proj": heads * each, "k_proj": kv, "v_proj": kv},
+        "mlp.gate_up_proj": {"gate_proj": wide, "up_proj": wide},
+    }
+    for name, info in list(files.tensors.items()):
+        at, _, end = name.removesuffix(".weight").rpartition(".")
+        at, _, room = at.rpartition(".")
+        rows = fused.get(f"{room}.{end}")
+        if rows is None or not isinstance(info, TensorInfo) or info.shape[0] != sum(rows.values()):
+            continue  # of another shape: named as extra, and its parts as missing
+        del files.tensors[name]
+        first = 0
+        for part, count in rows.items():
+            files.tensors[f"{at}.{room}.{part}.weight"] = MadeTensor(
+                (count, *info.shape[1:]), info.dtype, (info,), partial(_rows, first, count)
+            )
+            first += count
+
+
+def _rows(first: int, count: int, tensor: Tensor) -> Tensor:
+    return tensor[first : first + count]
+
+
+def _interpolate(files: TensorFiles, tower: Mapping[str, Any]) -> None:
+    """Put positions of the wanted grid in the place of the tower's own, where that is another."""
+    name = "vision_tower.embeddings.position_embedding.weight"
+    info = files.tensors.get(name)
+    side = tower["image_size"] // tower["patch_size"]
+    if isinstance(info, TensorInfo):
+        files.tensors[name] = MadeTensor(
+            (side**2, *info.shape[1:]), info.dtype, (info,), partial(interpolated, side)
+        )
+
+
+def interpolated(side: int, positions: Tensor) -> Tensor:
+    """Positions [side * side, width] of a square grid, resized bicubically, in their own dtype but
+    with the float16 numbers of the released code.
+
+    Source: `HyperGAI/HPT: vlmeval/vlm/hpt1_5.py` (`interpolate_pos_embed_siglip`).
+    """
+    before = int(positions.shape[0] ** 0.5)
+    grid = positions.float().view(1, before, before, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).flatten(0, 2).to(torch.float16).to(positions.dtype)

@@ -1,0 +1,85 @@
+"""Tiny checkpoints in the forms of `tests/golden/published`, with their weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.families.tiny import picture, weights
+from tests.prompts import Asked
+
+GOLDEN = Path(__file__).parents[1] / "golden/published"
+#: In the place of a picture in the released codes' prompts.
+PICTURE = -200
+
+
+@dataclass(frozen=True)
+class PublishedFolder:
+    """A checkpoint as its authors would have published it.
+
+    Attributes:
+        folder: where it lies.
+        tower: the tower's folder; None: nobody needs it.
+        expected: what the released code answered.
+    """
+
+    folder: Path
+    tower: Path | None
+    expected: dict[str, Any]
+
+    @classmethod
+    def write(cls, name: str, folder: Path) -> PublishedFolder:
+        """Write the one of this name."""
+        golden = GOLDEN / name
+        expected = json.loads((golden / "expected.json").read_text())
+        base, tower = folder / "base", folder / "tower"
+        parts = expected["parts"]
+        shutil.copytree(
+            GOLDEN / "tokenizers" / expected["tokenizer"], base / ("llm" if parts else "")
+        )
+        if parts is None:
+            shutil.copy(golden / "config.json", base)
+            _write(base, expected["tensors"])
+            shutil.copytree(golden / "tower", tower)
+            if expected["tower_tensors"] is not None:
+                _write(tower, expected["tower_tensors"])
+            return cls(base, tower, expected)
+        for part, tensors in parts.items():
+            (base / part).mkdir(exist_ok=True)
+            _write(base / part, tensors)
+        shutil.copy(golden / "config.json", base / "llm")
+        shutil.copytree(golden / "tower", base / "visual_encoder", dirs_exist_ok=True)
+        (base / "projector/config.json").write_text("{}")
+        return cls(base, None, expected)
+
+    def copied(self, folder: Path) -> PublishedFolder:
+        """The same in another folder, to be changed; the tower stays."""
+        return replace(self, folder=shutil.copytree(self.folder, folder / "copy"))
+
+    def change_tensors(self, changes: Mapping[str, torch.Tensor | None]) -> None:
+        """Put tensors into its weights, or with None take them out."""
+        file = self.folder / "model.safetensors"
+        changed = load_file(file) | changes
+        save_file({n: t for n, t in changed.items() if t is not None}, file)
+
+    def change_config(self, **changes: Any) -> None:
+        """Change keys of its config.json."""
+        file = self.folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def _write(folder: Path, shapes: dict[str, list[int]]) -> None:
+    tensors = {name: torch.from_numpy(array) for name, array in weights(shapes).items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def asked(one: dict[str, Any]) -> Asked:
+    """A question of `expected`, with its picture."""
+    return Asked(one["question"], (picture(one["picture"]),))
