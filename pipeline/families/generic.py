@@ -17,7 +17,16 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, RowError
 from pipeline.families.cutting import explained, image_parts
 from pipeline.families.family import Family
-from pipeline.families.prompt import ControlTokens, Message, Prompt, PromptProcessor, in_parts
+from pipeline.families.literal import LiteralBackend, standing_for
+from pipeline.families.prompt import (
+    ControlTokens,
+    Message,
+    Prompt,
+    PromptProcessor,
+    in_parts,
+    texts_of,
+    translated,
+)
 from pipeline.model.assemble import Parts
 from pipeline.model.checkpoint import Recipe
 from pipeline.model.shape import ModelShape, VisionShape
@@ -60,13 +69,18 @@ class GenericVision(VisionShape):
 
 
 class GenericPrompts(PromptProcessor):
-    """Prepares prompts with a model's own processor, whatever tensors it makes."""
+    """Prepares prompts with a model's own processor, whatever tensors it makes.
+
+    Raises:
+        CheckpointError: the processor cannot be loaded, or makes no inputs of a picture and a
+            question.
+    """
 
     def __init__(
         self, folder: Path, shape: ModelShape, control_tokens: ControlTokens = "text"
     ) -> None:
         super().__init__(folder, shape, control_tokens)
-        from transformers import AutoImageProcessor
+        from transformers import AutoConfig, AutoImageProcessor
 
         # The codes that models were published with resize with Pillow. Not every processor has a
         # form that does.
@@ -74,35 +88,51 @@ class GenericPrompts(PromptProcessor):
             self._processor.image_processor = AutoImageProcessor.from_pretrained(
                 folder, backend="pil"
             )
+        # Some processors call the token that they replace by visual ones `image_token`.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for name in ("image_token_id", "image_token_index"):
+            if isinstance(told := getattr(config, name, None), int):
+                self.image_token_id = told
+        self.tokenizer._tokenizer = LiteralBackend(self.tokenizer._tokenizer, self)
+        self._check_row(folder)
 
     def check_template(self, folder: Path) -> None:
         """A model without a chat template (PaliGemma) takes a row's text as it is."""
         if self.chat_template is not None:
             super().check_template(folder)
 
+    def _check_row(self, folder: Path) -> None:
+        """Make sure that a usual row can be prepared: else all of them would fail one by one.
+
+        Raises:
+            CheckpointError: it cannot.
+        """
+        picture = Image.new("RGB", (64, 48), (120, 130, 140))
+        asked = {"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}
+        try:
+            self.prepare([{"role": "user", "content": list(asked)}])
+        except RowError as error:
+            raise CheckpointError(
+                f"model.base: the processor of {folder} makes no inputs of a picture and a "
+                f"question, so no row could be answered ({error.cause})"
+            ) from error
+
     def prepare(self, messages: Sequence[Message]) -> Prompt:
         """Prepare one conversation; see `PromptProcessor`.
 
         Raises:
-            RowError: see there; `prompt_invalid`, too, where a text spells a control token, which
-                this processor cannot take as text.
+            RowError: see there; `prompt_invalid`, too, where the processor does not take the row.
         """
         parts = image_parts(messages)
-        text = self._rendered(messages)
+        texts = self.checked_texts(messages)
+        if self._control_tokens == "error" and any(map(self._control.search, texts)):
+            raise self.spelt_in(texts)
+        stand_ins = {} if self._control_tokens == "allow" else self.stand_ins(texts)
         with explained():
             images = [_decoded(part["image"]) for part in parts]
-        try:
-            inputs = self._processor(
-                text=[text],
-                images=[image for image, _ in images] or None,
-                add_special_tokens=not self._begins_as_a_text(text),
-                return_tensors="np",
-            )
-        except Exception as error:  # of any type, for what this processor does not take
-            raise RowError(
-                "prompt_invalid", f"the model's processor refuses the row ({cause_of(error)})"
-            ) from error
-        arrays = {name: np.asarray(value) for name, value in dict(inputs).items()}
+        with standing_for({ord(sign): chr(code) for code, sign in stand_ins.items()}):
+            text = self._rendered(translated(messages, stand_ins))
+            arrays = self._inputs(text, [image for image, _ in images])
         input_ids = arrays.pop("input_ids")[0].astype(np.int32)
         arrays.pop("attention_mask", None)
         if len(input_ids) >= self.max_positions:
@@ -110,24 +140,35 @@ class GenericPrompts(PromptProcessor):
         shown = tuple(picture for _, picture in images)
         return Prompt(input_ids, (0, len(input_ids)), shown, _packed(arrays))
 
-    def _rendered(self, messages: Sequence[Message]) -> str:
-        """The conversation as one text.
+    def _inputs(self, text: str, images: list[Image.Image]) -> dict[str, np.ndarray]:
+        """What the processor makes of a text and its pictures, by the names of the model's inputs.
 
         Raises:
-            RowError: `prompt_invalid`, `prompt_too_long`.
+            RowError: `prompt_invalid`, it does not take them.
         """
-        texts = self.checked_texts(messages)
-        if self._control_tokens != "allow":
-            for text in texts:
-                if spelt := self._control.search(text):
-                    raise RowError(
-                        "prompt_invalid",
-                        f"the prompt's own text holds the control token {spelt[0]!r}, which this "
-                        "model's processor cannot take as text; input.control_tokens: allow takes "
-                        "it as the model's own",
-                    )
+        try:
+            inputs = self._processor(
+                text=[text],
+                images=images or None,
+                add_special_tokens=not self._begins_as_a_text(text),
+                return_tensors="np",
+            )
+            arrays = {name: np.asarray(value) for name, value in dict(inputs).items()}
+            for name, array in arrays.items():
+                if array.dtype.kind not in "biuf":
+                    raise TypeError(f"{name} is no array of numbers")
+        except RowError:
+            raise
+        except Exception as error:  # of any type, for what this processor does not take
+            raise RowError(
+                "prompt_invalid", f"the model's processor refuses the row ({cause_of(error)})"
+            ) from error
+        return arrays
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        """The conversation as one text."""
         if self.chat_template is None:
-            return "\n".join(texts)
+            return "\n".join(texts_of(messages))
         rendered: str = self._processor.apply_chat_template(
             in_parts(messages),
             tokenize=False,

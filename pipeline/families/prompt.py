@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -25,7 +25,7 @@ from pipeline.picture import Picture
 from pipeline.redact import cause_of
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 #: A chat message as the template takes it: {"role": ..., "content": text or list of parts}.
 Message = dict[str, Any]
@@ -146,13 +146,20 @@ class PromptProcessor:
         self._shape = shape
         self._max_positions = max_positions = shape.max_positions
         self._control_tokens = control_tokens
-        added = self.tokenizer.get_added_vocab()
-        self._added = {id_: token for token, id_ in added.items()}
-        # Longest first, as the tokenizer matches them.
-        self._control = re.compile(
-            "(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")"
-        )
-        backend = self.tokenizer.backend_tokenizer
+        rules = self.tokenizer.added_tokens_decoder
+        control = _control_tokens(rules, self._processor)
+        self._added = {id_: str(rule) for id_, rule in rules.items() if id_ in control}
+        self._takes_before = {str(rule) for rule in rules.values() if rule.lstrip}
+        self._takes_behind = {str(rule) for rule in rules.values() if rule.rstrip}
+        self._control = _any_of(self._added.values())
+        # Words and runs of blanks that the vocabulary was enlarged by are text.
+        self._words = _any_of(str(rule) for id_, rule in rules.items() if id_ not in control)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise CheckpointError(
+                f"model.base: the tokenizer of {folder} is a {type(self.tokenizer).__name__}, "
+                "expected one of the tokenizers library (a tokenizer.json)"
+            )
         # The same words, merges and rules, and none of the added tokens; the vocabulary is shared,
         # not copied.
         self._plain = Tokenizer(backend.model)
@@ -161,6 +168,7 @@ class PromptProcessor:
         if backend.normalizer is not None:
             self._plain.normalizer = backend.normalizer
         self._inner = _without_prefix(self._plain)
+        self._backend = backend
         self._most_characters = max_positions * max(map(len, self.tokenizer.get_vocab()))
         self._frame = _frame(self.tokenizer)
         self.check_template(folder)
@@ -268,13 +276,13 @@ class PromptProcessor:
         """
         texts = self.checked_texts(messages)
         characters = sum(map(len, texts))
-        stand_ins = {} if self._control_tokens == "allow" else self._stand_ins(texts)
-        shown = [_changed(message, lambda text: text.translate(stand_ins)) for message in messages]
+        stand_ins = {} if self._control_tokens == "allow" else self.stand_ins(texts)
+        shown = translated(messages, stand_ins)
         rendered = self._processor.apply_chat_template(
             shown, tokenize=False, add_generation_prompt=True
         )
         back = {ord(stand_in): chr(character) for character, stand_in in stand_ins.items()}
-        pieces = [piece.translate(back) for piece in self._control.split(rendered)]
+        pieces = [piece.translate(back) for piece in self.cut(rendered)]
         if characters > USUAL_CHARACTERS * self._max_positions:
             self._check_length(pieces)
         return pieces
@@ -285,12 +293,12 @@ class PromptProcessor:
         Raises:
             RowError: `prompt_too_long`, they have more characters than any prompt that fits.
         """
-        texts = list(_texts(messages))
+        texts = list(texts_of(messages))
         if (characters := sum(map(len, texts))) > self._most_characters:
             raise self.too_long(f"{characters:,} characters of prompt")
         return texts
 
-    def _stand_ins(self, texts: Sequence[str]) -> dict[int, str]:
+    def stand_ins(self, texts: Sequence[str]) -> dict[int, str]:
         """For each character that control tokens begin with and that a text holds: another one,
         which none of them holds.
 
@@ -384,27 +392,61 @@ class PromptProcessor:
         whole = "".join(_in_turn(pieces[::2], spelled))
         input_ids: list[int] = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
         piece_ids = [id_ for ids in tokens for id_ in ids]
-        if (
-            self._control_tokens == "allow"
-            or [i for i in input_ids if i in self._added] == piece_ids
-        ):
+        if self._control_tokens == "allow" or self.control_ids(input_ids) == piece_ids:
             return input_ids  # tokenized as a whole, as transformers does
         if self._control_tokens == "error":
-            spelt = next(match[0] for text in pieces[::2] if (match := self._control.search(text)))
-            raise RowError(
-                "prompt_invalid",
-                f"the prompt's own text holds the control token {spelt!r}; input.control_tokens: "
-                "text takes it as text, "
-                "allow as the model's own",
-            )
-        # Added tokens are split off before anything else is done to a text, so what lies between
-        # them is tokenized alone.
-        tokenizers = [self._plain, *[self._inner] * (len(tokens))]
-        texts = [
-            tokenizer.encode(text, add_special_tokens=False).ids
-            for tokenizer, text in zip(tokenizers, pieces[::2], strict=True)
-        ]
+            raise self.spelt_in(pieces[::2])
+        texts = [encoding.ids for encoding in self.encoded_apart(pieces)]
         return [id_ for ids in _in_turn(texts, tokens) for id_ in ids]
+
+    def cut(self, rendered: str) -> list[str]:
+        """A text cut at its control tokens: text and token in turn, text first and last."""
+        return self._control.split(rendered)
+
+    def control_ids(self, input_ids: Sequence[int]) -> list[int]:
+        """The control tokens among some tokens, in their order."""
+        return [id_ for id_ in input_ids if id_ in self._added]
+
+    def encoded_apart(self, pieces: Sequence[str]) -> list[Encoding]:
+        """The texts of a rendered prompt, each without its neighbours and as text alone, whatever
+        control tokens it spells.
+
+        Added tokens are split off before anything else is done to a text, so what lies between them
+        is tokenized alone. Some take the blanks beside them along (Phi-3's `<|end|>`).
+
+        Args:
+            pieces: text and token in turn, text first and last.
+        """
+        texts = list(pieces[::2])
+        for at, token in enumerate(pieces[1::2]):
+            texts[at] = texts[at].rstrip() if token in self._takes_before else texts[at]
+            texts[at + 1] = texts[at + 1].lstrip() if token in self._takes_behind else texts[at + 1]
+        return [self._encoded_text(text, at == 0) for at, text in enumerate(texts)]
+
+    def _encoded_text(self, text: str, begins: bool) -> Encoding:
+        """A text alone; whether the prompt begins with it."""
+        from tokenizers import Encoding
+
+        words = self._words.split(text)
+        encodings = [
+            (self._plain if begins and at == 0 else self._inner).encode(
+                between, add_special_tokens=False
+            )
+            for at, between in enumerate(words[::2])
+        ]
+        if len(words) == 1:
+            return encodings[0]
+        own = [self._backend.encode(word, add_special_tokens=False) for word in words[1::2]]
+        return Encoding.merge(list(_in_turn(encodings, own)))
+
+    def spelt_in(self, texts: Sequence[str]) -> RowError:
+        """Why a prompt is refused one of whose texts spells a control token."""
+        spelt = next(match[0] for text in texts if (match := self._control.search(text)))
+        return RowError(
+            "prompt_invalid",
+            f"the prompt's own text holds the control token {spelt!r}; input.control_tokens: "
+            "text takes it as text, allow as the model's own",
+        )
 
     def _framed(self, input_ids: list[int]) -> np.ndarray:
         """Token ids with those that the tokenizer puts before and behind a text, [T] int32; not
@@ -414,6 +456,31 @@ class PromptProcessor:
         if before and input_ids[: len(before)] == before:
             before = []
         return np.asarray([*before, *input_ids, *behind], dtype=np.int32)
+
+
+def _control_tokens(rules: Mapping[int, Any], processor: Any) -> set[int]:
+    """Ids of those added tokens by which a prompt is laid out: the special ones, and those that the
+    chat template or the processor writes. The others are words of an enlarged vocabulary, such as
+    Phi-2's runs of blanks.
+
+    Args:
+        rules: the tokenizer's added tokens (`AddedToken`) by id.
+        processor: the checkpoint's.
+    """
+    written = [getattr(processor, "chat_template", None) or ""]
+    written += [value for name, value in vars(processor).items() if name.endswith("_token")]
+    layout = "\n".join(map(str, written))
+    return {
+        id_
+        for id_, rule in rules.items()
+        if rule.special or (not rule.content.isspace() and rule.content in layout)
+    }
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds each of them, the longest first, as the tokenizer matches them."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def _without_prefix(tokenizer: Tokenizer) -> Tokenizer:
@@ -450,7 +517,8 @@ def in_parts(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def _texts(messages: Sequence[Message]) -> Iterator[str]:
+def texts_of(messages: Sequence[Message]) -> Iterator[str]:
+    """The texts of a conversation, in their order."""
     for message in messages:
         if isinstance(message["content"], str):
             yield message["content"]
@@ -458,13 +526,17 @@ def _texts(messages: Sequence[Message]) -> Iterator[str]:
             yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def _changed(message: Message, change: Callable[[str], str]) -> Message:
-    """The message with its texts changed."""
+def translated(messages: Sequence[Message], table: Mapping[int, str]) -> list[Message]:
+    """The messages with characters of their texts changed, as `str.translate` does it."""
+    return [_translated(message, dict(table)) for message in messages]
+
+
+def _translated(message: Message, table: dict[int, str]) -> Message:
     content = message["content"]
     if isinstance(content, str):
-        return {**message, "content": change(content)}
+        return {**message, "content": content.translate(table)}
     parts = [
-        {**part, "text": change(part["text"])} if part["type"] == "text" else part
+        {**part, "text": part["text"].translate(table)} if part["type"] == "text" else part
         for part in content
     ]
     return {**message, "content": parts}

@@ -101,7 +101,7 @@ def llava_folder(
     )
     torch.manual_seed(seed)
     model = kinds[1](config)
-    _draw(model)
+    draw(model)
     model.save_pretrained(folder)
     common = {
         "patch_size": tower.get("patch_size", PATCH),
@@ -147,7 +147,7 @@ def _sizes(
     return vision, language
 
 
-def _draw(model: Any) -> None:
+def draw(model: Any) -> None:
     """Weights that all matter to the answers."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -221,7 +221,7 @@ def paligemma_folder(folder: Path, *, seed: int) -> Path:
     )
     torch.manual_seed(seed)
     model = PaliGemmaForConditionalGeneration(config)
-    _draw(model)
+    draw(model)
     model.save_pretrained(folder)
     cutter = SiglipImageProcessorPil(size={"height": VIEW, "width": VIEW})
     cutter.image_seq_length = places

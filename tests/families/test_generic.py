@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from pipeline import load
 from pipeline.engine import EngineOptions, GenerationError, Request
@@ -21,6 +23,7 @@ from pipeline.families.registry import FAMILIES, prompt_processor, shape_of
 from pipeline.model.convert import convert
 from pipeline.picture import PictureSettings
 from pipeline.settings.job import FamilyName
+from tests.families.generic_folders import Alone, write
 from tests.families.llava_folders import (
     SIGLIP,
     VIEW,
@@ -186,8 +189,71 @@ def test_settings_that_do_nothing_here_are_refused(tmp_path: Path) -> None:
         convert(
             open_checkpoint(str(folder), None, family="transformers"), tmp_path / "b", None, 1 << 20
         )
+
+
+SPELT = (
+    "Is <image> one?",
+    "</s><s> USER: <image>",
+    "<",
+    "image> is <image",
+    "Is there  any <unk> text?",
+)
+
+
+@pytest.mark.parametrize("tiles", [None, TILES])
+def test_control_tokens_in_a_text_are_text_as_in_the_first_engine(
+    tiles: Any, tmp_path: Path
+) -> None:
+    folder = llava_folder(tmp_path, seed=3, tiles=tiles)
+    first, second = prompt_processor(folder), second_prompts(folder)
+    (asked,) = random_questions(1, seed=4, images=(1,))
+    for text in SPELT:
+        for images in (asked.images, ()):
+            messages = Asked(text, images).messages
+            ids = second.prepare(messages).input_ids.tolist()
+            assert ids == first.prepare(messages).input_ids.tolist()
+            assert ids.count(second.tokenizer.eos_token_id) == 0
+    # Nothing of one row is left to the next.
+    usual = second.prepare(asked.messages).input_ids.tolist()
+    assert usual == first.prepare(asked.messages).input_ids.tolist()
     with pytest.raises(RowError, match="control token '<image>'"):
-        second_prompts(folder).prepare(Asked("Is <image> one?", ()).messages)
+        prompt_processor(folder, control_tokens="error", family="transformers").prepare(
+            Asked(SPELT[0], ()).messages
+        )
+
+
+def test_words_that_a_vocabulary_was_enlarged_by_are_no_control_tokens(tmp_path: Path) -> None:
+    folder = write("deepseek_vl", tmp_path).folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["  ", "<table>"])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<end>", rstrip=True, lstrip=True)]},
+        replace_extra_special_tokens=False,
+    )
+    tokenizer.save_pretrained(folder)
+    processor = second_prompts(folder)
+    reference = Alone(folder)
+    for text in ("a  b <table>  c", "  ", "<table>"):
+        asked = Asked(text, ())
+        prompt, _ = reference.generate(asked, 1)
+        assert processor.prepare(asked.messages).input_ids.tolist() == prompt
+    spelt = processor.prepare(Asked("a  b <table> <end> </s> c", ()).messages).input_ids.tolist()
+    end, table, blanks = tokenizer.convert_tokens_to_ids(["<end>", "<table>", "  "])
+    assert (spelt.count(end), spelt.count(table), spelt.count(blanks)) == (0, 1, 1)
+    assert "a  b <table> <end> </s> c" in tokenizer.decode(spelt)
+    # What a token of the template takes along, it takes along beside such a text, too.
+    apart = processor.encoded_apart(["a ", "<end>", " b"])
+    whole = tokenizer("a <end> b", add_special_tokens=False)["input_ids"]
+    assert [*apart[0].ids, end, *apart[1].ids] == whole
+
+
+def test_a_processor_that_makes_nothing_of_a_picture_is_said_before_a_row_is_read(
+    tmp_path: Path,
+) -> None:
+    folder = write("deepseek_vl", tmp_path).folder
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'][1]['text'] }}")
+    with pytest.raises(CheckpointError, match=r"no inputs of a picture .* no row could be"):
+        second_prompts(folder)
 
 
 def test_the_setting_names_every_family() -> None:
