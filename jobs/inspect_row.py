@@ -10,7 +10,7 @@ from pathlib import Path
 # or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.run.commands import run
+from pipeline.run.commands import script
 
 if __name__ == "__main__":
-    sys.exit(run("inspect", sys.argv[1:], "python jobs/inspect_row.py"))
+    script("inspect", "python jobs/inspect_row.py")

@@ -9,7 +9,7 @@ from pathlib import Path
 # or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.run.commands import run
+from pipeline.run.commands import script
 
 if __name__ == "__main__":
-    sys.exit(run("make_scenes", sys.argv[1:], "python jobs/make_scenes.py"))
+    script("make_scenes", "python jobs/make_scenes.py")

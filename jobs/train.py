@@ -7,7 +7,7 @@ from pathlib import Path
 # or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.run.commands import run
+from pipeline.run.commands import script
 
 if __name__ == "__main__":
-    sys.exit(run("train", sys.argv[1:], "python jobs/train.py"))
+    script("train", "python jobs/train.py")

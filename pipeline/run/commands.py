@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.redact import printable
 
 # Whatever takes longer to import is imported where Ctrl-C is answered.
-from pipeline.run.cli import EXIT_POINTLESS, in_one_line, main
+from pipeline.run.cli import EXIT_POINTLESS, as_process, in_one_line, main
 
 if TYPE_CHECKING:
     from pipeline.settings.base import Settings
@@ -342,8 +342,22 @@ def run(name: str, arguments: Sequence[str], program: str | None = None) -> int:
     return in_one_line(work)
 
 
-def awaker_batch() -> int:
+def script(name: str, program: str) -> NoReturn:
+    """What a script in `jobs/` does: the process is its command.
+
+    Args:
+        name: of the command.
+        program: how the script was called, for messages.
+    """
+    as_process(lambda: run(name, sys.argv[1:], program))
+
+
+def awaker_batch() -> NoReturn:
     """The program `awaker-batch`."""
+    as_process(_named_command)
+
+
+def _named_command() -> int:
     name, *rest = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         return run(name, rest)

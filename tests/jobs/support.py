@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -81,6 +82,8 @@ def run_script_here_to_its_end(
 ) -> Finished:
     """The same, however far it comes."""
     patch.setattr(sys, "argv", [f"jobs/{name}.py", *arguments])
+    # This process goes on: its end is not the script's.
+    patch.setattr("pipeline.run.cli.atexit", SimpleNamespace(register=lambda end: end))
     capsys.readouterr()
     started = time.monotonic()
     with pytest.raises(SystemExit) as ended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -197,3 +198,42 @@ def test_ctrl_c_ends_a_command_in_one_line_at_whatever_stage(
     assert run("report", ["--set", "output.path=x"]) == 130
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "interrupted\n")
+
+
+#: What C++ does once Python has ended; abort stands for a destructor that ends in
+#: `std::terminate`.
+_ABORTS = """
+import atexit, ctypes, sys
+from pipeline.run.cli import as_process
+
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)
+
+def work():
+    atexit.register(print, "handlers ran")
+    print("work done", end=", ")
+    {end}
+
+{call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("return 0", 0),
+        ("return 143", 143),
+        ("sys.exit(2)", 2),
+        ("sys.exit('words')", 1),
+        ("raise ValueError", 1),
+    ],
+)
+def test_a_process_ends_as_its_work_does_whatever_libraries_destroy_behind_it(
+    end: str, code: int
+) -> None:
+    program = _ABORTS.format(end=end, call="as_process(work)")
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (code, "work done, handlers ran\n")
+    without = _ABORTS.format(end=end, call="sys.exit(work())")
+    aborted = subprocess.run([sys.executable, "-c", without], capture_output=True)
+    assert aborted.returncode == -signal.SIGABRT
