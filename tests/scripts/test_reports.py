@@ -24,6 +24,7 @@ PROGRESS = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_the_script_answers_as_released_and_reports_readably(golden: Path, tmp_path: Path) -> None:
     settings = {
         **released_model(golden),
