@@ -147,7 +147,7 @@ class PromptProcessor:
         self._max_positions = max_positions = shape.max_positions
         self._control_tokens = control_tokens
         rules = self.tokenizer.added_tokens_decoder
-        control = _control_tokens(rules, self._processor)
+        control = _control_tokens(rules, self.layout())
         self._added = {id_: str(rule) for id_, rule in rules.items() if id_ in control}
         self._takes_before = {str(rule) for rule in rules.values() if rule.lstrip}
         self._takes_behind = {str(rule) for rule in rules.values() if rule.rstrip}
@@ -181,6 +181,15 @@ class PromptProcessor:
         from transformers import AutoProcessor
 
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+
+    def layout(self) -> list[str]:
+        """Texts with the tokens by which a prompt is laid out beside the special ones: the chat
+        template, and those that the processor writes.
+        """
+        template = getattr(self._processor, "chat_template", None) or ""
+        written = vars(self._processor).items()
+        tokens = [value for name, value in written if name.endswith("_token")]
+        return [str(template), *map(str, tokens)]
 
     def check_template(self, folder: Path) -> None:
         """Make sure that the chat template says something: else every row would fail alone.
@@ -458,22 +467,19 @@ class PromptProcessor:
         return np.asarray([*before, *input_ids, *behind], dtype=np.int32)
 
 
-def _control_tokens(rules: Mapping[int, Any], processor: Any) -> set[int]:
-    """Ids of those added tokens by which a prompt is laid out: the special ones, and those that the
-    chat template or the processor writes. The others are words of an enlarged vocabulary, such as
-    Phi-2's runs of blanks.
+def _control_tokens(rules: Mapping[int, Any], layout: Iterable[str]) -> set[int]:
+    """Ids of those added tokens by which a prompt is laid out: the special ones, and those of its
+    layout. The others are words of an enlarged vocabulary, such as Phi-2's runs of blanks.
 
     Args:
         rules: the tokenizer's added tokens (`AddedToken`) by id.
-        processor: the checkpoint's.
+        layout: see `PromptProcessor.layout`.
     """
-    written = [getattr(processor, "chat_template", None) or ""]
-    written += [value for name, value in vars(processor).items() if name.endswith("_token")]
-    layout = "\n".join(map(str, written))
+    written = "\n".join(layout)
     return {
         id_
         for id_, rule in rules.items()
-        if rule.special or (not rule.content.isspace() and rule.content in layout)
+        if rule.special or (not rule.content.isspace() and rule.content in written)
     }
 
 

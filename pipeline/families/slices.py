@@ -225,6 +225,10 @@ class SlicesPrompts(PromptProcessor):
             tokenizer, self._family.pixels, self._marks.unk, self._family.images_first
         )
 
+    def layout(self) -> list[str]:
+        """See `PromptProcessor`: what marks images, and what ends an answer, too."""
+        return [*super().layout(), self._marks.text(0, (1, 1)), *self._family.ends]
+
     def placed(self, pieces: list[str], pictures: Sequence[Picture]) -> tuple[list[str], list[int]]:
         """See `PromptProcessor`: for each view a run of visual tokens, between its marks."""
         vision = self._shape.vision
@@ -238,7 +242,7 @@ class SlicesPrompts(PromptProcessor):
                 number, picture = next(left)
                 grid = self._slicing.grid((picture.size[1], picture.size[0]))
                 # It begins and ends with a token: the texts around it stay as they are.
-                out += self._control.split(self._marks.text(number, grid))[1:-1]
+                out += self.cut(self._marks.text(number, grid))[1:-1]
             else:
                 out.append(token)
             out.append(text)

@@ -311,3 +311,27 @@ def test_control_tokens_in_a_text_are_text(name: str, tmp_path: Path) -> None:
         prompt_processor(folder, control_tokens="error").prepare(asked)
     with pytest.raises(RowError, match="2 places for images but 1 images"):
         prompt_processor(folder, control_tokens="allow").prepare(asked)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_marks_are_control_tokens_whether_the_tokenizer_calls_them_special_or_not(
+    name: str, tmp_path: Path
+) -> None:
+    folder = FOLDERS[name](tmp_path, seed=1)
+    file = folder / "tokenizer.json"
+    told = json.loads(file.read_text())
+    prompts = prompt_processor(folder)
+    layout = "".join(prompts.layout())
+    used = [token["content"] for token in told["added_tokens"] if token["content"] in layout]
+    assert len(used) >= 8
+    texts = ["What?", f"Is {' or '.join(used)} there?"]
+    asked = [Asked(text, (Image.new("RGB", (90, 50)),)).messages for text in texts]
+    special = [prompts.prepare(one).input_ids.tolist() for one in asked]
+    for token in told["added_tokens"]:
+        token["special"] = False
+    file.write_text(json.dumps(told))
+    prompts = prompt_processor(folder)
+    assert [prompts.prepare(one).input_ids.tolist() for one in asked] == special
+    marks = prompts.tokenizer.convert_tokens_to_ids(used)
+    of_none, of_all = ([ids.count(mark) for mark in marks] for ids in special)
+    assert of_none == of_all
