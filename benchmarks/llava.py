@@ -11,6 +11,7 @@ import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,17 @@ import torch
 
 from benchmarks.harness import save
 from benchmarks.peers.driver import ENVIRONMENTS, start
-from benchmarks.peers.protocol import Question, write_workload
 from benchmarks.peers.settings import peers
 from benchmarks.race import InProcess, Race, Workloads
-from benchmarks.throughput import QUESTION, REQUESTS, STATIC_BATCHES, table, through_engine
+from benchmarks.throughput import (
+    QUESTION,
+    REQUESTS,
+    new_tokens_a_second,
+    static_batches,
+    table,
+    through_engine,
+    write_questions,
+)
 from benchmarks.workloads import DTYPE, DTYPE_NAME, Asked, Loaded, Transformers, native, noise
 from pipeline import load
 from pipeline.synthetic.hub_folder import FolderShape, write_hub_folder
@@ -139,32 +147,18 @@ def main(shape: LlavaShape | None = None) -> list[str]:
         folder = Path(work)
         write_llava(folder / "base", shape)
         loaded = Loaded(native(load(str(folder / "base"), None, dtype=DTYPE_NAME, device="cpu")))
-        static = Transformers(folder / "base")
-        for workload, questions in asked.items():
-            texts = [static.text_of(one) for one in questions]
-            pairs = zip(texts, questions, strict=True)
-            write_workload(
-                folder, workload, [Question(text, q.picture, q.new_tokens) for text, q in pairs]
-            )
+        peer = Transformers(folder / "base")
+        write_questions(folder, peer, asked)
         workers, words = start(line_up, folder, stack, ENVIRONMENTS)
         engine = stack.enter_context(loaded.engine(batch_size=64))
-        batches = {
-            f"transformers `generate`, batches of {size}": InProcess(
-                lambda part, size=size: static.answer(part, size),  # type: ignore[misc]
-                asked,
-            )
-            for size in STATIC_BATCHES
-        }
-        ours = InProcess(lambda part: through_engine(loaded, engine, part), asked)
+        batches = static_batches(peer, asked)
+        ours = InProcess(partial(through_engine, loaded, engine), asked)
         race = Race({ENGINE: ours, **batches, **workers}, asked)
         others = [*batches, *workers]
         # No token of this checkpoint is another's twin.
         agreed = race.compare(ENGINE, others, np.arange(loaded.awaker.model.shape.vocabulary))
         seconds = race.run()
-    rates = {
-        who: {name: sum(a.new_tokens for a in asked[name]) / s for name, s in taken.items()}
-        for who, taken in seconds.items()
-    }
+    rates = new_tokens_a_second(seconds, asked)
     best = {name: max(rates[who][name] for who in others if who in rates) for name in asked}
     save(
         "llava",

@@ -134,28 +134,33 @@ def through_engine(loaded: Loaded, engine: Engine, asked: Sequence[Asked]) -> li
     return [(answer.prompt_tokens, list(answer.token_ids)) for answer in answers]
 
 
-def static_batches(models: Models, workloads: Workloads) -> dict[str, Contestant]:
-    """Transformers' `generate`."""
-    model = Transformers(models.folder / "base")
+def static_batches(
+    model: Transformers, workloads: Workloads, kind: str = ""
+) -> dict[str, Contestant]:
+    """Transformers' `generate`; `kind` says of which model."""
     return {
-        f"transformers `generate`, no experts, batches of {size}": InProcess(
+        f"transformers `generate`, {kind}batches of {size}": InProcess(
             partial(model.answer, batch_size=size), workloads
         )
         for size in STATIC_BATCHES
     }
 
 
-def write_questions(models: Models, workloads: Workloads) -> None:
+def write_questions(folder: Path, model: Transformers, workloads: Workloads) -> None:
     """Write the workloads for workers, as texts of the checkpoint's own chat template."""
-    tokenizer = models.plain.awaker.processor.tokenizer
     for workload, asked in workloads.items():
-        texts = [
-            tokenizer.apply_chat_template(one.messages, tokenize=False, add_generation_prompt=True)
-            for one in asked
-        ]
-        pairs = zip(texts, asked, strict=True)
-        questions = [Question(text, one.picture, one.new_tokens) for text, one in pairs]
-        write_workload(models.folder, workload, questions)
+        questions = [Question(model.text_of(one), one.picture, one.new_tokens) for one in asked]
+        write_workload(folder, workload, questions)
+
+
+def new_tokens_a_second(
+    seconds: dict[str, dict[str, float]], workloads: Workloads
+) -> dict[str, dict[str, float]]:
+    """What contestants reach who took these seconds for workloads."""
+    return {
+        who: {name: sum(a.new_tokens for a in workloads[name]) / s for name, s in taken.items()}
+        for who, taken in seconds.items()
+    }
 
 
 def table(
@@ -201,19 +206,17 @@ def main() -> list[str]:
     line_up = peers(DTYPE_NAME, sorted(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         models = Models.write(Path(folder))
-        write_questions(models, workloads)
+        peer = Transformers(models.folder / "base")
+        write_questions(models.folder, peer, workloads)
         workers, words = start(line_up, models.folder, stack, ENVIRONMENTS)
-        static = static_batches(models, workloads)
+        static = static_batches(peer, workloads, "no experts, ")
         race = Race({**engines(models, workloads, stack), **static, **workers}, workloads)
         others = [*static, *workers]
         agreed = race.compare(PLAIN, others, alike(models.folder / "base"))
         seconds = race.run()
         rate = flops_a_second()
         floor = floors(models.awaker, workloads, rate)
-    rates = {
-        who: {name: sum(a.new_tokens for a in workloads[name]) / s for name, s in taken.items()}
-        for who, taken in seconds.items()
-    }
+    rates = new_tokens_a_second(seconds, workloads)
     unequal = {peer.label for peer in line_up if not peer.equal_precision}
     best = {
         name: max(rates[who][name] for who in others if who in rates and who not in unequal)

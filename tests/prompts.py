@@ -16,14 +16,7 @@ from torch import Tensor
 
 from pipeline.engine import Request, Sampling
 from pipeline.families.prompt import PromptProcessor
-
-QUESTIONS = (
-    "Describe this image.",
-    "What colour is the largest circle?",
-    "How many circles are there? Answer with a number.",
-    "Is there any text in the picture?",
-    "图中有几个人？",
-)
+from tests.families.tiny import QUESTIONS
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def test_the_benchmark_of_llava_runs_at_a_tiny_size(
     monkeypatch.setattr(llava, "save", lambda name, figures: saved.update(figures))
     shape = llava.LlavaShape(1, 64, 96, 4, 2, 32, 2, 28)
     page = "\n".join(llava.main(shape))
-    assert page.count("| 4 of 4 |") == len(llava.STATIC_BATCHES)
+    assert page.count("| 4 of 4 |") == len(throughput.STATIC_BATCHES)
     assert "one picture with 4 visual tokens" in page
     assert "times the best peer" in page
     assert saved["requests"] == 2

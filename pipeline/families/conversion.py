@@ -29,6 +29,7 @@ from pipeline.model.sources import (
     TensorInfo,
     check_tokenizer,
     read_object,
+    read_object_if_any,
 )
 from pipeline.redact import cause_of
 
@@ -142,7 +143,7 @@ class _Texts:
     def _generation(self, tokenizer: Any) -> dict[str, Any]:
         """How it samples, and the tokens that end an answer: its own, and its template's."""
         file = self._published.folder / "generation_config.json"
-        told = read_object(file, "model.base") if file.is_file() else {}
+        told = read_object_if_any(file, "model.base")
         ends: list[int] = []
         for said in (told.get("eos_token_id"), self._published.text.get("eos_token_id")):
             ends += said if isinstance(said, list) else [] if said is None else [said]

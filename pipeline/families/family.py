@@ -11,8 +11,16 @@ from typing import Any, ClassVar
 
 from pipeline.errors import CheckpointError
 from pipeline.families.prompt import ControlTokens, PromptProcessor
-from pipeline.model.shape import ModelShape
+from pipeline.model.shape import ModelShape, VisionShape
 from pipeline.picture import PictureSettings
+
+#: Keys of a text config that say how a decoder of Llama's arithmetic is computed.
+LLAMA_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"),
+    *("attention_bias", "mlp_bias"),
+)
 
 #: A pattern in stored names of tensors, and what takes its place.
 Rename = tuple[re.Pattern[str], str]
@@ -74,3 +82,36 @@ def check_decoder(text: Any) -> None:
         )
     if text.hidden_act != "silu":
         raise CheckpointError(f"model.base: hidden_act is {text.hidden_act!r}, expected 'silu'")
+
+
+def llama_shape(
+    text: Any, vision: VisionShape, *, family: str, tied: bool, qkv_bias: bool = False
+) -> ModelShape:
+    """Sizes of a model whose decoder is Llama's arithmetic, with positions of one dimension.
+
+    Args:
+        text: its text config, checked (`check_decoder`).
+        vision: sizes of its tower.
+        family: its family's name.
+        tied: whether lm_head is the embeddings.
+        qkv_bias: whether q, k and v have biases (Qwen2).
+    """
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return ModelShape(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        mlp_width=text.intermediate_size,
+        heads=heads,
+        kv_heads=text.num_key_value_heads or heads,
+        head_dim=head_dim,
+        vocabulary=text.vocab_size,
+        rms_eps=text.rms_norm_eps,
+        rope_theta=float(text.rope_parameters["rope_theta"]),
+        mrope_section=(head_dim // 2,),
+        max_positions=text.max_position_embeddings,
+        tied_embeddings=tied,
+        vision=vision,
+        qkv_bias=qkv_bias,
+        family=family,
+    )

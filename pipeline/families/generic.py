@@ -80,7 +80,7 @@ class GenericPrompts(PromptProcessor):
         self, folder: Path, shape: ModelShape, control_tokens: ControlTokens = "text"
     ) -> None:
         super().__init__(folder, shape, control_tokens)
-        from transformers import AutoConfig, AutoImageProcessor
+        from transformers import AutoImageProcessor
 
         # The codes that models were published with resize with Pillow. Not every processor has a
         # form that does.
@@ -89,7 +89,7 @@ class GenericPrompts(PromptProcessor):
                 folder, backend="pil"
             )
         # Some processors call the token that they replace by visual ones `image_token`.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = Generic().read_config(folder)
         for name in ("image_token_id", "image_token_index"):
             if isinstance(told := getattr(config, name, None), int):
                 self.image_token_id = told

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from pipeline.errors import CheckpointError
 from pipeline.families.clip import ClipShape, ClipTower
 from pipeline.families.cutting import ProcessorCutter
-from pipeline.families.family import Family, check_decoder
+from pipeline.families.family import Family, check_decoder, llama_shape
 from pipeline.families.projectors import PROJECTORS, Projector, ProjectorShape
 from pipeline.families.prompt import ControlTokens, Message, Prompt, PromptProcessor, in_parts
 from pipeline.model.assemble import Parts
@@ -364,23 +364,12 @@ class Llava(Family):
                 "model.base: the language model has a sliding window, or biases that Llama has "
                 "not; neither is computed here"
             )
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return ModelShape(
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            mlp_width=text.intermediate_size,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
-            head_dim=head_dim,
-            vocabulary=text.vocab_size,
-            rms_eps=text.rms_norm_eps,
-            rope_theta=float(text.rope_parameters["rope_theta"]),
-            mrope_section=(head_dim // 2,),
-            max_positions=text.max_position_embeddings,
-            tied_embeddings=bool(config.tie_word_embeddings or text.tie_word_embeddings),
-            vision=_vision(config),
-            qkv_bias=is_qwen,
+        return llama_shape(
+            text,
+            _vision(config),
             family=self.name,
+            tied=bool(config.tie_word_embeddings or text.tie_word_embeddings),
+            qkv_bias=is_qwen,
         )
 
     def prompts(

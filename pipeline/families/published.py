@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.families.family import LLAMA_KEYS
 from pipeline.families.llava import AS_PUBLISHED
 from pipeline.families.systems import KINDS, PARTS, SYSTEMS, System, system_of
 from pipeline.model.sources import localise, read_object
@@ -20,12 +21,7 @@ from pipeline.model.sources import localise, read_object
 HPT_SIDES = {"llama": 448, "phi3": 490}
 
 #: What of a text config our decoder depends on.
-_TEXT_KEYS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "tie_word_embeddings"),
-    *("attention_bias", "mlp_bias", "use_sliding_window", "sliding_window"),
-)
+_TEXT_KEYS = (*LLAMA_KEYS, "use_sliding_window", "sliding_window")
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 #: Towers whose config is in many checkpoints' code alone: by the ends of their names, config and
@@ -191,7 +187,7 @@ class Published:
         side = max(self.scales, default=self.tower["image_size"])
         square = {"height": side, "width": side}
         fit = self.config.get("image_aspect_ratio")
-        if fit == "anyres" or str(fit).startswith("anyres"):
+        if str(fit).startswith("anyres"):
             raise CheckpointError(
                 f"model.base: this {self.system.name} cuts pictures into tiles (image_aspect_ratio "
                 "anyres); take LLaVA 1.6 in the form of transformers: llava-hf/llava-v1.6-*"

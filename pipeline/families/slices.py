@@ -20,23 +20,16 @@ import numpy as np
 import pipeline.compat  # noqa: F401 - before transformers' configs import torchvision
 from pipeline.errors import CheckpointError
 from pipeline.families.clip import ClipShape
-from pipeline.families.family import Family, Rename, check_decoder
+from pipeline.families.family import LLAMA_KEYS, Family, Rename, check_decoder, llama_shape
 from pipeline.families.navit import HEAD_WIDTH, NavitVision
 from pipeline.families.prompt import ControlTokens, Message, PromptProcessor, in_parts
 from pipeline.families.slicing import SliceCutter, Slicing
 from pipeline.model.shape import ModelShape
-from pipeline.model.sources import read_object
+from pipeline.model.sources import read_object, read_object_if_any
 from pipeline.model.vision import ACTIVATIONS
 from pipeline.picture import Picture, PictureSettings
 
-#: Keys of a config that say how the decoder is computed: those of a Llama.
-_DECODER = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
-    *("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"),
-    *("attention_bias", "mlp_bias"),
-)
-#: Keys of its vision_config that are read.
+#: Keys of a vision_config that are read.
 _TOWER = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps"),
@@ -88,7 +81,7 @@ class ReleasedConfig:
         """
         from transformers import Idefics2VisionConfig, LlamaConfig, SiglipVisionConfig
 
-        text = LlamaConfig(**{key: told[key] for key in _DECODER if key in told})
+        text = LlamaConfig(**{key: told[key] for key in LLAMA_KEYS if key in told})
         tower = told["vision_config"]
         is_siglip = tower.get("model_type") == "siglip_vision_model"
         kind = SiglipVisionConfig if is_siglip else Idefics2VisionConfig
@@ -296,29 +289,14 @@ class Sliced(Family):
                 f"model.base: hidden_size is {text.hidden_size}, expected a multiple of "
                 f"{HEAD_WIDTH}, the width of a head of the resampler"
             )
-        head_dim = text.head_dim or text.hidden_size // text.num_attention_heads
-        return ModelShape(
-            layers=text.num_hidden_layers,
+        vision = NavitVision(
+            tower=_tower(config),
+            queries=config.told["query_num"],
             hidden=text.hidden_size,
-            mlp_width=text.intermediate_size,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads or text.num_attention_heads,
-            head_dim=head_dim,
-            vocabulary=text.vocab_size,
-            rms_eps=text.rms_norm_eps,
-            rope_theta=float(text.rope_parameters["rope_theta"]),
-            mrope_section=(head_dim // 2,),
-            max_positions=text.max_position_embeddings,
-            tied_embeddings=bool(text.tie_word_embeddings),
-            vision=NavitVision(
-                tower=_tower(config),
-                queries=config.told["query_num"],
-                hidden=text.hidden_size,
-                in_one_row=self.in_one_row,
-            ),
-            qkv_bias=False,
-            family=self.name,
+            in_one_row=self.in_one_row,
         )
+        tied = bool(text.tie_word_embeddings)
+        return llama_shape(text, vision, family=self.name, tied=tied)
 
     def prompts(
         self, folder: Path, shape: ModelShape, pictures: PictureSettings, control: ControlTokens
@@ -338,7 +316,10 @@ class Sliced(Family):
             CheckpointError: by no whole numbers.
         """
         config = self.read_config(folder).told
-        told = {**config["slice_config"], **_told(folder, "preprocessor_config.json")}
+        told = {
+            **config["slice_config"],
+            **read_object_if_any(folder / "preprocessor_config.json", "model.base"),
+        }
         most, scale = told.get("max_slice_nums", 9), told.get("scale_resolution", 448)
         if not all(type(n) is int and n > 0 for n in (most, scale)):
             raise CheckpointError(
@@ -354,8 +335,8 @@ class Sliced(Family):
         Raises:
             CheckpointError: the tokenizer lacks one of them.
         """
-        told = _told(folder, "tokenizer_config.json")
-        told |= _told(folder, "preprocessor_config.json")
+        told = read_object_if_any(folder / "tokenizer_config.json", "model.base")
+        told |= read_object_if_any(folder / "preprocessor_config.json", "model.base")
         added = tokenizer.get_added_vocab()
         found: dict[str, str] = {}
         numbered = bool(told.get("use_image_id", False)) and not self.slices_as_images
@@ -378,12 +359,6 @@ class Sliced(Family):
             id=(found["id_start"], found["id_end"]) if numbered else None,
             slices_as_images=self.slices_as_images,
         )
-
-
-def _told(folder: Path, name: str) -> dict[str, Any]:
-    """The object in a file of a checkpoint; an empty one, where it has no such file."""
-    file = folder / name
-    return read_object(file, "model.base") if file.is_file() else {}
 
 
 def _text_of(token: Any) -> str:

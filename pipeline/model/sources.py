@@ -384,6 +384,11 @@ def read_object(file: Path, key: str) -> dict[str, Any]:
     return content
 
 
+def read_object_if_any(file: Path, key: str) -> dict[str, Any]:
+    """The same; an empty one where there is no such file."""
+    return read_object(file, key) if file.is_file() else {}
+
+
 def check_tokenizer(folder: Path, key: str) -> None:
     """Make sure that the tokenizer's settings name no file outside their folder.
 

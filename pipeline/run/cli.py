@@ -57,7 +57,7 @@ def as_process(work: Callable[[], int]) -> NoReturn:
                     stream.flush()
             except (OSError, ValueError):
                 unwritten = True
-        os._exit(code or EXIT_UNWRITTEN * unwritten)
+        os._exit(EXIT_UNWRITTEN if unwritten and not code else code)
 
     # The handler that is registered first is the last one to be called.
     atexit.register(end)
