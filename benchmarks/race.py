@@ -24,6 +24,9 @@ Workloads = Mapping[str, Sequence[Asked]]
 Outcome = tuple[int, list[int]]
 #: Requests of each workload that everybody answers before the first round.
 WARM_UP = 8
+#: Who took so many times the fastest one's time is not asked that workload again: no drift of the
+#: machine would change the order, and slow peers are most of what a race takes.
+FAR_BEHIND = 1.5
 
 
 class Contestant(Protocol):
@@ -102,19 +105,36 @@ class Race:
         return {who: count for who, count in shared.items() if who in self._contestants}
 
     def run(self) -> dict[str, dict[str, float]]:
-        """Median seconds of each contestant for each workload."""
+        """Median seconds of each contestant for each workload; who is far behind in the first round
+        of one has no other.
+        """
         seconds: dict[str, dict[str, list[float]]] = {
             who: {workload: [] for workload in self._workloads} for who in self._contestants
         }
-        for _ in range(REPEATS):
-            for workload in self._workloads:
-                for who in list(self._contestants):
+        asked = {workload: list(self._contestants) for workload in self._workloads}
+        for number in range(REPEATS):
+            for workload, those in asked.items():
+                for who in [who for who in those if who in self._contestants]:
                     if answered := self._ask(who, workload):
                         seconds[who][workload].append(answered.seconds)
+                if not number:
+                    asked[workload] = self._in_reach(
+                        workload, {w: seconds[w][workload] for w in those}
+                    )
         return {
             who: {workload: statistics.median(taken) for workload, taken in seconds[who].items()}
             for who in self._contestants
         }
+
+    def _in_reach(self, workload: str, seconds: Mapping[str, Sequence[float]]) -> list[str]:
+        """Who goes on with a workload after a round; a word names the others."""
+        taken = {who: each[0] for who, each in seconds.items() if each}
+        fastest = min(taken.values(), default=0.0)
+        reach = [who for who in taken if taken[who] <= FAR_BEHIND * fastest]
+        behind = [who for who in taken if who not in reach]
+        if behind:
+            self.words.append(f"{workload}, one round alone: {', '.join(behind)}")
+        return reach
 
     def _ask(self, who: str, workload: str, first: int | None = None) -> Answered | None:
         try:

@@ -135,9 +135,19 @@ def test_contestants_are_compared_token_by_token_and_who_answers_other_lengths_l
 
 
 def test_who_fails_in_a_round_leaves_with_a_word_and_the_others_go_on() -> None:
-    race = Race({"ours": Played([[1], [2]], 2.0), "peer": Played([[1], [2]], 1.0, turns=1)}, ASKED)
-    assert race.run() == {"ours": {"work": 2.0}}
+    race = Race({"ours": Played([[1], [2]], 1.2), "peer": Played([[1], [2]], 1.0, turns=1)}, ASKED)
+    assert race.run() == {"ours": {"work": 1.2}}
     assert race.words == ["peer left: its process ended"]
+
+
+def test_who_is_far_behind_in_the_first_round_has_no_other() -> None:
+    ours, near, far = (Played([[1], [2]], seconds, turns=3) for seconds in (1.0, 1.4, 1.6))
+    race = Race({"ours": ours, "near": near, "far": far}, ASKED)
+    assert race.run() == {
+        who: {"work": s} for who, s in (("ours", 1.0), ("near", 1.4), ("far", 1.6))
+    }
+    assert [contestant.turns for contestant in (ours, near, far)] == [0, 0, 2]
+    assert race.words == ["work, one round alone: far"]
 
 
 @pytest.mark.slow
