@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -104,9 +104,9 @@ class Race:
                     self._leave(who, error)
         return {who: count for who, count in shared.items() if who in self._contestants}
 
-    def run(self) -> dict[str, dict[str, float]]:
+    def run(self, always: Collection[str] = ()) -> dict[str, dict[str, float]]:
         """Median seconds of each contestant for each workload; who is far behind in the first round
-        of one has no other.
+        of one has no other, but for those that `always` have all.
         """
         seconds: dict[str, dict[str, list[float]]] = {
             who: {workload: [] for workload in self._workloads} for who in self._contestants
@@ -118,19 +118,20 @@ class Race:
                     if answered := self._ask(who, workload):
                         seconds[who][workload].append(answered.seconds)
                 if not number:
-                    asked[workload] = self._in_reach(
-                        workload, {w: seconds[w][workload] for w in those}
-                    )
+                    first = {who: seconds[who][workload] for who in those}
+                    asked[workload] = self._in_reach(workload, first, always)
         return {
             who: {workload: statistics.median(taken) for workload, taken in seconds[who].items()}
             for who in self._contestants
         }
 
-    def _in_reach(self, workload: str, seconds: Mapping[str, Sequence[float]]) -> list[str]:
+    def _in_reach(
+        self, workload: str, seconds: Mapping[str, Sequence[float]], always: Collection[str]
+    ) -> list[str]:
         """Who goes on with a workload after a round; a word names the others."""
         taken = {who: each[0] for who, each in seconds.items() if each}
         fastest = min(taken.values(), default=0.0)
-        reach = [who for who in taken if taken[who] <= FAR_BEHIND * fastest]
+        reach = [who for who in taken if who in always or taken[who] <= FAR_BEHIND * fastest]
         behind = [who for who in taken if who not in reach]
         if behind:
             self.words.append(f"{workload}, one round alone: {', '.join(behind)}")

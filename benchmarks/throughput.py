@@ -214,7 +214,7 @@ def main() -> list[str]:
         race = Race({**engines(models, workloads, stack), **static, **workers}, workloads)
         others = [*static, *workers]
         agreed = race.compare(PLAIN, others, alike(models.folder / "base"))
-        seconds = race.run()
+        seconds = race.run(always=[GROUPED, PLAIN])
         rate = flops_a_second()
         floor = floors(models.awaker, workloads, rate)
     rates = new_tokens_a_second(seconds, workloads)
