@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.model.expansion import DenseExpansion, Expansion, Fp8Expansion, Int8Expansion
 from pipeline.model.weights import (
+    Activations,
     Fp8Weight,
     Int8Weight,
     Numbers,
@@ -188,19 +189,9 @@ def mixture_linear(x: Tensor, mixture: Mixture, routed: ExpertFactors | None) ->
     read = activations(x, mixture.dense)
     if routed is None or b is None:
         return linear(read, mixture.dense)
-    count, experts = mixture.projections, routed.factors.shape[1] - 1
     if routed.is_masked and mixture.whole is not None:
-        product = linear(read, mixture.whole)
-        below = (experts + 1) * count * rank
-        # Scaled on the way from expert by expert, as A lies, to projection by projection.
-        scaled = x.new_empty(len(x), count, experts + 1, rank)
-        torch.mul(
-            product[:, :below].unflatten(1, (-1, count, rank)).transpose(1, 2),
-            routed.factors[:, None, :, None],
-            out=scaled,
-        )
-        b.add_(product[:, below:], scaled.flatten(2))
-        return product[:, below:]
+        return _all_experts(read, mixture, mixture.whole, b, routed.factors)
+    count, experts = mixture.projections, routed.factors.shape[1] - 1
     # The experts' and the global expert's low-rank products side by side: one pass over the output
     # for all of them, which at prefill is what the experts cost.
     product = linear(read, mixture.dense)
@@ -236,3 +227,29 @@ def mixture_linear(x: Tensor, mixture: Mixture, routed: ExpertFactors | None) ->
             )
             b.of((expert,)).add_to_(into, chosen, scaled)
     return out
+
+
+def _all_experts(
+    read: Tensor | Activations, mixture: Mixture, whole: Weight, b: Expansion, factors: Tensor
+) -> Tensor:
+    """`mixture_linear` with every expert for every token: one product up, one down.
+
+    Args:
+        read: what products read of the tokens.
+        mixture: the projections' weights.
+        whole: its `whole`.
+        b: its `b`.
+        factors: [tokens, E + 1].
+    """
+    count, rank, every = mixture.projections, mixture.rank, factors.shape[1]
+    product = linear(read, whole)
+    below = every * count * rank
+    # Scaled on the way from expert by expert, as A lies, to projection by projection.
+    scaled = product.new_empty(len(product), count, every, rank)
+    torch.mul(
+        product[:, :below].unflatten(1, (-1, count, rank)).transpose(1, 2),
+        factors[:, None, :, None],
+        out=scaled,
+    )
+    b.add_(product[:, below:], scaled.flatten(2))
+    return product[:, below:]

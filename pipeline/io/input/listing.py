@@ -177,51 +177,18 @@ def _find(
         )
     filesystem, listing, base = _listed(path)
     base_url = filesystem.unstrip_protocol(base)
-    # None: of no form.
-    by_form: dict[Form | None, list[FileInfo]] = defaultdict(list)
     found = len(listing)
-    # Taken out one by one: what a storage says of a million files takes more than the plan of them.
-    for name in list(listing):
-        info = listing.pop(name)
-        relative = name[len(base) :].lstrip("/")
-        if any(part.startswith(("_", ".")) for part in relative.split("/")):
-            continue
-        lower = name.lower()
-        form_of_name = next(
-            (one for one, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None
-        )
-        url = filesystem.unstrip_protocol(name)
-        by_form[form_of_name].append(
-            FileInfo(
-                url, relative, info["size"] or 0, _version(info), form_of_name or "images", base_url
-            )
-        )
+    by_form = _by_form(filesystem, listing, base)
     chosen = _chosen(by_form, single=found == 1) if form == "auto" else form
     if chosen is None or not by_form[chosen]:
-        expected = "data" if form == "auto" else FORM_NAMES[form]
-        forms = ", ".join(
-            FORM_NAMES[one] for one, members in by_form.items() if one is not None and members
-        )
-        there = f"; it holds {forms}" if forms else ""
-        if packed := _packed(by_form):
-            there += (
-                f"; {_others(packed)} cannot be read: unpack them, or compress with {_READ_PACKED}"
-            )
-        elif by_form[None]:
-            there += f"; passed over: {_others(file.name for file in by_form[None])}"
-        raise InputError(f"input.path: no {expected} at {path!r} ({found} files){there}")
+        raise _nothing_there(path, form, by_form, found)
     files = by_form[chosen]
+    if tell is not None:
+        _tell_of_passed_over(path, by_form, chosen, tell)
+        if chosen != "images" and form == "auto":
+            _tell_of_other_forms(path, by_form, chosen, tell)
     if chosen == "images":
-        if tell is not None and (others := _others(_beside(by_form, "images"))):
-            tell(f"input.path: {path!r} holds {len(files):,} image files; passed over: {others}")
         files = _folders(files, base_url)
-    elif tell is not None and (others := _others(_packed(by_form))):
-        tell(
-            f"input.path: {path!r} holds files that cannot be read and are passed over: {others}; "
-            f"unpack them, or compress with {_READ_PACKED}"
-        )
-    if chosen != "images" and form == "auto" and tell is not None:
-        _tell_of_other_forms(path, by_form, chosen, tell)
     for file in files:
         # It is part of every row's place; of images it is the folder's.
         try:
@@ -231,6 +198,64 @@ def _find(
                 f"input.path: the name {file.url!a} is no valid UTF-8; rename it"
             ) from error
     return files
+
+
+def _by_form(
+    filesystem: AbstractFileSystem, listing: dict[str, dict[str, Any]], base: str
+) -> dict[Form | None, list[FileInfo]]:
+    """The files of a listing, which this empties, by their names' form; None: of no form."""
+    base_url = filesystem.unstrip_protocol(base)
+    by_form: dict[Form | None, list[FileInfo]] = defaultdict(list)
+    # Taken out one by one: what a storage says of a million files takes more than the plan of them.
+    for name in list(listing):
+        info = listing.pop(name)
+        relative = name[len(base) :].lstrip("/")
+        if any(part.startswith(("_", ".")) for part in relative.split("/")):
+            continue
+        lower = name.lower()
+        form = next((one for one, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None)
+        url, size = filesystem.unstrip_protocol(name), info["size"] or 0
+        by_form[form].append(
+            FileInfo(url, relative, size, _version(info), form or "images", base_url)
+        )
+    return by_form
+
+
+def _nothing_there(
+    path: str,
+    form: Form | Literal["auto"],
+    by_form: Mapping[Form | None, Sequence[FileInfo]],
+    found: int,
+) -> InputError:
+    """Why no file can be read, and what there is in their place."""
+    expected = "data" if form == "auto" else FORM_NAMES[form]
+    forms = ", ".join(
+        FORM_NAMES[one] for one, members in by_form.items() if one is not None and members
+    )
+    there = f"; it holds {forms}" if forms else ""
+    if packed := _packed(by_form):
+        there += f"; {_others(packed)} cannot be read: unpack them, or compress with {_READ_PACKED}"
+    elif by_form.get(None):
+        there += f"; passed over: {_others(file.name for file in by_form[None])}"
+    return InputError(f"input.path: no {expected} at {path!r} ({found} files){there}")
+
+
+def _tell_of_passed_over(
+    path: str,
+    by_form: Mapping[Form | None, Sequence[FileInfo]],
+    chosen: Form,
+    tell: Callable[[str], None],
+) -> None:
+    """Say which files beside those of the chosen form are not read."""
+    if chosen == "images":
+        if others := _others(_beside(by_form, "images")):
+            count = len(by_form["images"])
+            tell(f"input.path: {path!r} holds {count:,} image files; passed over: {others}")
+    elif others := _others(_packed(by_form)):
+        tell(
+            f"input.path: {path!r} holds files that cannot be read and are passed over: {others}; "
+            f"unpack them, or compress with {_READ_PACKED}"
+        )
 
 
 def _tell_of_other_forms(
