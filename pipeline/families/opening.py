@@ -49,6 +49,9 @@ def open_checkpoint(
     """
     folder = localise(base, "model.base")
     shape = shape_of(folder, family)
+    if adapter is None and not shape.is_native:
+        # transformers itself compares names and shapes, once the weights are loaded.
+        return Checkpoint(folder, TensorFiles.open(folder, "model.base"), shape, is_serving=False)
     manifest = folder / SERVING_MANIFEST
     if manifest.is_file():
         if adapter is not None:
@@ -58,9 +61,6 @@ def open_checkpoint(
             )
         saved = read_object(manifest, "model.base")
         return _open_serving(folder, shape, saved, top_k, lora_alpha)
-    if adapter is None and not shape.is_native:
-        # transformers itself compares names and shapes, once the weights are loaded.
-        return Checkpoint(folder, TensorFiles.open(folder, "model.base"), shape, is_serving=False)
     if adapter is None:
         return _open_plain(folder, shape)
     return _open_released(folder, shape, adapter, top_k, lora_alpha)
@@ -96,8 +96,8 @@ def open_to_convert(
         raise ConfigError(
             "model.adapter, model.lora_alpha: Awaker's experts stand on Qwen2-VL; set null"
         )
-    checkpoint = open_published(folder, choices)
-    _check_released(checkpoint.files, checkpoint.shape, f"model.base: {folder}")
+    checkpoint, expected = open_published(folder, choices)
+    _check(checkpoint.files, expected, f"model.base: {folder}")
     return checkpoint
 
 

@@ -26,8 +26,23 @@ from tests.families.llava_folders import llava_folder
 from tests.families.published_folders import GOLDEN, PICTURE, PublishedFolder, asked
 from tests.prompts import Asked, as_request, engine_for, greedy
 
+#: Those whose decoder transformers runs: output layers with and without a bias, visual tokens that
+#: are scaled, vocabularies without a free row.
+BY_TRANSFORMERS = (
+    "bunny-phi2",
+    "imp-phi2",
+    "tinyllava-gemma",
+    pytest.param("bunny-stablelm", marks=pytest.mark.slow),
+    pytest.param("tinyllava-phi2", marks=pytest.mark.slow),
+    pytest.param("tinyllava-stablelm", marks=pytest.mark.slow),
+    "llava-phi",
+    "allava-phi2",
+    pytest.param("mipha-phi2", marks=pytest.mark.slow),
+)
 NAMES = (
     "llava",
+    "llava-next",
+    "llava-next-mistral",
     "llava-square",
     "bunny-llama",
     "bunny-phi3",
@@ -41,6 +56,7 @@ NAMES = (
     "tinyllava-qwen2",
     "hpt-air",
     "hpt-edge",
+    *BY_TRANSFORMERS,
 )
 
 
@@ -117,7 +133,7 @@ def test_what_is_missing_extra_or_misshapen_is_named(
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stored_tensor_has_a_name_of_its_own_among_ours(name: str) -> None:
     expected = json.loads((GOLDEN / name / "expected.json").read_text())
-    system = system_of(json.loads((GOLDEN / name / "config.json").read_text())["model_type"])
+    system = system_of(json.loads((GOLDEN / name / "config.json").read_text()))
     renames = {"": () if system is None else system.renames} | PARTS
     ours = [
         canonical_name(stored, (*renames[part], *Llava.renames))
@@ -126,7 +142,9 @@ def test_every_stored_tensor_has_a_name_of_its_own_among_ours(name: str) -> None
     ]
     assert len(set(ours)) == len(ours)
     assert all(
-        one.startswith(("model.", "lm_head.", "vision_tower.", "multi_modal_projector."))
+        one.startswith(
+            ("model.", "lm_head.", "vision_tower.", "multi_modal_projector.", "image_newline")
+        )
         for one in ours
     )
 
@@ -158,10 +176,19 @@ def test_a_tower_that_is_nowhere_is_asked_for(phi3: PublishedFolder, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "bunny-phi"}, r"decoder of this Bunny is Phi-1.5 or Phi-2, whose"),
-        ({"model_type": "imp"}, r"decoder of this Imp is Phi-2, whose arithmetic is not computed"),
+        ({"model_type": "bunny-minicpm"}, r"decoder of this Bunny is MiniCPM, whose arithmetic is"),
+        ({"model_type": "bunny-phi", "use_s2": True}, r"Phi-1.5 or Phi-2, which transformers runs"),
+        ({"model_type": "bunny-phi", "mm_vision_select_layer": -9}, r"hidden state -9 is taken"),
         ({"mm_projector_type": "spp"}, r"projector of this Bunny is 'spp', expected one of 'mlp2x"),
-        ({"image_aspect_ratio": "anyres"}, r"cuts pictures into tiles .* llava-hf/llava-v1.6"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[9, 9]]}, r"expected 'anyres'"),
+        (
+            {
+                "image_aspect_ratio": "anyres",
+                "image_grid_pinpoints": [[30, 60]],
+                "mm_patch_merge_type": "spatial_unpad",
+            },
+            r"Bunny cuts pictures into tiles .* of LLaVA 1.6 alone",
+        ),
         ({"mm_vision_select_feature": "cls"}, r"mm_vision_select_feature is 'cls', expected"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu', expected 'silu'"),
         ({"rope_scaling": {"type": "su"}}, r"model.base: .*rope|rope_type 'su' is not supported"),
@@ -174,6 +201,40 @@ def test_what_is_not_computed_is_said(
     one.change_config(**changes)
     with pytest.raises(CheckpointError, match=message):
         open_to_convert(str(one.folder), vision_tower=str(one.tower))
+
+
+def test_a_bias_of_the_output_layer_is_missing_or_extra_as_the_system_says(tmp_path: Path) -> None:
+    for name, message in (
+        ("imp-phi2", r"tensors 1 missing \(lm_head.bias\)"),
+        ("bunny-phi2", r"tensors 1 misshapen \(lm_head.bias \[424\], expected \[425\]\)"),
+        ("bunny-stablelm", r"tensors 1 extra \(lm_head.bias\)"),
+    ):
+        one = PublishedFolder.write(name, tmp_path / name)
+        bias = None if name == "imp-phi2" else torch.ones(424)
+        one.change_tensors({"lm_head.bias": bias})
+        with pytest.raises(CheckpointError, match=message):
+            open_to_convert(str(one.folder), vision_tower=str(one.tower))
+
+
+def test_rows_alone_and_together_draw_the_same_where_the_vocabulary_has_grown(
+    tmp_path: Path,
+) -> None:
+    one = PublishedFolder.write("imp-phi2", tmp_path)
+    out = converted(one, tmp_path / "out")
+    place = json.loads((out / "config.json").read_text())["image_token_index"]
+    told = []
+    for together in (1, 4):
+        engine, processor = engine_for(out, None, batch_size=together)
+        assert place == processor.image_token_id == len(processor.tokenizer) - 1 == 424
+        requests = [
+            as_request(asked(row), processor, greedy(20, temperature=1.5, seed=seed))
+            for seed, row in enumerate(one.expected["asked"])
+        ]
+        with engine:
+            told.append([answer.token_ids for answer in engine.generate(requests)])
+    assert told[0] == told[1]
+    assert place not in {token for answer in told[0] for token in answer}
+    assert json.loads((out / "awaker_serving.json").read_text())["sources"]
 
 
 def test_settings_that_mean_nothing_are_refused(phi3: PublishedFolder, tmp_path: Path) -> None:
