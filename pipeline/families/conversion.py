@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.generic import Generic
 from pipeline.families.llava import AS_PUBLISHED, Llava, vision_of
+from pipeline.families.lora import merge
 from pipeline.families.published import Choices, Published, read_published
 from pipeline.families.systems import BY_TRANSFORMERS, TEMPLATES, Template
 from pipeline.model.checkpoint import Checkpoint, released_shapes
@@ -44,12 +45,15 @@ _TOKENIZER_FILES = (
 NEVER = torch.finfo(torch.float16).min
 
 
-def open_published(folder: Path, choices: Choices) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
+def open_published(
+    folder: Path, choices: Choices, decoder: Path | None = None
+) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
     """Read a published checkpoint; whether its tensors fit its config is not compared here.
 
     Args:
         folder: where it lies.
         choices: what the user says of it.
+        decoder: folder of the language model that it is a LoRA of; None: it is whole.
 
     Returns:
         A checkpoint for `convert`, whose `texts` are the files beside the weights, with tensors by
@@ -61,6 +65,8 @@ def open_published(folder: Path, choices: Choices) -> tuple[Checkpoint, dict[str
         ConfigError: a choice means nothing.
     """
     published = read_published(folder, choices)
+    if decoder is not None:
+        published = published.on(decoder)
     name = choices.template or published.system.templates.get(published.kind, "")
     if name not in TEMPLATES:
         raise ConfigError(
@@ -246,6 +252,10 @@ def _tensors(published: Published) -> tuple[TensorFiles, int]:
     files = TensorFiles(())
     for folder, renames in published.weights:
         _add(files, TensorFiles.open(folder, "model.base", (*renames, *Llava.renames)))
+    if published.adapter is not None:
+        merge(files, published.adapter, (*published.system.renames, *Llava.renames))
+        if published.kind not in published.system.biased_heads:
+            files.tensors.pop("lm_head.bias", None)  # the system's code does not read its own
     if not any(name.startswith("vision_tower.") for name in files.tensors):
         if published.tower_folder is None:
             raise CheckpointError(
@@ -288,9 +298,9 @@ def _add_token(files: TensorFiles, vocabulary: int, *, biased: bool) -> None:
     tensors, words, bias = files.tensors, "model.embed_tokens.weight", "lm_head.bias"
     for name, value in ((words, 0.0), ("lm_head.weight", 0.0), (bias, NEVER)):
         info = tensors.get(name)
-        if isinstance(info, TensorInfo) and (biased or name != bias):
+        if info is not None and (biased or name != bias):
             shape = (info.shape[0] + 1, *info.shape[1:])
-            tensors[name] = MadeTensor(shape, info.dtype, (info,), partial(_grown, value))
+            tensors[name] = _then(info, shape, partial(_grown, value))
     if not biased and words in tensors:
         dtype = tensors[words].dtype
         made = partial(_grown, NEVER, torch.zeros(vocabulary, dtype=dtype))
@@ -316,15 +326,30 @@ def _split(files: TensorFiles, text: Mapping[str, Any]) -> None:
         at, _, end = name.removesuffix(".weight").rpartition(".")
         at, _, room = at.rpartition(".")
         rows = fused.get(f"{room}.{end}")
-        if rows is None or not isinstance(info, TensorInfo) or info.shape[0] != sum(rows.values()):
+        if rows is None or info.shape[0] != sum(rows.values()):
             continue  # of another shape: named as extra, and its parts as missing
         del files.tensors[name]
         first = 0
         for part, count in rows.items():
-            files.tensors[f"{at}.{room}.{part}.weight"] = MadeTensor(
-                (count, *info.shape[1:]), info.dtype, (info,), partial(_rows, first, count)
+            files.tensors[f"{at}.{room}.{part}.weight"] = _then(
+                info, (count, *info.shape[1:]), partial(_rows, first, count)
             )
             first += count
+
+
+def _then(
+    info: TensorInfo | MadeTensor, shape: tuple[int, ...], make: Callable[[Tensor], Tensor]
+) -> MadeTensor:
+    """What is made of a tensor, which may itself be made of others."""
+    if isinstance(info, TensorInfo):
+        return MadeTensor(shape, info.dtype, (info,), make)
+    return MadeTensor(shape, info.dtype, info.parts, partial(_after, info.make, make))
+
+
+def _after(
+    first: Callable[..., Tensor], second: Callable[[Tensor], Tensor], *parts: Tensor
+) -> Tensor:
+    return second(first(*parts))
 
 
 def _rows(first: int, count: int, tensor: Tensor) -> Tensor:
@@ -336,10 +361,8 @@ def _interpolate(files: TensorFiles, tower: Mapping[str, Any]) -> None:
     name = "vision_tower.embeddings.position_embedding.weight"
     info = files.tensors.get(name)
     side = tower["image_size"] // tower["patch_size"]
-    if isinstance(info, TensorInfo):
-        files.tensors[name] = MadeTensor(
-            (side**2, *info.shape[1:]), info.dtype, (info,), partial(interpolated, side)
-        )
+    if info is not None:
+        files.tensors[name] = _then(info, (side**2, *info.shape[1:]), partial(interpolated, side))
 
 
 def interpolated(side: int, positions: Tensor) -> Tensor:

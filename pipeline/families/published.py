@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class Published:
         processor: the tower's image processor's settings.
         tower_folder: of the tower that the user named; None: nobody did.
         weights: folders with weights, each with what brings its names of tensors to LLaVA's.
+        adapter: of a LoRA that is to be merged into them; None: there is none.
     """
 
     system: System
@@ -117,6 +118,11 @@ class Published:
     processor: Mapping[str, Any]
     tower_folder: Path | None
     weights: tuple[tuple[Path, tuple[tuple[re.Pattern[str], str], ...]], ...]
+    adapter: Path | None = None
+
+    def on(self, decoder: Path) -> Published:
+        """The same as an adapter's of a decoder, whose folder has the tokenizer and the weights."""
+        return replace(self, folder=decoder, weights=((decoder, ()),), adapter=self.folder)
 
     @property
     def is_siglip(self) -> bool:

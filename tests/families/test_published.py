@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import pipeline.compat  # noqa: F401 - before torchvision
 from pipeline.errors import CheckpointError, ConfigError
@@ -41,6 +43,7 @@ BY_TRANSFORMERS = (
 )
 NAMES = (
     "llava",
+    "llava-lora",
     "llava-next",
     "llava-next-mistral",
     "llava-square",
@@ -63,7 +66,8 @@ NAMES = (
 def converted(one: PublishedFolder, folder: Path, template: str | None = None) -> Path:
     """What `awaker-batch convert` makes of it."""
     tower = None if one.tower is None else str(one.tower)
-    checkpoint = open_to_convert(str(one.folder), vision_tower=tower, template=template)
+    adapter = None if one.adapter is None else str(one.adapter)
+    checkpoint = open_to_convert(str(one.folder), adapter, vision_tower=tower, template=template)
     return convert(checkpoint, folder, None, 1 << 20).folder
 
 
@@ -235,6 +239,88 @@ def test_rows_alone_and_together_draw_the_same_where_the_vocabulary_has_grown(
     assert told[0] == told[1]
     assert place not in {token for answer in told[0] for token in answer}
     assert json.loads((out / "awaker_serving.json").read_text())["sources"]
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> PublishedFolder:
+    return PublishedFolder.write("llava-lora", tmp_path_factory.mktemp("lora"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, r"adapter_config.json has use_dora True, expected False"),
+        ({"modules_to_save": ["lm_head"]}, r"has modules_to_save \['lm_head'\], expected None"),
+        ({"r": None}, r"has r None and lora_alpha 16, expected numbers"),
+    ],
+)
+def test_an_adapter_that_is_more_than_a_lora_is_refused(
+    changes: dict[str, Any], message: str, lora: PublishedFolder, tmp_path: Path
+) -> None:
+    assert lora.adapter is not None
+    adapter = shutil.copytree(lora.adapter, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        open_to_convert(str(lora.folder), str(adapter), vision_tower=str(lora.tower))
+
+
+def test_an_adapter_of_another_decoder_is_refused(lora: PublishedFolder, tmp_path: Path) -> None:
+    other = lora.copied(tmp_path)
+    other.change_tensors({"model.layers.1.self_attn.q_proj.weight": torch.ones(48, 40)})
+    tower = str(lora.tower)
+    with pytest.raises(
+        CheckpointError, match=r"changes model.layers.1.self_attn.q_proj.weight, wh"
+    ):
+        open_to_convert(str(other.folder), str(lora.adapter), vision_tower=tower)
+    with pytest.raises(ConfigError, match=r"model.lora_alpha: the adapter's own settings say it"):
+        open_to_convert(str(lora.folder), str(lora.adapter), lora_alpha=3.0, vision_tower=tower)
+
+
+@pytest.mark.parametrize("name", ["bunny-phi3", "bunny-phi2"])
+def test_a_lora_on_fused_tensors_or_a_grown_vocabulary_is_its_merged_checkpoint(
+    name: str, tmp_path: Path
+) -> None:
+    whole = PublishedFolder.write(name, tmp_path)
+    stored = load_file(whole.folder / "model.safetensors")
+    base, adapter = tmp_path / "llm", tmp_path / "lora"
+    shutil.copytree(whole.folder, base)
+    adapter.mkdir()
+    shutil.move(base / "config.json", adapter)
+    (base / "config.json").write_text("{}")
+    names = [n for n in stored if n.endswith(("qkv_proj.weight", "self_attn.q_proj.weight"))]
+    names = [n for n in names if n.startswith("model.layers.")]
+    halves = {}
+    for n in names:
+        rows, columns = stored[n].shape
+        at = f"base_model.model.{n.removesuffix('.weight')}"
+        halves[f"{at}.lora_A.weight"] = torch.randn(4, columns)
+        halves[f"{at}.lora_B.weight"] = torch.randn(rows, 4)
+    decoder = {n: t for n, t in stored.items() if not n.startswith(("model.mm_", "model.vision_"))}
+    own_bias = {"lm_head.bias": torch.ones(len(stored["lm_head.weight"]))}
+    save_file(decoder | own_bias, base / "model.safetensors")
+    save_file(halves, adapter / "adapter_model.safetensors")
+    rest = {f"base_model.model.{n}": t for n, t in stored.items() if n not in decoder}
+    torch.save(rest, adapter / "non_lora_trainables.bin")
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
+    merged = {}
+    for n in names:
+        at = f"base_model.model.{n.removesuffix('.weight')}"
+        added = halves[f"{at}.lora_B.weight"] @ halves[f"{at}.lora_A.weight"]
+        merged[n] = stored[n] + 0.5 * added
+    whole.change_tensors(merged)
+    apart = PublishedFolder(base, whole.tower, whole.expected, adapter)
+    folders = converted(whole, tmp_path / "one"), converted(apart, tmp_path / "two")
+    one, two = (
+        {n: t for file in sorted(out.glob("*.safetensors")) for n, t in load_file(file).items()}
+        for out in folders
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert all(
+        (folders[0] / file).read_text() == (folders[1] / file).read_text()
+        for file in ("config.json", "generation_config.json", "chat_template.jinja")
+    )
 
 
 def test_settings_that_mean_nothing_are_refused(phi3: PublishedFolder, tmp_path: Path) -> None:
