@@ -33,7 +33,7 @@ from pipeline.engine.types import Request
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.opening import open_checkpoint
 from pipeline.families.prompt import PromptProcessor
-from pipeline.families.registry import AUTO, prompts_of
+from pipeline.families.registry import AUTO, model_class_of, prompts_of
 from pipeline.model.assemble import Model, load_model
 from pipeline.model.checkpoint import DTYPES, Checkpoint
 from pipeline.model.ops import check_compiler
@@ -302,13 +302,13 @@ def _by_transformers(
     Raises:
         CheckpointError: tensors are missing, extra or misshapen, or transformers cannot load it.
     """
-    from transformers import AutoModelForImageTextToText, GenerationConfig
+    from transformers import GenerationConfig
 
     if place.type == "cpu" and threads is not None:
         _take_threads(checkpoint, threads)
     processor = prompts_of(checkpoint.folder, checkpoint.shape)
     try:
-        model, told = AutoModelForImageTextToText.from_pretrained(
+        model, told = model_class_of(checkpoint.folder).from_pretrained(
             checkpoint.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # of any type

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.families.llava import Llava
+from pipeline.families.generic import Generic
+from pipeline.families.llava import AS_PUBLISHED, Llava, vision_of
+from pipeline.families.lora import merge
 from pipeline.families.published import Choices, Published, read_published
-from pipeline.families.systems import TEMPLATES, Template
-from pipeline.model.checkpoint import Checkpoint
-from pipeline.model.shape import ModelShape
+from pipeline.families.systems import BY_TRANSFORMERS, TEMPLATES, Template
+from pipeline.model.checkpoint import Checkpoint, released_shapes
 from pipeline.model.sources import (
     MadeTensor,
     TensorFiles,
@@ -39,34 +41,71 @@ _TOKENIZER_FILES = (
     *("special_tokens_map.json", "added_tokens.json"),
 )
 
+#: A logit that no other is below: the least number of float16, which every dtype holds.
+NEVER = torch.finfo(torch.float16).min
 
-def open_published(folder: Path, choices: Choices) -> Checkpoint:
+
+def open_published(
+    folder: Path, choices: Choices, decoder: Path | None = None
+) -> tuple[Checkpoint, dict[str, tuple[int, ...]]]:
     """Read a published checkpoint; whether its tensors fit its config is not compared here.
 
     Args:
         folder: where it lies.
         choices: what the user says of it.
+        decoder: folder of the language model that it is a LoRA of; None: it is whole.
 
     Returns:
-        A checkpoint with canonical tensors, for `convert`; its `texts` are the files beside them.
+        A checkpoint for `convert`, whose `texts` are the files beside the weights, with tensors by
+        canonical name, or where transformers runs the model by that one's own; and the shapes that
+        they must have.
 
     Raises:
         CheckpointError: a file is missing or cannot be read, or something is not computed here.
         ConfigError: a choice means nothing.
     """
     published = read_published(folder, choices)
+    if decoder is not None:
+        published = published.on(decoder)
     name = choices.template or published.system.templates.get(published.kind, "")
     if name not in TEMPLATES:
         raise ConfigError(
             f"model.template: {name or 'null'}, expected one of {', '.join(TEMPLATES)}"
         )
     files, vocabulary = _tensors(published)
-    texts, shape = _Texts(published, TEMPLATES[name]).of(vocabulary)
+    texts, config = _Texts(published, TEMPLATES[name]).of(vocabulary)
     if published.system.interpolates:
         _interpolate(files, published.tower)
-    for extra in [n for n in files.tensors if Llava.ignored.search(n) or shape.vision.unused(n)]:
+    if config.text_config.vocab_size > vocabulary:
+        _add_token(files, vocabulary, biased=published.kind in published.system.biased_heads)
+    by_transformers, vision = published.kind in BY_TRANSFORMERS, vision_of(config)
+    whole = replace(vision.tower, depth=published.tower["num_hidden_layers"])
+    vision = replace(vision, tower=whole)
+    for extra in [n for n in files.tensors if Llava.ignored.search(n) or vision.unused(n)]:
         del files.tensors[extra]
-    return Checkpoint(published.folder, files, shape, is_serving=False, texts=texts)
+    shape = (Generic() if by_transformers else Llava()).shape(config)
+    expected = _renamed(files, config) if by_transformers else released_shapes(shape)
+    if config.tie_word_embeddings and "lm_head.weight" not in files.tensors:
+        del expected["lm_head.weight"]
+    return Checkpoint(published.folder, files, shape, is_serving=False, texts=texts), expected
+
+
+def _renamed(files: TensorFiles, config: Any) -> dict[str, tuple[int, ...]]:
+    """Call tensors as transformers' model calls them.
+
+    Args:
+        files: tensors by canonical name.
+        config: that model's.
+
+    Returns:
+        The shapes that it expects, by its names.
+    """
+    from pipeline.families.llava_module import tensors_of
+
+    model = tensors_of(config, Llava.renames)
+    for canonical in [name for name in files.tensors if name in model]:
+        files.tensors[model[canonical][0]] = files.tensors.pop(canonical)
+    return dict(model.values())
 
 
 class _Texts:
@@ -75,17 +114,17 @@ class _Texts:
     def __init__(self, published: Published, template: Template) -> None:
         self._published, self._template = published, template
 
-    def of(self, vocabulary: int) -> tuple[dict[str, str], ModelShape]:
-        """Names and contents of the files, and the sizes that they describe.
+    def of(self, vocabulary: int) -> tuple[dict[str, str], Any]:
+        """Names and contents of the files, and their config.json as transformers reads it.
 
         Args:
             vocabulary: tokens that the weights know.
 
         Raises:
-            CheckpointError: the tokenizer cannot be used, or a size is not computed here.
+            CheckpointError: the tokenizer cannot be used, or something is not computed here.
         """
         import pipeline.compat  # noqa: F401, I001 - before transformers' processors import torchvision
-        from transformers import AutoTokenizer, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor
+        from transformers import AutoTokenizer
 
         folder = self._published.folder
         check_tokenizer(folder, "model.base")
@@ -99,46 +138,58 @@ class _Texts:
                     f"model.base: cannot load the tokenizer of {folder} ({cause_of(error)}){advice}"
                 ) from error
             token = self._image_token(tokenizer, vocabulary)
-            settings = self._published.image_processor()
-            cutter = LlavaImageProcessorPil(
-                **{key: value for key, value in settings.items() if key != "image_processor_type"}
-            )
-            LlavaProcessor(
-                cutter, tokenizer, image_token=token, chat_template=self._template.as_jinja(token)
+            form = _form(tiled=bool(self._published.tiles))
+            form.processor(
+                form.image_processor(**self._published.image_processor()),
+                tokenizer,
+                patch_size=self._published.tower["patch_size"],
+                vision_feature_select_strategy=self._published.stays(),
+                num_additional_image_tokens=int(not self._published.is_siglip),
+                image_token=token,
+                chat_template=self._template.as_jinja(token),
             ).save_pretrained(made)
             files = [file for file in sorted(Path(made).iterdir()) if file.suffix != ".model"]
             texts = {file.name: file.read_text(encoding="utf-8") for file in files}
-        config = self._published.llava_config(tokenizer.convert_tokens_to_ids(token))
-        config["text_config"]["vocab_size"] = vocabulary
+        place = tokenizer.convert_tokens_to_ids(token)
+        config = self._published.llava_config(place)
+        config["text_config"]["vocab_size"] = max(vocabulary, place + 1)
+        if place == vocabulary:
+            config[AS_PUBLISHED]["head_bias"] = True
         texts["config.json"] = json.dumps(config, indent=1)
         texts["generation_config.json"] = json.dumps(self._generation(tokenizer), indent=1)
-        return texts, Llava().shape(LlavaConfig.from_dict(json.loads(texts["config.json"])))
+        return texts, form.config.from_dict(json.loads(texts["config.json"]))
 
     def _image_token(self, tokenizer: Any, vocabulary: int) -> str:
         """The token that stands for a visual one in prompts; no text can spell it.
 
         Its own embedding is never read, but its id must be one of the vocabulary's: a free one,
-        or that of a control token which nothing else uses.
+        or that of a control token which nothing else uses. Where there is none, the vocabulary of a
+        decoder that transformers runs grows by one (`_add_token`).
 
         Raises:
             CheckpointError: there is none.
         """
-        if len(tokenizer) < vocabulary:
+        spare = self._spare_tokens(tokenizer, vocabulary)
+        may_grow = self._published.kind in BY_TRANSFORMERS and not spare
+        if len(tokenizer) < vocabulary or (may_grow and len(tokenizer) == vocabulary):
             tokenizer.add_tokens(["<image>"], special_tokens=True)
             return "<image>"
-        used = self._template.as_jinja("")
-        kept = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
-        spare = [
-            token
-            for token, id_ in sorted(tokenizer.get_added_vocab().items(), key=lambda one: one[1])
-            if token not in used and token not in kept - {tokenizer.unk_token} and id_ < vocabulary
-        ]
         if not spare:
             raise CheckpointError(
                 "model.base: the tokenizer has no token to spare that could stand for visual ones"
             )
         reserved = [token for token in spare if "reserved" in token or token == tokenizer.unk_token]
         return str((reserved or spare)[0])
+
+    def _spare_tokens(self, tokenizer: Any, vocabulary: int) -> list[str]:
+        """Control tokens that neither the template nor an answer uses, by id."""
+        used = self._template.as_jinja("")
+        kept = {tokenizer.bos_token, tokenizer.eos_token}
+        if tokenizer.pad_token != tokenizer.unk_token:
+            kept.add(tokenizer.pad_token)
+        rules = sorted(tokenizer.added_tokens_decoder.items())
+        tokens = [rule.content for id_, rule in rules if rule.special and id_ < vocabulary]
+        return [token for token in tokens if token not in used and token not in kept]
 
     def _generation(self, tokenizer: Any) -> dict[str, Any]:
         """How it samples, and the tokens that end an answer: its own, and its template's."""
@@ -151,6 +202,24 @@ class _Texts:
             ends.append(tokenizer.convert_tokens_to_ids(self._template.end))
         told.pop("transformers_version", None)
         return {**told, "eos_token_id": sorted(set(ends))}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """transformers' classes for a form of LLaVA."""
+
+    config: Any
+    image_processor: Any
+    processor: Any
+
+
+def _form(*, tiled: bool) -> _Form:
+    """Those of LLaVA 1.6 or 1.5."""
+    import transformers as t
+
+    if tiled:
+        return _Form(t.LlavaNextConfig, t.LlavaNextImageProcessorPil, t.LlavaNextProcessor)
+    return _Form(t.LlavaConfig, t.LlavaImageProcessorPil, t.LlavaProcessor)
 
 
 def _tokenizer(loader: Any, folder: Path, beside: Path) -> Any:
@@ -183,6 +252,10 @@ def _tensors(published: Published) -> tuple[TensorFiles, int]:
     files = TensorFiles(())
     for folder, renames in published.weights:
         _add(files, TensorFiles.open(folder, "model.base", (*renames, *Llava.renames)))
+    if published.adapter is not None:
+        merge(files, published.adapter, (*published.system.renames, *Llava.renames))
+        if published.kind not in published.system.biased_heads:
+            files.tensors.pop("lm_head.bias", None)  # the system's code does not read its own
     if not any(name.startswith("vision_tower.") for name in files.tensors):
         if published.tower_folder is None:
             raise CheckpointError(
@@ -213,6 +286,32 @@ def _add(files: TensorFiles, others: TensorFiles) -> None:
     files.tensors |= others.tensors
 
 
+def _add_token(files: TensorFiles, vocabulary: int, *, biased: bool) -> None:
+    """Let the vocabulary grow by a token that no answer ever holds: its logit is `NEVER`.
+
+    Args:
+        files: tensors by canonical name.
+        vocabulary: tokens so far.
+        biased: whether the system's output layer has a bias; else it gets one that is nothing for
+            its own tokens.
+    """
+    tensors, words, bias = files.tensors, "model.embed_tokens.weight", "lm_head.bias"
+    for name, value in ((words, 0.0), ("lm_head.weight", 0.0), (bias, NEVER)):
+        info = tensors.get(name)
+        if info is not None and (biased or name != bias):
+            shape = (info.shape[0] + 1, *info.shape[1:])
+            tensors[name] = _then(info, shape, partial(_grown, value))
+    if not biased and words in tensors:
+        dtype = tensors[words].dtype
+        made = partial(_grown, NEVER, torch.zeros(vocabulary, dtype=dtype))
+        tensors.setdefault(bias, MadeTensor((vocabulary + 1,), dtype, (), made))
+
+
+def _grown(value: float, tensor: Tensor) -> Tensor:
+    """A tensor with one more row of some value."""
+    return torch.cat([tensor, tensor.new_full((1, *tensor.shape[1:]), value)])
+
+
 def _split(files: TensorFiles, text: Mapping[str, Any]) -> None:
     """Put Phi-3's projections in the place of the tensors that they were fused into."""
     heads = text["num_attention_heads"]
@@ -227,15 +326,30 @@ def _split(files: TensorFiles, text: Mapping[str, Any]) -> None:
         at, _, end = name.removesuffix(".weight").rpartition(".")
         at, _, room = at.rpartition(".")
         rows = fused.get(f"{room}.{end}")
-        if rows is None or not isinstance(info, TensorInfo) or info.shape[0] != sum(rows.values()):
+        if rows is None or info.shape[0] != sum(rows.values()):
             continue  # of another shape: named as extra, and its parts as missing
         del files.tensors[name]
         first = 0
         for part, count in rows.items():
-            files.tensors[f"{at}.{room}.{part}.weight"] = MadeTensor(
-                (count, *info.shape[1:]), info.dtype, (info,), partial(_rows, first, count)
+            files.tensors[f"{at}.{room}.{part}.weight"] = _then(
+                info, (count, *info.shape[1:]), partial(_rows, first, count)
             )
             first += count
+
+
+def _then(
+    info: TensorInfo | MadeTensor, shape: tuple[int, ...], make: Callable[[Tensor], Tensor]
+) -> MadeTensor:
+    """What is made of a tensor, which may itself be made of others."""
+    if isinstance(info, TensorInfo):
+        return MadeTensor(shape, info.dtype, (info,), make)
+    return MadeTensor(shape, info.dtype, info.parts, partial(_after, info.make, make))
+
+
+def _after(
+    first: Callable[..., Tensor], second: Callable[[Tensor], Tensor], *parts: Tensor
+) -> Tensor:
+    return second(first(*parts))
 
 
 def _rows(first: int, count: int, tensor: Tensor) -> Tensor:
@@ -247,10 +361,8 @@ def _interpolate(files: TensorFiles, tower: Mapping[str, Any]) -> None:
     name = "vision_tower.embeddings.position_embedding.weight"
     info = files.tensors.get(name)
     side = tower["image_size"] // tower["patch_size"]
-    if isinstance(info, TensorInfo):
-        files.tensors[name] = MadeTensor(
-            (side**2, *info.shape[1:]), info.dtype, (info,), partial(interpolated, side)
-        )
+    if info is not None:
+        files.tensors[name] = _then(info, (side**2, *info.shape[1:]), partial(interpolated, side))
 
 
 def interpolated(side: int, positions: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,6 +49,12 @@ class Family(ABC):
 
         # Without the argument transformers asks on the terminal whether to run a checkpoint's code.
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+    def takes(self, config: Mapping[str, Any]) -> bool:
+        """Whether the family runs the model of a config.json whose `model_type` is one of its own;
+        what no other takes, transformers runs.
+        """
+        return True
 
     @abstractmethod
     def shape(self, config: Any) -> ModelShape:

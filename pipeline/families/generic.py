@@ -18,6 +18,7 @@ from pipeline.errors import CheckpointError, RowError
 from pipeline.families.cutting import explained, image_parts
 from pipeline.families.family import Family
 from pipeline.families.literal import LiteralBackend, standing_for
+from pipeline.families.llava import AS_PUBLISHED
 from pipeline.families.prompt import (
     ControlTokens,
     Message,
@@ -30,6 +31,7 @@ from pipeline.families.prompt import (
 from pipeline.model.assemble import Parts
 from pipeline.model.checkpoint import Recipe
 from pipeline.model.shape import ModelShape, VisionShape
+from pipeline.model.sources import read_object
 from pipeline.model.vision import Vision
 from pipeline.picture import Picture, PictureSettings
 from pipeline.redact import cause_of
@@ -247,6 +249,16 @@ class Generic(Family):
             raise CheckpointError(
                 f"model.base: config.json describes no language model ({cause_of(error)})"
             ) from error
+
+    def model_class(self, folder: Path) -> Any:
+        """What of transformers loads a folder's model: a class with `from_pretrained`."""
+        if AS_PUBLISHED in read_object(folder / "config.json", "model.base"):
+            from pipeline.families.llava_module import LlavaAsPublished
+
+            return LlavaAsPublished
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText
 
     def prompts(
         self, folder: Path, shape: ModelShape, pictures: PictureSettings, control: ControlTokens

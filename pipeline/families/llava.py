@@ -7,7 +7,7 @@ Sources: transformers' `LlavaModel` and `LlavaNextModel`, and their processors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from pipeline.redact import cause_of
 
 #: Key of config.json under which a conversion (`pipeline.families.conversion`) keeps what
 #: transformers' form of LLaVA has no word for: the system's name, "projector" (a name of
-#: `PROJECTORS`), "scales" (see `LlavaVision`) and "texts_alone" (see `PromptProcessor`).
+#: `PROJECTORS`), "scales" (see `LlavaVision`) and "texts_alone" (see `PromptProcessor`); where
+#: transformers runs the decoder, what `llava_module.LlavaAsPublished` reads.
 AS_PUBLISHED = "as_published"
 #: Decoders whose arithmetic is ours.
 DECODERS = ("llama", "mistral", "qwen2")
@@ -344,6 +345,11 @@ class Llava(Family):
     )
     ignored = re.compile(r"rotary_emb\.inv_freq$")
 
+    def takes(self, config: Mapping[str, Any]) -> bool:
+        """Whether the decoder's arithmetic is ours; see `Family`."""
+        text = config.get("text_config")
+        return not isinstance(text, Mapping) or text.get("model_type", DECODERS[0]) in DECODERS
+
     def shape(self, config: Any) -> ModelShape:
         """Read the sizes from a transformers `LlavaConfig` or `LlavaNextConfig`.
 
@@ -366,7 +372,7 @@ class Llava(Family):
             )
         return llama_shape(
             text,
-            _vision(config),
+            vision_of(config),
             family=self.name,
             tied=bool(config.tie_word_embeddings or text.tie_word_embeddings),
             qkv_bias=is_qwen,
@@ -379,7 +385,7 @@ class Llava(Family):
         return LlavaPrompts(folder, shape, pictures, control)
 
 
-def _vision(config: Any) -> LlavaVision:
+def vision_of(config: Any) -> LlavaVision:
     """Sizes of tower and projector.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.conversion import open_published
+from pipeline.families.lora import is_lora
 from pipeline.families.published import Choices, is_published
 from pipeline.families.registry import AUTO, FAMILIES, shape_of
 from pipeline.model.checkpoint import (
@@ -49,6 +50,9 @@ def open_checkpoint(
     """
     folder = localise(base, "model.base")
     shape = shape_of(folder, family)
+    if adapter is None and not shape.is_native:
+        # transformers itself compares names and shapes, once the weights are loaded.
+        return Checkpoint(folder, TensorFiles.open(folder, "model.base"), shape, is_serving=False)
     manifest = folder / SERVING_MANIFEST
     if manifest.is_file():
         if adapter is not None:
@@ -58,9 +62,6 @@ def open_checkpoint(
             )
         saved = read_object(manifest, "model.base")
         return _open_serving(folder, shape, saved, top_k, lora_alpha)
-    if adapter is None and not shape.is_native:
-        # transformers itself compares names and shapes, once the weights are loaded.
-        return Checkpoint(folder, TensorFiles.open(folder, "model.base"), shape, is_serving=False)
     if adapter is None:
         return _open_plain(folder, shape)
     return _open_released(folder, shape, adapter, top_k, lora_alpha)
@@ -78,7 +79,8 @@ def open_to_convert(
 
     Args:
         base: see `open_checkpoint`; or Hub id, folder or URL of a system's own form.
-        adapter: see `open_checkpoint`.
+        adapter: see `open_checkpoint`; or the same of a LoRA that a system's own code saved, and
+            that stands on the language model `base`.
         lora_alpha: see there.
         vision_tower: see `published.Choices`.
         template: see there.
@@ -89,16 +91,24 @@ def open_to_convert(
     """
     choices = Choices(vision_tower, template)
     folder = localise(base, "model.base")
-    if not is_published(folder):
+    lora = None if adapter is None else _system_lora(localise(adapter, "model.adapter"))
+    if lora is None and not is_published(folder):
         choices.refuse()
         return open_checkpoint(base, adapter, lora_alpha=lora_alpha)
-    if adapter is not None or lora_alpha is not None:
+    if lora is not None and lora_alpha is not None:
+        raise ConfigError("model.lora_alpha: the adapter's own settings say it; set null")
+    if lora is None and (adapter is not None or lora_alpha is not None):
         raise ConfigError(
             "model.adapter, model.lora_alpha: Awaker's experts stand on Qwen2-VL; set null"
         )
-    checkpoint = open_published(folder, choices)
-    _check_released(checkpoint.files, checkpoint.shape, f"model.base: {folder}")
+    checkpoint, expected = open_published(lora or folder, choices, folder if lora else None)
+    _check(checkpoint.files, expected, f"model.base: {folder}")
     return checkpoint
+
+
+def _system_lora(location: Path) -> Path | None:
+    """A folder with a LoRA of a system's own code; None: it is something else."""
+    return location if is_lora(location) and is_published(location) else None
 
 
 def _files(location: Path, key: str, shape: ModelShape) -> TensorFiles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.family import Family
@@ -33,7 +34,7 @@ def shape_of(folder: Path, family: str = AUTO) -> ModelShape:
     Args:
         folder: the model's.
         family: a name in `FAMILIES`; auto: by the config's model_type, and transformers' own where
-            no other family has it.
+            no other family has it, or takes the model.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or it is of no family known here.
@@ -50,8 +51,11 @@ def shape_of(folder: Path, family: str = AUTO) -> ModelShape:
             f"model.base: {folder} is in the form of its system's own code; awaker-batch convert "
             "makes a folder of it that can be run (docs/models.md)"
         )
-    kind = str(read_object(file, "model.base").get("model_type"))
-    known = _BY_TYPE.get(kind) or (_GENERIC if kind in _GENERIC.model_types else None)
+    told = read_object(file, "model.base")
+    kind = str(told.get("model_type"))
+    known = _BY_TYPE.get(kind)
+    if known is None or not known.takes(told):
+        known = _GENERIC if kind in _GENERIC.model_types else known
     if known is None:
         raise CheckpointError(
             f"model.base: model_type is {kind!r}, expected one of "
@@ -68,6 +72,13 @@ def shape_of(folder: Path, family: str = AUTO) -> ModelShape:
     except Exception as error:  # of any type: JSON, unknown models, keys of the wrong kind
         raise CheckpointError(f"model.base: cannot read {file} ({cause_of(error)})") from error
     return chosen.shape(config)
+
+
+def model_class_of(folder: Path) -> Any:
+    """What of transformers loads a folder's model, where transformers runs it: a class with
+    `from_pretrained`.
+    """
+    return _GENERIC.model_class(folder)
 
 
 def prompt_processor(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.families.family import Rename
 
@@ -113,15 +114,36 @@ def _turns(sentence: str, open_: str, close: str, *, breaks: tuple[str, str]) ->
 
 
 #: By the values of `model.template`. Sources: each system's `conversation.py` (HPT:
-#: `vlmeval/utils/xtuner_util.py`; TinyLLaVA: `tinyllava/data/template`).
+#: `vlmeval/utils/xtuner_util.py`; TinyLLaVA: `tinyllava/data/template`; ALLaVA: `serve/cli.py`).
 TEMPLATES: dict[str, Template] = {
     "vicuna": _vicuna(_USER, "</s>"),
     "vicuna_human": _vicuna(_HUMAN, "</s>"),
     "vicuna_endoftext": _vicuna(_USER, "<|endoftext|>"),
     "vicuna_end_of_text": _vicuna(_USER, "<|end_of_text|>"),
+    "allava": Template(
+        sentence="",
+        system=("", ""),
+        user=("[INST] ", " [/INST] "),
+        assistant=("", "<|endoftext|>"),
+        cue="",
+        end="<|endoftext|>",
+        trims=True,
+    ),
     "tinyllava": _vicuna(_USER, "</s>", trims=True),
     "tinyllava_endoftext": _vicuna(_USER, "<|endoftext|>", trims=True),
+    "tinyllava_eos": _vicuna(_USER, "<eos>", trims=True),
     "tinyllava_im_end": _vicuna(_USER, "<|im_end|>", trims=True),
+    "mistral_instruct": Template(
+        sentence="",
+        system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+        user=("[INST] ", " [/INST]"),
+        assistant=(" ", " </s>"),
+        cue="",
+        end="</s>",
+    ),
+    "chatml_direct": _turns(
+        "Answer the questions.", "<|im_start|>{}\n", "<|im_end|>", breaks=("", "")
+    ),
     "imp_qwen": _turns(_USER, "<|im_start|>{}\n", "<|im_end|>", breaks=("\n", "")),
     "imp_phi3": _turns(_USER, "<|{}|>\n", "<|end|>", breaks=("\n", "")),
     "phi3": _turns("", "<|{}|>\n", "<|end|>", breaks=("", "\n")),
@@ -137,8 +159,9 @@ TEMPLATES: dict[str, Template] = {
     ),
 }
 
-#: How a picture becomes a square: as config.json's image_aspect_ratio says, or always squashed.
-Fit = Literal["as configured", "squash"]
+#: How a picture becomes a square: as config.json's image_aspect_ratio says, or always padded or
+#: squashed.
+Fit = Literal["as configured", "pad", "squash"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +180,9 @@ class System:
         siglip_drops_first: whether "patch" drops the first hidden state of a SigLIP tower, too,
             which has no class token: 728 of 729 are left.
         interpolates: whether positions of the tower are resized to the grid of its views.
+        tiles: whether it may cut pictures into tiles (LLaVA 1.6).
+        nested: whether config.json describes tower and projector in parts of its `vision_config`.
+        biased_heads: kinds of decoders whose output layer has a bias.
         projectors: by beginnings of config.json's mm_projector_type, a name of
             `projectors.PROJECTORS`; the longest that fits counts.
     """
@@ -170,15 +196,33 @@ class System:
     layer: int = -2
     siglip_drops_first: bool = False
     interpolates: bool = False
+    tiles: bool = False
+    nested: bool = False
+    biased_heads: tuple[str, ...] = ()
     projectors: dict[str, str] = field(default_factory=lambda: {"mlp2x_gelu": "mlp"})
 
 
 SYSTEMS: tuple[System, ...] = (
     System(
         name="LLaVA",
-        templates={"llama": "vicuna"},
-        decoders={"llava": "llama", "llava_llama": "llama"},
-        refused={"llava_mistral": "Mistral", "llava_mpt": "MPT", "llava_phi": "Phi-2"},
+        templates={"llama": "vicuna", "mistral": "mistral_instruct"},
+        decoders={"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"},
+        refused={"llava_mpt": "MPT"},
+        tiles=True,
+    ),
+    System(
+        name="LLaVA-Phi, Mipha",
+        templates={"phi": "vicuna_endoftext"},
+        decoders={"llava_phi": "phi", "mipha_phi": "phi"},
+        refused={"mipha_gemma": "Gemma", "mipha_phi3": "Phi-3"},
+        nested=True,
+        biased_heads=("phi",),
+    ),
+    System(
+        name="ALLaVA",
+        templates={"phi": "allava", "stablelm": "allava"},
+        decoders={"llava_phi": "phi", "llava_stablelm_1_6b": "stablelm"},
+        fit="pad",
     ),
     System(
         name="Bunny",
@@ -186,24 +230,29 @@ SYSTEMS: tuple[System, ...] = (
             "llama": "vicuna_end_of_text",
             "qwen2": "vicuna_endoftext",
             "phi3": "vicuna_endoftext",
+            "phi": "vicuna_endoftext",
+            "stablelm": "vicuna_endoftext",
         },
         decoders={
+            "bunny-phi": "phi",
+            "bunny-stablelm": "stablelm",
             "bunny-llama": "llama",
             "bunny-qwen": "qwen2",
             "bunny-qwen2": "qwen2",
             "bunny-phi3": "phi3",
         },
-        refused={
-            "bunny-phi": "Phi-1.5 or Phi-2",
-            "bunny-stablelm": "StableLM-2",
-            "bunny-minicpm": "MiniCPM",
-        },
+        refused={"bunny-minicpm": "MiniCPM"},
     ),
     System(
         name="Imp",
-        templates={"qwen2": "imp_qwen", "phi3": "imp_phi3"},
-        decoders={"imp_qwen2": "qwen2", "imp_qwen1_5": "qwen2", "imp_phi3": "phi3"},
-        refused={"imp": "Phi-2"},
+        templates={"phi": "vicuna", "qwen2": "imp_qwen", "phi3": "imp_phi3"},
+        decoders={
+            "imp": "phi",
+            "imp_qwen2": "qwen2",
+            "imp_qwen1_5": "qwen2",
+            "imp_phi3": "phi3",
+        },
+        biased_heads=("phi",),
         fit="squash",
     ),
     System(
@@ -224,7 +273,15 @@ SYSTEMS: tuple[System, ...] = (
     ),
     System(
         name="TinyLLaVA",
-        templates={"llama": "tinyllava", "qwen2": "tinyllava_endoftext", "phi3": "tinyllava"},
+        templates={
+            "llama": "tinyllava",
+            "qwen2": "tinyllava_endoftext",
+            "phi3": "tinyllava",
+            "phi": "tinyllava_endoftext",
+            "stablelm": "tinyllava_endoftext",
+            "gemma": "tinyllava_eos",
+        },
+        biased_heads=("phi",),
         decoders={"tinyllava": ""},
         siglip_drops_first=True,
         renames=(
@@ -249,12 +306,34 @@ PARTS: dict[str, tuple[Rename, ...]] = {
     "projector": ((re.compile(r"^model\.(?=[02]\.)"), "model.mm_projector."),),
 }
 
-#: Kinds of decoders that are ours: the `model_type`s that transformers gives them.
-KINDS = ("llama", "qwen2", "phi3")
+#: Kinds of decoders: the `model_type`s that transformers gives them, and what people call them.
+KINDS = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "phi3": "Phi-3",
+    "phi": "Phi-1.5 or Phi-2",
+    "stablelm": "StableLM",
+    "gemma": "Gemma",
+}
+#: Those whose arithmetic is not ours: transformers runs them.
+BY_TRANSFORMERS = ("phi", "stablelm", "gemma")
 
 
-def system_of(model_type: str) -> System | None:
-    """The system whose config.json has this `model_type`; None: none that is known."""
+def system_of(config: Mapping[str, Any]) -> System | None:
+    """The system that a config.json is of; None: none that is known."""
+    kind, nested = str(config.get("model_type")), has_nested_tower(config)
     return next(
-        (one for one in SYSTEMS if model_type in one.decoders or model_type in one.refused), None
+        (
+            one
+            for one in SYSTEMS
+            if one.nested == nested and (kind in one.decoders or kind in one.refused)
+        ),
+        None,
     )
+
+
+def has_nested_tower(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes tower and projector in parts of `vision_config`."""
+    vision = config.get("vision_config")
+    return isinstance(vision, Mapping) and isinstance(vision.get("vision_tower"), Mapping)

@@ -75,8 +75,10 @@ class Checkpoint:
     texts: Mapping[str, str] = field(default_factory=dict)
 
     def serving_tensors(self) -> Iterator[tuple[str, Callable[[TensorReader], Tensor]]]:
-        """Each serving tensor's name with a function that reads and builds it."""
-        if self.is_serving:
+        """Each serving tensor's name with a function that reads and builds it. What transformers
+        runs has its own.
+        """
+        if self.is_serving or not self.shape.is_native:
             for name in self.files.tensors:
                 yield name, lambda reader, name=name: reader.get(name)  # type: ignore[misc]
             return

@@ -193,7 +193,7 @@ def check_target(
         OutputError: it holds something other than the beginning of this very conversion, or is no
             folder.
     """
-    if not checkpoint.shape.is_native:
+    if not checkpoint.shape.is_native and not checkpoint.texts:
         raise CheckpointError(
             f"model.base: {checkpoint.folder} is a model that transformers runs as it is; there is "
             "nothing to convert"

@@ -92,7 +92,9 @@ class ConvertModelSettings(Settings):
         "its system's own code (docs/models.md)"
     )
     adapter: str | None = Field(
-        None, description="Awaker adapter: the same, or a pytorch_model.bin; null: none"
+        None,
+        description="Awaker adapter: the same, or a pytorch_model.bin; or a LoRA that a system's "
+        "own code saved, with model.base the language model under it (docs/models.md); null: none",
     )
     vision_tower: str | None = Field(
         None,

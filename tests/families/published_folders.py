@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.families.systems import has_nested_tower
 from tests.families.tiny import picture, weights
 from tests.prompts import Asked
 
@@ -27,12 +28,14 @@ class PublishedFolder:
     Attributes:
         folder: where it lies.
         tower: the tower's folder; None: nobody needs it.
+        adapter: of a LoRA, which `folder` is the language model of; None: there is none.
         expected: what the released code answered.
     """
 
     folder: Path
     tower: Path | None
     expected: dict[str, Any]
+    adapter: Path | None = None
 
     @classmethod
     def write(cls, name: str, folder: Path) -> PublishedFolder:
@@ -47,10 +50,14 @@ class PublishedFolder:
         if parts is None:
             shutil.copy(golden / "config.json", base)
             _write(base, expected["tensors"])
+            if has_nested_tower(json.loads((golden / "config.json").read_text())):
+                shutil.copy(golden / "tower/preprocessor_config.json", base)
+                return cls(base, None, expected)
             shutil.copytree(golden / "tower", tower)
             if expected["tower_tensors"] is not None:
                 _write(tower, expected["tower_tensors"])
-            return cls(base, tower, expected)
+            lora = _write_lora(folder, expected.get("adapter"))
+            return cls(base, tower, expected, lora)
         for part, tensors in parts.items():
             (base / part).mkdir(exist_ok=True)
             _write(base / part, tensors)
@@ -78,6 +85,22 @@ class PublishedFolder:
 def _write(folder: Path, shapes: dict[str, list[int]]) -> None:
     tensors = {name: torch.from_numpy(array) for name, array in weights(shapes).items()}
     save_file(tensors, folder / "model.safetensors")
+
+
+def _write_lora(folder: Path, told: dict[str, Any] | None) -> Path | None:
+    """Move what a checkpoint says of itself to the adapter beside it, where there is one."""
+    if told is None:
+        return None
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    shutil.move(folder / "base/config.json", adapter)
+    (folder / "base/config.json").write_text(json.dumps({"model_type": "llama"}))
+    (adapter / "adapter_config.json").write_text(json.dumps(told["settings"]))
+    _write(adapter, told["tensors"])
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    whole = {name: torch.from_numpy(array) for name, array in weights(told["whole"]).items()}
+    torch.save(whole, adapter / "non_lora_trainables.bin")
+    return adapter
 
 
 def asked(one: dict[str, Any]) -> Asked:

@@ -117,6 +117,20 @@ def test_a_model_of_no_family_here_equals_transformers_alone(tmp_path: Path) -> 
         assert answer.visual_tokens == (VIEW // 7) ** 2
 
 
+def test_a_llava_whose_decoder_is_not_ours_equals_transformers_alone(tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path, seed=2, text="phi")
+    reference = Reference(folder)
+    asked = random_questions(5, seed=4, images=(1, 0, 2))
+    engine, processor = loaded(folder, family="auto", batch_size=3)
+    requests = [as_request(one, processor, greedy(8)) for one in asked]
+    with engine:
+        answers = engine.generate(requests)
+    for one, request, answer in zip(asked, requests, answers, strict=True):
+        prompt, expected = reference.generate(one, 8)
+        assert request.input_ids.tolist() == prompt
+        assert list(answer.token_ids) == expected
+
+
 def test_a_request_that_fails_fails_alone(tmp_path: Path) -> None:
     folder = llava_folder(tmp_path, seed=3)
     engine, processor = loaded(folder, batch_size=8)

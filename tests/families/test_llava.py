@@ -202,7 +202,6 @@ def rewritten(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_model_type": "phi"}, "language model is 'phi', expected one of llama, mistral"),
         ({"text_attention_bias": True}, "biases that Llama has not"),
         ({"text_hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"vision_feature_layer": -9}, "vision_feature_layer is -9, but the tower has 3 layers"),
@@ -217,6 +216,13 @@ def test_what_is_not_computed_is_said(
     rewritten(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(str(folder), None)
+
+
+def test_another_decoder_is_refused_where_this_family_is_asked_for(tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path, seed=1)
+    rewritten(folder, text_model_type="phi")
+    with pytest.raises(CheckpointError, match="language model is 'phi', expected one of llama, mi"):
+        open_checkpoint(str(folder), None, family="llava")
 
 
 def test_a_bias_that_nobody_adds_is_no_silent_difference(tmp_path: Path) -> None:

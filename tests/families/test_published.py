@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import pipeline.compat  # noqa: F401 - before torchvision
 from pipeline.errors import CheckpointError, ConfigError
@@ -26,8 +28,24 @@ from tests.families.llava_folders import llava_folder
 from tests.families.published_folders import GOLDEN, PICTURE, PublishedFolder, asked
 from tests.prompts import Asked, as_request, engine_for, greedy
 
+#: Those whose decoder transformers runs: output layers with and without a bias, visual tokens that
+#: are scaled, vocabularies without a free row.
+BY_TRANSFORMERS = (
+    "bunny-phi2",
+    "imp-phi2",
+    "tinyllava-gemma",
+    pytest.param("bunny-stablelm", marks=pytest.mark.slow),
+    pytest.param("tinyllava-phi2", marks=pytest.mark.slow),
+    pytest.param("tinyllava-stablelm", marks=pytest.mark.slow),
+    "llava-phi",
+    "allava-phi2",
+    pytest.param("mipha-phi2", marks=pytest.mark.slow),
+)
 NAMES = (
     "llava",
+    "llava-lora",
+    "llava-next",
+    "llava-next-mistral",
     "llava-square",
     "bunny-llama",
     "bunny-phi3",
@@ -41,13 +59,15 @@ NAMES = (
     "tinyllava-qwen2",
     "hpt-air",
     "hpt-edge",
+    *BY_TRANSFORMERS,
 )
 
 
 def converted(one: PublishedFolder, folder: Path, template: str | None = None) -> Path:
     """What `awaker-batch convert` makes of it."""
     tower = None if one.tower is None else str(one.tower)
-    checkpoint = open_to_convert(str(one.folder), vision_tower=tower, template=template)
+    adapter = None if one.adapter is None else str(one.adapter)
+    checkpoint = open_to_convert(str(one.folder), adapter, vision_tower=tower, template=template)
     return convert(checkpoint, folder, None, 1 << 20).folder
 
 
@@ -117,7 +137,7 @@ def test_what_is_missing_extra_or_misshapen_is_named(
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stored_tensor_has_a_name_of_its_own_among_ours(name: str) -> None:
     expected = json.loads((GOLDEN / name / "expected.json").read_text())
-    system = system_of(json.loads((GOLDEN / name / "config.json").read_text())["model_type"])
+    system = system_of(json.loads((GOLDEN / name / "config.json").read_text()))
     renames = {"": () if system is None else system.renames} | PARTS
     ours = [
         canonical_name(stored, (*renames[part], *Llava.renames))
@@ -126,7 +146,9 @@ def test_every_stored_tensor_has_a_name_of_its_own_among_ours(name: str) -> None
     ]
     assert len(set(ours)) == len(ours)
     assert all(
-        one.startswith(("model.", "lm_head.", "vision_tower.", "multi_modal_projector."))
+        one.startswith(
+            ("model.", "lm_head.", "vision_tower.", "multi_modal_projector.", "image_newline")
+        )
         for one in ours
     )
 
@@ -158,10 +180,19 @@ def test_a_tower_that_is_nowhere_is_asked_for(phi3: PublishedFolder, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "bunny-phi"}, r"decoder of this Bunny is Phi-1.5 or Phi-2, whose"),
-        ({"model_type": "imp"}, r"decoder of this Imp is Phi-2, whose arithmetic is not computed"),
+        ({"model_type": "bunny-minicpm"}, r"decoder of this Bunny is MiniCPM, whose arithmetic is"),
+        ({"model_type": "bunny-phi", "use_s2": True}, r"Phi-1.5 or Phi-2, which transformers runs"),
+        ({"model_type": "bunny-phi", "mm_vision_select_layer": -9}, r"hidden state -9 is taken"),
         ({"mm_projector_type": "spp"}, r"projector of this Bunny is 'spp', expected one of 'mlp2x"),
-        ({"image_aspect_ratio": "anyres"}, r"cuts pictures into tiles .* llava-hf/llava-v1.6"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[9, 9]]}, r"expected 'anyres'"),
+        (
+            {
+                "image_aspect_ratio": "anyres",
+                "image_grid_pinpoints": [[30, 60]],
+                "mm_patch_merge_type": "spatial_unpad",
+            },
+            r"Bunny cuts pictures into tiles .* of LLaVA 1.6 alone",
+        ),
         ({"mm_vision_select_feature": "cls"}, r"mm_vision_select_feature is 'cls', expected"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu', expected 'silu'"),
         ({"rope_scaling": {"type": "su"}}, r"model.base: .*rope|rope_type 'su' is not supported"),
@@ -174,6 +205,122 @@ def test_what_is_not_computed_is_said(
     one.change_config(**changes)
     with pytest.raises(CheckpointError, match=message):
         open_to_convert(str(one.folder), vision_tower=str(one.tower))
+
+
+def test_a_bias_of_the_output_layer_is_missing_or_extra_as_the_system_says(tmp_path: Path) -> None:
+    for name, message in (
+        ("imp-phi2", r"tensors 1 missing \(lm_head.bias\)"),
+        ("bunny-phi2", r"tensors 1 misshapen \(lm_head.bias \[424\], expected \[425\]\)"),
+        ("bunny-stablelm", r"tensors 1 extra \(lm_head.bias\)"),
+    ):
+        one = PublishedFolder.write(name, tmp_path / name)
+        bias = None if name == "imp-phi2" else torch.ones(424)
+        one.change_tensors({"lm_head.bias": bias})
+        with pytest.raises(CheckpointError, match=message):
+            open_to_convert(str(one.folder), vision_tower=str(one.tower))
+
+
+def test_rows_alone_and_together_draw_the_same_where_the_vocabulary_has_grown(
+    tmp_path: Path,
+) -> None:
+    one = PublishedFolder.write("imp-phi2", tmp_path)
+    out = converted(one, tmp_path / "out")
+    place = json.loads((out / "config.json").read_text())["image_token_index"]
+    told = []
+    for together in (1, 4):
+        engine, processor = engine_for(out, None, batch_size=together)
+        assert place == processor.image_token_id == len(processor.tokenizer) - 1 == 424
+        requests = [
+            as_request(asked(row), processor, greedy(20, temperature=1.5, seed=seed))
+            for seed, row in enumerate(one.expected["asked"])
+        ]
+        with engine:
+            told.append([answer.token_ids for answer in engine.generate(requests)])
+    assert told[0] == told[1]
+    assert place not in {token for answer in told[0] for token in answer}
+    assert json.loads((out / "awaker_serving.json").read_text())["sources"]
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> PublishedFolder:
+    return PublishedFolder.write("llava-lora", tmp_path_factory.mktemp("lora"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, r"adapter_config.json has use_dora True, expected False"),
+        ({"modules_to_save": ["lm_head"]}, r"has modules_to_save \['lm_head'\], expected None"),
+        ({"r": None}, r"has r None and lora_alpha 16, expected numbers"),
+    ],
+)
+def test_an_adapter_that_is_more_than_a_lora_is_refused(
+    changes: dict[str, Any], message: str, lora: PublishedFolder, tmp_path: Path
+) -> None:
+    assert lora.adapter is not None
+    adapter = shutil.copytree(lora.adapter, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        open_to_convert(str(lora.folder), str(adapter), vision_tower=str(lora.tower))
+
+
+def test_an_adapter_of_another_decoder_is_refused(lora: PublishedFolder, tmp_path: Path) -> None:
+    other = lora.copied(tmp_path)
+    other.change_tensors({"model.layers.1.self_attn.q_proj.weight": torch.ones(48, 40)})
+    tower = str(lora.tower)
+    with pytest.raises(
+        CheckpointError, match=r"changes model.layers.1.self_attn.q_proj.weight, wh"
+    ):
+        open_to_convert(str(other.folder), str(lora.adapter), vision_tower=tower)
+    with pytest.raises(ConfigError, match=r"model.lora_alpha: the adapter's own settings say it"):
+        open_to_convert(str(lora.folder), str(lora.adapter), lora_alpha=3.0, vision_tower=tower)
+
+
+@pytest.mark.parametrize("name", ["bunny-phi3", "bunny-phi2"])
+def test_a_lora_on_fused_tensors_or_a_grown_vocabulary_is_its_merged_checkpoint(
+    name: str, tmp_path: Path
+) -> None:
+    whole = PublishedFolder.write(name, tmp_path)
+    stored = load_file(whole.folder / "model.safetensors")
+    base, adapter = tmp_path / "llm", tmp_path / "lora"
+    shutil.copytree(whole.folder, base)
+    adapter.mkdir()
+    shutil.move(base / "config.json", adapter)
+    (base / "config.json").write_text("{}")
+    names = [n for n in stored if n.endswith(("qkv_proj.weight", "self_attn.q_proj.weight"))]
+    names = [n for n in names if n.startswith("model.layers.")]
+    halves = {}
+    for n in names:
+        rows, columns = stored[n].shape
+        at = f"base_model.model.{n.removesuffix('.weight')}"
+        halves[f"{at}.lora_A.weight"] = torch.randn(4, columns)
+        halves[f"{at}.lora_B.weight"] = torch.randn(rows, 4)
+    decoder = {n: t for n, t in stored.items() if not n.startswith(("model.mm_", "model.vision_"))}
+    own_bias = {"lm_head.bias": torch.ones(len(stored["lm_head.weight"]))}
+    save_file(decoder | own_bias, base / "model.safetensors")
+    save_file(halves, adapter / "adapter_model.safetensors")
+    rest = {f"base_model.model.{n}": t for n, t in stored.items() if n not in decoder}
+    torch.save(rest, adapter / "non_lora_trainables.bin")
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
+    merged = {}
+    for n in names:
+        at = f"base_model.model.{n.removesuffix('.weight')}"
+        added = halves[f"{at}.lora_B.weight"] @ halves[f"{at}.lora_A.weight"]
+        merged[n] = stored[n] + 0.5 * added
+    whole.change_tensors(merged)
+    apart = PublishedFolder(base, whole.tower, whole.expected, adapter)
+    folders = converted(whole, tmp_path / "one"), converted(apart, tmp_path / "two")
+    one, two = (
+        {n: t for file in sorted(out.glob("*.safetensors")) for n, t in load_file(file).items()}
+        for out in folders
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert all(
+        (folders[0] / file).read_text() == (folders[1] / file).read_text()
+        for file in ("config.json", "generation_config.json", "chat_template.jinja")
+    )
 
 
 def test_settings_that_mean_nothing_are_refused(phi3: PublishedFolder, tmp_path: Path) -> None:
