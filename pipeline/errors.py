@@ -53,6 +53,11 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 #: Every code an `error` row can carry. docs/errors.md says when.
 RowErrorCode = Literal[
+    "audio_decode",
+    "audio_fetch",
+    "audio_forbidden",
+    "audio_missing",
+    "audio_too_large",
     "image_decode",
     "image_fetch",
     "image_forbidden",
@@ -73,6 +78,11 @@ RowErrorCode = Literal[
 
 #: The stages in which each code can arise. Where it did is the failure's (`RowFailure.stage`).
 STAGES_OF: dict[RowErrorCode, tuple[Stage, ...]] = {
+    "audio_decode": ("prepare",),
+    "audio_fetch": ("prepare",),
+    "audio_forbidden": ("prepare",),
+    "audio_missing": ("prepare",),
+    "audio_too_large": ("prepare",),
     "image_decode": ("prepare",),
     "image_fetch": ("prepare",),
     "image_forbidden": ("prepare",),
@@ -93,7 +103,7 @@ STAGES_OF: dict[RowErrorCode, tuple[Stage, ...]] = {
 
 #: Errors that may not come again; the others are the row's own and would.
 WORTH_ANOTHER_TRY: frozenset[RowErrorCode] = frozenset(
-    {"image_fetch", "out_of_memory", "worker_died"}
+    {"audio_fetch", "image_fetch", "out_of_memory", "worker_died"}
 )
 
 
@@ -147,6 +157,17 @@ class RowError(Exception):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.cause}"
+
+    def of_audio(self) -> RowError:
+        """The same of an audio file: naming, fetching and unpacking a file does not ask what it
+        holds, and tells errors and settings as an image's.
+        """
+        if not self.code.startswith("image_"):
+            return self
+        cause = self.cause.replace("(images.max_bytes)", "(audio.max_bytes)")
+        cause = cause.replace("data:image/jpeg;base64,", "data:audio/wav;base64,")
+        code = cast(RowErrorCode, f"audio_{self.code.removeprefix('image_')}")
+        return RowError(code, cause.replace("folder of the images", "folder of the files"))
 
     def at(self, stage: Stage) -> RowFailure:
         """The row's fate, as the stage knows it that gives the row up."""

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import RowError, RowFailure
 from pipeline.picture import Picture, packed_sizes, unpacked
+from pipeline.sound import Sound
 
 #: In which form the rows of a job's input come.
 Form = Literal["parquet", "webdataset", "arrow", "jsonl", "csv", "images"]
@@ -30,6 +31,8 @@ ID_LENGTH = 1024
 ID = "awaker:id"
 IMAGES = "awaker:images"
 REFERENCES = "awaker:references"
+AUDIO = "awaker:audio"
+AUDIO_REFERENCES = "awaker:audio_references"
 PROMPT = "awaker:prompt"
 MESSAGES = "awaker:messages"
 SETTINGS = "awaker:settings"
@@ -50,14 +53,17 @@ PromptLayout = Literal["rows", "columns"]
 ANSWER_COLUMNS = ("prompt", "text", "finish_reason", "error")
 
 #: What reading adds to the extra columns. Images are encoded bytes, or null where a path or URL is
-#: in the same place of `REFERENCES`; a null list is a missing image. A row that cannot be read has
-#: an error, and an id. Settings are what a line of an OpenAI batch says beside its chat, as JSON.
+#: in the same place of `REFERENCES`; a null list is a missing image. So are audio files. A row that
+#: cannot be read has an error, and an id. Settings are what a line of an OpenAI batch says beside
+#: its chat, as JSON.
 #: large_binary: with 32-bit offsets, blocks of more than 2 GiB of images could not be put together.
 READ_SCHEMA = pa.schema(
     [
         pa.field(ID, pa.string()),
         pa.field(IMAGES, pa.list_(pa.large_binary())),
         pa.field(REFERENCES, pa.list_(pa.string())),
+        pa.field(AUDIO, pa.list_(pa.large_binary())),
+        pa.field(AUDIO_REFERENCES, pa.list_(pa.string())),
         pa.field(PROMPT, pa.string()),
         pa.field(MESSAGES, pa.string()),
         pa.field(SETTINGS, pa.string()),
@@ -70,12 +76,15 @@ SPAN = "awaker:span"
 PIXELS = "awaker:pixels"
 SIZES = "awaker:sizes"
 CUTS = "awaker:cuts"
+SAMPLES = "awaker:samples"
+SOUNDS = "awaker:sounds"
 INPUTS = "awaker:inputs"
 STAGE = "awaker:stage"
 SAMPLING = "awaker:sampling"
 
 #: What preparing makes of them: uint8 pixels of views instead of image files, with the views' sizes
-#: and how pictures were cut into them; beside an error the stage that it happened in.
+#: and how pictures were cut into them; int16 samples of sounds, and for each of them how many
+#: pictures stand before it and whether it is padded; beside an error the stage that it happened in.
 PREPARED_SCHEMA = pa.schema(
     [
         pa.field(ID, pa.string()),
@@ -87,6 +96,8 @@ PREPARED_SCHEMA = pa.schema(
         pa.field(PIXELS, pa.list_(pa.large_binary())),
         pa.field(SIZES, pa.list_(pa.int32())),
         pa.field(CUTS, pa.list_(pa.int32())),
+        pa.field(SAMPLES, pa.list_(pa.large_binary())),
+        pa.field(SOUNDS, pa.list_(pa.int32())),
         pa.field(INPUTS, pa.large_binary()),
         pa.field(SAMPLING, pa.string()),
     ]
@@ -105,6 +116,7 @@ class ReadyRow:
         images: its pictures.
         sampling: its own settings of `Sampling`, by name; all others are the job's.
         inputs: what else its model takes: see `engine.Request`.
+        sounds: its sounds.
     """
 
     id: str
@@ -114,11 +126,13 @@ class ReadyRow:
     images: tuple[Picture, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     inputs: bytes = b""
+    sounds: tuple[Sound, ...] = ()
 
     @property
-    def pixel_bytes(self) -> int:
-        """Bytes of its pixels, and of what else its model takes."""
-        return sum(picture.nbytes for picture in self.images) + len(self.inputs)
+    def media_bytes(self) -> int:
+        """Bytes of its pixels and samples, and of what else its model takes."""
+        pixels = sum(picture.nbytes for picture in self.images)
+        return pixels + sum(sound.nbytes for sound in self.sounds) + len(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -236,6 +250,8 @@ def _cells(row: PreparedRow) -> dict[str, Any]:
         PIXELS: [view.tobytes() for picture in row.images for view in picture.views],
         SIZES: sides,
         CUTS: cuts,
+        SAMPLES: [sound.samples.tobytes() for sound in row.sounds],
+        SOUNDS: [n for sound in row.sounds for n in (sound.behind, int(sound.padded))],
         INPUTS: row.inputs or None,
         SAMPLING: json.dumps(row.sampling) if row.sampling else None,
     }
@@ -257,6 +273,8 @@ def _row(
     pixels: pa.Scalar,
     sizes: pa.Scalar,
     cuts: pa.Scalar,
+    samples: pa.Scalar,
+    sounds: pa.Scalar,
     inputs: pa.Scalar,
     sampling: pa.Scalar,
 ) -> PreparedRow:
@@ -265,6 +283,11 @@ def _row(
         return FailedRow(id_.as_py(), prompt.as_py(), failure)
     buffers = [view.as_buffer() for view in pixels.values]
     images = tuple(unpacked(buffers, sizes.as_py(), cuts.as_py()))
+    told = sounds.as_py()
+    heard = tuple(
+        Sound(np.frombuffer(buffer.as_buffer(), np.int16), behind, bool(padded))
+        for buffer, behind, padded in zip(samples.values, told[::2], told[1::2], strict=True)
+    )
     start, end = span.as_py()
     return ReadyRow(
         id_.as_py(),
@@ -274,4 +297,5 @@ def _row(
         images,
         json.loads(sampling.as_py()) if sampling.is_valid else {},
         inputs.as_py() or b"",
+        heard,
     )

@@ -50,7 +50,9 @@ def random_questions(count: int, seed: int, images: Sequence[int] = (1, 0, 2)) -
 def as_request(asked: Asked, processor: PromptProcessor, sampling: Sampling) -> Request:
     """The request that a replica would make of it."""
     prompt = processor.prepare(asked.messages)
-    return Request(prompt.input_ids, prompt.span, prompt.images, sampling, prompt.inputs)
+    return Request(
+        prompt.input_ids, prompt.span, prompt.images, sampling, prompt.inputs, prompt.sounds
+    )
 
 
 def as_transformers_inputs(asked: Asked, base: Path) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from pipeline.rows import (
     prepared_table,
     with_own_columns,
 )
+from pipeline.sound import Sound
 
 text = st.text(st.characters(codec="utf-8"), max_size=8)
 
@@ -29,6 +30,18 @@ def picture(
     return Picture(
         tuple(noise.integers(0, 256, (*view, 3), dtype=np.uint8) for view in views), size
     )
+
+
+#: Samples, pictures before it, and whether it is padded.
+sounds = st.tuples(st.integers(1, 99), st.integers(0, 9), st.booleans())
+
+
+def sound(noise: np.random.Generator, count: int, behind: int, padded: bool) -> Sound:
+    return Sound(noise.integers(-(1 << 15), 1 << 15, count, dtype=np.int16), behind, padded)
+
+
+def told(row: ReadyRow) -> list[tuple[list[int], int, bool]]:
+    return [(one.samples.tolist(), one.behind, one.padded) for one in row.sounds]
 
 
 @st.composite
@@ -46,6 +59,7 @@ def rows(draw: st.DrawFn) -> PreparedRow:
         noise.integers(0, 1 << 17, draw(st.integers(1, 20)), dtype=np.int32),
         draw(st.tuples(st.integers(0, 50), st.integers(0, 50))),
         tuple(picture(noise, views, size) for views, size in pictures),
+        sounds=tuple(sound(noise, *told) for told in draw(st.lists(sounds, max_size=3))),
     )
 
 
@@ -56,6 +70,7 @@ def equal(a: PreparedRow, b: PreparedRow) -> bool:
         (a.id, a.prompt, a.span) == (b.id, b.prompt, b.span)
         and np.array_equal(a.input_ids, b.input_ids)
         and a.images == b.images
+        and told(a) == told(b)
     )
 
 

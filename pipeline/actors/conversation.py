@@ -1,4 +1,6 @@
-"""From a row's prompt or chat and its images to the conversation that the chat template takes."""
+"""From a row's prompt or chat, its images and its sounds to the conversation that the chat template
+takes.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +9,37 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from pipeline.errors import RowError
-from pipeline.families.prompt import Message
+from pipeline.actors.sounds import told_of_audio
+from pipeline.errors import RowError, RowErrorCode
+from pipeline.families.prompt import DEAF, Message, parts_of
 from pipeline.io.input.data_uri import bytes_of, data_of, is_data_uri
 from pipeline.io.input.references import shown
+from pipeline.sound import Sound
 
 
-def from_prompt(prompt: str | None, images: Sequence[Any], field: str) -> list[Message]:
-    """One user turn: the images, then the prompt.
+def from_prompt(
+    prompt: str | None, images: Sequence[Any], field: str, sounds: Sequence[Sound] = ()
+) -> list[Message]:
+    """One user turn: the images, then the sounds, then the prompt.
 
     Args:
-        prompt: the question or instruction.
+        prompt: the question or instruction; where there are sounds, they may be it.
         images: the row's images, each a `PIL.Image` or a `Picture`.
         field: where the prompt came from, for messages.
+        sounds: the row's sounds.
 
     Raises:
         RowError: `prompt_missing`.
     """
-    if prompt is None or not prompt.strip():
+    is_empty = prompt is None or not prompt.strip()
+    if is_empty and not sounds:
         raise RowError("prompt_missing", f"{field} is {'null' if prompt is None else 'empty'}")
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    parts += [{"type": "audio", "audio": sound} for sound in sounds]
+    parts += [] if is_empty else [{"type": "text", "text": prompt}]
+    return [{"role": "user", "content": parts}]
 
 
 #: Most brackets and commas of a chat given as JSON; with fewer it is read in some 100 MB, whatever
@@ -39,10 +49,11 @@ MOST_MARKS = 1 << 18
 #: Types of parts: those of transformers and qwen-vl-utils, of OpenAI's chats, and of its Responses.
 TEXTS = frozenset({"text", "input_text", "output_text"})
 IMAGES = frozenset({"image", "image_url", "input_image"})
-#: Types of parts that no model here reads: transformers', and OpenAI's.
-SOUNDS = ("audio", "audio_url", "input_audio")
-#: Keys that hold an image, or say where it is.
-SOURCES = ("image", "image_url", "url", "path", "base64")
+SOUNDS = frozenset({"audio", "audio_url", "input_audio"})
+#: Keys of any part that say where its file is, or hold it; of an image part, and of an audio part.
+_ANYWHERE = ("url", "path", "base64")
+SOURCES = ("image", "image_url", *_ANYWHERE)
+SOUND_SOURCES = ("audio", "audio_url", "input_audio", *_ANYWHERE)
 #: Keys of qwen-vl-utils that say how an image is resized.
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 #: Least and most pixels that qwen-vl-utils itself makes of an image: 4 and 16,384 visual tokens of
@@ -58,22 +69,43 @@ ROLES = {"developer": "system"}
 #: Half a surrogate pair, as JSON escapes it; whole pairs look the same.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-#: The image in bytes that came from a field, or raises `RowError`.
+#: The image, or the sound, in bytes that came from a field, or raises `RowError`.
 Decode = Callable[[bytes, str], Any]
-#: Bytes of the image at a path or URL, or raises `RowError`.
+#: Bytes of the file at a path or URL, or raises `RowError`.
 Fetch = Callable[[str], bytes]
 
 
+@dataclass(frozen=True)
+class Hearing:
+    """What a chat's audio parts become.
+
+    Attributes:
+        sounds: the row's sounds.
+        decode: decodes the chat's own.
+        fetch: fetches those that it names.
+    """
+
+    sounds: Sequence[Sound]
+    decode: Decode
+    fetch: Fetch
+
+
 def from_messages(
-    text: str | None, images: Sequence[Any], field: str, decode: Decode, fetch: Fetch
+    text: str | None,
+    images: Sequence[Any],
+    field: str,
+    decode: Decode,
+    fetch: Fetch,
+    hearing: Hearing | None = None,
 ) -> tuple[list[Message], str]:
-    """A chat given as JSON: a list of turns with `role` and `content` (text, or a list of text and
-    image parts).
+    """A chat given as JSON: a list of turns with `role` and `content` (text, or a list of text,
+    image and audio parts).
 
     An image part without an image of its own takes the next image of the row. One with a `data:`
     URI, base64, a path or a URL has its own, in the form of transformers (`url`, `path`, `base64`),
-    of qwen-vl-utils (`image`) or of OpenAI (`image_url`). A key whose value is null counts as
-    absent: tables give every part the keys of all.
+    of qwen-vl-utils (`image`) or of OpenAI (`image_url`). So do audio parts, which may also be
+    OpenAI's `input_audio`. A key whose value is null counts as absent: tables give every part the
+    keys of all.
 
     Args:
         text: the chat.
@@ -81,38 +113,60 @@ def from_messages(
         field: where the chat came from, for messages.
         decode: decodes the chat's own images.
         fetch: fetches those that it names.
+        hearing: what its audio parts become; None: the model hears nothing.
 
     Returns:
         The conversation, and the text of its last user turn.
 
     Raises:
-        RowError: `prompt_missing`, `prompt_invalid`, `messages_invalid` or an image's own error.
+        RowError: `prompt_missing`, `prompt_invalid`, `messages_invalid` or the own error of an
+            image or a sound.
     """
     if text is None or not text.strip():
         raise RowError("prompt_missing", f"{field} is {'null' if text is None else 'empty'}")
     # As a whole, before any image is touched.
     messages = _read(text, field)
-    if not _text_of(messages[-1]).strip() and not any(_image_parts(messages[-1:])):
+    if not _text_of(messages[-1]).strip() and not any(
+        any(_parts(messages[-1:], kind)) for kind in ("image", "audio")
+    ):
         raise RowError("prompt_missing", f"the last turn of {field} is empty")
-    parts = list(_image_parts(messages))
-    wanted = sum(part["image"] is None for part in parts)
-    if wanted > len(images):
-        raise RowError("image_missing", "messages has more image parts than the row has images")
-    row_images = iter(images)
-    for part in parts:
-        part["image"] = (
-            next(row_images) if part["image"] is None else part["image"].load(decode, fetch)
-        )
-    if left := len(images) - wanted:
-        raise RowError(
-            "messages_invalid", f"{field} has no place for {left} of the row's {len(images)} images"
-        )
+    sounds = list(_parts(messages, "audio"))
+    if hearing is None and sounds:
+        raise RowError("messages_invalid", DEAF)
+    _fill(list(_parts(messages, "image")), "image", images, field, decode, fetch)
+    if hearing is not None:
+        with told_of_audio():
+            _fill(sounds, "audio", hearing.sounds, field, hearing.decode, hearing.fetch)
     return messages, _text_of(messages[-1])
+
+
+def _fill(
+    parts: Sequence[dict[str, Any]],
+    kind: str,
+    own: Sequence[Any],
+    field: str,
+    decode: Decode,
+    fetch: Fetch,
+) -> None:
+    """Put what they stand for into the parts of a kind: the row's own in turn, where they say
+    nothing of it.
+    """
+    many = "images" if kind == "image" else "audio files"
+    wanted = sum(part[kind] is None for part in parts)
+    if wanted > len(own):
+        raise RowError("image_missing", f"messages has more {kind} parts than the row has {many}")
+    in_turn = iter(own)
+    for part in parts:
+        part[kind] = next(in_turn) if part[kind] is None else part[kind].load(kind, decode, fetch)
+    if left := len(own) - wanted:
+        raise RowError(
+            "messages_invalid", f"{field} has no place for {left} of the row's {len(own)} {many}"
+        )
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where an image part has its image: a `data:` URI, a path or a URL; or base64 alone."""
+    """Where a part has its image or sound: a `data:` URI, a path or a URL; or base64 alone."""
 
     text: str
     is_base64: bool = False
@@ -122,17 +176,20 @@ class _Source:
         """The path or URL to fetch, if it is one."""
         return None if self.is_base64 or is_data_uri(self.text) else self.text
 
-    def load(self, decode: Decode, fetch: Fetch) -> Any:
+    def load(self, kind: str, decode: Decode, fetch: Fetch) -> Any:
         if self.reference is not None:
-            return decode(fetch(self.text), f"an image that messages names, {shown(self.text)}")
-        # How large a picture's file may be, decoding says.
+            what = "an image" if kind == "image" else "an audio file"
+            return decode(fetch(self.text), f"{what} that messages names, {shown(self.text)}")
+        # How large a file may be, decoding says.
         if is_data_uri(self.text):
             return decode(data_of(self.text, sys.maxsize), "a data: URI in messages")
         return decode(bytes_of(self.text, sys.maxsize, "base64 in messages"), "base64 in messages")
 
 
 def _read(text: str, field: str) -> list[Message]:
-    """A chat given as JSON, its image parts with a `_Source` or None in the place of an image."""
+    """A chat given as JSON, its image and audio parts with a `_Source` or None in the place of what
+    they stand for.
+    """
     turns = _turns(text, field)
     roles = [turn.get("role") for turn in turns]
     spoken = [ROLES.get(role, role) if isinstance(role, str) else role for role in roles]
@@ -166,15 +223,13 @@ def _read(text: str, field: str) -> list[Message]:
     ]
 
 
-def _image_parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
-    for message in messages:
-        if not isinstance(message["content"], str):
-            yield from (part for part in message["content"] if part["type"] == "image")
+def _parts(messages: Sequence[Message], kind: str) -> Iterator[dict[str, Any]]:
+    return (part for part in parts_of(messages) if part["type"] == kind)
 
 
-def named_images(text: str | None) -> list[str]:
-    """Paths and URLs that a chat given as JSON names, so that they can be fetched before they are
-    needed.
+def named_files(text: str | None, kind: Literal["image", "audio"] = "image") -> list[str]:
+    """Paths and URLs that a chat given as JSON names, of images or of audio files, so that they can
+    be fetched before they are needed.
 
     Whatever is wrong with the chat, `from_messages` says.
     """
@@ -182,7 +237,7 @@ def named_images(text: str | None) -> list[str]:
         contents = [{"content": _content(turn.get("content"))} for turn in _turns(text or "", "")]
     except RowError:
         return []
-    sources = [part["image"] for part in _image_parts(contents)]
+    sources = [part[kind] for part in _parts(contents, kind)]
     return [
         source.reference
         for source in sources
@@ -240,13 +295,14 @@ def _part(part: Any) -> dict[str, Any]:
         return {"type": "text", "text": given["text"]}
     if kind == "image":
         _refuse_others(given, _IMAGE_KEYS, "an image part")
-        return {"type": "image", "image": _source(given), **_sizes(given)}
-    if given.get("type") in SOUNDS or (kind is None and "audio" in given):
-        raise RowError("messages_invalid", "sound is not read; send texts and images")
+        return {"type": "image", "image": _source(given, "image"), **_sizes(given)}
+    if kind == "audio":
+        _refuse_others(given, {"type", *SOUND_SOURCES}, "an audio part")
+        return {"type": "audio", "audio": _source(given, "audio")}
     raise RowError(
         "messages_invalid",
-        f"a part of messages has type {_quoted(given.get('type'))}, expected text, image or "
-        "image_url",
+        f"a part of messages has type {_quoted(given.get('type'))}, expected text, image, "
+        "image_url or audio",
     )
 
 
@@ -260,17 +316,20 @@ def _given(part: Any) -> dict[str, Any]:
 
 
 def _kind(given: Mapping[str, Any]) -> str | None:
-    """`text`, `image` or, for anything else, None; Qwen's own parts have no type, but a key of its
-    name.
+    """`text`, `image`, `audio` or, for anything else, None; Qwen's own parts have no type, but a
+    key of its name.
     """
     kind = given.get("type")
     if kind is None:
+        if SOUNDS & given.keys():
+            return "audio"
         return (
             "image" if any(key in given for key in SOURCES) else "text" if "text" in given else None
         )
     if not isinstance(kind, str):
         return None
-    return "text" if kind in TEXTS else "image" if kind in IMAGES else None
+    kinds = {"text": TEXTS, "image": IMAGES, "audio": SOUNDS}
+    return next((name for name, types in kinds.items() if kind in types), None)
 
 
 def _refuse_others(given: Mapping[str, Any], known: Set[str], what: str) -> None:
@@ -316,23 +375,33 @@ def _sizes(given: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _source(given: Mapping[str, Any]) -> _Source | None:
-    """Where a part has its image; None: it takes the row's next one."""
-    named = [key for key in SOURCES if key in given]
+def _source(given: Mapping[str, Any], kind: Literal["image", "audio"]) -> _Source | None:
+    """Where a part has its image or sound; None: it takes the row's next one."""
+    sources = SOURCES if kind == "image" else SOUND_SOURCES
+    named = [key for key in sources if key in given]
     if len(named) > 1:
         raise RowError(
             "messages_invalid",
-            f"an image part of messages has both {named[0]!r} and {named[1]!r}, expected one",
+            f"an {kind} part of messages has both {named[0]!r} and {named[1]!r}, expected one",
         )
-    if not named and given.get("type") not in ("image_url", "input_image"):
+    # A bare `image` or `audio` is a place for the row's own; all other types say where theirs is.
+    if not named and given.get("type") == kind:
         return None
-    value = given[named[0]] if named else None
-    if named == ["image_url"] and isinstance(value, dict):
-        _refuse_others(_given(value), {"url", "detail"}, "an image_url")
+    value, is_base64 = given[named[0]] if named else None, named == ["base64"]
+    if named == [f"{kind}_url"] and isinstance(value, dict):
+        known = {"url", "detail"} if kind == "image" else {"url"}
+        _refuse_others(_given(value), known, f"an {kind}_url")
         value = value.get("url")
+    if named == ["input_audio"] and isinstance(value, dict):
+        # What the data are, they say themselves.
+        _refuse_others(_given(value), {"data", "format"}, "an input_audio")
+        value, is_base64 = value.get("data"), True
     if not isinstance(value, str) or not value.strip():
-        raise RowError("image_missing", "an image part of messages has no data: URI, path or URL")
-    return _Source(value.strip() if is_data_uri(value.strip()) else value, named == ["base64"])
+        code: RowErrorCode = "image_missing" if kind == "image" else "audio_missing"
+        raise RowError(code, f"an {kind} part of messages has no data: URI, path or URL")
+    if is_data_uri(value.strip()):
+        return _Source(value.strip(), named == ["base64"])
+    return _Source(value, is_base64)
 
 
 def _quoted(value: Any) -> str:

@@ -11,20 +11,24 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.actors.ahead import Ahead
-from pipeline.actors.conversation import from_messages, from_prompt, named_images
+from pipeline.actors.cells import named_in, text_of
+from pipeline.actors.conversation import from_messages, from_prompt
 from pipeline.actors.decoder import Decoder
+from pipeline.actors.hearing import Ears
 from pipeline.actors.pictures import EncodedPicture, RowPictures
 from pipeline.actors.refusal import Refusal
 from pipeline.actors.row_settings import row_settings
 from pipeline.actors.witness import TRIES
 from pipeline.counters import RowCounts
-from pipeline.errors import RowError, RowErrorCode, RowFailure
+from pipeline.errors import RowError, RowFailure
 from pipeline.families.prompt import PromptProcessor
 from pipeline.io.input.columns import Columns
 from pipeline.io.input.references import shown
 from pipeline.model.version import as_planned
 from pipeline.redact import cause_of, escaped, printable, traceback_of
 from pipeline.rows import (
+    AUDIO,
+    AUDIO_REFERENCES,
     ERROR,
     ID,
     IMAGES,
@@ -80,6 +84,7 @@ class Preparer:
         self._refusal = Refusal(monitor)
         with self._refusal.kept():
             self.processor = _processor(settings, planned)
+            self._ears = Ears.of(settings, columns, self.processor, image_root)
         self._columns = columns
         self._image_settings = settings.images
         self._most_new_tokens = settings.generation.max_new_tokens
@@ -102,22 +107,29 @@ class Preparer:
 
         Raises:
             CheckpointError: `model.base` is not what the job was planned with, here.
+            ConfigError: `audio.max_seconds` asks for more than the model hears.
         """
         self._refusal.check()
         extras = carried(table)
         ready: list[PreparedRow] = []
         size = start = 0
-        seconds, retries = 0.0, self._ahead.retries
-        columns = [table[name] for name in (ID, IMAGES, REFERENCES, PROMPT, MESSAGES, SETTINGS)]
+        seconds, retries = 0.0, self._retries
+        own = (ID, IMAGES, REFERENCES, AUDIO, AUDIO_REFERENCES, PROMPT, MESSAGES, SETTINGS)
+        columns = [table[name] for name in own]
         unread = table[ERROR].to_pylist()
         with self._watched(table) as (watch, died_before):
             # Images are on their way while earlier rows are decoded. Not where a process died of
             # this block: the row in hand is blamed for the next death, and must be the one whose
             # image is fetched.
-            self._ahead.begin(_named(table, self._image_settings.max_images), ahead=not died_before)
+            named = named_in(table, REFERENCES, "image", self._image_settings.max_images)
+            self._ahead.begin(named, ahead=not died_before)
+            if self._ears is not None:
+                self._ears.begin(table, ahead=not died_before)
             for index in range(len(table)):
                 died = watch(index)
                 self._ahead.hand(index)
+                if self._ears is not None:
+                    self._ears.ahead.hand(index)
                 values = [column[index] for column in columns]
                 started = time.monotonic()
                 failure = died
@@ -130,18 +142,25 @@ class Preparer:
                 )
                 seconds += time.monotonic() - started
                 ready.append(row)
-                size += row.pixel_bytes if isinstance(row, ReadyRow) else 0
+                size += row.media_bytes if isinstance(row, ReadyRow) else 0
                 if size >= TABLE_BYTES or index == len(table) - 1:
                     yield with_own_columns(extras.slice(start, len(ready)), prepared_table(ready))
                     start, ready, size = index + 1, [], 0
             self._ahead.end()
+            if self._ears is not None:
+                self._ears.end()
             self._last = None
         if self._monitor is not None:
-            more = self._ahead.retries - retries
+            more = self._retries - retries
             spent = round(1000 * seconds)
             self._monitor.count.remote(
                 RowCounts(prepared=len(table), prepare_ms=spent, fetch_retries=more)
             )
+
+    @property
+    def _retries(self) -> int:
+        """Further tries so far, of all files."""
+        return self._ahead.retries + (0 if self._ears is None else self._ears.ahead.retries)
 
     @contextlib.contextmanager
     def _watched(self, table: pa.Table) -> Iterator[tuple[Watch, bool]]:
@@ -174,6 +193,8 @@ class Preparer:
         id_: pa.Scalar,
         images: pa.Scalar,
         references: pa.Scalar,
+        audio: pa.Scalar,
+        audio_references: pa.Scalar,
         prompt: pa.Scalar,
         messages: pa.Scalar,
         settings: pa.Scalar,
@@ -184,17 +205,20 @@ class Preparer:
             sampling = row_settings(settings.as_py(), self._most_new_tokens)
             if self._columns.messages is None:
                 # Before the images: an error row shows its prompt.
-                asked = _text(prompt, self._asked_field)
+                asked = text_of(prompt, self._asked_field)
             decoded = self._decoded_once(images, references)
+            hearing = None if self._ears is None else self._ears.hearing(audio, audio_references)
             if self._columns.messages is None:
-                conversation = from_prompt(asked, decoded, self._asked_field)
+                sounds = () if hearing is None else hearing.sounds
+                conversation = from_prompt(asked, decoded, self._asked_field, sounds)
             else:
                 conversation, asked = from_messages(
-                    _text(messages, self._asked_field),
+                    text_of(messages, self._asked_field),
                     decoded,
                     self._asked_field,
                     self._decode,
                     self._ahead.get,
+                    hearing,
                 )
             prepared = self.processor.prepare(conversation)
             if self._require_images and not prepared.images:
@@ -207,6 +231,7 @@ class Preparer:
                 prepared.images,
                 sampling,
                 prepared.inputs,
+                prepared.sounds,
             )
         except RowError as error:
             return FailedRow(row_id, asked, error.at("prepare"))
@@ -247,7 +272,7 @@ class Preparer:
             )
             if image.is_valid:
                 yield self._decode(image.as_buffer().to_pybytes(), field)
-            elif name := _text(reference, field, "image_missing"):
+            elif name := text_of(reference, field, "image_missing"):
                 yield self._decode(self._ahead.get(name), f"{field}, {shown(name)},")
             else:
                 raise RowError("image_missing", f"{field} is null or has no bytes")
@@ -268,26 +293,3 @@ def _processor(settings: JobSettings, planned: Mapping[str, str] | None) -> Prom
     return prompt_processor(
         base, model.to_pictures(), settings.input.control_tokens, family=model.family
     )
-
-
-def _named(table: pa.Table, most: int) -> list[list[str]]:
-    """The paths and URLs that each row of a table names; none of a row that names more than it
-    may.
-    """
-    named = []
-    for references, messages in zip(table[REFERENCES], table[MESSAGES], strict=True):
-        names: list[str] = []
-        with contextlib.suppress(UnicodeDecodeError):  # its row will say so
-            names = [name for name in references.as_py() or [] if name]
-            names += named_images(messages.as_py())
-        named.append(names if len(names) <= most else [])
-    return named
-
-
-def _text(value: pa.Scalar, field: str, code: RowErrorCode = "prompt_invalid") -> str | None:
-    try:
-        text: str | None = value.as_py()
-        return text
-    except UnicodeDecodeError as error:
-        # Parquet files of other writers may call any bytes a string.
-        raise RowError(code, f"{field} is no valid UTF-8 ({error})") from error

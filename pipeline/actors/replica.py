@@ -184,7 +184,9 @@ class Replica:
 
     async def _try(self, row: ReadyRow, sampling: Sampling) -> Judged:
         answer = await asyncio.wrap_future(
-            self._engine.submit(Request(row.input_ids, row.span, row.images, sampling, row.inputs))
+            self._engine.submit(
+                Request(row.input_ids, row.span, row.images, sampling, row.inputs, row.sounds)
+            )
         )
         truncated = answer.finish_reason == "length"
         looping = answer.finish_reason == "repetition" or ends_in_loop(answer.token_ids)

@@ -19,19 +19,22 @@ from pipeline.model.assemble import Model
 from pipeline.model.ops import HostCopy, to_device
 from pipeline.model.routing import expert_factors
 from pipeline.picture import Picture
+from pipeline.sound import Medium, Sound
 
-#: Patches that the vision tower takes at once. On a GPU they bound its activations (about 1 GB for
-#: the 7B model in bfloat16), on a CPU they keep them in the processor's cache.
+#: Patches that the vision tower takes at once, and frames of the audio encoder. On a GPU they
+#: bound its activations (about 1 GB for the 7B model in bfloat16), on a CPU they keep them in the
+#: processor's cache.
 ENCODE_PATCHES = {"cpu": 2048, "cuda": 16_384}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A request whose images went through the vision tower and whose experts are known.
+    """A request whose images went through the vision tower, and its sounds through the audio
+    encoder, and whose experts are known.
 
     Attributes:
-        visual: [visual tokens, hidden] on the model's device; empty without images, and once the
-            prompt is in the cache.
+        visual: [visual tokens, hidden] on the model's device, those of sounds among them; empty
+            without images and sounds, and once the prompt is in the cache.
         image_places: [visual tokens] int64, their places among the prompt's tokens.
         positions: [3, T] int64, rotary positions of the prompt.
         next_position: rotary position of the first new token.
@@ -154,7 +157,9 @@ class Encoder:
             GenerationError: what is wrong with the request.
         """
         shape, ids = self._model.shape, request.input_ids
-        visual = sum(map(shape.vision.tokens, request.images))
+        if request.sounds and shape.audio is None:
+            raise GenerationError("the request has sounds, but the model hears none")
+        visual = sum(map(shape.tokens, request.media))
         if not 0 < len(ids) < shape.max_positions:
             raise GenerationError(
                 f"{len(ids)} prompt tokens, expected 1 to {shape.max_positions - 1}"
@@ -163,7 +168,7 @@ class Encoder:
             raise GenerationError(f"a token id lies outside the vocabulary of {shape.vocabulary}")
         if (placed := int((ids == self._image_token_id).sum())) != visual:
             raise GenerationError(
-                f"{placed} image tokens in the prompt, but {visual} visual tokens in its images"
+                f"{placed} image tokens in the prompt, but {visual} tokens in its images and sounds"
             )
         if not 0 <= request.span[0] < request.span[1] <= len(ids):
             raise GenerationError(
@@ -177,7 +182,7 @@ class Encoder:
         left = ENCODE_PATCHES[self._model.device.type]
         count = 0
         for request in requests:
-            left -= sum(map(self._model.shape.vision.patches, request.images))
+            left -= sum(map(self._model.shape.patches, request.media))
             if count and left < 0:
                 break
             count += 1
@@ -185,7 +190,7 @@ class Encoder:
 
     def encode(self, requests: Sequence[Request]) -> Encoding:
         """Launch the encoding of checked requests, without waiting for the device; equal images
-        pass the tower once.
+        pass the tower once, and equal sounds the audio encoder.
         """
         model = self._model
         features = self._visual(requests)
@@ -241,11 +246,11 @@ class Encoder:
         )
 
     def _visual(self, requests: Sequence[Request]) -> dict[bytes, Tensor]:
-        """Visual tokens of all images of the requests, by digest."""
+        """Tokens of all images and sounds of the requests, by digest."""
         visual: dict[bytes, Tensor] = {}
-        fresh: dict[bytes, Picture] = {}
+        fresh: dict[bytes, Medium] = {}
         for request in requests:
-            for digest, image in zip(request.digests, request.images, strict=True):
+            for digest, medium in zip(request.digests, request.media, strict=True):
                 known = visual.get(digest)
                 if (
                     known is None
@@ -256,11 +261,17 @@ class Encoder:
                 if known is not None or digest in fresh:
                     self.images_reused += 1
                 else:
-                    fresh[digest] = image
-        if fresh:
-            encoded = self._model.vision.encode(list(fresh.values()))
-            for digest, tokens in zip(fresh, encoded, strict=True):
-                visual[digest] = tokens
-                self._cache.put(digest, tokens)
-            self.images_encoded += len(fresh)
+                    fresh[digest] = medium
+        pictures = {key: one for key, one in fresh.items() if isinstance(one, Picture)}
+        sounds = {key: one for key, one in fresh.items() if isinstance(one, Sound)}
+        encoded: list[Tensor] = []
+        if pictures:
+            encoded += self._model.vision.encode(list(pictures.values()))
+        if sounds:
+            assert self._model.audio is not None
+            encoded += self._model.audio.encode(list(sounds.values()))
+        for digest, tokens in zip((*pictures, *sounds), encoded, strict=True):
+            visual[digest] = tokens
+            self._cache.put(digest, tokens)
+        self.images_encoded += len(fresh)
         return visual

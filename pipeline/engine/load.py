@@ -40,6 +40,7 @@ from pipeline.model.ops import check_compiler
 from pipeline.model.slices import check_parts
 from pipeline.model.weights import NUMBERS, Numbers, check_numbers
 from pipeline.redact import cause_of
+from pipeline.sound import Sound
 
 #: Models up to this width run on one thread of a CPU: handing their small products to others takes
 #: longer than computing them. The demo's, of 192: 93 rows a second on one thread, 48 on two.
@@ -87,20 +88,21 @@ class LoadedModel:
         """What shows the experts of requests without answering them."""
         return Encoder(self.model, self.processor.image_token_id, decode_route, cache_bytes=0)
 
-    def request(self, question: str, *pictures: Image.Image, **settings: object) -> Request:
-        """A question about some pictures, or about none.
+    def request(self, question: str, *media: Image.Image | Sound, **settings: object) -> Request:
+        """A question about some pictures and sounds, or about none.
 
         Args:
-            question: the text behind the pictures.
-            pictures: in the order in which the model sees them.
+            question: the text behind them.
+            media: in the order in which the model takes them.
             settings: fields of `Sampling` (`max_new_tokens`, `temperature`, ...); what is left open
                 is the checkpoint's generation_config.json's.
 
         Raises:
-            RowError: the prompt is longer than the model's context, or a picture cannot be resized.
+            RowError: the prompt is longer than the model's context, a picture cannot be resized, or
+                the model hears nothing.
             CheckpointError: generation_config.json cannot be read.
         """
-        return _request(self.folder, self.processor, question, pictures, settings)
+        return _request(self.folder, self.processor, question, media, settings)
 
 
 @dataclass(frozen=True)
@@ -130,25 +132,30 @@ class LoadedByTransformers:
         made, limit = self.processor, self.processor.max_positions
         return GenerateEngine(self.model, made.tokenizer, made.image_token_id, limit, options)
 
-    def request(self, question: str, *pictures: Image.Image, **settings: object) -> Request:
+    def request(self, question: str, *media: Image.Image | Sound, **settings: object) -> Request:
         """A question about some pictures; see `LoadedModel.request`."""
-        return _request(self.folder, self.processor, question, pictures, settings)
+        return _request(self.folder, self.processor, question, media, settings)
 
 
 def _request(
     folder: Path,
     processor: PromptProcessor,
     question: str,
-    pictures: Sequence[Image.Image],
+    media: Sequence[Image.Image | Sound],
     settings: Mapping[str, object],
 ) -> Request:
     content: list[dict[str, Any]] = [
-        {"type": "image", "image": picture.convert("RGB")} for picture in pictures
+        {"type": "audio", "audio": medium}
+        if isinstance(medium, Sound)
+        else {"type": "image", "image": medium.convert("RGB")}
+        for medium in media
     ]
     content.append({"type": "text", "text": question})
     prompt = processor.prepare([{"role": "user", "content": content}])
     sampling = Sampling.of_checkpoint(folder).ended_by(processor.end_token_ids).with_own(settings)
-    return Request(prompt.input_ids, prompt.span, prompt.images, sampling, prompt.inputs)
+    return Request(
+        prompt.input_ids, prompt.span, prompt.images, sampling, prompt.inputs, prompt.sounds
+    )
 
 
 def load(

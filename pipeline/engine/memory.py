@@ -298,8 +298,12 @@ def sampling_bytes(shape: ModelShape, dtype: torch.dtype, sizes: Sizes, parts: i
 
 
 def tower_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
-    """Bytes that the vision tower has alive at once for its largest batch."""
-    return shape.vision.batch_bytes(ENCODE_PATCHES["cuda"], dtype)
+    """Bytes that the vision tower, or after it the audio encoder, has alive at once for its largest
+    batch.
+    """
+    most = ENCODE_PATCHES["cuda"]
+    heard = 0 if shape.audio is None else shape.audio.batch_bytes(most, dtype)
+    return max(shape.vision.batch_bytes(most, dtype), heard)
 
 
 def fitting(

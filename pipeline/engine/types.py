@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from pipeline.sound import Medium, Sound, in_order
+
 if TYPE_CHECKING:
     from pipeline.engine.sampling import Sampling
     from pipeline.picture import Picture
@@ -35,11 +37,12 @@ class Request:
     """One prompt to answer.
 
     Attributes:
-        input_ids: [T] int32, with one image token for each visual token.
+        input_ids: [T] int32, with one image token for each visual token, and for each of a sound.
         span: (start, end), the positions whose mean embedding routes the request.
         images: its pictures, as the model's tower takes them.
         sampling: how to sample the answer.
         inputs: whatever else a model that transformers runs takes, as safetensors; none for others.
+        sounds: its sounds, as the model's audio encoder takes them.
     """
 
     input_ids: np.ndarray
@@ -47,6 +50,12 @@ class Request:
     images: tuple[Picture, ...]
     sampling: Sampling
     inputs: bytes = b""
+    sounds: tuple[Sound, ...] = ()
+
+    @cached_property
+    def media(self) -> list[Medium]:
+        """Its pictures and sounds, in the order of their tokens."""
+        return in_order(self.images, self.sounds)
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -57,8 +66,10 @@ class Request:
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
-        """What tells its images apart from others: size and every pixel."""
-        return tuple(picture.digest for picture in self.images)
+        """What tells its pictures and sounds apart from others: size and every pixel, every
+        sample.
+        """
+        return tuple(medium.digest for medium in self.media)
 
     @cached_property
     def key(self) -> tuple[object, ...] | None:
@@ -79,7 +90,7 @@ class Answer:
         finish_reason: `stop` (an end token or a stop string), `length`, or `repetition` (cut off in
             a loop).
         prompt_tokens: T, visual tokens included.
-        visual_tokens: tokens of the images.
+        visual_tokens: tokens of the images, and of the sounds.
         prefill_weights: [G, E] float16, the routers' weights of the experts in the prompt's pass;
             None without an adapter.
         decode_weights: the same for the new tokens.

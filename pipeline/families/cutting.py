@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import RowError
+from pipeline.families.prompt import parts_of
 from pipeline.picture import Picture
 
 #: Most that one side of an image may be of the other: Qwen2-VL's own bound.
@@ -90,12 +91,7 @@ def image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         RowError: `messages_invalid`, one is a video.
     """
-    parts = [
-        part
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-    ]
+    parts = list(parts_of(messages))
     if any("video" in part for part in parts):
         raise RowError("messages_invalid", "videos are not supported; send images")
     return [part for part in parts if "image" in part]

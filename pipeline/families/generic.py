@@ -125,6 +125,7 @@ class GenericPrompts(PromptProcessor):
         Raises:
             RowError: see there; `prompt_invalid`, too, where the processor does not take the row.
         """
+        self.sounds(messages)  # it hears none
         parts = image_parts(messages)
         texts = self.checked_texts(messages)
         if self._control_tokens == "error" and any(map(self._control.search, texts)):

@@ -23,6 +23,7 @@ from pipeline.model.shape import ModelShape
 from pipeline.model.sources import check_tokenizer
 from pipeline.picture import Picture
 from pipeline.redact import cause_of
+from pipeline.sound import RATE, Medium, Sound, in_order
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -45,6 +46,9 @@ LONGEST_WORD = 1 << 18
 PRIVATE = range(0xF0000, 0xFFFFE)
 
 
+#: What is said of a row with a sound, where the model hears nothing.
+DEAF = "this model hears nothing; send texts and images"
+
 #: In the place of a token's id that nobody told: it is in no prompt.
 NO_TOKEN = -1
 
@@ -54,17 +58,19 @@ class Prompt:
     """One row as the model reads it.
 
     Attributes:
-        input_ids: [T] int32, with one image token for each visual token.
+        input_ids: [T] int32, with one image token for each visual token, and for each of a sound.
         span: (start, end), the half-open range of positions whose mean embedding routes the
             request.
         images: its pictures, as the tower takes them.
         inputs: what else a model that transformers runs takes: see `engine.Request`.
+        sounds: its sounds, as the audio encoder takes them.
     """
 
     input_ids: np.ndarray
     span: tuple[int, int]
     images: tuple[Picture, ...]
     inputs: bytes = b""
+    sounds: tuple[Sound, ...] = ()
 
 
 class Cutter(Protocol):
@@ -207,6 +213,20 @@ class PromptProcessor:
                 f"model.base: the chat template of {folder} cannot be used ({cause_of(error)})"
             ) from error
 
+    @property
+    def hears(self) -> bool:
+        """Whether the model takes sounds."""
+        return self._shape.audio is not None
+
+    @property
+    def most_samples(self) -> int:
+        """Samples of the longest sound that the model takes; 0: it hears nothing."""
+        return 0 if self._shape.audio is None else self._shape.audio.most_samples
+
+    def audio_tokens(self, sound: Sound) -> int:
+        """Tokens of a sound, for a model that hears."""
+        return self._shape.tokens(sound)
+
     def visual_tokens(self, picture: Picture) -> int | None:
         """Visual tokens of a picture, exactly; None: not known."""
         return self._shape.vision.tokens(picture) if self._shape.is_native else None
@@ -238,40 +258,70 @@ class PromptProcessor:
         """Prepare one conversation.
 
         Args:
-            messages: the turns; image parts hold a `PIL.Image` or a `Picture` under "image".
+            messages: the turns; image parts hold a `PIL.Image` or a `Picture` under "image", audio
+                parts a `Sound` under "audio".
 
         Raises:
-            RowError: `image_decode`, `prompt_invalid`, `prompt_positions` or `prompt_too_long`.
+            RowError: `image_decode`, `audio_decode`, `audio_too_large`, `messages_invalid`,
+                `prompt_invalid`, `prompt_positions` or `prompt_too_long`.
         """
+        sounds = self.sounds(messages)
         pieces = self._pieces(messages)
         parts = self.cutter.parts(messages)
         if (tokens := self.cutter.tokens(parts)) >= self._max_positions:
             raise self.too_long(f"{tokens} visual tokens of {len(parts)} images")
         images = self.cutter.pictures(parts)
-        pieces, counts = self.placed(pieces, images)
+        pieces, counts = self.placed(pieces, in_order(images, sounds))
         input_ids = self._tokenized(pieces, counts)
         if (count := int((input_ids == self.image_token_id).sum())) != sum(counts):
             raise RowError(
                 "prompt_positions",
-                f"the prompt holds {count} {self._processor.image_token} for {sum(counts)} visual "
-                "tokens; remove special tokens from it",
+                f"the prompt holds {count} {self._processor.image_token} for {sum(counts)} tokens "
+                "of images and sounds; remove special tokens from it",
             )
         if len(input_ids) >= self._max_positions:
             raise self.too_long(f"{len(input_ids)} prompt tokens ({sum(counts)} of them visual)")
-        return Prompt(input_ids, self.span(input_ids), tuple(images))
+        return Prompt(input_ids, self.span(input_ids), tuple(images), sounds=sounds)
 
-    def placed(self, pieces: list[str], pictures: Sequence[Picture]) -> tuple[list[str], list[int]]:
-        """Where pictures' visual tokens stand.
+    def sounds(self, messages: Sequence[Message]) -> tuple[Sound, ...]:
+        """The sounds of a conversation, in the order of their places in its prompt.
+
+        Raises:
+            RowError: `messages_invalid`, there are some and the model hears nothing; `audio_decode`
+                or `audio_too_large`, one is shorter or longer than what it hears.
+        """
+        audio = self._shape.audio
+        heard = [part["audio"] for part in parts_of(messages) if part["type"] == "audio"]
+        if heard and audio is None:
+            raise RowError("messages_invalid", DEAF)
+        for sound in heard:
+            assert audio is not None
+            if len(sound.samples) < audio.least_samples:
+                raise RowError(
+                    "audio_decode",
+                    f"a sound of {sound.seconds:.3f} s is too short, expected "
+                    f"{audio.least_samples / RATE:g} s or more",
+                )
+            if len(sound.samples) > audio.most_samples:
+                raise RowError(
+                    "audio_too_large",
+                    f"a sound of {sound.seconds:.2f} s is too long, expected at most "
+                    f"{audio.most_samples / RATE:g} s",
+                )
+        return tuple(heard)
+
+    def placed(self, pieces: list[str], media: Sequence[Medium]) -> tuple[list[str], list[int]]:
+        """Where the tokens of pictures and sounds stand.
 
         Args:
             pieces: the rendered prompt: text and control token in turn, text first and last. An
-                image token stands for each picture.
-            pictures: the pictures.
+                image token stands for each picture and sound.
+            media: pictures and sounds.
 
         Returns:
-            The same with an image token for each run of visual tokens, and the runs' lengths.
+            The same with an image token for each run of their tokens, and the runs' lengths.
         """
-        return pieces, [self._shape.vision.tokens(picture) for picture in pictures]
+        return pieces, [self._shape.tokens(medium) for medium in media]
 
     def _pieces(self, messages: Sequence[Message]) -> list[str]:
         """The rendered prompt, cut at its control tokens: text and token in turn, text first and
@@ -521,6 +571,13 @@ def in_parts(messages: Sequence[Message]) -> list[Message]:
         else message
         for message in messages
     ]
+
+
+def parts_of(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
+    """The parts of a conversation, in their order; a content that is text has none."""
+    for message in messages:
+        if not isinstance(message["content"], str):
+            yield from message["content"]
 
 
 def texts_of(messages: Sequence[Message]) -> Iterator[str]:

@@ -4,14 +4,15 @@ Llama as decoder.
 Both were published with code of their own, which is never run: config and tokenizer are read as the
 JSON that they are. What cannot be read from any file follows the released code: MiniCPM-Llama3-V
 2.5's modeling_minicpmv.py and configuration_minicpm.py, Infini-Megrez-Omni's vllm_demo/megrezo.py,
-and for the order of a Megrez prompt the template of ms-swift. Megrez's sound is not read.
+and for the order of a Megrez prompt the template of ms-swift. Megrez hears, too: `whisper`.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,10 +25,12 @@ from pipeline.families.family import LLAMA_KEYS, Family, Rename, check_decoder, 
 from pipeline.families.navit import HEAD_WIDTH, NavitVision
 from pipeline.families.prompt import ControlTokens, Message, PromptProcessor, in_parts
 from pipeline.families.slicing import SliceCutter, Slicing
+from pipeline.families.whisper import WhisperShape, frames_of
 from pipeline.model.shape import ModelShape
 from pipeline.model.sources import read_object, read_object_if_any
 from pipeline.model.vision import ACTIVATIONS
 from pipeline.picture import Picture, PictureSettings
+from pipeline.sound import Medium, Sound
 
 #: Keys of a vision_config that are read.
 _TOWER = (
@@ -35,11 +38,18 @@ _TOWER = (
     *("num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps"),
 )
 
+#: What the audio encoder of Megrez-3B-Omni is, where its config leaves a key out; `output_dim` is
+#: the decoder's width.
+_AUDIO = {
+    **{"n_mels": 128, "n_ctx": 1500, "n_state": 1280, "n_head": 20, "n_layer": 32},
+    **{"avg_pool": True, "add_audio_bos_eos_token": True},
+}
+
 #: Its model_types.
 TOWERS = ("idefics2", "idefics2_vision", "siglip_vision_model")
 
-#: What marks views in a prompt, by the keys of preprocessor_config.json or tokenizer_config.json
-#: that name it; and how it is spelt where neither does.
+#: What marks views and sounds in a prompt, by the keys of preprocessor_config.json or
+#: tokenizer_config.json that name it; and how it is spelt where neither does.
 _MARKS = {
     "unk": ("unk", "unk_token"),
     "image_start": ("im_start", "image_start"),
@@ -48,6 +58,8 @@ _MARKS = {
     "slice_end": ("slice_end",),
     "id_start": ("im_id_start", "image_id_start"),
     "id_end": ("im_id_end", "image_id_end"),
+    "audio_start": ("audio_start",),
+    "audio_end": ("audio_end",),
 }
 _SPELT = {
     "unk": ("<unk>", "<|unk|>"),
@@ -57,6 +69,8 @@ _SPELT = {
     "slice_end": ("</slice>", "<|slice_end|>"),
     "id_start": ("<image_id>", "<|image_id_start|>"),
     "id_end": ("</image_id>", "<|image_id_end|>"),
+    "audio_start": ("<|audio_start|>", "<audio>"),
+    "audio_end": ("<|audio_end|>", "</audio>"),
 }
 
 
@@ -68,11 +82,14 @@ class ReleasedConfig:
         told: what it says.
         text: the decoder's part, a transformers `LlamaConfig`.
         vision: the tower's part, as transformers reads that of Idefics2 or SigLIP.
+        audio: the audio encoder's part, under the names of its constructor's arguments; None: there
+            is none.
     """
 
     told: dict[str, Any]
     text: Any
     vision: Any
+    audio: dict[str, Any] | None
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> ReleasedConfig:
@@ -86,7 +103,9 @@ class ReleasedConfig:
         is_siglip = tower.get("model_type") == "siglip_vision_model"
         kind = SiglipVisionConfig if is_siglip else Idefics2VisionConfig
         vision = kind(**{key: tower[key] for key in _TOWER if key in tower})
-        return cls({**told, "slice_config": dict(told["slice_config"])}, text, vision)
+        audio = told.get("audio_config", told.get("audio"))
+        heard = None if audio is None else {**_AUDIO, "output_dim": text.hidden_size, **audio}
+        return cls({**told, "slice_config": dict(told["slice_config"])}, text, vision, heard)
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,7 @@ class Marks:
         slices_as_images: whether each slice is marked like the whole, and the slices together as
             slices: MiniCPM-Llama3-V 2.5's form. Else each slice is marked as one: the form of
             MiniCPM-V 2.6 and Megrez.
+        sound: before and behind a sound; None: the model hears nothing.
     """
 
     unk: str
@@ -117,6 +137,7 @@ class Marks:
     slice: tuple[str, str]
     id: tuple[str, str] | None
     slices_as_images: bool
+    sound: tuple[str, str] | None = None
 
     def text(self, number: int, grid: tuple[int, int] | None) -> str:
         """What stands for an image, with `unk` for the visual tokens of a view.
@@ -143,21 +164,23 @@ def _between(marks: tuple[str, str], text: str) -> str:
 
 @dataclass(frozen=True)
 class ChatProcessor:
-    """In the place of a processor of transformers: renders chats whose images are parts.
+    """In the place of a processor of transformers: renders chats whose images and sounds are parts.
 
     Attributes:
         tokenizer: the transformers tokenizer, whose chat template takes text alone.
         image_processor: how pixels are normalised.
         image_token: what stands for an image in a rendered chat.
-        images_first: whether the images of a turn stand before its texts, whatever their order, and
-            end with a line break: Megrez's turns have no order. Else parts stand as they are, with
-            line breaks between them.
+        images_first: whether the images of a turn stand before its sounds and these before its
+            texts, whatever their order, and end with a line break: Megrez's turns have no order.
+            Else parts stand as they are, with line breaks between them.
+        sound: what stands for a sound, for those that hear.
     """
 
     tokenizer: Any
     image_processor: Pixels
     image_token: str
     images_first: bool
+    sound: str = ""
 
     @property
     def chat_template(self) -> str | None:
@@ -169,19 +192,26 @@ class ChatProcessor:
         self, messages: Sequence[Message], *, tokenize: bool, add_generation_prompt: bool
     ) -> str:
         """The chat as text."""
-        flat = [{**message, "content": self._flat(message)} for message in in_parts(messages)]
+        numbers = itertools.count(1)
+        flat = [
+            {**message, "content": self._flat(message, numbers)} for message in in_parts(messages)
+        ]
         rendered: str = self.tokenizer.apply_chat_template(
             flat, tokenize=tokenize, add_generation_prompt=add_generation_prompt
         )
         return rendered
 
-    def _flat(self, message: Message) -> str:
+    def _flat(self, message: Message, numbers: Iterator[int]) -> str:
+        """A turn as text; sounds are numbered throughout the conversation."""
         parts = message["content"]
         if not self.images_first:
             texts = [part["text"] if part["type"] == "text" else self.image_token for part in parts]
             return "\n".join(texts)
+        kinds = [part["type"] for part in parts]
+        images = f"{self.image_token}\n" * kinds.count("image")
+        sounds = [f"Audio {next(numbers)}: {self.sound}\n" for kind in kinds if kind == "audio"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
-        return f"{self.image_token}\n" * (len(parts) - len(texts)) + "\n".join(texts)
+        return images + "".join(sounds) + "\n".join(texts)
 
 
 class SlicesPrompts(PromptProcessor):
@@ -214,32 +244,58 @@ class SlicesPrompts(PromptProcessor):
         # The class that the folder names is code of its own; its file is a usual one.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self._marks = self._family.marks(folder, tokenizer)
+        marks = self._marks
         return ChatProcessor(
-            tokenizer, self._family.pixels, self._marks.unk, self._family.images_first
+            tokenizer,
+            self._family.pixels,
+            marks.unk,
+            self._family.images_first,
+            "" if marks.sound is None else _between(marks.sound, marks.unk),
         )
 
     def layout(self) -> list[str]:
-        """See `PromptProcessor`: what marks images, and what ends an answer, too."""
-        return [*super().layout(), self._marks.text(0, (1, 1)), *self._family.ends]
+        """See `PromptProcessor`: what marks images and sounds, and what ends an answer, too."""
+        sound = self._marks.sound or ()
+        return [*super().layout(), self._marks.text(0, (1, 1)), *sound, *self._family.ends]
 
-    def placed(self, pieces: list[str], pictures: Sequence[Picture]) -> tuple[list[str], list[int]]:
-        """See `PromptProcessor`: for each view a run of visual tokens, between its marks."""
+    def sounds(self, messages: Sequence[Message]) -> tuple[Sound, ...]:
+        """See `PromptProcessor`: the pictures of a turn stand before its sounds."""
+        heard = super().sounds(messages)
+        if not heard:
+            return ()
+        longest = max(frames_of(len(sound.samples)) for sound in heard)
+        pictures, behind = 0, []
+        for message in in_parts(messages):
+            kinds = [part["type"] for part in message["content"]]
+            pictures += kinds.count("image")
+            behind += [pictures] * kinds.count("audio")
+        return tuple(
+            Sound(sound.samples, before, padded=frames_of(len(sound.samples)) < longest)
+            for sound, before in zip(heard, behind, strict=True)
+        )
+
+    def placed(self, pieces: list[str], media: Sequence[Medium]) -> tuple[list[str], list[int]]:
+        """See `PromptProcessor`: for each view a run of visual tokens, between its marks; for each
+        sound one, which stands between its own already.
+        """
         vision = self._shape.vision
         assert isinstance(vision, NavitVision)
-        if pieces[1::2].count(self._marks.unk) != len(pictures):
-            return super().placed(pieces, pictures)  # refused there with what is wrong
-        left = enumerate(pictures)
-        out = pieces[:1]
+        if pieces[1::2].count(self._marks.unk) != len(media):
+            return super().placed(pieces, media)  # refused there with what is wrong
+        left, numbers = iter(media), itertools.count()
+        out, counts = pieces[:1], []
         for token, text in zip(pieces[1::2], pieces[2::2], strict=True):
-            if token == self._marks.unk:
-                number, picture = next(left)
-                grid = self._slicing.grid((picture.size[1], picture.size[0]))
+            medium = next(left) if token == self._marks.unk else None
+            if isinstance(medium, Picture):
+                grid = self._slicing.grid((medium.size[1], medium.size[0]))
                 # It begins and ends with a token: the texts around it stay as they are.
-                out += self.cut(self._marks.text(number, grid))[1:-1]
+                out += self.cut(self._marks.text(next(numbers), grid))[1:-1]
+                counts += [vision.queries] * len(medium.views)
             else:
                 out.append(token)
+                counts += [] if medium is None else [self._shape.tokens(medium)]
             out.append(text)
-        return out, [vision.queries] * sum(len(picture.views) for picture in pictures)
+        return out, counts
 
     def span(self, input_ids: np.ndarray) -> tuple[int, int]:
         """All: nothing routes."""
@@ -296,7 +352,8 @@ class Sliced(Family):
             in_one_row=self.in_one_row,
         )
         tied = bool(text.tie_word_embeddings)
-        return llama_shape(text, vision, family=self.name, tied=tied)
+        shape = llama_shape(text, vision, family=self.name, tied=tied)
+        return shape if config.audio is None else replace(shape, audio=_audio(config))
 
     def prompts(
         self, folder: Path, shape: ModelShape, pictures: PictureSettings, control: ControlTokens
@@ -330,7 +387,7 @@ class Sliced(Family):
         return Slicing(most if sliced else 1, scale, vision.tower.patch_size)
 
     def marks(self, folder: Path, tokenizer: Any) -> Marks:
-        """The tokens that mark images in a prompt.
+        """The tokens that mark images and sounds in a prompt.
 
         Raises:
             CheckpointError: the tokenizer lacks one of them.
@@ -339,9 +396,12 @@ class Sliced(Family):
         told |= read_object_if_any(folder / "preprocessor_config.json", "model.base")
         added = tokenizer.get_added_vocab()
         found: dict[str, str] = {}
+        hears = self.read_config(folder).audio is not None
         numbered = bool(told.get("use_image_id", False)) and not self.slices_as_images
         for mark, keys in _MARKS.items():
-            if mark.startswith("id_") and not numbered:
+            if (mark.startswith("id_") and not numbered) or (
+                mark.startswith("audio_") and not hears
+            ):
                 continue
             named = [_text_of(told[key]) for key in keys if told.get(key)]
             known = [token for token in (*named[:1], *_SPELT[mark]) if token in added]
@@ -358,6 +418,7 @@ class Sliced(Family):
             slice=(found["slice_start"], found["slice_end"]),
             id=(found["id_start"], found["id_end"]) if numbered else None,
             slices_as_images=self.slices_as_images,
+            sound=(found["audio_start"], found["audio_end"]) if hears else None,
         )
 
 
@@ -390,6 +451,37 @@ def _tower(config: ReleasedConfig) -> ClipShape:
         patch_size=vision.patch_size,
         activation=vision.hidden_act,
         norm_eps=vision.layer_norm_eps,
+    )
+
+
+def _audio(config: ReleasedConfig) -> WhisperShape:
+    """Sizes of the audio encoder.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    told = config.audio
+    assert told is not None
+    sizes = {key: told[key] for key in ("n_mels", "n_ctx", "n_state", "n_head", "n_layer")}
+    wrong = [f"{key} is {n!r}" for key, n in sizes.items() if type(n) is not int or n < 1]
+    if not (told["avg_pool"] and told["add_audio_bos_eos_token"]):
+        wrong.append("avg_pool or add_audio_bos_eos_token is off")
+    if told["output_dim"] != config.text.hidden_size:
+        wrong.append(f"output_dim is {told['output_dim']!r}, not hidden_size")
+    if not wrong and sizes["n_state"] % sizes["n_head"]:
+        wrong.append("n_state is no multiple of n_head")
+    if wrong:
+        raise CheckpointError(
+            f"model.base: audio_config: {'; '.join(wrong)}; expected the encoder that "
+            "Megrez-3B-Omni was released with"
+        )
+    return WhisperShape(
+        mels=sizes["n_mels"],
+        places=sizes["n_ctx"],
+        width=sizes["n_state"],
+        heads=sizes["n_head"],
+        depth=sizes["n_layer"],
+        hidden=config.text.hidden_size,
     )
 
 
@@ -450,13 +542,15 @@ class MiniCPMLlama3V(Sliced):
 
 
 class Megrez(Sliced):
-    """Megrez-3B-Omni, its pictures and texts."""
+    """Megrez-3B-Omni."""
 
     name = "megrez"
     model_types = ("megrezo",)
-    renames = tuple(_renames(r"vision\."))
-    #: Its sound is not read: nothing depends on the encoder.
-    ignored = re.compile(rf"{_TABLES}|^audio\.")
+    renames = (
+        *_renames(r"vision\."),
+        (re.compile(r"^audio\.audio\."), "audio_tower."),
+    )
+    ignored = re.compile(_TABLES)
     defaults: ClassVar[dict[str, Any]] = {
         "query_num": 64,
         "drop_vision_last_layer": False,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.model.audio import Audio
 from pipeline.model.checkpoint import Checkpoint
 from pipeline.model.decoder import Decoder, DecoderLayer, LayerFactors
 from pipeline.model.experts import ExpertFactors, Mixture
@@ -28,6 +29,7 @@ class Model:
         shape: its sizes.
         embeddings: [vocabulary, hidden], the token embeddings.
         vision: the vision tower.
+        audio: the audio encoder; None: the model hears nothing.
         routers: the stacked routers, None without an adapter.
         decoder: the decoder, or the first of its parts.
     """
@@ -35,6 +37,7 @@ class Model:
     shape: ModelShape
     embeddings: Tensor
     vision: Vision
+    audio: Audio | None
     routers: Routers | None
     decoder: Decoder
 
@@ -163,6 +166,7 @@ def assemble(
     """
     parts = Parts(tensors, _rank(shape), prepack, numbers)
     vision = shape.vision.assemble(parts, table)
+    audio = None if shape.audio is None else shape.audio.assemble(parts)
     embeddings = tensors.pop("embeddings.weight")
     tied = None
     if shape.tied_embeddings:
@@ -171,7 +175,7 @@ def assemble(
     routers = None
     if shape.adapter is not None:
         routers = Routers(*(tensors.pop(f"gates.{name}") for name in ("norm", "weight", "bias")))
-    return Model(shape, embeddings, vision, routers, decoder)
+    return Model(shape, embeddings, vision, audio, routers, decoder)
 
 
 def _rank(shape: ModelShape) -> int:

@@ -93,6 +93,8 @@ def released_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     hidden = shape.hidden
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     shapes = shape.vision.tensors(hidden)
+    if shape.audio is not None:
+        shapes |= shape.audio.tensors(hidden)
     shapes["model.embed_tokens.weight"] = (shape.vocabulary, hidden)
     for layer in range(shape.layers):
         at = f"model.layers.{layer}"
@@ -152,6 +154,8 @@ def as_is(tensor: Tensor) -> Tensor:
 def recipes(shape: ModelShape) -> Iterator[Recipe]:
     """All serving tensors of a model, in the order of a forward pass."""
     yield from shape.vision.recipes()
+    if shape.audio is not None:
+        yield from shape.audio.recipes()
     yield Recipe("embeddings.weight", ("model.embed_tokens.weight",), as_is)
     for layer in range(shape.layers):
         yield from _layer_recipes(layer, shape)

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.sound import Medium, Sound
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from pipeline.model.assemble import Parts
+    from pipeline.model.audio import Audio
     from pipeline.model.checkpoint import Recipe
     from pipeline.model.vision import Vision
     from pipeline.picture import Picture
@@ -87,6 +90,50 @@ class VisionShape(ABC):
         """
 
 
+class AudioShape(ABC):
+    """A family's audio encoder without its weights: what sounds cost, and which tensors it is made
+    of.
+    """
+
+    @property
+    @abstractmethod
+    def most_samples(self) -> int:
+        """Samples of the longest sound that it takes."""
+
+    @property
+    @abstractmethod
+    def least_samples(self) -> int:
+        """Samples of the shortest."""
+
+    @abstractmethod
+    def tokens(self, sound: Sound) -> int:
+        """Tokens of a sound, exactly."""
+
+    @abstractmethod
+    def frames(self, sound: Sound) -> int:
+        """Frames that its blocks take for a sound."""
+
+    @abstractmethod
+    def batch_bytes(self, frames: int, dtype: torch.dtype) -> int:
+        """Bytes that it has alive at once for a batch of so many frames."""
+
+    @abstractmethod
+    def tensors(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Every tensor of encoder and projector by canonical name, with its shape.
+
+        Args:
+            hidden: width of the decoder.
+        """
+
+    @abstractmethod
+    def recipes(self) -> Iterator[Recipe]:
+        """Their serving tensors, whose names begin with `audio.`."""
+
+    @abstractmethod
+    def assemble(self, parts: Parts) -> Audio:
+        """Put the encoder together of its serving tensors."""
+
+
 @dataclass(frozen=True)
 class AdapterShape:
     """Sizes and settings of the adapter: `experts` = E without the global one, `rank` = r, `scale`
@@ -111,6 +158,7 @@ class ModelShape:
         qkv_bias: whether the projections of queries, keys and values have biases.
         family: name of the family that knows its tower and its prompts.
         is_native: whether the model is computed here; else transformers runs it.
+        audio: sizes of its audio encoder; None: it hears nothing.
     """
 
     layers: int
@@ -130,6 +178,21 @@ class ModelShape:
     qkv_bias: bool = True
     family: str = "qwen2_vl"
     is_native: bool = True
+    audio: AudioShape | None = None
+
+    def tokens(self, medium: Medium) -> int:
+        """Tokens of a prompt that stand for a picture, or for a sound that it can hear, exactly."""
+        if not isinstance(medium, Sound):
+            return self.vision.tokens(medium)
+        assert self.audio is not None
+        return self.audio.tokens(medium)
+
+    def patches(self, medium: Medium) -> int:
+        """Patches that the tower takes for a picture, or frames that the audio encoder does."""
+        if not isinstance(medium, Sound):
+            return self.vision.patches(medium)
+        assert self.audio is not None
+        return self.audio.frames(medium)
 
     def part(self, parts: int) -> ModelShape:
         """Sizes of one of several equal parts of the decoder (`pipeline.model.slices`). Those of

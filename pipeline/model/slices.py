@@ -32,7 +32,7 @@ _BY_INPUTS = re.compile(
 #: Tokens' embeddings are looked up by the first process alone; the others need them where lm_head
 #: is the same tensor.
 _BY_VOCABULARY = ("lm_head.weight", "embeddings.weight", "model.embed_tokens.weight")
-_ONLY_AT_THE_FIRST = ("vision.", "gates.", "embeddings.")
+_ONLY_AT_THE_FIRST = ("vision.", "audio.", "gates.", "embeddings.")
 
 
 @dataclass(frozen=True)

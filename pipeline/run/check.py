@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.actors.sounds import most_samples
 from pipeline.engine.options import check_for_transformers
 from pipeline.errors import ConfigError, OutputError
 from pipeline.io.input.plan import InputPlan, plan_input
@@ -20,6 +21,7 @@ from pipeline.redact import tell
 from pipeline.settings.job import JobSettings, Task
 
 if TYPE_CHECKING:
+    from pipeline.families.prompt import PromptProcessor
     from pipeline.model.checkpoint import Checkpoint
 
 #: From this many ids on, reading them takes long enough to say so.
@@ -80,7 +82,9 @@ def check_job(task: Task, settings: JobSettings, only: frozenset[str] | None = N
             fold_experts=settings.engine.fold_experts,
             tensor_parallel=model.tensor_parallel,
         )
-    prompts_of(checkpoint.folder, checkpoint.shape, model.to_pictures())
+    _check_sound(
+        settings, plan, prompts_of(checkpoint.folder, checkpoint.shape, model.to_pictures())
+    )
     settings.generation.to_sampling(checkpoint.folder)
     files = deciding_files(checkpoint.folder, checkpoint.files.files)
     manifest = Manifest.of(task, settings, digests_of(files), plan)
@@ -111,6 +115,21 @@ def _check_columns(task: Task, settings: JobSettings, plan: InputPlan, truth: Tr
         raise ConfigError(
             "input.columns.image: the input has no column 'image' or 'images', so there is nothing "
             "to caption; name the column in input.columns.image or input.columns.images"
+        )
+
+
+def _check_sound(settings: JobSettings, plan: InputPlan, prompts: PromptProcessor) -> None:
+    """Make sure that the model hears what there is to hear.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if prompts.hears:
+        most_samples(settings.audio, prompts.most_samples)
+    elif plan.columns.audio is not None:
+        raise ConfigError(
+            f"input.columns.audio: {plan.columns.audio!r} holds sounds, but model.base hears none; "
+            "set null to leave them out, or take a model that hears (docs/models.md)"
         )
 
 

@@ -53,7 +53,7 @@ def _columns(job: Job) -> list[str]:
         {"": settings.input.prompt} if settings.input.prompt is not None else {}
     )
     prompt = "; ".join(f"{name or 'input.prompt'} {text!r}" for name, text in prompts.items())
-    pictures = columns.image or columns.images
+    pictures, asked = columns.image or columns.images, columns.prompt or columns.messages
     ids = f"column {columns.id!r}" if columns.id else "<file name>#<row number>"
     extras = ", ".join(
         output if output == source else f"{source} as {output}"
@@ -63,8 +63,9 @@ def _columns(job: Job) -> list[str]:
     return [
         "# columns",
         f"id: {ids}",
-        f"prompt: {prompt or f'column {columns.prompt or columns.messages!r}'}",
+        f"prompt: {prompt or f'column {asked!r}' if prompt or asked else 'none'}",
         f"images: {f'column {pictures!r}' if pictures else 'none'}",
+        *([f"audio: column {columns.audio!r}"] if columns.audio else []),
         f"passed through: {extras or 'none'}",
         *sampling_of_rows(job),
         f"output: {', '.join(written)}",

@@ -73,6 +73,9 @@ def inspect(settings: InspectSettings, console: Console, *, routes: bool) -> Non
         )
         if console.is_terminal and console.color_system in ("truecolor", "256"):
             console.print(as_blocks(picture.views[0], min(PICTURE_WIDTH, console.width)))
+    for sound in row.sounds:
+        tokens = preparer.processor.audio_tokens(sound)
+        console.print(f"{'audio':<8}{sound.seconds:.2f} seconds, {tokens} tokens", highlight=False)
     start, end = row.span
     chosen = f"; the experts are chosen by {start} to {end - 1}, marked"
     routed = chosen if preparer.processor.routes else ""
@@ -169,7 +172,7 @@ def _routes(settings: InspectSettings, row: ReadyRow) -> Iterator[Table]:
     encoder = loaded.encoder(settings.model.decode_route)
     sampling = settings.generation.to_sampling(loaded.folder)
     sampling = sampling.ended_by(loaded.processor.end_token_ids)
-    request = Request(row.input_ids, row.span, row.images, sampling, row.inputs)
+    request = Request(row.input_ids, row.span, row.images, sampling, row.inputs, row.sounds)
     encoder.check(request)
     with torch.inference_mode():
         (encoded,) = encoder.encode([request]).finish()

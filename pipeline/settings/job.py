@@ -157,7 +157,12 @@ class ColumnSettings(Settings):
     images: ColumnName = Field("auto", description="several images: a list of these")
     prompt: ColumnName = Field("auto", description="the question or instruction")
     messages: ColumnName = Field(
-        "auto", description="a chat as JSON text: system, user and image parts"
+        "auto", description="a chat as JSON text: system, user, image and audio parts"
+    )
+    audio: ColumnName = Field(
+        "auto",
+        description="one audio file or a list of them, for a model that hears: as image has "
+        "pictures",
     )
 
 
@@ -188,12 +193,16 @@ class InputSettings(Settings):
     )
     image_root: str | None = Field(
         None,
-        description="folder (local or any fsspec URL) below which rows may name images by path; "
-        "null: none may",
+        description="folder (local or any fsspec URL) below which rows may name images and audio "
+        "files by path; null: none may",
     )
     missing_image: Literal["error", "text_only"] = Field(
         "error",
         description="a row whose image is null: an error row, or answered from its text alone",
+    )
+    missing_audio: Literal["error", "text_only"] = Field(
+        "error",
+        description="a row whose audio is null: an error row, or answered from what else it holds",
     )
     control_tokens: Literal["text", "error", "allow"] = Field(
         "text",
@@ -203,7 +212,8 @@ class InputSettings(Settings):
     )
     max_row_bytes: PositiveInt = Field(
         64 << 20,
-        description="most bytes of a row, pictures not counted; a larger one is an error row",
+        description="most bytes of a row, pictures and audio files not counted; a larger one is an "
+        "error row",
     )
     max_line_bytes: PositiveInt = Field(
         64 << 20,
@@ -307,8 +317,36 @@ class ImageSettings(Settings):
         return value
 
 
+class AudioSettings(Settings):
+    """How audio files are decoded, for a model that hears."""
+
+    max_bytes: PositiveInt = Field(
+        64 << 20, description="most bytes of an audio file; a larger one is an error row"
+    )
+    max_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="most seconds of a sound; null: as many as the model hears (Megrez-3B-Omni: "
+        "30)",
+    )
+    longer: Literal["error", "cut"] = Field(
+        "error",
+        description="a sound of more seconds than that: an error row, or its beginning alone, as "
+        "the released code takes it",
+    )
+    max_files: PositiveInt = Field(16, description="most audio files of a row")
+    max_row_bytes: PositiveInt = Field(
+        128 << 20, description="most bytes of a row's audio files together"
+    )
+    decode_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="most seconds of CPU of decoding an audio file, in a process of its own",
+    )
+
+
 class FetchSettings(Settings):
-    """How images that rows name by path or URL are fetched."""
+    """How images and audio files that rows name by path or URL are fetched."""
 
     schemes: list[str] = Field(
         ["http", "https", "s3", "gs", "gcs", "abfs", "az", "hf"],
@@ -645,6 +683,7 @@ class JobSettings(Settings):
         default_factory=dict, validate_default=True, json_schema_extra=KEEPS_ANSWERS
     )
     images: ImageSettings = Field(default_factory=ImageSettings)
+    audio: AudioSettings = Field(default_factory=AudioSettings)
     fetch: FetchSettings = Field(default_factory=FetchSettings, json_schema_extra=KEEPS_ANSWERS)
     errors: ErrorSettings = Field(default_factory=ErrorSettings, json_schema_extra=KEEPS_ANSWERS)
     generation: GenerationSettings = Field(default_factory=GenerationSettings)

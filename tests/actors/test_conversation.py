@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.actors.conversation import from_messages, from_prompt, named_images
+from pipeline.actors.conversation import from_messages, from_prompt, named_files
 from pipeline.actors.images import decode_image
 from pipeline.errors import RowError
 from pipeline.settings.job import ImageSettings
@@ -132,7 +132,11 @@ def test_an_image_may_stand_in_the_chat_as_a_data_uri(part: dict[str, Any]) -> N
             "messages_invalid",
             "content of a turn in messages is NoneType, expected text or parts",
         ),
-        ([user("words")], "messages_invalid", "type None, expected text, image or image_url"),
+        (
+            [user("words")],
+            "messages_invalid",
+            "type None, expected text, image, image_url or audio",
+        ),
         ([user({"type": "video", "video": "a.mp4"})], "messages_invalid", "type 'video', expected"),
         ([user({"type": "text", "text": 3})], "messages_invalid", "type 'text'"),
         (
@@ -210,7 +214,7 @@ def test_images_that_a_chat_names_are_known_before_it_is_followed() -> None:
             {"type": "image_url", "image_url": "d.png"},
         ),
     ]
-    assert named_images(json.dumps(turns)) == ["a.jpg", "s3://b/c.png", "d.png"]
+    assert named_files(json.dumps(turns)) == ["a.jpg", "s3://b/c.png", "d.png"]
     for broken in (
         None,
         "",
@@ -220,7 +224,7 @@ def test_images_that_a_chat_names_are_known_before_it_is_followed() -> None:
         '[{"content": [3, {"type": "image", "image": 3}]}]',
         "[" * 100_000,
     ):
-        assert named_images(broken) == []
+        assert named_files(broken) == []
 
 
 def test_an_image_that_a_chat_names_is_fetched() -> None:
@@ -277,7 +281,7 @@ def test_an_image_is_found_wherever_people_name_it(part: dict[str, Any]) -> None
             )
         ]
     )
-    assert named_images(chat) == ["a.png"]
+    assert named_files(chat) == ["a.png"]
     messages, asked = from_messages(
         chat, [RED], FIELD, DECODE, {"a.png": picture(30, 20)}.__getitem__
     )
@@ -313,7 +317,7 @@ def test_an_image_is_found_wherever_people_name_it(part: dict[str, Any]) -> None
 )
 def test_base64_is_read_however_it_is_written(part: dict[str, Any]) -> None:
     chat = json.dumps([user(part)])
-    assert named_images(chat) == []
+    assert named_files(chat) == []
     messages, _ = from_messages(chat, [], FIELD, DECODE, no_fetch)
     assert messages[0]["content"][0]["image"].tobytes() == DECODE(picture(30, 20), "").tobytes()
 
@@ -399,9 +403,13 @@ LONG = "x" * 100_000
             "type 'video', expected text, image",
         ),
         ([user({"video": "a.mp4"})], "messages_invalid", "type None, expected text, image"),
-        ([user({"type": "audio", "url": "a.mp3"})], "messages_invalid", "sound is not read"),
-        ([user({"type": "input_audio", "input_audio": {}})], "messages_invalid", "sound is not"),
-        ([user({"audio": "a.mp3"})], "messages_invalid", "sound is not read; send texts"),
+        ([user({"type": "audio", "url": "a.mp3"})], "messages_invalid", "hears nothing"),
+        (
+            [user({"type": "input_audio", "input_audio": {"data": "AAAA"}})],
+            "messages_invalid",
+            "this model hears nothing",
+        ),
+        ([user({"audio": "a.mp3"})], "messages_invalid", "this model hears nothing; send"),
         ([user({"type": LONG})], "messages_invalid", "type 'xxx"),
         ([user({"type": {"a": [LONG]}})], "messages_invalid", "type {'a': ['xxx"),
         ([user({"type": "text"})], "messages_invalid", "type 'text' and no text of its own"),

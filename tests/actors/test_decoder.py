@@ -49,9 +49,9 @@ def slow_jpeg(side: int, scans: int) -> bytes:
 def decoder() -> Iterator[Decoder]:
     made = Decoder(ImageSettings(decode_seconds=0.5))
     yield made
-    if made._process is not None:
-        made._process.kill()
-        made._process.wait()
+    if made._other._process is not None:
+        made._other._process.kill()
+        made._other._process.wait()
 
 
 def refused(decoder: Decoder, data: bytes) -> RowError:
@@ -121,9 +121,9 @@ def test_a_png_that_tells_two_sizes_has_the_one_that_is_decoded(decoder: Decoder
 
 def test_a_decoder_that_crashes_costs_its_image_alone(decoder: Decoder) -> None:
     decoder.size(encoded("GIF"), "image")
-    assert decoder._process is not None
-    os.kill(decoder._process.pid, signal.SIGSTOP)
-    pid = decoder._process.pid
+    assert decoder._other._process is not None
+    os.kill(decoder._other._process.pid, signal.SIGSTOP)
+    pid = decoder._other._process.pid
     threading.Timer(0.05, os.kill, (pid, signal.SIGSEGV)).start()
     threading.Timer(0.1, os.kill, (pid, signal.SIGCONT)).start()
     error = refused(decoder, encoded("GIF"))
@@ -136,11 +136,11 @@ def test_what_a_crashed_decoder_said_last_is_logged_in_one_line(
     decoder: Decoder, caplog: pytest.LogCaptureFixture
 ) -> None:
     decoder.size(encoded("GIF"), "image")
-    assert decoder._process is not None
-    os.kill(decoder._process.pid, signal.SIGABRT)
-    decoder._process.wait()
-    process, decoder._process = decoder._process, None
-    decoder._died(process, b"", "image")
+    assert decoder._other._process is not None
+    os.kill(decoder._other._process.pid, signal.SIGABRT)
+    decoder._other._process.wait()
+    process, decoder._other._process = decoder._other._process, None
+    decoder._other._died(process)
     (record,) = caplog.records
     assert "the process that decodes images ended (SIGABRT): Fatal Python error" in record.message
     assert record.message.isprintable()
@@ -157,9 +157,9 @@ def test_a_file_that_takes_too_much_memory_is_refused_and_the_next_is_decoded(
         f"image_too_large: column 'image' ({len(buffer.getvalue()):,} bytes) takes more memory"
     )
     assert decoder.decode(encoded("BMP"), "image").size == (64, 48)
-    assert decoder._process is not None
-    decoder._process.kill()
-    decoder._process.wait()
+    assert decoder._other._process is not None
+    decoder._other._process.kill()
+    decoder._other._process.wait()
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,9 @@ def test_any_file_that_is_let_in_fits_into_the_memory_of_its_process(form: str) 
     settings = ImageSettings(max_pixels=12_000_000, max_bytes=len(buffer.getvalue()))
     decoder = Decoder(settings)
     assert decoder.decode(buffer.getvalue(), "image").size == (4000, 3000)
-    assert decoder._process is not None
-    decoder._process.kill()
-    decoder._process.wait()
+    assert decoder._other._process is not None
+    decoder._other._process.kill()
+    decoder._other._process.wait()
 
 
 def test_errors_found_apart_are_the_rows_own(decoder: Decoder) -> None:

@@ -26,6 +26,8 @@ from pipeline.io.input.columns import Columns
 from pipeline.model.vision import cut_images, pixel_table
 from pipeline.picture import PictureSettings
 from pipeline.rows import (
+    AUDIO,
+    AUDIO_REFERENCES,
     ERROR,
     ID,
     IMAGES,
@@ -324,7 +326,8 @@ def test_a_prompt_that_is_no_utf8_is_an_error_of_its_row(golden: Path) -> None:
         1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")
     )
     settings = settings_of(golden)
-    none = {name: pa.array([[]], READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)}
+    lists = (IMAGES, REFERENCES, AUDIO, AUDIO_REFERENCES)
+    none = {name: pa.array([[]], READ_SCHEMA.field(name).type) for name in lists}
     nothing = {name: pa.nulls(1, pa.string()) for name in (MESSAGES, SETTINGS, ERROR)}
     table = pa.table({ID: ["a"], **none, PROMPT: not_utf8, **nothing}, READ_SCHEMA)
     (prepared,) = Preparer(settings, Columns(None, None, None, "question", None), False)(table)

@@ -24,6 +24,8 @@ from pipeline.errors import RowFailure
 from pipeline.families.prompt import Prompt
 from pipeline.io.input.columns import Columns
 from pipeline.rows import (
+    AUDIO,
+    AUDIO_REFERENCES,
     ERROR,
     ID,
     IMAGES,
@@ -185,6 +187,8 @@ def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answere
         tokenizer, and torch.
         """
 
+        hears = False
+
         def prepare(self, conversation: Any) -> Prompt:
             return Prompt(np.zeros(1, np.int32), (0, 1), ())
 
@@ -208,6 +212,8 @@ def test_a_row_that_kills_its_process_is_given_up_and_its_neighbours_are_answere
         ID: [str(row) for row in range(6)],
         IMAGES: images,
         REFERENCES: [[None]] * 6,
+        AUDIO: [[]] * 6,
+        AUDIO_REFERENCES: [[]] * 6,
         PROMPT: ["What?"] * 6,
     }
     nothing = {name: pa.nulls(6, pa.string()) for name in (MESSAGES, SETTINGS, ERROR)}

@@ -39,6 +39,8 @@ MEGREZ_TOKENS = (
     *("<|image_start|>", "<|image_end|>", "<|slice_start|>", "<|slice_end|>"),
     *("<image_id>", "</image_id>"),
 )
+#: What marks sounds.
+AUDIO_TOKENS = ("<|audio_start|>", "<|audio_end|>")
 #: Code that a checkpoint brings along, and that must never run.
 CODE = "raise SystemExit('code of a checkpoint ran')\n"
 
@@ -53,6 +55,10 @@ TOWER = {
     "num_attention_heads": 2,
     "image_size": 70,
     "patch_size": PATCH,
+}
+AUDIO = {
+    **{"n_mels": 128, "n_ctx": 1500, "n_state": 32, "n_head": 2, "n_layer": 2},
+    **{"output_dim": 256, "avg_pool": True, "add_audio_bos_eos_token": True},
 }
 LLAMA = {
     "hidden_size": 256,
@@ -86,7 +92,13 @@ def _tokenizer(folder: Path, special: tuple[str, ...], **told: Any) -> int:
 
 
 def _tensors(
-    seed: int, vocabulary: int, llama: dict[str, Any], *, vision: str, dropped: int = 0
+    seed: int,
+    vocabulary: int,
+    llama: dict[str, Any],
+    *,
+    vision: str,
+    dropped: int = 0,
+    sound: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Every tensor under its released name, drawn so that all matter to the answers."""
     width, mlp, hidden = TOWER["hidden_size"], TOWER["intermediate_size"], llama["hidden_size"]
@@ -128,8 +140,32 @@ def _tensors(
         sizes[f"{block}.input_layernorm.weight"] = (hidden,)
         sizes[f"{block}.post_attention_layernorm.weight"] = (hidden,)
     sizes |= {"llm.model.norm.weight": (hidden,), "llm.lm_head.weight": (vocabulary, hidden)}
+    if sound:
+        sizes |= _sizes_of_audio(hidden)
     rng = np.random.default_rng(seed)
     return {name: torch.from_numpy(_drawn(rng, name, size)) for name, size in sizes.items()}
+
+
+def _sizes_of_audio(hidden: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of the audio encoder."""
+    width, at = AUDIO["n_state"], "audio.audio"
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name, inner in (("conv1", AUDIO["n_mels"]), ("conv2", width)):
+        sizes |= {f"{at}.{name}.weight": (width, inner, 3), f"{at}.{name}.bias": (width,)}
+    sizes[f"{at}.positional_embedding"] = (AUDIO["n_ctx"], width)
+    for layer in range(AUDIO["n_layer"]):
+        block = f"{at}.blocks.{layer}"
+        for name in ("query", "key", "value", "out"):
+            sizes[f"{block}.attn.{name}.weight"] = (width, width)
+            if name != "key":
+                sizes[f"{block}.attn.{name}.bias"] = (width,)
+        sizes |= {f"{block}.mlp.0.weight": (4 * width, width), f"{block}.mlp.0.bias": (4 * width,)}
+        sizes |= {f"{block}.mlp.2.weight": (width, 4 * width), f"{block}.mlp.2.bias": (width,)}
+        for norm in ("attn_ln", "mlp_ln"):
+            sizes |= {f"{block}.{norm}.weight": (width,), f"{block}.{norm}.bias": (width,)}
+    sizes |= {f"{at}.ln_post.weight": (width,), f"{at}.ln_post.bias": (width,)}
+    sizes |= {f"{at}.proj.weight": (hidden, width), f"{at}.proj.bias": (hidden,)}
+    return sizes | {f"{at}.audio_bos_eos_token.weight": (2, hidden)}
 
 
 def _drawn(rng: np.random.Generator, name: str, size: tuple[int, ...]) -> np.ndarray:
@@ -191,19 +227,22 @@ def minicpm_folder(folder: Path, *, seed: int, **changes: Any) -> Path:
     return folder
 
 
-def megrez_folder(folder: Path, *, seed: int, ids: bool = False, **changes: Any) -> Path:
-    """Write a random Megrez-3B-Omni, with a tensor of its audio encoder.
+def megrez_folder(
+    folder: Path, *, seed: int, ids: bool = False, sound: bool = False, **changes: Any
+) -> Path:
+    """Write a random Megrez-3B-Omni.
 
     Args:
         folder: where to.
         seed: of its weights.
         ids: whether images are numbered.
+        sound: whether it has its audio encoder.
         changes: keys of config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = _tokenizer(
         folder,
-        MEGREZ_TOKENS,
+        (*MEGREZ_TOKENS, *(AUDIO_TOKENS if sound else ())),
         tokenizer_class="PreTrainedTokenizerFast",
         eos_token="<|turn_end|>",
         unk_token="<|unk|>",
@@ -217,7 +256,7 @@ def megrez_folder(folder: Path, *, seed: int, ids: bool = False, **changes: Any)
         "drop_vision_last_layer": False,
         "query_num": QUERIES,
         "rope_theta": 5000000.0,
-        "audio_config": {"n_layer": 1},
+        **({"audio_config": AUDIO} if sound else {}),
         "vision_config": {**TOWER, "model_type": "siglip_vision_model"},
         "vocab_size": vocabulary,
         **changes,
@@ -226,7 +265,6 @@ def megrez_folder(folder: Path, *, seed: int, ids: bool = False, **changes: Any)
     told = {"max_slice_nums": 9, "scale_resolution": SCALE, "use_image_id": ids}
     _write(folder / "preprocessor_config.json", told)
     (folder / "modeling_megrezo.py").write_text(CODE)
-    tensors = _tensors(seed, vocabulary, LLAMA, vision="vision.")
-    tensors["audio.audio.conv1.weight"] = torch.ones(4, 8, 3)
+    tensors = _tensors(seed, vocabulary, LLAMA, vision="vision.", sound=sound)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -1,10 +1,13 @@
 """What MiniCPM-Llama3-V 2.5 and Megrez compute, written plainly from their formulas: one view at a
-time, with torch's own modules, and transformers' Llama.
+time, with torch's own modules, and transformers' Llama. Sounds go through Whisper's feature extractor
+and Qwen2-Audio's encoder of transformers, whose arithmetic is that of Megrez'.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.engine import Request
-from tests.families.slices_folders import LLAMA, PATCH, TOWER
+from pipeline.sound import Sound
+from tests.families.slices_folders import AUDIO, LLAMA, PATCH, TOWER
 
 SIDE = 5
 
@@ -55,9 +59,16 @@ class Reference:
             ids = torch.from_numpy(request.input_ids.astype(np.int64))
             embedded = self.llama.model.embed_tokens(ids).clone()
             views = [view for picture in request.images for view in picture.views]
-            if views:
-                longest = max(view.shape[0] * view.shape[1] // PATCH**2 for view in views)
-                embedded[ids == self.unk] = torch.cat([self.view(v, longest) for v in views])
+            longest = max((v.shape[0] * v.shape[1] // PATCH**2 for v in views), default=0)
+            heard = iter(self.sounds([one.samples for one in request.sounds]))
+            tokens = [
+                next(heard)
+                if isinstance(medium, Sound)
+                else torch.cat([self.view(view, longest) for view in medium.views])
+                for medium in request.media
+            ]
+            if tokens:
+                embedded[ids == self.unk] = torch.cat(tokens)
             out = self.llama.generate(
                 input_ids=ids[None],  # a penalty is for these, too
                 inputs_embeds=embedded[None],
@@ -98,6 +109,64 @@ class Reference:
             x = self.block(x, f"vpm.encoder.layers.{layer}")
         x = _norm(x, self.weights, "vpm.post_layernorm")[: rows * columns]
         return self.resampled(x, rows, columns)
+
+    def sounds(self, heard: Sequence[np.ndarray]) -> list[Tensor]:
+        """Tokens of the sounds of a conversation, which the released code pads to the longest."""
+        if not heard:
+            return []
+        from transformers import WhisperFeatureExtractor
+
+        extract = WhisperFeatureExtractor(feature_size=AUDIO["n_mels"])
+        lengths = [(len(samples) // 160 - 1) // 2 + 1 for samples in heard]
+        encoder = self.encoder(max(lengths))
+        at, ends = "audio.audio", self.weights["audio.audio.audio_bos_eos_token.weight"]
+        tokens = []
+        for samples, length in zip(heard, lengths, strict=True):
+            raw = samples.astype(np.float32) / 2**15
+            mel = extract(raw, sampling_rate=16_000, return_tensors="pt")["input_features"]
+            hidden = torch.zeros(1, 1, max(lengths), max(lengths))
+            hidden[..., length:] = -torch.inf
+            states = encoder(mel[..., : 2 * max(lengths)], attention_mask=hidden)[0][0]
+            own = _linear(states[: length // 2], self.weights, f"{at}.proj")
+            tokens.append(torch.cat([ends[:1], own, ends[1:]]))
+        return tokens
+
+    def encoder(self, places: int) -> Any:
+        """Qwen2-Audio's encoder for sounds of so many places."""
+        from transformers import Qwen2AudioEncoderConfig
+        from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+
+        config = Qwen2AudioEncoderConfig(
+            num_mel_bins=AUDIO["n_mels"],
+            encoder_layers=AUDIO["n_layer"],
+            encoder_attention_heads=AUDIO["n_head"],
+            encoder_ffn_dim=4 * AUDIO["n_state"],
+            d_model=AUDIO["n_state"],
+            max_source_positions=places,
+        )
+        config._attn_implementation = "eager"
+        encoder = Qwen2AudioEncoder(config).eval()
+        theirs = {
+            r"^positional_embedding$": "embed_positions.weight",
+            r"^blocks\.": "layers.",
+            r"\.attn\.(query|key|value)\.": lambda found: f".self_attn.{found[1][0]}_proj.",
+            r"\.attn\.out\.": ".self_attn.out_proj.",
+            r"\.attn_ln\.": ".self_attn_layer_norm.",
+            r"\.mlp_ln\.": ".final_layer_norm.",
+            r"\.mlp\.0\.": ".fc1.",
+            r"\.mlp\.2\.": ".fc2.",
+            r"^ln_post\.": "layer_norm.",
+        }
+        state = {}
+        for name, tensor in self.weights.items():
+            if not name.startswith("audio.audio.") or re.search(r"\.proj\.|bos_eos", name):
+                continue
+            name = name.removeprefix("audio.audio.")
+            for pattern, instead in theirs.items():
+                name = re.sub(pattern, instead, name)
+            state[name] = tensor[:places] if name == "embed_positions.weight" else tensor
+        encoder.load_state_dict(state)
+        return encoder
 
     def block(self, x: Tensor, at: str) -> Tensor:
         """A block of the tower."""

@@ -62,7 +62,10 @@ def part(told: str | list[int]) -> dict[str, Any]:
 
 def request_of(processor: Any, conversation: list[dict[str, Any]], new_tokens: int) -> Request:
     prompt = processor.prepare(conversation)
-    return Request(prompt.input_ids, prompt.span, prompt.images, greedy(new_tokens))
+    sampling = greedy(new_tokens)
+    return Request(
+        prompt.input_ids, prompt.span, prompt.images, sampling, prompt.inputs, prompt.sounds
+    )
 
 
 @pytest.mark.parametrize(

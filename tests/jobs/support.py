@@ -129,7 +129,7 @@ def answered_here(task: Task, assignments: dict[str, Any]) -> dict[str, dict[str
     sampling = settings.generation.to_sampling(loaded.folder)
     with loaded.engine(settings.to_options()) as engine:
         requests = [
-            Request(row.input_ids, row.span, row.images, sampling, row.inputs)
+            Request(row.input_ids, row.span, row.images, sampling, row.inputs, row.sounds)
             for row in rows
             if isinstance(row, ReadyRow)
         ]

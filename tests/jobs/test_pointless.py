@@ -252,3 +252,14 @@ def test_what_a_submitted_job_writes_to_a_relative_path_is_refused(
         changed |= {"model__base": "", "model__adapter": ""}
     done = job(name, **changed)
     assert_one_line(done, f"{key}: 'there' is relative to the copy of the working directory")
+
+
+def test_sounds_for_a_model_that_hears_nothing_are_refused(job: Job, tmp_path: Path) -> None:
+    columns = {"audio": [b"RIFF"], "image": [picture()], "prompt": ["What?"]}
+    write_shard(tmp_path / "sounds" / "a.parquet", columns)
+    done = job("vqa", input__path=tmp_path / "sounds")
+    assert_one_line(done, "input.columns.audio: 'audio' holds sounds, but model.base hears none")
+    named = job("vqa", input__path=tmp_path / "sounds", input__columns__audio="prompt")
+    assert_one_line(named, "input.columns.audio: 'prompt' holds sounds, but model.base hears none")
+    left_out = {"input__path": tmp_path / "sounds", "input__columns__audio": "null"}
+    assert job("vqa", "--dry-run", **left_out).code == 0

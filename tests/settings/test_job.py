@@ -574,6 +574,7 @@ def test_a_prompt_whose_braces_are_no_columns_is_an_error_that_says_how_to_write
         ("input.path=elsewhere", False),
         ("input.limit=3", True),
         ("images.max_pixels=3", True),
+        ("audio.longer=cut", True),
         ("fetch.tries=9", False),
         ("generation.seed=9", True),
         ("flags.min_words=9", True),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, InputError
-from pipeline.io.input.listing import IMAGE_SUFFIXES, FileInfo
+from pipeline.io.input.listing import AUDIO_SUFFIXES, IMAGE_SUFFIXES, FileInfo
 from pipeline.io.input.schemas import Kinds, listed
 from pipeline.io.input.shard import partition_of
 from pipeline.io.input.types import (
@@ -37,11 +37,22 @@ class Columns:
     images: str | None
     prompt: str | None
     messages: str | None
+    audio: str | None = None
+
+    @property
+    def held(self) -> list[str]:
+        """Those that hold images or audio files, or say where they are."""
+        return [name for name in (self.image, self.images, self.audio) if name]
 
     def named(self) -> list[str]:
         """The columns that are read for their meaning."""
         return [
-            name for name in (self.id, self.image, self.images, self.prompt, self.messages) if name
+            name
+            for name in (
+                *(self.id, self.image, self.images, self.prompt, self.messages),
+                self.audio,
+            )
+            if name
         ]
 
 
@@ -111,7 +122,7 @@ def _settle_question(
             "input.columns: the input has both 'prompt' and 'messages'; set the one not to use to "
             "null"
         )
-    elif not chosen["prompt"] and not chosen["messages"]:
+    elif not chosen["prompt"] and not chosen["messages"] and not chosen["audio"]:
         raise InputError(
             "input.columns: nothing to ask: the input has no column 'prompt' or 'messages'; set "
             "input.prompt, "
@@ -143,6 +154,10 @@ _ROLES: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
         _is_image_list,
         "a list of bytes, of struct<bytes, path>, or of text (paths or URLs)",
     ),
+    "audio": (
+        lambda kind: is_image(kind) or _is_image_list(kind),
+        "bytes, struct<bytes, path>, text (a path or URL), or a list of these",
+    ),
     "prompt": (_is_written, "text"),
     "messages": (
         lambda kind: _is_written(kind) or is_chat(kind),
@@ -171,11 +186,11 @@ def check_types(columns: Columns, schema: pa.Schema, kinds: Kinds) -> None:
 def check_contradictions(
     columns: Columns, contradictions: Mapping[str, tuple[pa.DataType, pa.DataType]], kinds: Kinds
 ) -> None:
-    """Shards may hold ids, images and chats each in a form of its own: they are brought to one when
-    they are read.
+    """Shards may hold ids, images, audio files and chats each in a form of its own: they are
+    brought to one when they are read.
     """
     for name, (planned, kind) in contradictions.items():
-        if name in (columns.id, columns.image, columns.images, columns.messages):
+        if name in (columns.id, columns.messages, *columns.held):
             continue
         first, file = next(iter(kinds[name].values())), kinds[name][kind]
         raise InputError(
@@ -219,11 +234,11 @@ def extra_columns(
         if field.name == SETTINGS and line_settings:
             continue
         # Where an image was taken from is as good as an id; what it consists of is not repeated.
-        names_image = field.name in (columns.image, columns.images) and _holds_text(field)
+        names_file = field.name in columns.held and _holds_text(field)
         if (
-            (field.name in columns.named() and not names_image)
+            (field.name in columns.named() and not names_file)
             or field.name in unwritten
-            or holds_images(field)
+            or holds_files(field)
         ):
             continue
         if field.name.startswith(OWN_PREFIX):
@@ -245,13 +260,22 @@ def _holds_text(field: pa.Field) -> bool:
     return is_text(field.type.value_type if is_list(field.type) else field.type)
 
 
-def holds_images(field: pa.Field) -> bool:
-    """Whether a column that is not in use holds images all the same: by its form, or by its name
-    and bytes.
+def holds_files(field: pa.Field) -> bool:
+    """Whether a column that is not in use holds images or audio files all the same: by its form, or
+    by its name and bytes.
     """
     kind = field.type.value_type if is_list(field.type) else field.type
     named = field.name in ("image", "images") or f".{field.name}".endswith(IMAGE_SUFFIXES)
-    return is_image_struct(kind) or (named and is_binary(kind))
+    return is_image_struct(kind) or ((named or _is_sound(field.name)) and is_binary(kind))
+
+
+def holds_images(field: pa.Field) -> bool:
+    """Whether these are images."""
+    return holds_files(field) and not _is_sound(field.name)
+
+
+def _is_sound(name: str) -> bool:
+    return name == "audio" or f".{name}".endswith(AUDIO_SUFFIXES)
 
 
 def check_template(key: str, prompt: Template, schema: pa.Schema) -> None:

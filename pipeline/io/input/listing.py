@@ -49,6 +49,11 @@ IMAGE_SUFFIXES: tuple[str, ...] = (
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"),
 )
+#: Of audio files, which a WebDataset's samples may hold.
+AUDIO_SUFFIXES: tuple[str, ...] = (
+    *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".amr"),
+    *(".au", ".caf", ".wma"),
+)
 #: How compressed files of lines are called; what they are their first bytes say.
 _COMPRESSED = ("", ".gz", ".zst", ".bz2", ".xz")
 _TABS = ".tsv"

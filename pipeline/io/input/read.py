@@ -32,6 +32,8 @@ from pipeline.io.input.types import (
 )
 from pipeline.io.rowset import RowSet
 from pipeline.rows import (
+    AUDIO,
+    AUDIO_REFERENCES,
     ERROR,
     ID,
     IMAGES,
@@ -151,6 +153,7 @@ class _Columns:
         texts: prompt, chat and a batch line's settings, under the input's names.
         ids: as text, or None where there are none.
         images: images and references, or None where there are none.
+        audio: the same of audio files.
     """
 
     def __init__(self, batch: pa.RecordBatch, plan: InputPlan) -> None:
@@ -172,12 +175,8 @@ class _Columns:
             if columns.id is None
             else said(self._checked(columns.id, *_fitted_plainly(self._own[columns.id])))
         )
-        shown = columns.image or columns.images
-        self.images = (
-            None
-            if shown is None
-            else _images_of(self._checked(shown, *_fitted_plainly(self._own[shown])))
-        )
+        self.images = self._files(columns.image or columns.images)
+        self.audio = self._files(columns.audio)
         self._bound(min(plan.max_row_bytes, MOST_TEXT // plan.prompts_per_row))
 
     def _checked(self, name: str, array: pa.Array, wrong: Mapping[int, str]) -> pa.Array:
@@ -192,6 +191,11 @@ class _Columns:
             if name in self._own
             else pa.nulls(self._rows, kind)
         )
+
+    def _files(self, name: str | None) -> tuple[pa.Array, pa.Array] | None:
+        if name is None:
+            return None
+        return _files_of(self._checked(name, *_fitted_plainly(self._own[name])))
 
     def _text(self, name: str) -> pa.Array:
         array = self._own[name]
@@ -212,7 +216,8 @@ class _Columns:
         large = {row: size for row, size in sizes.items() if size > most}
         for row, size in large.items():
             cause = (
-                f"the row has {size:,} bytes besides pictures, above {most:,} (input.max_row_bytes)"
+                f"the row has {size:,} bytes besides pictures and audio files, above {most:,} "
+                "(input.max_row_bytes)"
             )
             self.errors[row] = str(RowError("row_malformed", cause))
         for group in groups:
@@ -220,6 +225,8 @@ class _Columns:
                 group[name] = without(array, large)
         if self.images is not None:
             self.images = without(self.images[0], large), without(self.images[1], large)
+        if self.audio is not None:
+            self.audio = without(self.audio[0], large), without(self.audio[1], large)
 
 
 def _fitted_plainly(array: pa.Array) -> tuple[pa.Array, dict[int, str]]:
@@ -249,9 +256,9 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         ids, errors = row_ids(
             columns_read.ids, errors, shard.file.name, numbers, f"column {columns.id!r}"
         )
-    images, references = columns_read.images or (
-        pa.array([[]] * count, READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)
-    )
+    none = [pa.array([[]] * count, READ_SCHEMA.field(name).type) for name in (IMAGES, REFERENCES)]
+    images, references = columns_read.images or none
+    audio, audio_references = columns_read.audio or none
     prompts = (
         text(columns.prompt)
         if "" not in plan.prompts
@@ -267,12 +274,14 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
         ID: ids,
         IMAGES: images,
         REFERENCES: references,
+        AUDIO: audio,
+        AUDIO_REFERENCES: audio_references,
         PROMPT: prompts,
         MESSAGES: text(columns.messages),
         SETTINGS: text(SETTINGS if SETTINGS in columns_read.texts else None),
         ERROR: pa.nulls(count, pa.string()) if errors is None else errors,
     }
-    shown = {columns.image, columns.images}
+    shown = columns.held
     for name, source in plan.extras.items():
         arrays[name] = (
             _without_data(columns_read.values[source])
@@ -284,7 +293,7 @@ def _as_read(batch: pa.RecordBatch, plan: InputPlan, shard: Shard, numbers: np.n
 
 
 def _without_data(array: pa.Array) -> pa.Array:
-    """Where images were taken from, without what `data:` URIs hold: that is the image, which is not
+    """Where files were taken from, without what `data:` URIs hold: that is the file, which is not
     repeated.
     """
 
@@ -349,8 +358,10 @@ def _none_if_empty(texts: pa.Array) -> pa.Array:
     return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 
-def _images_of(array: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Images and references of each row, from a plain column of one image a row or of lists."""
+def _files_of(array: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Images, or audio files, and references of each row, from a plain column of one a row or of
+    lists.
+    """
     return _several_images(array) if is_list(array.type) else _one_image(array)
 
 

@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 
 from pipeline.errors import RowError
-from pipeline.io.input.listing import IMAGE_SUFFIXES
+from pipeline.io.input.listing import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from pipeline.io.input.untyped import (
     Row,
     Untyped,
@@ -31,8 +31,9 @@ _META = re.compile(r"__[^/]*__($|/)")
 #: Extensions of files that hold text.
 TEXTS = frozenset({"txt", "text", "caption", "prompt", "cls"})
 _IMAGES = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+_SOUNDS = frozenset(suffix.removeprefix(".") for suffix in AUDIO_SUFFIXES)
 #: What any other column of a sample may not be called.
-_OWN = ("id", "image")
+_OWN = ("id", "image", "audio")
 #: What systems leave beside people's files, beside what is hidden: of Windows, macOS and Synology.
 _LITTER = frozenset({"thumbs.db", "desktop.ini"})
 _LITTER_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
@@ -51,11 +52,12 @@ _MANY_DIGITS = re.compile(rb"\d{256}")
 class WebDataset:
     """A tar of samples; or several, one behind the other, as `cat` makes them.
 
-    Columns: `id`, the sample's key; `image`, its first picture; its texts and further pictures by
-    their extensions (`txt`, `mask.png`); and the keys of its JSON, nested values as JSON text,
-    unless a file of the sample has that name. Files of other kinds, hidden ones (`._x.jpg`,
-    `.DS_Store`) and what systems leave (`Thumbs.db`, `__MACOSX/`) are passed over. Headers, texts
-    and JSON are read when it is planned, pictures are not.
+    Columns: `id`, the sample's key; `image`, its first picture, and `audio`, its first sound; its
+    texts and further pictures and sounds by their extensions (`txt`, `mask.png`); and the keys of
+    its JSON, nested values as JSON text, unless a file of the sample has that name. Files of other
+    kinds, hidden ones (`._x.jpg`, `.DS_Store`) and what systems leave (`Thumbs.db`, `__MACOSX/`)
+    are passed over. Headers, texts and JSON are read when it is planned, pictures and sounds are
+    not.
     """
 
     def __init__(self, source: BinaryIO, untyped: Untyped) -> None:
@@ -69,20 +71,22 @@ class WebDataset:
             ValueError: not a single sample can be read, the files of one are not next to each
                 other, or samples have too many different keys.
         """
-        return layout_of(self._samples(pictures=False), self._untyped)
+        return layout_of(self._samples(media=False), self._untyped)
 
     def batches(
         self, rows: int, columns: pa.Schema, row_groups: Sequence[int] | None = None
     ) -> Iterator[pa.RecordBatch]:
         """See `ShardFile`."""
-        pictures = (
-            any(f".{name}".endswith(IMAGE_SUFFIXES) for name in columns.names if name != "id")
-            or "image" in columns.names
+        suffixes = (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)
+        media = any(
+            name in ("image", "audio") or f".{name}".endswith(suffixes)
+            for name in columns.names
+            if name != "id"
         )
-        return batches_of(self._samples(pictures=pictures), rows, columns)
+        return batches_of(self._samples(media=media), rows, columns)
 
-    def _samples(self, *, pictures: bool) -> Iterator[Row]:
-        """Samples in the order of the tar; without `pictures` theirs are empty."""
+    def _samples(self, *, media: bool) -> Iterator[Row]:
+        """Samples in the order of the tar; without `media` their pictures and sounds are empty."""
         sample: _Sample | None = None
         finished: dict[int, frozenset[str]] = {}
         # The samples of a tar have few sets of extensions.
@@ -102,7 +106,7 @@ class WebDataset:
                     finished[hash(sample.key)] = known.setdefault(seen, seen)
                     yield sample.row()
                 sample = _Sample(key, self._untyped)
-            sample.add(member, extension, tar, pictures=pictures)
+            sample.add(member, extension, tar, media=media)
             if not finished.get(hash(key), sample.seen) & sample.seen:
                 raise ValueError(
                     f"the files of sample {shown(key)} do not lie next to each other "
@@ -126,11 +130,11 @@ class _Sample:
         self._error: RowError | None = None
 
     def add(
-        self, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile, *, pictures: bool
+        self, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile, *, media: bool
     ) -> None:
-        """Take a file in; without `pictures` those are left empty."""
+        """Take a file in; without `media` pictures and sounds are left empty."""
         try:
-            self._add(member, extension, tar, pictures=pictures)
+            self._add(member, extension, tar, media=media)
         except RowError as error:
             self._error = self._error or error
             self._files = {}
@@ -138,7 +142,7 @@ class _Sample:
             self.seen.add(extension)
 
     def _add(
-        self, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile, *, pictures: bool
+        self, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile, *, media: bool
     ) -> None:
         whole, name, most = f"sample {shown(self.key)}", shown(member.name)[1:-1], self._untyped
         self._count += 1
@@ -148,8 +152,9 @@ class _Sample:
                 f"{whole} has more than {most.sample_files:,} files (input.max_sample_files)",
             )
         kind = extension.rpartition(".")[2]
-        is_image, is_text = kind in _IMAGES, extension in TEXTS or extension == "json"
-        if not is_image and not is_text:
+        is_medium = kind in _IMAGES or kind in _SOUNDS
+        is_text = extension in TEXTS or extension == "json"
+        if not is_medium and not is_text:
             return
         if not is_encodable(member.name):
             raise RowError("row_malformed", f"the file name {name} is no valid UTF-8; rename it")
@@ -169,7 +174,7 @@ class _Sample:
                 f"{whole} has more than {most.sample_bytes:,} bytes (input.max_sample_bytes)",
             )
         if self._error is None:
-            data = tar.extractfile(member) if pictures or is_text else None
+            data = tar.extractfile(member) if media or is_text else None
             self._files[extension] = b"" if data is None else data.read()
 
     def row(self) -> Row:
@@ -198,6 +203,8 @@ class _Sample:
             where = shown(f"{self.key}.{extension}")[1:-1]
             if extension in _IMAGES and "image" not in row:
                 row["image"] = data
+            elif extension in _SOUNDS and "audio" not in row:
+                row["audio"] = data
             elif extension == "json":
                 values = flattened(parsed_object(data, where, self._untyped))
                 for name, value in values.items():

@@ -32,6 +32,13 @@ _DECIDING_LATER = {
     "model.quantize": "none",
     "model.image_fit": "checkpoint",
     "model.family": "auto",
+    "input.missing_audio": "error",
+    "audio.max_bytes": 64 << 20,
+    "audio.max_seconds": None,
+    "audio.longer": "error",
+    "audio.max_files": 16,
+    "audio.max_row_bytes": 128 << 20,
+    "audio.decode_seconds": 30.0,
 }
 _SHOWN = 8
 
@@ -80,6 +87,8 @@ class Manifest:
             values = json.loads(folder.read(OutputLayout.MANIFEST))
             values["shards"] = {name: tuple(facts) for name, facts in values["shards"].items()}
             settings = {RENAMED.get(key, key): value for key, value in values["settings"].items()}
+            if isinstance(columns := settings.get("input.columns"), dict):
+                settings["input.columns"] = {"audio": "auto", **columns}
             values["settings"] = _DECIDING_LATER | settings
             # What a later version adds is not known here; what it compares, that version compares.
             return cls(**{name: values[name] for name in cls.__dataclass_fields__})

@@ -473,7 +473,7 @@ def test_a_row_larger_than_its_bound_is_an_error_row_without_what_it_held(tmp_pa
     assert table[REFERENCES].to_pylist() == [["x.png"], None, None]
     first, *others = table[ERROR].to_pylist()
     assert first is None
-    expected = r"row_malformed: the row has 2,0\d\d bytes besides pictures, above 1,000 \(input.max_row_bytes\)"
+    expected = r"row_malformed: the row has 2,0\d\d bytes besides pictures and audio files, above 1,000 \(input.max_row_bytes\)"
     assert all(re.fullmatch(expected, error) for error in others)
 
 

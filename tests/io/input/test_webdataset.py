@@ -20,7 +20,7 @@ from pipeline.io.input.plan import InputPlan, plan_input
 from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.input.webdataset import HEADER_BYTES
 from pipeline.io.output.columns import RESERVED_COLUMNS
-from pipeline.rows import ERROR, ID, IMAGES
+from pipeline.rows import AUDIO, ERROR, ID, IMAGES
 from pipeline.settings.job import InputSettings
 from tests.io.input.test_formats import read, write_tar
 
@@ -311,3 +311,18 @@ def test_a_long_name_takes_no_longer_than_its_length(tmp_path: Path, name: str) 
     plan = planned(tmp_path)
     assert time.process_time() - began < 1, "quadratic it would take minutes"
     assert all(len(error or "") < 500 for error in read(plan)[ERROR])
+
+
+def test_the_first_sound_of_a_sample_is_its_audio(tmp_path: Path) -> None:
+    samples = [("a", b"1"), ("b", b"2")]
+    files = {}
+    for key, data in samples:
+        files |= {f"{key}.json": b'{"audio": "told"}', f"{key}.wav": data, f"{key}.far.mp3": b"3"}
+    write_tar(tmp_path / "x.tar", list(files.items()))
+    plan = plan_input(InputSettings(path=str(tmp_path)), RESERVED_COLUMNS)
+    assert plan.columns.audio == "audio"
+    table = read(plan)
+    assert table[AUDIO] == [[data] for _, data in samples]
+    assert table[IMAGES] == [[], []]
+    assert table["json_audio"] == ["told", "told"]
+    assert set(plan.extras) == {"json_audio"}  # what is not asked about is not repeated

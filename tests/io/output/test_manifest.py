@@ -11,6 +11,7 @@ from pipeline.errors import OutputError
 from pipeline.io.output.layout import OutputLayout
 from pipeline.io.output.manifest import Manifest
 from pipeline.io.output.storage import OutputFolder
+from pipeline.settings.job import AudioSettings
 
 
 def of(**model: str) -> Manifest:
@@ -41,7 +42,8 @@ def test_a_manifest_of_an_earlier_version_is_gone_on_with_under_what_it_meant(
     tmp_path: Path,
 ) -> None:
     folder = OutputFolder(str(tmp_path))
-    earlier = Manifest("vqa", {"output.prompts": "rows"}, {}, {}, "0")
+    told = {"output.prompts": "rows", "input.columns": {"id": "auto"}}
+    earlier = Manifest("vqa", told, {}, {}, "0")
     folder.write(OutputLayout.MANIFEST, json.dumps(vars(earlier)).encode())
     loaded = Manifest.load(folder)
     assert loaded is not None
@@ -50,6 +52,9 @@ def test_a_manifest_of_an_earlier_version_is_gone_on_with_under_what_it_meant(
         "model.quantize": "none",
         "model.image_fit": "checkpoint",
         "model.family": "auto",
+        "input.columns": {"id": "auto", "audio": "auto"},
+        "input.missing_audio": "error",
+        **{f"audio.{key}": value for key, value in AudioSettings().model_dump().items()},
         "output.prompt_layout": "rows",
     }
     Manifest("vqa", same, {}, {}, "1").check_same(loaded, "out")
