@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.conversion import open_published
 from pipeline.families.published import Choices, is_published
-from pipeline.families.registry import AUTO, FAMILIES, shape_of
+from pipeline.families.registry import AUTO, FAMILIES, folder_of, shape_of
 from pipeline.model.checkpoint import (
     DTYPES,
     SERVING_FORMAT,
@@ -47,7 +47,7 @@ def open_checkpoint(
         CheckpointError: something is missing, extra, misshapen or of another model.
         ConfigError: `top_k` or `lora_alpha` does not fit the checkpoint.
     """
-    folder = localise(base, "model.base")
+    folder = folder_of(base)
     shape = shape_of(folder, family)
     manifest = folder / SERVING_MANIFEST
     if manifest.is_file():
@@ -88,7 +88,7 @@ def open_to_convert(
         ConfigError: see there; a setting that means nothing.
     """
     choices = Choices(vision_tower, template)
-    folder = localise(base, "model.base")
+    folder = folder_of(base)
     if not is_published(folder):
         choices.refuse()
         return open_checkpoint(base, adapter, lora_alpha=lora_alpha)
