@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipeline.engine.by_generate import GenerateEngine
+from pipeline.engine.by_generate import GenerateEngine, padded
 from pipeline.engine.encode import Encoder
 from pipeline.engine.engine import Engine
+from pipeline.engine.group_memory import loaded_bytes
 from pipeline.engine.members import Members
 from pipeline.engine.memory import (
     no_room_for_requests,
@@ -37,14 +39,30 @@ from pipeline.families.registry import AUTO, model_class_of, prompts_of
 from pipeline.model.assemble import Model, load_model
 from pipeline.model.checkpoint import DTYPES, Checkpoint
 from pipeline.model.ops import check_compiler
+from pipeline.model.shape import ModelShape
 from pipeline.model.slices import check_parts
 from pipeline.model.weights import NUMBERS, Numbers, check_numbers
 from pipeline.redact import cause_of
 from pipeline.sound import Sound
 
+logger = logging.getLogger(__name__)
+
 #: Models up to this width run on one thread of a CPU: handing their small products to others takes
 #: longer than computing them. The demo's, of 192: 93 rows a second on one thread, 48 on two.
 NARROW = 256
+
+#: What is asked of a model about a picture before a row is answered: the first alone, and padded to
+#: the length of the second.
+TRIALS = ("What is this?", "Is it small, and what is this?")
+#: How far the scores of a padded prompt may lie apart, in the mean and in their standard deviation:
+#: rounding alone is a hundredth of it.
+SAME_SCORES, NEARLY_SAME_SCORES = {torch.float32: 1e-4}, 2e-2
+#: What a checkpoint's generation_config.json says of how every answer begins, and of tokens that
+#: none may have: `generate` itself sees to these.
+ANSWER_RULES = (
+    *("decoder_start_token_id", "bos_token_id", "forced_bos_token_id"),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+)
 
 
 @dataclass(frozen=True)
@@ -112,13 +130,17 @@ class LoadedByTransformers:
     Attributes:
         folder: its folder.
         model: a transformers model in evaluation mode.
+        shape: its sizes, as far as they are known.
         processor: makes prompts of conversations.
+        pads: whether answers stay as they are where prompts are padded.
         members: none: the model is in one piece.
     """
 
     folder: Path
     model: Any
+    shape: ModelShape
     processor: PromptProcessor
+    pads: bool = True
     members: None = None
 
     def engine(self, options: EngineOptions | None = None) -> GenerateEngine:
@@ -129,8 +151,15 @@ class LoadedByTransformers:
         """
         if options is not None:
             check_for_transformers("none", fold_experts=options.fold_experts)
-        made, limit = self.processor, self.processor.max_positions
-        return GenerateEngine(self.model, made.tokenizer, made.image_token_id, limit, options)
+        made = self.processor
+        return GenerateEngine(
+            self.model,
+            self.shape,
+            made.tokenizer,
+            made.image_token_id,
+            options,
+            pads=self.pads,
+        )
 
     def request(self, question: str, *media: Image.Image | Sound, **settings: object) -> Request:
         """A question about some pictures; see `LoadedModel.request`."""
@@ -307,20 +336,44 @@ def _by_transformers(
     """Load a model that transformers runs.
 
     Raises:
-        CheckpointError: tensors are missing, extra or misshapen, or transformers cannot load it.
+        CheckpointError: tensors are missing, extra or misshapen, or transformers cannot load it, or
+            its `generate` answers nothing.
+        ConfigError: the GPU has no room for it.
     """
     from transformers import GenerationConfig
 
     if place.type == "cpu" and threads is not None:
         _take_threads(checkpoint, threads)
     processor = prompts_of(checkpoint.folder, checkpoint.shape)
+    needed = loaded_bytes(checkpoint, dtype)
+    if place.type == "cuda":
+        wait_for_weights(needed, place)
+    model = _read_by_transformers(checkpoint.folder, dtype)
+    # Whatever it says of sampling has been read, and is applied, by the engine.
+    kept = {name: getattr(model.generation_config, name, None) for name in ANSWER_RULES}
+    model.generation_config = GenerationConfig(pad_token_id=0, **kept)
     try:
-        model, told = model_class_of(checkpoint.folder).from_pretrained(
-            checkpoint.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        model = model.to(place).eval()
+    except torch.OutOfMemoryError as error:
+        # Something else took it meanwhile.
+        raise no_room_for_weights(needed, torch.cuda.mem_get_info(place)[0]) from error
+    pads = _try_out(model, processor)
+    return LoadedByTransformers(checkpoint.folder, model, checkpoint.shape, processor, pads)
+
+
+def _read_by_transformers(folder: Path, dtype: torch.dtype) -> Any:
+    """A transformers model whose tensors are all there, and no others.
+
+    Raises:
+        CheckpointError: they are not, or transformers cannot load it.
+    """
+    try:
+        model, told = model_class_of(folder).from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # of any type
         raise CheckpointError(
-            f"model.base: transformers cannot load {checkpoint.folder} ({cause_of(error)})"
+            f"model.base: transformers cannot load {folder} ({cause_of(error)})"
         ) from error
     troubles = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -329,9 +382,73 @@ def _by_transformers(
             troubles.append(f"{len(names)} {kind.removesuffix('_keys')} ({', '.join(names[:3])})")
     if troubles:
         raise CheckpointError(
-            f"model.base: {checkpoint.folder} does not fit the model that config.json describes: "
+            f"model.base: {folder} does not fit the model that config.json describes: "
             f"tensors {'; '.join(troubles)}"
         )
-    # Whatever it says of sampling has been read, and is applied, by the engine.
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    return LoadedByTransformers(checkpoint.folder, model.to(place).eval(), processor)
+    return model
+
+
+def _try_out(model: Any, processor: PromptProcessor) -> bool:
+    """Make sure that a model answers a question about a picture: else all rows would fail one by
+    one.
+
+    Returns:
+        Whether it answers the same where the prompt is padded: a model that counts positions
+        through the padding, or attends to it, does not.
+
+    Raises:
+        CheckpointError: it does not answer, or chooses its tokens otherwise than one after the
+            other.
+        ConfigError: the GPU has no room for two questions.
+    """
+    prompts = [processor.trial(question) for question in TRIALS]
+    asked = [Request(p.input_ids, p.span, p.images, Sampling(2, ()), p.inputs) for p in prompts]
+    alone, beside = (_first_scores(model, requests) for requests in (asked[:1], asked))
+    shown = alone.isfinite() & beside.isfinite()
+    apart = (alone - beside)[shown].abs().mean()
+    allowed = SAME_SCORES.get(model.dtype, NEARLY_SAME_SCORES)
+    is_same = bool(apart <= allowed * alone[shown].std())
+    if not is_same:
+        logger.warning(
+            "%s answers otherwise where prompts are padded: the prompts of a group will have one "
+            "length",
+            type(model).__name__,
+        )
+    return is_same
+
+
+def _first_scores(model: Any, requests: Sequence[Request]) -> torch.Tensor:
+    """Scores [vocabulary] float32 of the first request's first new token, in a group of these.
+
+    Raises:
+        CheckpointError: see `_try_out`.
+        ConfigError: see there.
+    """
+    seen: list[torch.Tensor] = []
+
+    def watch(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores.clone())
+        return scores
+
+    try:
+        with torch.inference_mode():
+            model.generate(
+                **padded(requests, model),
+                logits_processor=[watch],
+                max_new_tokens=2,
+                do_sample=False,
+                use_cache=True,
+            )
+    except torch.OutOfMemoryError as error:
+        raise no_room_for_requests(torch.cuda.mem_get_info(model.device)[0]) from error
+    except Exception as error:  # of any type, for what this model does not take
+        raise CheckpointError(
+            f"model.base: the generate of {type(model).__name__} fails with what its processor "
+            f"makes of a picture and a question, so no row could be answered ({cause_of(error)})"
+        ) from error
+    if [scores.shape[:-1] for scores in seen] != [(len(requests),)] * 2:
+        raise CheckpointError(
+            f"model.base: the generate of {type(model).__name__} does not choose one token after "
+            "the other, so no row could be answered as the settings say"
+        )
+    return seen[0][0].float()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.families.family import Family
 from pipeline.families.literal import LiteralBackend, standing_for
 from pipeline.families.llava import AS_PUBLISHED
 from pipeline.families.prompt import (
+    NO_TOKEN,
     ControlTokens,
     Message,
     Prompt,
@@ -42,8 +44,40 @@ MANY_POSITIONS = 1 << 17
 SHOWN_SIDE = 448
 
 
+@dataclass(frozen=True)
 class GenericVision(VisionShape):
-    """A tower that transformers runs: nothing of it is known here."""
+    """A tower that transformers runs: little of it is known here.
+
+    Attributes:
+        width: of its hidden states; 0: not known.
+        mlp_width: of its MLP.
+        patch_values: numbers in the pixels of a patch.
+    """
+
+    width: int = 0
+    mlp_width: int = 0
+    patch_values: int = 3 * 14 * 14
+
+    @classmethod
+    def of(cls, config: Any) -> GenericVision:
+        """What a vision config says, as far as it says it in the usual words."""
+
+        def told(*names: str) -> int:
+            values = (getattr(config, name, None) for name in names)
+            return next((value for value in values if type(value) is int), 0)
+
+        width = told("hidden_size", "embed_dim")
+        sides = getattr(config, "patch_size", None)
+        side = sides if type(sides) is int else 14
+        mlp_width = told("intermediate_size", "mlp_dim") or 4 * width
+        return cls(width, mlp_width, 3 * side**2)
+
+    def pixel_bytes(self, values: int, dtype: torch.dtype) -> int:
+        """Bytes of pixels, once more as the processor made them, and of the tower's pass over them:
+        the residual stream, and queries, keys and values or the MLP's hidden states.
+        """
+        widest = max(12 * self.width, 4 * self.width + 2 * self.mlp_width)
+        return values * (4 + dtype.itemsize) + values // self.patch_values * widest * dtype.itemsize
 
     def tokens(self, picture: Picture) -> int:
         """Not known: the processor has placed them."""
@@ -84,19 +118,35 @@ class GenericPrompts(PromptProcessor):
         super().__init__(folder, shape, control_tokens)
         from transformers import AutoImageProcessor
 
-        # The codes that models were published with resize with Pillow. Not every processor has a
-        # form that does.
-        with contextlib.suppress(Exception):
-            self._processor.image_processor = AutoImageProcessor.from_pretrained(
-                folder, backend="pil"
-            )
         # Some processors call the token that they replace by visual ones `image_token`.
         config = Generic().read_config(folder)
         for name in ("image_token_id", "image_token_index"):
             if isinstance(told := getattr(config, name, None), int):
                 self.image_token_id = told
         self.tokenizer._tokenizer = LiteralBackend(self.tokenizer._tokenizer, self)
+        # The codes that models were published with resize with Pillow. Not every processor has a
+        # form that does, and not every one of these makes anything of a picture.
+        own = self._processor.image_processor
+        with contextlib.suppress(Exception):
+            self._processor.image_processor = AutoImageProcessor.from_pretrained(
+                folder, backend="pil"
+            )
+            self._check_row(folder)
+            return
+        self._processor.image_processor = own
         self._check_row(folder)
+
+    def open_processor(self, folder: Path) -> Any:
+        """The folder's own processor.
+
+        Raises:
+            ValueError: it is none of pictures and texts.
+        """
+        processor = super().open_processor(folder)
+        for part in ("tokenizer", "image_processor"):
+            if getattr(processor, part, None) is None:
+                raise ValueError(f"a {type(processor).__name__} has no {part}")
+        return processor
 
     def check_template(self, folder: Path) -> None:
         """A model without a chat template (PaliGemma) takes a row's text as it is."""
@@ -109,15 +159,18 @@ class GenericPrompts(PromptProcessor):
         Raises:
             CheckpointError: it cannot.
         """
-        picture = Image.new("RGB", (64, 48), (120, 130, 140))
-        asked = {"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}
         try:
-            self.prepare([{"role": "user", "content": list(asked)}])
+            prompt = self.trial("What is this?")
         except RowError as error:
             raise CheckpointError(
                 f"model.base: the processor of {folder} makes no inputs of a picture and a "
                 f"question, so no row could be answered ({error.cause})"
             ) from error
+        if self.image_token_id != NO_TOKEN and self.image_token_id not in prompt.input_ids:
+            raise CheckpointError(
+                f"model.base: the processor of {folder} gives a picture no place in the prompt of "
+                "a question, so no row could be answered; expected a chat template that does"
+            )
 
     def prepare(self, messages: Sequence[Message]) -> Prompt:
         """Prepare one conversation; see `PromptProcessor`.
@@ -152,11 +205,13 @@ class GenericPrompts(PromptProcessor):
         try:
             inputs = self._processor(
                 text=[text],
-                images=images or None,
+                images=self._of_a_row(images) if images else None,
                 add_special_tokens=not self._begins_as_a_text(text),
-                return_tensors="np",
+                return_tensors="pt",
             )
-            arrays = {name: np.asarray(value) for name, value in dict(inputs).items()}
+            arrays = {name: _as_array(value) for name, value in dict(inputs).items()}
+            if "input_ids" not in arrays:
+                raise TypeError("it makes no input_ids of a text")
             for name, array in arrays.items():
                 if array.dtype.kind not in "biuf":
                     raise TypeError(f"{name} is no array of numbers")
@@ -179,6 +234,12 @@ class GenericPrompts(PromptProcessor):
         )
         return rendered
 
+    def _of_a_row(self, images: list[Image.Image]) -> Any:
+        """A row's pictures as the processor takes them: below their text, as its own
+        `apply_chat_template` hands them over, where it has a template.
+        """
+        return images if self.chat_template is None else [images]
+
     def _begins_as_a_text(self, text: str) -> bool:
         """Whether the template wrote what the tokenizer would put before a text."""
         bos = self.tokenizer.bos_token
@@ -198,6 +259,13 @@ def _decoded(image: Any) -> tuple[Image.Image, Picture]:
     # Decoded for each row that shows it: what is kept of an image is the small copy.
     picture = keep(image) if isinstance(image, Image.Image) else image.cut(object(), keep)
     return whole[0], picture
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """A processor's tensor; numpy knows no bfloat16."""
+    if isinstance(value, Tensor) and value.dtype is torch.bfloat16:
+        value = value.float()
+    return np.asarray(value)
 
 
 def _packed(arrays: dict[str, np.ndarray]) -> bytes:
@@ -226,13 +294,14 @@ class Generic(Family):
         Raises:
             CheckpointError: the config has no language model.
         """
-        text = config.get_text_config()
         try:
+            text = config.get_text_config()
             heads = text.num_attention_heads
+            mlp_width = getattr(text, "intermediate_size", None)
             return ModelShape(
                 layers=text.num_hidden_layers,
                 hidden=text.hidden_size,
-                mlp_width=getattr(text, "intermediate_size", 4 * text.hidden_size),
+                mlp_width=mlp_width if type(mlp_width) is int else 4 * text.hidden_size,
                 heads=heads,
                 kv_heads=getattr(text, "num_key_value_heads", heads) or heads,
                 head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
@@ -242,11 +311,11 @@ class Generic(Family):
                 mrope_section=(),
                 max_positions=getattr(text, "max_position_embeddings", None) or MANY_POSITIONS,
                 tied_embeddings=False,
-                vision=GenericVision(),
+                vision=GenericVision.of(getattr(config, "vision_config", None)),
                 family=self.name,
                 is_native=False,
             )
-        except AttributeError as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"model.base: config.json describes no language model ({cause_of(error)})"
             ) from error

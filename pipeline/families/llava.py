@@ -146,11 +146,18 @@ class LlavaVision(VisionShape):
 
     def batch_bytes(self, patches: int, dtype: torch.dtype) -> int:
         """Bytes that the tower has alive at once for a batch of so many patches, hidden states that
-        the projector takes included.
+        the projector takes included; with several scales also pixels at the largest, resized and
+        cut into crops, and their hidden states as the float32 that is pooled.
         """
-        views = -(-patches // self.tower.places)
-        taken = views * self.tower.places * len(self.layers) * self.tower.width * dtype.itemsize
-        return self.tower.batch_bytes(views, dtype) + taken
+        tower, states = self.tower, len(self.layers) * self.tower.width
+        views = -(-patches // tower.places)
+        taken = views * tower.places * states * dtype.itemsize
+        scaled = 0
+        if self.scales:
+            pixels = 3 * tower.channels * self.view_side**2
+            crops = (self.view_side // tower.image_size) ** 2
+            scaled = -(-views // self.crops) * 4 * (pixels + crops * tower.side**2 * states)
+        return tower.batch_bytes(views, dtype) + taken + scaled
 
     def tensors(self, hidden: int) -> dict[str, tuple[int, ...]]:
         """Every tensor of tower and projector by canonical name, with its shape."""

@@ -12,7 +12,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.families.conversion import open_published
 from pipeline.families.lora import is_lora
 from pipeline.families.published import Choices, is_published
-from pipeline.families.registry import AUTO, FAMILIES, shape_of
+from pipeline.families.registry import AUTO, FAMILIES, folder_of, shape_of
 from pipeline.model.checkpoint import (
     DTYPES,
     SERVING_FORMAT,
@@ -48,7 +48,7 @@ def open_checkpoint(
         CheckpointError: something is missing, extra, misshapen or of another model.
         ConfigError: `top_k` or `lora_alpha` does not fit the checkpoint.
     """
-    folder = localise(base, "model.base")
+    folder = folder_of(base)
     shape = shape_of(folder, family)
     if adapter is None and not shape.is_native:
         # transformers itself compares names and shapes, once the weights are loaded.
@@ -90,7 +90,7 @@ def open_to_convert(
         ConfigError: see there; a setting that means nothing.
     """
     choices = Choices(vision_tower, template)
-    folder = localise(base, "model.base")
+    folder = folder_of(base)
     lora = None if adapter is None else _system_lora(localise(adapter, "model.adapter"))
     if lora is None and not is_published(folder):
         choices.refuse()

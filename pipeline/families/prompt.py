@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -121,9 +121,11 @@ class PromptProcessor:
         texts_alone: whether the texts around pictures are tokenized each as if it were alone, as
             LLaVA's own code does; else the whole prompt at once.
         cutter: makes pictures of images.
+        shorter: what makes a prompt shorter that does not fit.
     """
 
     cutter: Cutter
+    shorter: ClassVar[str] = "shorten the prompt, or show fewer images"
     routes = False
     end_token_ids: tuple[int, ...] = ()
     texts_alone = False
@@ -147,7 +149,7 @@ class PromptProcessor:
         self.chat_template = getattr(self._processor, "chat_template", None)
         token = getattr(self._processor, "image_token", None)
         self.image_token_id: int = (
-            NO_TOKEN if token is None else self.tokenizer.convert_tokens_to_ids(token)
+            NO_TOKEN if token is None else self.tokenizer.convert_tokens_to_ids(str(token))
         )
         self._shape = shape
         self._max_positions = max_positions = shape.max_positions
@@ -283,6 +285,18 @@ class PromptProcessor:
             raise self.too_long(f"{len(input_ids)} prompt tokens ({sum(counts)} of them visual)")
         return Prompt(input_ids, self.span(input_ids), tuple(images), sounds=sounds)
 
+    def trial(self, question: str) -> Prompt:
+        """A usual row, a question about a picture: what no row can be answered without shows in it.
+
+        Raises:
+            RowError: see `prepare`.
+        """
+        from PIL import Image
+
+        picture = Image.new("RGB", (64, 48), (120, 130, 140))
+        asked = {"type": "image", "image": picture}, {"type": "text", "text": question}
+        return self.prepare([{"role": "user", "content": list(asked)}])
+
     def sounds(self, messages: Sequence[Message]) -> tuple[Sound, ...]:
         """The sounds of a conversation, in the order of their places in its prompt.
 
@@ -405,8 +419,7 @@ class PromptProcessor:
         """Why a prompt does not fit."""
         return RowError(
             "prompt_too_long",
-            f"{what}, the model's context is {self._max_positions}; shorten the prompt or lower "
-            "model.max_pixels",
+            f"{what}, the model's context is {self._max_positions}; {self.shorter}",
         )
 
     def _tokenized(self, pieces: Sequence[str], counts: Sequence[int]) -> np.ndarray:

@@ -316,6 +316,7 @@ class Qwen2VLPrompts(PromptProcessor):
     """
 
     routes = True
+    shorter = "shorten the prompt or lower model.max_pixels"
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,40 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (*_NATIVE, _GEN
 _BY_TYPE = {kind: family for family in _NATIVE for kind in family.model_types}
 #: The value of `model.family` that lets the checkpoint choose.
 AUTO = "auto"
+#: Models that were described and never published.
+_UNPUBLISHED = re.compile(r"(?<![a-z0-9])(pali[-_ ]?3|mm1(?![0-9]))", re.IGNORECASE)
+
+
+def folder_of(base: str) -> Path:
+    """The local folder of `model.base`: see `localise`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return localise(base, "model.base")
+    except CheckpointError as error:
+        _check_published(base.rstrip("/").rpartition("/")[2], error)
+        raise
+
+
+def _check_published(name: str, error: Exception | None = None) -> None:
+    """Make sure that something unknown does not call itself what nobody has.
+
+    Args:
+        name: of a model that is not there, or that is of no family.
+        error: why it is not there.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if (found := _UNPUBLISHED.search(name)) is not None:
+        what = "MM1" if found[0].lower() == "mm1" else "PaLI-3"
+        raise CheckpointError(
+            f"model.base: {name!r}, but {what} was never published, neither its weights nor its "
+            "code; PaliGemma (google/paligemma-3b-mix-448) is the open model of its kind that runs "
+            "(docs/models.md)"
+        ) from error
 
 
 def shape_of(folder: Path, family: str = AUTO) -> ModelShape:
@@ -57,6 +92,8 @@ def shape_of(folder: Path, family: str = AUTO) -> ModelShape:
     if known is None or not known.takes(told):
         known = _GENERIC if kind in _GENERIC.model_types else known
     if known is None:
+        for name in (kind, *map(str, told.get("architectures") or ()), folder.name):
+            _check_published(name)
         raise CheckpointError(
             f"model.base: model_type is {kind!r}, expected one of "
             f"{', '.join(map(repr, _BY_TYPE))}, or one that transformers loads as "
@@ -71,7 +108,14 @@ def shape_of(folder: Path, family: str = AUTO) -> ModelShape:
         config = chosen.read_config(folder)
     except Exception as error:  # of any type: JSON, unknown models, keys of the wrong kind
         raise CheckpointError(f"model.base: cannot read {file} ({cause_of(error)})") from error
-    return chosen.shape(config)
+    try:
+        return chosen.shape(config)
+    except CheckpointError as error:
+        if chosen is _GENERIC or kind not in _GENERIC.model_types:
+            raise
+        raise CheckpointError(
+            f"{error}; model.family: {_GENERIC.name} lets transformers compute it"
+        ) from error
 
 
 def model_class_of(folder: Path) -> Any:
@@ -101,7 +145,7 @@ def prompt_processor(
             processor cannot be used.
         ConfigError: a setting means nothing to its family.
     """
-    folder = localise(str(base), "model.base")
+    folder = folder_of(str(base))
     return prompts_of(folder, shape_of(folder, family), pictures, control_tokens)
 
 

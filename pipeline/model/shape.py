@@ -45,6 +45,12 @@ class VisionShape(ABC):
     def batch_bytes(self, patches: int, dtype: torch.dtype) -> int:
         """Bytes that the tower has alive at once for a batch of so many patches."""
 
+    def pixel_bytes(self, values: int, dtype: torch.dtype) -> int:
+        """Bytes that pixels of so many values, and the tower's pass over them, have alive at once,
+        where transformers runs the model: it takes all pictures of a group at once.
+        """
+        raise NotImplementedError
+
     def positions(
         self, input_ids: np.ndarray, pictures: Sequence[Picture], image_token_id: int
     ) -> tuple[np.ndarray, int]:

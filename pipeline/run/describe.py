@@ -14,6 +14,8 @@ from pipeline.settings.job import JobSettings
 
 #: Of a picture of a megapixel, and a question about it.
 USUAL_PROMPT_TOKENS = 1400
+#: Numbers in the pixels of that picture.
+USUAL_PIXELS = 3 << 20
 
 #: Shards that are listed one by one.
 SHOWN_SHARDS = 20
@@ -103,21 +105,21 @@ def _numbers(settings: JobSettings) -> str:
 
 def _memory(job: Job) -> list[str]:
     """What the engine takes of usual GPUs, what fits, and what to set for it."""
+    settings = job.settings
+    answer = settings.generation.to_sampling(job.checkpoint.folder).max_new_tokens
+    if not job.checkpoint.shape.is_native:
+        return _memory_of_groups(job, answer)
     # Imported here, since they import torch, for which a job that is pointless does not wait.
     from pipeline.engine.memory import CARDS, MemoryPlan, fitting
     from pipeline.model.checkpoint import DTYPES
     from pipeline.model.weights import NUMBERS
 
-    settings, shape = job.settings, job.checkpoint.shape
-    if not shape.is_native:
-        return ["# memory of a GPU: transformers runs this model, and nothing is planned"]
-    answer = settings.generation.to_sampling(job.checkpoint.folder).max_new_tokens
     request_tokens = USUAL_PROMPT_TOKENS + answer
     table = [["GPU", *(f.name for f in fields(MemoryPlan) if f.name != "cache_tokens"), "requests"]]
     advice = []
     for card, free in CARDS.items():
         plan, changes = fitting(
-            shape,
+            job.checkpoint.shape,
             DTYPES[settings.model.dtype],
             settings.to_options(),
             free,
@@ -130,25 +132,56 @@ def _memory(job: Job) -> list[str]:
             continue
         parts = asdict(plan)
         tokens = parts.pop("cache_tokens")
-        table.append(
-            [
-                card,
-                *(f"{size / 2**30:.1f}" for size in parts.values()),
-                str(tokens // request_tokens),
-            ]
-        )
+        table.append([card, *map(_gib, parts.values()), str(tokens // request_tokens)])
         if changes:
             needed = " ".join(f"engine.{name}={value}" for name, value in changes.items())
             advice.append(f"{card}: set {needed}")
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     count = settings.model.tensor_parallel
     of = "a GPU" if count == 1 else f"each of {count} GPUs, at most,"
     return [
         f"# memory of {of} in GiB ({_numbers(settings)}); requests of {request_tokens:,} tokens "
         "that the cache holds at once",
-        *(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        ),
+        *_laid_out(table),
         *advice,
+    ]
+
+
+def _memory_of_groups(job: Job, answer: int) -> list[str]:
+    """The same of a model that transformers runs: what a group of usual rows takes."""
+    from pipeline.engine.group_memory import Group, GroupBytes, GroupPlan
+    from pipeline.engine.memory import CARDS
+    from pipeline.model.checkpoint import DTYPES
+
+    settings = job.settings
+    usual = Group(1, USUAL_PROMPT_TOKENS, answer, USUAL_PIXELS)
+    names = [f.name for f in fields(GroupBytes)]
+    table, without = [["GPU", "weights", *names, "rows"]], []
+    for card, free in CARDS.items():
+        plan = GroupPlan.of(
+            job.checkpoint, DTYPES[settings.model.dtype], settings.to_options(), free, usual
+        )
+        if plan is None:
+            without.append(f"{card}: does not fit")
+        else:
+            parts = plan.weights, *asdict(plan.group).values()
+            table.append([card, *map(_gib, parts), str(plan.rows)])
+    return [
+        f"# memory of a GPU in GiB ({_numbers(settings)}), as far as config.json says the sizes; "
+        f"rows of {USUAL_PROMPT_TOKENS + answer:,} tokens and a picture of a megapixel in a group "
+        "(engine.batch_size at most)",
+        *_laid_out(table),
+        *without,
+    ]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def _laid_out(table: list[list[str]]) -> list[str]:
+    """Lines of a table, its columns below one another."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,6 @@ def byte_tokenizer(named: Mapping[str, str], others: Sequence[str] = ()) -> Any:
         unk_token="<unk>",
         extra_special_tokens=dict(named),
     )
-
-
-#: Of DeepSeek-VL: a system sentence, then turns.
-DEEPSEEK_TEMPLATE = (
-    "{{ 'You are a helpful language and vision assistant.\n\n' }}{% for message in messages %}"
-    "{{ 'User: ' if message['role'] == 'user' else 'Assistant: ' }}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "{{ '<image_placeholder>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{{ '\n\n' if message['role'] == 'user' else eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
 
 
 def llama(words: Any, **settings: Any) -> dict[str, Any]:
@@ -104,79 +93,20 @@ class Made:
     folder: Path = Path()
 
 
-def write(kind: str, folder: Path, *, seed: int = 1) -> Made:
-    """Write a random model of a kind in `KINDS`."""
+def write_as(kind: str, made: Made, folder: Path, *, seed: int = 1) -> Made:
+    """Write a random model of a model_type."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    made = KINDS[kind]()
     config = AutoConfig.for_model(kind, **made.config)
+    # What writes words is not what reads them: else answers repeat the prompt's last word.
+    for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = False
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
     draw(model)
     model.save_pretrained(folder)
     made.processor.save_pretrained(folder)
     return replace(made, folder=folder)
-
-
-def deepseek_vl() -> Made:
-    """DeepSeek-VL 1.3B: SigLIP, two linear layers, Llama."""
-    from transformers import DeepseekVLImageProcessorPil, DeepseekVLProcessor
-
-    words = byte_tokenizer({"image_token": "<image_placeholder>"})
-    cutter = DeepseekVLImageProcessorPil(size={"height": VIEW, "width": VIEW}, min_size=7)
-    return Made(
-        {
-            "text_config": llama(words),
-            "vision_config": siglip(),
-            "image_token_id": words.convert_tokens_to_ids("<image_placeholder>"),
-        },
-        DeepseekVLProcessor(
-            cutter, words, chat_template=DEEPSEEK_TEMPLATE, num_image_tokens=(VIEW // PATCH) ** 2
-        ),
-    )
-
-
-def deepseek_vl_hybrid() -> Made:
-    """DeepSeek-VL 7B: SAM's tower, which sees more, beside SigLIP."""
-    from transformers import DeepseekVLHybridImageProcessorPil, DeepseekVLHybridProcessor
-
-    words = byte_tokenizer({"image_token": "<image_placeholder>"})
-    cutter = DeepseekVLHybridImageProcessorPil(
-        size={"height": VIEW, "width": VIEW},
-        high_res_size={"height": 64, "width": 64},
-        min_size=7,
-    )
-    sam = {
-        "model_type": "sam_vision_model",
-        "hidden_size": 24,
-        "output_channels": 8,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 64,
-        "patch_size": 8,
-        "window_size": 3,
-        "global_attn_indexes": [1, 2],
-        "num_pos_feats": 12,
-        "mlp_dim": 32,
-    }
-    return Made(
-        {
-            "text_config": llama(words),
-            "vision_config": siglip(),
-            "high_res_vision_config": sam,
-            "image_token_id": words.convert_tokens_to_ids("<image_placeholder>"),
-        },
-        DeepseekVLHybridProcessor(
-            cutter, words, chat_template=DEEPSEEK_TEMPLATE, num_image_tokens=(VIEW // PATCH) ** 2
-        ),
-    )
-
-
-#: By model_type: what makes a small one.
-KINDS: dict[str, Callable[[], Made]] = {
-    "deepseek_vl": deepseek_vl,
-    "deepseek_vl_hybrid": deepseek_vl_hybrid,
-}
 
 
 class Alone:
@@ -202,15 +132,18 @@ class Alone:
                 return_tensors="pt",
                 add_generation_prompt=True,
             )
+        prompt = inputs["input_ids"][0].tolist()
+        floats = {n: v.float() for n, v in inputs.items() if torch.is_floating_point(v)}
         with torch.inference_mode():
             out = self.model.generate(
-                **inputs,
+                **{**inputs, **floats},
                 min_new_tokens=None,
+                forced_eos_token_id=None,
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
             )
-        prompt = inputs["input_ids"][0].tolist()
-        is_pair = self.model.config.is_encoder_decoder
+        configs = self.model.config, self.model.config.get_text_config(decoder=True)
+        is_pair = any(config.is_encoder_decoder for config in configs)
         return prompt, out[0, 1 if is_pair else len(prompt) :].tolist()

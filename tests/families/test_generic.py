@@ -4,6 +4,7 @@ in the first.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from pipeline.families.registry import FAMILIES, prompt_processor, shape_of
 from pipeline.model.convert import convert
 from pipeline.picture import PictureSettings
 from pipeline.settings.job import FamilyName
-from tests.families.generic_folders import Alone, write
+from tests.families.generic_folders import Alone
+from tests.families.generic_kinds import write
 from tests.families.llava_folders import (
     SIGLIP,
     VIEW,
@@ -268,6 +270,51 @@ def test_a_processor_that_makes_nothing_of_a_picture_is_said_before_a_row_is_rea
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'][1]['text'] }}")
     with pytest.raises(CheckpointError, match=r"no inputs of a picture .* no row could be"):
         second_prompts(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"model_type": "pali3"}, "a"),
+        ({"model_type": "vlm", "architectures": ["PaLI3ForConditionalGeneration"]}, "a"),
+        ({"model_type": "vlm", "architectures": ["MM1ForCausalLM"]}, "a"),
+        ({"model_type": "vlm"}, "PaLI-3-5b"),
+        ({"model_type": "vlm"}, "apple_mm1.5"),
+        (None, "google/pali-3-vit-g"),
+        (None, "apple/MM1-7B-Chat"),
+    ],
+)
+def test_models_that_nobody_has_are_said_to_be_unpublished(
+    config: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = name
+    if config is not None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        base = str(tmp_path / name)
+
+    def unknown(*_: Any, **__: Any) -> None:
+        raise OSError("404")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unknown)
+    says = r"(PaLI-3|MM1) was never published, .*; PaliGemma \(google/paligemma"
+    for opened in (lambda: open_checkpoint(base, None), lambda: prompt_processor(base)):
+        with pytest.raises(CheckpointError, match=says):
+            opened()
+
+
+def test_a_folder_whose_name_is_like_theirs_is_what_its_config_says(tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path / "mm1", seed=3)
+    assert shape_of(folder).family == "llava"
+    with pytest.raises(CheckpointError, match="is no existing folder or file"):
+        open_checkpoint(str(tmp_path / "paligemma-3b"), None)
+
+
+def test_what_the_first_engine_does_not_compute_names_the_second(tmp_path: Path) -> None:
+    folder = write("pixtral", tmp_path).folder
+    with pytest.raises(CheckpointError, match=r"'pixtral' .*; model\.family: transformers lets"):
+        shape_of(folder)
+    assert shape_of(folder, "transformers").is_native is False
 
 
 def test_the_setting_names_every_family() -> None:

@@ -256,6 +256,8 @@ def test_rows_that_cannot_be_prepared_fail_alone(tmp_path: Path) -> None:
     with pytest.raises(RowError, match="528 visual tokens of 33 images") as long:
         processor.prepare(Asked("What?", many).messages)
     assert long.value.code == "prompt_too_long"
+    # The settings of other families, which this one refuses, are no advice.
+    assert long.value.cause.endswith("; shorten the prompt, or show fewer images")
 
 
 def test_control_tokens_in_a_text_are_text(tmp_path: Path) -> None:

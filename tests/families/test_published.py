@@ -16,14 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import pipeline.compat  # noqa: F401 - before torchvision
+from pipeline import load
+from pipeline.engine.load import LoadedModel
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.families.llava import Llava
+from pipeline.families.llava import Llava, LlavaVision
 from pipeline.families.opening import open_to_convert
 from pipeline.families.projectors import squeezed
 from pipeline.families.registry import prompt_processor, shape_of
 from pipeline.families.systems import PARTS, TEMPLATES, system_of
 from pipeline.model.convert import convert
 from pipeline.model.sources import canonical_name
+from tests.alive import peak_of
 from tests.families.llava_folders import llava_folder
 from tests.families.published_folders import GOLDEN, PICTURE, PublishedFolder, asked
 from tests.prompts import Asked, as_request, engine_for, greedy
@@ -97,6 +100,25 @@ def test_tokens_equal_those_of_the_released_code(name: str, tmp_path: Path) -> N
         ids = with_pictures(request.input_ids.tolist(), processor.image_token_id)
         assert ids == row["prompt"]
         assert list(answer.token_ids) == row["answer"]
+
+
+def test_scaled_pictures_take_what_is_planned(tmp_path: Path) -> None:
+    one = PublishedFolder.write("bunny-s2", tmp_path)
+    model = load(
+        str(converted(one, tmp_path / "out")), dtype="float32", device="cpu", prepack=False
+    )
+    assert isinstance(model, LoadedModel)
+    vision, rows = model.model.shape.vision, one.expected["asked"]
+    assert isinstance(vision, LlavaVision)
+    assert vision.scales
+    shown = [image for row in rows for image in asked(row).images] * 4
+    pictures = [picture for image in shown for picture in model.request("", image).images]
+    patches = sum(map(vision.patches, pictures))
+    with torch.inference_mode():
+        taken = peak_of(lambda: model.model.vision.encode(pictures))
+    planned = vision.batch_bytes(patches, torch.float32)
+    print(f"{taken:,} of {planned:,}")
+    assert planned / 4 < taken <= planned
 
 
 @pytest.fixture(scope="module")

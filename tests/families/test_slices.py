@@ -299,6 +299,7 @@ def test_rows_that_cannot_be_prepared_fail_alone(tmp_path: Path) -> None:
     with pytest.raises(RowError, match="520 visual tokens of 13 images") as long:
         processor.prepare(Asked("What?", many).messages)
     assert long.value.code == "prompt_too_long"
+    assert long.value.cause.endswith("; shorten the prompt, or show fewer images")
 
 
 @pytest.mark.parametrize("name", FOLDERS)

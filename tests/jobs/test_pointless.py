@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+from pipeline.engine.memory import CARDS
+from tests.families.llava_folders import llava_folder
 from tests.io.shards import picture, write_shard
 from tests.jobs.support import Finished, run_script, run_script_here, sets
 
@@ -197,6 +199,24 @@ def test_a_dry_run_says_what_weights_are_rounded_to(job: Job) -> None:
         assert said.count(f", weights {quantize}") == {"none": 0, "fp8": 2, "int8": 1}[quantize]
         memory[quantize] = "# memory of a GPU" in said
     assert memory == {"none": True, "fp8": True, "int8": False}  # that is of CPUs
+
+
+def test_a_dry_run_plans_the_groups_of_a_model_that_transformers_runs(
+    job: Job, tmp_path: Path
+) -> None:
+    changed = {"model.base": llava_folder(tmp_path / "llava", seed=3), "model.adapter": "null"}
+    changed |= {"model.family": "transformers", "model.device": "auto", "engine.batch_size": 9999}
+    said = job("vqa", "--dry-run", **{key.replace(".", "__"): v for key, v in changed.items()})
+    lines = said.stdout[said.stdout.index("# memory of a GPU") :].splitlines()
+    assert "as far as config.json says the sizes; rows of 1,420 tokens" in lines[0]
+    names, *cards = [line.split() for line in lines[1:]]
+    assert names == ["GPU", "weights", "cache", "steps", "sampling", "vision", "rows"]
+    assert [card[:2] for card in cards] == [[n, "GB"] for n in ("24", "40", "80", "141")]
+    for card, free in zip(cards, CARDS.values(), strict=True):
+        # All of it is filled, but for what the driver takes and what stays free.
+        assert 0.9 < sum(map(float, card[2:-1])) / (free / 2**30) < 1
+    rows = [int(card[-1]) for card in cards]
+    assert 1 < rows[0] < rows[1] < rows[2] < rows[3] <= 9999
 
 
 def test_a_dry_run_of_convert(

@@ -512,6 +512,8 @@ PATHS = ["input.path=in", "output.path=out"]
         ("minicpm-llama3-v-2.5.yaml", JobSettings, PATHS),
         ("megrez-3b-omni.yaml", JobSettings, PATHS),
         ("llava-1.6.yaml", JobSettings, PATHS),
+        ("deepseek-vl.yaml", JobSettings, PATHS),
+        ("paligemma.yaml", JobSettings, PATHS),
         ("scenes.yaml", ScenesSettings, []),
         ("train-small.yaml", TrainSettings, []),
         ("train-qwen2-vl-7b.yaml", TrainSettings, ["data.path=in"]),

@@ -25,6 +25,7 @@ from pipeline.io.input.image_files import read_below
 from pipeline.io.input.references import (
     MAX_REFERENCE,
     climbs,
+    first_key,
     paths_of,
     scheme_of,
     shown,
@@ -131,6 +132,13 @@ class Fetcher:
                 f"{shown(reference)} looks like base64 without the header of a data: URI; put "
                 "data:image/jpeg;base64, "
                 "before it, or decode it to bytes",
+            )
+        if (key := first_key(url)) is not None:
+            raise RowError(
+                "image_missing",
+                f"the text is an object whose first key is {one_line(key, 100)!r}, expected a "
+                "path, a URL or a data: URI alone; take it out of the object, or make the column "
+                "a struct of bytes or path",
             )
         if len(reference) > MAX_REFERENCE:
             raise RowError(

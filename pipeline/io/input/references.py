@@ -19,6 +19,9 @@ MAX_REFERENCE = 8192
 
 _HAS_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]{0,31}(?=:)")
 
+#: How an object that was written as text begins, and its first key.
+_OBJECT = re.compile(r"\{\s*(['\"])([^'\"\\]{1,100})\1\s*:")
+
 _HOST = re.compile(r"[a-z0-9._\-]+|[0-9a-f:.]*:[0-9a-f:.]*")
 
 #: Characters of the longest name that can be resolved, and a port; how long mapping a name takes is
@@ -38,6 +41,14 @@ def scheme_of(reference: str) -> str | None:
     if scheme and (reference.startswith("://", scheme.end()) or scheme[0].lower() == "file"):
         return scheme[0].lower()
     return None
+
+
+def first_key(reference: str) -> str | None:
+    """The first key of a JSON object, or of a Python dict, that was written where a path or URL
+    should be; None of anything else.
+    """
+    begins = _OBJECT.match(reference) if reference.endswith("}") else None
+    return begins[2] if begins else None
 
 
 def shown(reference: str) -> str:

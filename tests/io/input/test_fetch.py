@@ -113,6 +113,25 @@ def test_paths_lead_below_the_root_and_nowhere_else(tmp_path: Path, make: Any) -
     )
 
 
+def test_an_object_that_was_written_as_text_is_called_one(tmp_path: Path, make: Any) -> None:
+    for text, key in (
+        ('{"url": "https://a:secret@host/a.jpg"}', "url"),
+        ("{'bytes': None, 'path': 'a.jpg'}", "bytes"),
+        ('  { "image" : "' + "A" * 10_000 + '"}\n', "image"),
+    ):
+        for fetcher in (make(tmp_path), make()):
+            cause = refused(
+                fetcher.submit(text),
+                "image_missing",
+                f"an object whose first key is '{key}', expected a path, a URL or a data: URI",
+            )
+            assert "secret" not in cause
+    # Names with braces are names.
+    for name in ("{a}.jpg", "{1: 2}", '{"', "{}"):
+        (tmp_path / name).write_bytes(b"here")
+        assert make(tmp_path).submit(name).result(20) == b"here"
+
+
 def test_without_a_root_no_path_is_read(tmp_path: Path, make: Any) -> None:
     (tmp_path / "a.jpg").write_bytes(b"here")
     refused(make().submit(str(tmp_path / "a.jpg")), "image_forbidden", "set input.image_root")
