@@ -113,7 +113,7 @@ def test_bfloat16_scores_within_a_point(exact: list[str], scenes: list[dict[str,
     assert abs(right(half, scenes) - right(exact, scenes)) <= len(scenes) / 100
 
 
-@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+@pytest.mark.parametrize("quantize", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_weights_of_8_bits_score_within_a_point(
     quantize: NumbersName, exact: list[str], scenes: list[dict[str, Any]]
 ) -> None:

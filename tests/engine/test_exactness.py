@@ -97,7 +97,7 @@ def checkpoints(draw: st.DrawFn) -> tuple[RandomShape, int]:
     return shape, draw(st.integers(1, experts))
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     checkpoint=checkpoints(),
     seed=st.integers(0, 1000),

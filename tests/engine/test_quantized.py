@@ -33,6 +33,7 @@ def answers(released: Path, quantize: str, order: list[int], **options: int) -> 
     return tokens
 
 
+@pytest.mark.slow
 def test_golden_rows_are_answered_alike_in_any_batch_by_integers(golden: Path) -> None:
     """Sums of integers do not depend on the batch; what stays in floating point (attention, norms,
     the tower) is the same to the last bits, which rounding passes on in one row of twenty of random

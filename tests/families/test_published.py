@@ -35,20 +35,20 @@ from tests.prompts import Asked, as_request, engine_for, greedy
 #: are scaled, vocabularies without a free row.
 BY_TRANSFORMERS = (
     "bunny-phi2",
-    "imp-phi2",
+    pytest.param("imp-phi2", marks=pytest.mark.slow),
     "tinyllava-gemma",
     pytest.param("bunny-stablelm", marks=pytest.mark.slow),
     pytest.param("tinyllava-phi2", marks=pytest.mark.slow),
     pytest.param("tinyllava-stablelm", marks=pytest.mark.slow),
-    "llava-phi",
-    "allava-phi2",
+    pytest.param("llava-phi", marks=pytest.mark.slow),
+    pytest.param("allava-phi2", marks=pytest.mark.slow),
     pytest.param("mipha-phi2", marks=pytest.mark.slow),
 )
 NAMES = (
     "llava",
     "llava-lora",
     "llava-next",
-    "llava-next-mistral",
+    pytest.param("llava-next-mistral", marks=pytest.mark.slow),
     "llava-square",
     "bunny-llama",
     "bunny-phi3",

@@ -21,6 +21,8 @@ from pipeline.io.input.read import ROWS_PER_TASK, PlannedShards, read_piece
 from pipeline.io.input.unique import check_ids_unique
 from pipeline.io.rowset import RowSet
 from pipeline.rows import (
+    AUDIO,
+    AUDIO_REFERENCES,
     ERROR,
     ID,
     IMAGES,
@@ -61,7 +63,7 @@ def read_all(plan: InputPlan, rows_per_block: int = 3) -> pa.Table:
     limit=st.none() | st.integers(1, 3000),
     rows_per_block=st.integers(1, 300),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_pieces_cover_each_row_once_and_in_order(
     layouts: list[list[int]], limit: int | None, rows_per_block: int
 ) -> None:
@@ -270,6 +272,8 @@ def test_what_was_read_has_the_schema_of_every_block(tmp_path: Path) -> None:
             ID: "7",
             IMAGES: [b"x"],
             REFERENCES: [None],
+            AUDIO: [],
+            AUDIO_REFERENCES: [],
             PROMPT: None,
             MESSAGES: "[]",
             SETTINGS: None,

@@ -521,7 +521,7 @@ def test_rows_of_pictures_in_a_dictionary_are_decoded_as_many_as_asked(
     assert {len(batch) for batch in plan.shards[0].batches(32, plan.schema)} == {32}
 
 
-@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("form", [pytest.param("parquet", marks=pytest.mark.slow), "arrow"])
 def test_a_shared_id_of_many_bytes_makes_error_rows(tmp_path: Path, form: str) -> None:
     """As text, the ids are more than the offsets of a column of text can tell."""
     count = 22_000

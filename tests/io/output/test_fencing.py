@@ -517,7 +517,7 @@ def overtake(bursts: Iterable[tuple[int, int]]) -> None:
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 45)), min_size=4, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_however_runs_overtake_one_another_every_row_counts_exactly_once(
     bursts: list[tuple[int, int]],
 ) -> None:
