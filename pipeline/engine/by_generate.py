@@ -167,7 +167,7 @@ class GenerateEngine(Answering):
         """
         grows = self._one_scale is not None and live.cache_tokens > self._one_scale
         apart = id(live) if grows else None, None if self._pads else live.prompt_tokens
-        return (*apart, *_layout(live.request))
+        return (*apart, *layout_of(live.request))
 
     def _answer(self, group: list[LiveRequest]) -> None:
         started = time.perf_counter()
@@ -300,7 +300,7 @@ def _is_of_text(array: np.ndarray, length: int) -> bool:
     return array.shape[:2] == (1, length) and (array.ndim == 2 or array.dtype.kind in "biu")
 
 
-def _layout(request: Request) -> tuple[object, ...]:
+def layout_of(request: Request) -> tuple[object, ...]:
     """Equal for requests whose inputs can stand below one another."""
     length = len(request.input_ids)
     return tuple(
