@@ -20,9 +20,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, cast
 
-from pipeline.errors import RowError
+from pipeline.errors import RowError, RowErrorCode
 from pipeline.redact import one_line, printable
 
 logger = logging.getLogger(__name__)
@@ -39,47 +39,38 @@ LAST_BYTES = 16 << 10
 Work = Callable[[Mapping[str, Any], bytes], tuple[dict[str, Any], Iterator[bytes]]]
 
 
-class DiedError(Exception):
-    """The other process died of a file.
-
-    Attributes:
-        how: of what, in a few words.
-        overdue: it took more CPU than it may.
-    """
-
-    def __init__(self, how: str, *, overdue: bool) -> None:
-        super().__init__(how)
-        self.how, self.overdue = how, overdue
-
-
 class Apart:
     """Hands files to the other process, which starts with the first of them.
 
     Args:
         module: what runs there, by `serve`.
         memory: bytes of address space that it may have.
-        what: what it decodes, for the log.
+        kind: of the files, as error codes begin with it.
+        group: of settings, which is called as the files are.
     """
 
-    def __init__(self, module: str, memory: int, what: str) -> None:
-        self._module, self._memory, self._what = module, memory, what
+    def __init__(
+        self, module: str, memory: int, kind: Literal["image", "audio"], group: str
+    ) -> None:
+        self._module, self._memory, self._kind, self._group = module, memory, kind, group
         self._process: subprocess.Popen[bytes] | None = None
         self._words = bytearray()
         self._listener: threading.Thread | None = None
 
     def ask(
-        self, asked: Mapping[str, Any], data: bytes, seconds: float
+        self, asked: Mapping[str, Any], data: bytes, field: str, seconds: float
     ) -> tuple[dict[str, Any], bytearray]:
         """What the other process makes of a file.
 
         Args:
             asked: what it is told beside.
             data: the file.
+            field: where it came from, for messages.
             seconds: of CPU that it may take.
 
         Raises:
-            DiedError: it died of it.
-            RowError: it raised one.
+            RowError: it raised one; or it died of the file, which is too large where it took too
+                long, and cannot be decoded else.
         """
         if self._process is None or self._process.poll() is not None:
             self._start()
@@ -108,7 +99,7 @@ class Apart:
         hung.cancel()
         if answer is None:
             self._process = None
-            raise self._died(process)
+            raise self._died(process, f"{field} ({len(data):,} bytes)", seconds)
         if "code" in answer:
             raise RowError(answer["code"], answer["cause"])
         return answer["told"], content
@@ -122,7 +113,7 @@ class Apart:
         )
         self._listener.start()
 
-    def _died(self, process: subprocess.Popen[bytes]) -> DiedError:
+    def _died(self, process: subprocess.Popen[bytes], file: str, seconds: float) -> RowError:
         process.kill()
         status = process.wait()
         if self._listener is not None:
@@ -130,9 +121,14 @@ class Apart:
         how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
         words = printable(one_line(self._words.decode(errors="replace")))
         logger.warning(
-            "the process that decodes %s ended (%s): %s", self._what, how, words or "no word"
+            "the process that decodes %s ended (%s): %s", self._group, how, words or "no word"
         )
-        return DiedError(how, overdue=status == -signal.SIGPROF)
+        if status == -signal.SIGPROF:
+            code = f"{self._kind}_too_large"
+            cause = f"takes more than {seconds:g} s to decode ({self._group}.decode_seconds)"
+        else:
+            code, cause = f"{self._kind}_decode", f"took the process that decoded it down ({how})"
+        return RowError(cast(RowErrorCode, code), f"{file} {cause}")
 
 
 def _listen(stream: BinaryIO, words: bytearray) -> None:

@@ -3,13 +3,70 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, Literal, TypeVar
 
 import pyarrow as pa
 
 from pipeline.actors.conversation import named_files
 from pipeline.errors import RowError, RowErrorCode
+from pipeline.io.input.references import shown
 from pipeline.rows import MESSAGES
+
+Made = TypeVar("Made")
+
+
+class SameCells(Generic[Made]):
+    """What was made of the files of the row before, for a row that has the same: several prompts
+    are asked of each row.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[pa.Scalar, pa.Scalar, list[Made]] | None = None
+
+    def of(
+        self, files: pa.Scalar, references: pa.Scalar, make: Callable[[], Iterable[Made]]
+    ) -> list[Made]:
+        """What `make` gives for the files of a row, and their references."""
+        if self._last is None or not (
+            files.equals(self._last[0]) and references.equals(self._last[1])
+        ):
+            self._last = None
+            self._last = files, references, list(make())
+        return self._last[2]
+
+    def forget(self) -> None:
+        """Hold nothing any more."""
+        self._last = None
+
+
+def files_in(
+    files: pa.Scalar,
+    references: pa.Scalar,
+    field_of: Callable[[int], str],
+    fetch: Callable[[str], bytes],
+    missing: RowErrorCode,
+) -> Iterator[tuple[bytes, str]]:
+    """The bytes of each file in a row's cell, and where they came from, for messages.
+
+    Args:
+        files: the cell, a list of bytes or nulls.
+        references: beside each null the path or URL of the file.
+        field_of: what a file of that number is called in messages.
+        fetch: the bytes at a path or URL.
+        missing: the code of a file that is neither there nor named.
+
+    Raises:
+        RowError: of this code, or whatever `fetch` raises.
+    """
+    for number, (data, reference) in enumerate(zip(files.values, references.values, strict=True)):
+        field = field_of(number)
+        if data.is_valid:
+            yield data.as_buffer().to_pybytes(), field
+        elif name := text_of(reference, field, missing):
+            yield fetch(name), f"{field}, {shown(name)},"
+        else:
+            raise RowError(missing, f"{field} is null or has no bytes")
 
 
 def named_in(

@@ -17,9 +17,8 @@ from typing import Any
 from PIL import Image
 
 from pipeline.actors import png
-from pipeline.actors.apart import Apart, DiedError, serve
+from pipeline.actors.apart import Apart, serve
 from pipeline.actors.images import decode_image, image_size
-from pipeline.errors import RowError
 from pipeline.settings.job import ImageSettings
 
 #: What is decoded in this process has no more bytes, pixels, header parts, and scans times pixels:
@@ -105,7 +104,7 @@ class Decoder:
 
     def __init__(self, settings: ImageSettings) -> None:
         self._settings = settings
-        self._other = Apart("pipeline.actors.decoder", memory_bytes(settings), "images")
+        self._other = Apart("pipeline.actors.decoder", memory_bytes(settings), "image", "images")
 
     def size(self, data: bytes, field: str) -> tuple[int, int]:
         """Width and height that an image file declares.
@@ -135,19 +134,7 @@ class Decoder:
     def _apart(self, what: str, data: bytes, field: str) -> tuple[tuple[int, int], bytearray]:
         settings = self._settings
         asked = {"what": what, "field": field, "settings": settings.model_dump()}
-        try:
-            told, pixels = self._other.ask(asked, data, settings.decode_seconds)
-        except DiedError as died:
-            if died.overdue:
-                raise RowError(
-                    "image_too_large",
-                    f"{field} ({len(data):,} bytes) takes more than {settings.decode_seconds:g} s "
-                    "to decode (images.decode_seconds)",
-                ) from died
-            raise RowError(
-                "image_decode",
-                f"{field} ({len(data):,} bytes) took the process that decoded it down ({died.how})",
-            ) from died
+        told, pixels = self._other.ask(asked, data, field, settings.decode_seconds)
         return (told["width"], told["height"]), pixels
 
 

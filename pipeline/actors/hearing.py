@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from pipeline.actors.ahead import Ahead
-from pipeline.actors.cells import named_in, text_of
+from pipeline.actors.cells import SameCells, files_in, named_in
 from pipeline.actors.conversation import Hearing
 from pipeline.actors.sounds import RowSounds, SoundDecoder, most_samples, told_of_audio
 from pipeline.errors import RowError
 from pipeline.families.prompt import PromptProcessor
 from pipeline.io.input.columns import Columns
-from pipeline.io.input.references import shown
 from pipeline.rows import AUDIO_REFERENCES
 from pipeline.settings.job import JobSettings
 from pipeline.sound import Sound
@@ -38,7 +37,7 @@ class Ears:
         self._settings, self._column = settings.audio, columns.audio
         self._decoder = SoundDecoder(settings.audio, most)
         self._missing_is_error = settings.input.missing_audio == "error"
-        self._last: tuple[pa.Scalar, pa.Scalar, list[Sound]] | None = None
+        self._last = SameCells[Sound]()
         self.ahead = Ahead(
             image_root, settings.fetch, settings.audio.max_bytes, settings.input.path
         )
@@ -69,7 +68,7 @@ class Ears:
     def end(self) -> None:
         """The block is over."""
         self.ahead.end()
-        self._last = None
+        self._last.forget()
 
     def hearing(self, audio: pa.Scalar, references: pa.Scalar) -> Hearing:
         """What a row's audio parts become.
@@ -79,15 +78,12 @@ class Ears:
         """
         of_row = RowSounds(self._settings, self._decoder)
         if self._column is None:
-            return Hearing((), of_row.sound, self.ahead.get)
-        # Several prompts are asked of each row.
-        if self._last is None or not (
-            audio.equals(self._last[0]) and references.equals(self._last[1])
-        ):
-            self._last = None
-            with told_of_audio():
-                self._last = audio, references, list(self._heard(audio, references, of_row))
-        return Hearing(self._last[2], of_row.sound, self.ahead.get)
+            return Hearing((), of_row.file, self.ahead.get)
+        with told_of_audio():
+            sounds = self._last.of(
+                audio, references, lambda: self._heard(audio, references, of_row)
+            )
+        return Hearing(sounds, of_row.file, self.ahead.get)
 
     def _heard(self, audio: pa.Scalar, references: pa.Scalar, of_row: RowSounds) -> Iterator[Sound]:
         column = f"column {self._column!r}"
@@ -95,14 +91,12 @@ class Ears:
             if self._missing_is_error:
                 raise RowError("audio_missing", f"{column} is null or has no bytes")
             return
-        of_row.check_number(len(audio.values))
-        for number, (data, reference) in enumerate(
-            zip(audio.values, references.values, strict=True)
-        ):
-            field = column if len(audio.values) == 1 else f"audio file {number} of {column}"
-            if data.is_valid:
-                yield of_row.sound(data.as_buffer().to_pybytes(), field)
-            elif name := text_of(reference, field, "audio_missing"):
-                yield of_row.sound(self.ahead.get(name), f"{field}, {shown(name)},")
-            else:
-                raise RowError("audio_missing", f"{field} is null or has no bytes")
+        count = len(audio.values)
+        of_row.check_number(count)
+
+        def field_of(number: int) -> str:
+            return column if count == 1 else f"audio file {number} of {column}"
+
+        files = files_in(audio, references, field_of, self.ahead.get, "audio_missing")
+        for data, field in files:
+            yield of_row.file(data, field)

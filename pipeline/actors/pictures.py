@@ -5,10 +5,12 @@ they are resized.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Literal
 
 from PIL import Image
 
 from pipeline.actors.decoder import Decoder
+from pipeline.actors.row_files import RowFiles
 from pipeline.errors import RowError
 from pipeline.picture import Picture
 from pipeline.settings.job import ImageSettings
@@ -34,14 +36,13 @@ class EncodedPicture:
         return self._made[how]
 
 
-class RowPictures:
+class RowPictures(RowFiles[EncodedPicture]):
     """Makes the pictures of one row, as long as they stay within what a row may ask for."""
 
     def __init__(self, settings: ImageSettings, decoder: Decoder) -> None:
-        self._settings, self._decoder = settings, decoder
-        # By the bytes themselves: equal references are fetched once.
-        self._known: dict[int, tuple[bytes, EncodedPicture]] = {}
-        self._images = self._bytes = self._pixels = 0
+        super().__init__(settings.max_images, settings.max_row_bytes)
+        self._most_pixels, self._decoder = settings.max_row_pixels, decoder
+        self._pixels = 0
 
     def picture(self, data: bytes, field: str) -> EncodedPicture:
         """The picture in bytes that came from a field.
@@ -49,38 +50,27 @@ class RowPictures:
         Raises:
             RowError: `image_too_large`, also where it is one too many; `image_decode`.
         """
-        self._images += 1
-        self.check_number(self._images)
-        known = self._known.get(id(data))
-        if known is None:
-            self._bytes += len(data)
-            if self._bytes > self._settings.max_row_bytes:
-                raise _too_much(
-                    "bytes", self._bytes, "images.max_row_bytes", self._settings.max_row_bytes
-                )
-            known = self._known[id(data)] = data, EncodedPicture(data, field, self._decoder)
-        picture = known[1]
+        picture = self.file(data, field)
         self._pixels += picture.size[0] * picture.size[1]
-        if self._pixels > self._settings.max_row_pixels:
-            raise _too_much(
-                "pixels", self._pixels, "images.max_row_pixels", self._settings.max_row_pixels
-            )
+        if self._pixels > self._most_pixels:
+            raise _too_much("pixels", self._pixels, "images.max_row_pixels", self._most_pixels)
         return picture
 
-    def check_number(self, images: int) -> None:
-        """Whether a row may have so many.
+    def made(self, data: bytes, field: str) -> EncodedPicture:
+        """See `RowFiles`."""
+        return EncodedPicture(data, field, self._decoder)
 
-        Raises:
-            RowError: `image_too_large`.
-        """
-        if images > self._settings.max_images:
-            raise _too_much("images", images, "images.max_images", self._settings.max_images)
+    def excess(self, what: Literal["files", "bytes"], count: int, most: int) -> RowError:
+        """See `RowFiles`."""
+        if what == "bytes":
+            return _too_much("bytes", count, "images.max_row_bytes", most)
+        return RowError(
+            "image_too_large", f"the row has {count:,} images, above images.max_images {most:,}"
+        )
 
 
 def _too_much(what: str, count: int, setting: str, most: int) -> RowError:
-    cause = (
-        f"the row has {count:,} images"
-        if what == "images"
-        else f"the row's images have {count:,} {what} or more"
+    return RowError(
+        "image_too_large",
+        f"the row's images have {count:,} {what} or more, above {setting} {most:,}",
     )
-    return RowError("image_too_large", f"{cause}, above {setting} {most:,}")

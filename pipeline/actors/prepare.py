@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.actors.ahead import Ahead
-from pipeline.actors.cells import named_in, text_of
+from pipeline.actors.cells import SameCells, files_in, named_in, text_of
 from pipeline.actors.conversation import from_messages, from_prompt
 from pipeline.actors.decoder import Decoder
 from pipeline.actors.hearing import Ears
@@ -23,7 +23,6 @@ from pipeline.counters import RowCounts
 from pipeline.errors import RowError, RowFailure
 from pipeline.families.prompt import PromptProcessor
 from pipeline.io.input.columns import Columns
-from pipeline.io.input.references import shown
 from pipeline.model.version import as_planned
 from pipeline.redact import cause_of, escaped, printable, traceback_of
 from pipeline.rows import (
@@ -93,7 +92,7 @@ class Preparer:
         )
         self._decoder = Decoder(settings.images)
         self._pictures = RowPictures(settings.images, self._decoder)
-        self._last: tuple[pa.Scalar, pa.Scalar, list[EncodedPicture]] | None = None
+        self._last = SameCells[EncodedPicture]()
         asked, shown = columns.messages or columns.prompt, columns.image or columns.images
         self._asked_field = f"column {asked!r}" if asked else "input.prompt"
         self._images_field = f"column {shown!r}" if shown else self._asked_field
@@ -149,7 +148,7 @@ class Preparer:
             self._ahead.end()
             if self._ears is not None:
                 self._ears.end()
-            self._last = None
+            self._last.forget()
         if self._monitor is not None:
             more = self._retries - retries
             spent = round(1000 * seconds)
@@ -206,7 +205,7 @@ class Preparer:
             if self._columns.messages is None:
                 # Before the images: an error row shows its prompt.
                 asked = text_of(prompt, self._asked_field)
-            decoded = self._decoded_once(images, references)
+            decoded = self._last.of(images, references, lambda: self._decoded(images, references))
             hearing = None if self._ears is None else self._ears.hearing(audio, audio_references)
             if self._columns.messages is None:
                 sounds = () if hearing is None else hearing.sounds
@@ -245,37 +244,20 @@ class Preparer:
     def _decode(self, data: bytes, field: str) -> EncodedPicture:
         return self._pictures.picture(data, field)
 
-    def _decoded_once(self, images: pa.Scalar, references: pa.Scalar) -> list[EncodedPicture]:
-        """The row's images; those of the row before, where it has the same (several prompts are
-        asked of each row).
-        """
-        if self._last is None or not (
-            images.equals(self._last[0]) and references.equals(self._last[1])
-        ):
-            self._last = None
-            self._last = images, references, list(self._decoded(images, references))
-        return self._last[2]
-
     def _decoded(self, images: pa.Scalar, references: pa.Scalar) -> Iterator[EncodedPicture]:
         if not images.is_valid:
             if self._missing_image_is_error:
                 raise RowError("image_missing", f"{self._images_field} is null or has no bytes")
             return
         self._pictures.check_number(len(images.values))
-        for number, (image, reference) in enumerate(
-            zip(images.values, references.values, strict=True)
-        ):
-            field = (
-                f"image {number} of {self._images_field}"
-                if self._columns.images
-                else self._images_field
-            )
-            if image.is_valid:
-                yield self._decode(image.as_buffer().to_pybytes(), field)
-            elif name := text_of(reference, field, "image_missing"):
-                yield self._decode(self._ahead.get(name), f"{field}, {shown(name)},")
-            else:
-                raise RowError("image_missing", f"{field} is null or has no bytes")
+
+        def field_of(number: int) -> str:
+            of_several = f"image {number} of " if self._columns.images else ""
+            return f"{of_several}{self._images_field}"
+
+        files = files_in(images, references, field_of, self._ahead.get, "image_missing")
+        for data, field in files:
+            yield self._decode(data, field)
 
 
 def _processor(settings: JobSettings, planned: Mapping[str, str] | None) -> PromptProcessor:

@@ -12,11 +12,12 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.actors.apart import Apart, DiedError, serve
+from pipeline.actors.apart import Apart, serve
+from pipeline.actors.row_files import RowFiles
 from pipeline.errors import ConfigError, RowError
 from pipeline.sound import RATE, Sound
 
@@ -191,7 +192,7 @@ class SoundDecoder:
     def __init__(self, settings: AudioSettings, most: int) -> None:
         self._settings, self._most = settings, most
         memory = BASE_BYTES + COPIES * settings.max_bytes
-        self._other = Apart("pipeline.actors.sounds", memory, "audio files")
+        self._other = Apart("pipeline.actors.sounds", memory, "audio", "audio")
 
     def decode(self, data: bytes, field: str) -> Sound:
         """The sound in a file.
@@ -207,63 +208,30 @@ class SoundDecoder:
                 f"{field} has {len(data):,} bytes, above audio.max_bytes {settings.max_bytes:,}",
             )
         asked = {"field": field, "most": self._most, "cut": settings.longer == "cut"}
-        try:
-            _, samples = self._other.ask(asked, data, settings.decode_seconds)
-        except DiedError as died:
-            if died.overdue:
-                raise RowError(
-                    "audio_too_large",
-                    f"{field} ({len(data):,} bytes) takes more than {settings.decode_seconds:g} s "
-                    "to decode (audio.decode_seconds)",
-                ) from died
-            raise RowError(
-                "audio_decode",
-                f"{field} ({len(data):,} bytes) took the process that decoded it down ({died.how})",
-            ) from died
+        _, samples = self._other.ask(asked, data, field, settings.decode_seconds)
         return Sound(np.frombuffer(samples, np.int16))
 
 
-class RowSounds:
+class RowSounds(RowFiles[Sound]):
     """Makes the sounds of one row, as long as they stay within what a row may ask for."""
 
     def __init__(self, settings: AudioSettings, decoder: SoundDecoder) -> None:
-        self._settings, self._decoder = settings, decoder
-        # By the bytes themselves: equal references are fetched once.
-        self._known: dict[int, tuple[bytes, Sound]] = {}
-        self._files = self._bytes = 0
+        super().__init__(settings.max_files, settings.max_row_bytes)
+        self._decoder = decoder
 
-    def sound(self, data: bytes, field: str) -> Sound:
-        """The sound in bytes that came from a field.
+    def made(self, data: bytes, field: str) -> Sound:
+        """See `RowFiles`."""
+        return self._decoder.decode(data, field)
 
-        Raises:
-            RowError: `audio_too_large`, also where it is one too many; `audio_decode`.
-        """
-        self._files += 1
-        self.check_number(self._files)
-        known = self._known.get(id(data))
-        if known is None:
-            self._bytes += len(data)
-            if self._bytes > self._settings.max_row_bytes:
-                raise RowError(
-                    "audio_too_large",
-                    f"the row's audio files have {self._bytes:,} bytes or more, above "
-                    f"audio.max_row_bytes {self._settings.max_row_bytes:,}",
-                )
-            known = self._known[id(data)] = data, self._decoder.decode(data, field)
-        return known[1]
-
-    def check_number(self, files: int) -> None:
-        """Whether a row may have so many.
-
-        Raises:
-            RowError: `audio_too_large`.
-        """
-        if files > self._settings.max_files:
-            raise RowError(
-                "audio_too_large",
-                f"the row has {files:,} audio files, above audio.max_files "
-                f"{self._settings.max_files:,}",
-            )
+    def excess(self, what: Literal["files", "bytes"], count: int, most: int) -> RowError:
+        """See `RowFiles`."""
+        cause = (
+            f"the row has {count:,} audio files, above audio.max_files {most:,}"
+            if what == "files"
+            else f"the row's audio files have {count:,} bytes or more, above audio.max_row_bytes "
+            f"{most:,}"
+        )
+        return RowError("audio_too_large", cause)
 
 
 @contextlib.contextmanager

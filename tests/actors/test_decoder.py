@@ -140,7 +140,7 @@ def test_what_a_crashed_decoder_said_last_is_logged_in_one_line(
     os.kill(decoder._other._process.pid, signal.SIGABRT)
     decoder._other._process.wait()
     process, decoder._other._process = decoder._other._process, None
-    decoder._other._died(process)
+    decoder._other._died(process, "image", 1.0)
     (record,) = caplog.records
     assert "the process that decodes images ended (SIGABRT): Fatal Python error" in record.message
     assert record.message.isprintable()

@@ -146,6 +146,16 @@ def idefics2() -> Made:
     )
 
 
+def _idefics3(kind: str, words: Any, made: Any) -> Made:
+    config = {
+        "text_config": text("llama"),
+        "vision_config": tower(kind),
+        "scale_factor": 2,
+        "image_token_id": ids(words, "<image>"),
+    }
+    return Made(config, made)
+
+
 def idefics3() -> Made:
     from transformers import Idefics3ImageProcessorPil, Idefics3Processor
 
@@ -154,15 +164,7 @@ def idefics3() -> Made:
     )
     words = words_with("<fake_token_around_image>", "<image>")
     made = Idefics3Processor(cutter, words, image_seq_len=4, chat_template=chat("<image>"))
-    return Made(
-        {
-            "text_config": text("llama"),
-            "vision_config": tower("idefics3_vision"),
-            "scale_factor": 2,
-            "image_token_id": ids(words, "<image>"),
-        },
-        made,
-    )
+    return _idefics3("idefics3_vision", words, made)
 
 
 def smolvlm() -> Made:
@@ -180,15 +182,7 @@ def smolvlm() -> Made:
         image_seq_len=4,
         chat_template=chat("<image>"),
     )
-    return Made(
-        {
-            "text_config": text("llama"),
-            "vision_config": tower("smolvlm_vision"),
-            "scale_factor": 2,
-            "image_token_id": ids(words, "<image>"),
-        },
-        made,
-    )
+    return _idefics3("smolvlm_vision", words, made)
 
 
 def gemma3() -> Made:

@@ -181,7 +181,6 @@ def _find(
             "~/.config/fsspec"
         )
     filesystem, listing, base = _listed(path)
-    base_url = filesystem.unstrip_protocol(base)
     found = len(listing)
     by_form = _by_form(filesystem, listing, base)
     chosen = _chosen(by_form, single=found == 1) if form == "auto" else form
@@ -193,7 +192,7 @@ def _find(
         if chosen != "images" and form == "auto":
             _tell_of_other_forms(path, by_form, chosen, tell)
     if chosen == "images":
-        files = _folders(files, base_url)
+        files = _folders(files, files[0].base)
     for file in files:
         # It is part of every row's place; of images it is the folder's.
         try:
