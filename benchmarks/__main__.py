@@ -11,6 +11,7 @@ from benchmarks.harness import RESULTS
 
 NAMES = (
     "throughput",
+    "products",
     "llava",
     "job",
     "preparation",
